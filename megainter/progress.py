@@ -1,0 +1,51 @@
+"""Progress of long work: a bar on a terminal, plain lines with rate and remaining time in a log."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts finished units of ``total`` and shows rate and ETA: a tqdm bar on a terminal, else a line every ``interval`` seconds."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, interval: float = 10.0, enabled: bool = True) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.started_at, self.done = done, done
+        self.interval, self.enabled = interval, enabled
+        self.start = self.last_line = time.monotonic()
+        terminal = enabled and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", smoothing=0.1) if terminal else None
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """``count`` more units are finished."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
+        elif self.enabled and time.monotonic() - self.last_line >= self.interval:
+            self.last_line = time.monotonic()
+            print(self._line(note), flush=True)
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the start (work found done at the start is not counted)."""
+        return (self.done - self.started_at) / max(time.monotonic() - self.start, 1e-9)
+
+    def _line(self, note: str) -> str:
+        remaining = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
+        eta = f"{remaining / 60:.1f} min left" if remaining < float("inf") else "time left unknown"
+        return f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:.1f}/s, {eta}" + (f", {note}" if note else "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.enabled and kind is None:
+            seconds = time.monotonic() - self.start
+            print(f"{self.label}: {self.done:,}/{self.total:,} {self.unit} in {seconds:.0f} s, {self.rate:.1f}/s", flush=True)
