@@ -1,0 +1,251 @@
+"""The settings of a pretraining run: frozen dataclasses, filled from a TOML file and then from the command line.
+
+Every key is known, typed and bounded; an unknown key is an error that names the nearest one. Relative paths are taken from
+the current folder, as in a shell.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megainter.errors import UsageError
+
+STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """What is read: captions (``prepare``), regions (``extract``) and how both are masked."""
+
+    pairs: Path
+    store: Path
+    split: str = "train"
+    vocabulary: Path | None = None  # a WordPiece vocab.txt; None: trained on the captions
+    vocabulary_size: Positive = 8000  # upper bound, only where the vocabulary is trained
+    lowercase: bool = True
+    max_text_tokens: Annotated[int, Field(ge=4)] = 36  # [CLS] and [SEP] included
+    max_regions: Positive = 36  # without the global region
+    masking: Literal["official", "paper"] = "official"
+    mismatch_probability: Probability = 0.5
+    gate_msm: bool = False  # True: no masked-segment loss on mismatched captions
+    workers: NotNegative = 2  # loader processes of each rank
+
+
+@dataclass(frozen=True, config=STRICT)
+class ValidationConfig:
+    """Periodic validation on a fixed set of samples; ``pairs`` and ``store`` default to those of the training data."""
+
+    pairs: Path | None = None
+    store: Path | None = None
+    split: str = "val"
+    samples: Positive = 1000
+    every_steps: NotNegative = 500  # 0: only at the end; there is none where the split has no captions
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelSettings:
+    """The architecture, in the names of ``InterBertConfig``; None: taken from the data (vocabulary, feature store)."""
+
+    start_from: Path | None = None  # a Hugging Face folder whose weights are the start
+    vocab_size: Positive | None = None
+    region_feature_size: Positive | None = None
+    num_region_classes: Positive | None = None
+    hidden_size: Positive = 768
+    num_attention_heads: Positive = 12
+    intermediate_size: Positive = 3072
+    num_interaction_layers: NotNegative = 6
+    num_text_layers: NotNegative = 6
+    num_region_layers: NotNegative = 6
+    num_region_attention_heads: Positive = 8
+    hidden_dropout_prob: Probability = 0.1
+    attention_probs_dropout_prob: Probability = 0.1
+    region_hidden_dropout_prob: Probability = 0.2
+    pooler_size: Positive = 1024
+    fusion: Literal["mul", "sum"] = "mul"
+    region_objective: Literal["class", "feature"] = "class"
+    max_position_embeddings: Positive = 512
+    type_vocab_size: Positive = 2
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainingConfig:
+    """How long and in what portions; exactly one of ``steps`` and ``epochs``."""
+
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    global_batch: Positive = 512  # samples of one optimiser step over all ranks
+    micro_batch: Positive = 64  # samples of one forward on one rank
+    seed: NotNegative = 42
+    log_every: Positive = 20  # steps
+    msm_weight: Annotated[float, Field(ge=0)] = 1.0
+    mrm_weight: Annotated[float, Field(ge=0)] = 1.0
+    itm_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay, none on biases and norms; linear warmup, then linear decay to ``final_fraction``."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Probability = 0.1  # share of all steps
+    final_fraction: Probability = 0.0  # of the peak learning rate, at the last step
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # of the global gradient; 0: no clipping
+
+
+@dataclass(frozen=True, config=STRICT)
+class EngineConfig:
+    """How DeepSpeed runs it."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    deepspeed: Path | None = None  # a DeepSpeed JSON (see ds_configs/) laid over what the settings give
+
+
+@dataclass(frozen=True, config=STRICT)
+class CheckpointConfig:
+    """When a checkpoint is published, and how many are kept."""
+
+    every_steps: Positive = 1000
+    keep: Positive = 2
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """A whole pretraining run."""
+
+    output: Path
+    data: DataConfig
+    training: TrainingConfig
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    tensorboard: bool = True
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and lay ``--section.key value`` (or ``--section.key=value``) tokens over it.
+
+    Raises ``UsageError`` with one line for a missing file, broken TOML, an unknown key, a wrong type or a contradiction.
+    """
+    settings = _read_toml(path) if path is not None else {}
+    for key, value in _pairs(overrides):
+        _assign(settings, key, value)
+    try:
+        config = TypeAdapter(RunConfig).validate_python(settings)
+    except ValidationError as error:
+        raise UsageError(_explain(error, path)) from None
+    _check(config)
+    return config
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved settings as JSON types, as they are stored in the run folder."""
+    return TypeAdapter(RunConfig).dump_python(config, mode="json")
+
+
+def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
+    """Micro-batches that each rank runs per optimiser step; a ``UsageError`` where the batch does not divide."""
+    portion = training.micro_batch * world_size
+    if training.global_batch % portion:
+        raise UsageError(
+            f"training.global_batch {training.global_batch} is not a multiple of training.micro_batch {training.micro_batch} "
+            f"x {world_size} processes = {portion}; change one of them"
+        )
+    return training.global_batch // portion
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"recipe {path} does not exist") from None
+    except IsADirectoryError:
+        raise UsageError(f"recipe {path} is a folder; give the TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not valid TOML: {error}") from None
+
+
+def _pairs(tokens: Sequence[str]) -> list[tuple[str, str]]:
+    found = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise UsageError(f"{token!r} is not an option; settings are given as --section.key value")
+        key, equals, value = token[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UsageError(f"--{key} needs a value")
+            value = rest.pop(0)
+        found.append((key.replace("-", "_"), value))
+    return found
+
+
+def _assign(settings: dict[str, Any], key: str, value: str) -> None:
+    *sections, name = key.split(".")
+    place = settings
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise UsageError(f"--{key}: {section} is a value, not a section")
+    place[name] = None if value.lower() == "none" else value
+
+
+def _known_keys() -> list[str]:
+    keys = []
+    for field in dataclasses.fields(RunConfig):
+        inner = dataclasses.fields(field.type) if dataclasses.is_dataclass(field.type) else ()
+        keys += [f"{field.name}.{key.name}" for key in inner] or [field.name]
+    return keys
+
+
+def _explain(error: ValidationError, path: Path | None) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    where = f" in {path}" if path is not None else ""
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.4)
+        return f"unknown setting {key}{where}" + (f"; did you mean {near[0]}?" if near else "")
+    if first["type"] in ("missing", "missing_argument"):
+        return f"setting {key} is missing{where}; give it there or as --{key} VALUE"
+    return f"setting {key}{where}: {first['msg']} (given: {first['input']!r})"
+
+
+def _check(config: RunConfig) -> None:
+    training, model = config.training, config.model
+    if (training.steps is None) == (training.epochs is None):
+        raise UsageError("give exactly one of training.steps and training.epochs")
+    if training.micro_batch > training.global_batch:
+        raise UsageError(f"training.micro_batch {training.micro_batch} exceeds training.global_batch {training.global_batch}")
+    if training.msm_weight == training.mrm_weight == training.itm_weight == 0:
+        raise UsageError("all three objective weights are 0: nothing would be learned")
+    for heads in ("num_attention_heads", "num_region_attention_heads"):
+        if model.hidden_size % getattr(model, heads):
+            raise UsageError(f"model.hidden_size {model.hidden_size} is not divisible by model.{heads} {getattr(model, heads)}")
+    if config.data.max_text_tokens > model.max_position_embeddings:
+        raise UsageError(
+            f"data.max_text_tokens {config.data.max_text_tokens} exceeds model.max_position_embeddings {model.max_position_embeddings}"
+        )
+    if config.engine.precision == "fp16" and config.engine.zero_stage == 0:
+        raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")
+    if config.engine.offload_optimizer and config.engine.zero_stage == 0:
+        raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
