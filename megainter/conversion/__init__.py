@@ -1,0 +1,1 @@
+"""Checkpoints in and out: official InterBERT, BERT, ZeRO shards, Hugging Face."""

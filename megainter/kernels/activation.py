@@ -1,0 +1,13 @@
+"""Linear layer followed by GELU: the first half of a transformer's feed-forward block."""
+
+import torch
+import torch.nn.functional as F
+
+
+def linear_gelu(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor) -> torch.Tensor:
+    """GELU(x W^T + b), the exact erf form that BERT and InterBERT use (not the tanh approximation).
+
+    One name for both, because a fused form adds the bias inside the activation instead of inside the matrix product.
+    ``x_NI`` [N, I] floating; returns [N, O] in the dtype the matrix product gives (autocast applies).
+    """
+    return F.gelu(F.linear(x_NI, weight_OI, bias_O))

@@ -1,0 +1,166 @@
+"""Self-attention over sequences of different lengths that lie end to end in one tensor.
+
+Shape letters: N rows (tokens of all sequences), S sequences, L length of the longest, h heads, d width of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from megainter.kernels.choice import KernelChoice
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+# Added to the scores of keys that are padding. exp(-3e4) is exactly 0 in every dtype, the number itself fits float16, and a
+# sequence of length 0 gives a uniform softmax (whose rows nobody reads) instead of NaN.
+MASKED_SCORE = -30000.0
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Where S sequences lie in N packed rows: everything attention needs, derived once per batch.
+
+    ``cu_seqlens`` int32 [S + 1] first row of each sequence; ``sequence`` and ``position`` int64 [N] tell a row's sequence and its
+    place in it; ``key_bias`` float32 [S, L] is 0 at real keys and MASKED_SCORE at padding, None when all lengths are equal.
+    ``lengths`` stays on the CPU (int64 [S]), so that nothing here waits for the device.
+    """
+
+    lengths: torch.Tensor
+    max_length: int
+    cu_seqlens: torch.Tensor
+    sequence: torch.Tensor
+    position: torch.Tensor
+    key_bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor, device: torch.device) -> "SequenceLayout":
+        """Layout for CPU int64 ``lengths`` [S], its tensors on ``device``."""
+        ends = lengths.cumsum(0)
+        max_length = int(lengths.max()) if len(lengths) else 0
+        sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        position = torch.arange(len(sequence)) - (ends - lengths)[sequence]
+        real = torch.arange(max_length) < lengths[:, None]
+        key_bias = None if bool(real.all()) else torch.where(real, 0.0, MASKED_SCORE).to(device, non_blocking=True)
+        cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
+        moved = [t.to(device, non_blocking=True) for t in (cu_seqlens, sequence, position)]
+        return cls(lengths, max_length, *moved, key_bias)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths)
+
+    def padded_rows(self, heads: int) -> torch.Tensor:
+        """Row of token n, head j in a padded [S * h * L, d] tensor: int64 [N * h], in the order of the packed tensor."""
+        head = torch.arange(heads, device=self.sequence.device)
+        return ((self.sequence[:, None] * heads + head) * self.max_length + self.position[:, None]).flatten()
+
+
+def varlen_attention(
+    q_Nhd: torch.Tensor,
+    k_Nhd: torch.Tensor,
+    v_Nhd: torch.Tensor,
+    layout: SequenceLayout,
+    dropout_p: float,
+    training: bool,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v within each sequence; dropout on the probabilities when ``training``. Returns [N, h, d].
+
+    No row sees another sequence or padding. No rows at all is allowed: the result is empty, with a gradient path to q, k and v
+    (a rank whose batch lacks one modality must still take part in that modality's gradient reduction).
+    """
+    if not len(q_Nhd):
+        return q_Nhd + k_Nhd + v_Nhd
+    drop = dropout_p if training else 0.0
+    form = attention_choice(q_Nhd.device, q_Nhd.dtype, drop).form
+    if form == FLASH:
+        return _flash(q_Nhd, k_Nhd, v_Nhd, layout)
+    if form == SDPA:
+        return _padded_sdpa(q_Nhd, k_Nhd, v_Nhd, layout, drop)
+    return _padded_matmul(q_Nhd, k_Nhd, v_Nhd, layout, drop)
+
+
+FLASH, SDPA, MATMUL = "variable-length flash attention", "padded SDPA", "padded matmul, softmax, matmul"
+
+
+def attention_choice(device: torch.device, dtype: torch.dtype, dropout_p: float) -> KernelChoice:
+    """Which form `varlen_attention` takes for inputs of this device and dtype, dropping with ``dropout_p``, and why."""
+    if device.type != "cuda":
+        return KernelChoice("attention", MATMUL, "2 to 4 times faster than SDPA on CPU at these lengths")
+    if varlen_attn is None:
+        return KernelChoice("attention", SDPA, "this PyTorch has no torch.nn.attention.varlen; 2.10 has")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return KernelChoice("attention", SDPA, f"flash attention takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return KernelChoice("attention", SDPA, "flash attention needs compute capability 8.0")
+    if dropout_p > 0:
+        return KernelChoice("attention", SDPA, f"variable-length flash attention has no dropout, and {dropout_p:g} is asked for")
+    return KernelChoice("attention", FLASH, "no padding is computed")
+
+
+def _flash(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    cu, longest = layout.cu_seqlens, layout.max_length
+    return varlen_attn(q_Nhd, k_Nhd, v_Nhd, cu, cu, longest, longest)
+
+
+def _padded_sdpa(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout, drop: float) -> torch.Tensor:
+    heads, width = q_Nhd.shape[1:]
+    rows = layout.padded_rows(heads)
+    shape = (layout.sequences, heads, layout.max_length, width)
+    q, k, v = (_pad(x, rows, layout).view(shape) for x in (q_Nhd, k_Nhd, v_Nhd))
+    bias = None if layout.key_bias is None else layout.key_bias[:, None, None, :].to(q.dtype).expand(-1, heads, layout.max_length, -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
+    return _Unpad.apply(out.reshape(-1, width), rows).view(q_Nhd.shape)
+
+
+def _padded_matmul(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout, drop: float) -> torch.Tensor:
+    heads, width = q_Nhd.shape[1:]
+    rows = layout.padded_rows(heads)
+    q, k, v = (_pad(x, rows, layout) for x in (q_Nhd, k_Nhd, v_Nhd))
+    scale = width**-0.5
+    if layout.key_bias is None:
+        scores = torch.bmm(q * scale, k.mT)
+    else:
+        bias = layout.key_bias.to(q.dtype).repeat_interleave(heads, 0)[:, None, :]
+        scores = torch.baddbmm(bias, q, k.mT, alpha=scale)
+    probs = F.dropout(scores.softmax(-1), drop, drop > 0)
+    out = torch.bmm(probs.to(v.dtype), v)
+    return _Unpad.apply(out.view(-1, width), rows).view(q_Nhd.shape)
+
+
+def _pad(x_Nhd: torch.Tensor, rows: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    """[N, h, d] -> [S * h, L, d] with zeros at padding; the head axis moves out in the same copy."""
+    heads, width = x_Nhd.shape[1:]
+    total = layout.sequences * heads * layout.max_length
+    return _Pad.apply(x_Nhd.reshape(-1, width), rows, total).view(-1, layout.max_length, width)
+
+
+class _Pad(torch.autograd.Function):
+    """Rows [M, d] to the given distinct rows of zeros [total, d]. Its gradient is `_Unpad`: PyTorch's own gradients of row
+    selection accumulate row by row, which costs more than the attention itself on CPU."""
+
+    @staticmethod
+    def forward(ctx, packed: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:  # noqa: ANN001
+        ctx.save_for_backward(rows)
+        return packed.new_zeros(total, packed.shape[1]).index_copy_(0, rows, packed)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]  # noqa: ANN001
+        return _Unpad.apply(grad, *ctx.saved_tensors), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The given distinct rows [M, d] of a padded tensor [total, d]; its gradient is `_Pad`."""
+
+    @staticmethod
+    def forward(ctx, padded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # noqa: ANN001
+        ctx.save_for_backward(rows)
+        ctx.total = len(padded)
+        return padded.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]  # noqa: ANN001
+        return _Pad.apply(grad, *ctx.saved_tensors, ctx.total), None

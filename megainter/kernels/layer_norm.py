@@ -1,0 +1,21 @@
+"""Dropout, residual addition and layer normalisation: the end of every half of a post-norm transformer block."""
+
+import torch
+import torch.nn.functional as F
+
+
+def dropout_add_layer_norm(
+    x_NH: torch.Tensor,
+    residual_NH: torch.Tensor,
+    weight_H: torch.Tensor,
+    bias_H: torch.Tensor,
+    eps: float,
+    dropout_p: float,
+    training: bool,
+) -> torch.Tensor:
+    """LayerNorm(dropout(x) + residual) over the last dimension, with biased variance (as in the official code).
+
+    ``x_NH``, ``residual_NH`` [N, H]; ``eps`` is added to the variance. Dropout acts only when ``training``. Returns [N, H].
+    """
+    dropped_NH = F.dropout(x_NH, dropout_p, training)
+    return F.layer_norm(dropped_NH + residual_NH, weight_H.shape, weight_H, bias_H, eps)

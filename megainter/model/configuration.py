@@ -1,0 +1,110 @@
+"""The architecture of an InterBERT, as Hugging Face stores it (config.json, model_type "interbert")."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megainter.errors import UsageError
+
+FUSIONS = ("mul", "sum")
+REGION_OBJECTIVES = ("class", "feature")
+_POSITIVE = (
+    "vocab_size hidden_size num_attention_heads intermediate_size num_region_attention_heads region_feature_size num_region_classes "
+    "pooler_size max_position_embeddings type_vocab_size"
+).split()
+_COUNTS = "num_interaction_layers num_text_layers num_region_layers".split()
+_PROBABILITIES = "hidden_dropout_prob attention_probs_dropout_prob region_hidden_dropout_prob".split()
+
+
+class InterBertConfig(PretrainedConfig):
+    """Sizes and probabilities of an InterBERT. The defaults are the official base model (157,021,565 parameters with its heads).
+
+    ``num_interaction_layers`` layers see text and regions at once; above them ``num_text_layers`` and ``num_region_layers`` see one
+    modality each. Region layers have their own number of heads and hidden dropout, everything else is shared. ``num_region_classes``
+    counts the background (class 0). ``pooler_size`` is the width of the pooled vectors that ``fusion`` joins: their product ("mul")
+    or their sum. ``region_objective`` "class" predicts the detector's class distribution, "feature" the region feature itself.
+
+    Raises UsageError for sizes that contradict each other.
+    """
+
+    model_type = "interbert"
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        hidden_size: int = 768,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        num_interaction_layers: int = 6,
+        num_text_layers: int = 6,
+        num_region_layers: int = 6,
+        num_region_attention_heads: int = 8,
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        region_hidden_dropout_prob: float = 0.2,
+        region_feature_size: int = 2048,
+        num_region_classes: int = 1601,
+        pooler_size: int = 1024,
+        fusion: str = "mul",
+        region_objective: str = "class",
+        max_position_embeddings: int = 512,
+        type_vocab_size: int = 2,
+        layer_norm_eps: float = 1e-12,
+        initializer_range: float = 0.02,
+        pad_token_id: int = 0,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.num_interaction_layers = num_interaction_layers
+        self.num_text_layers = num_text_layers
+        self.num_region_layers = num_region_layers
+        self.num_region_attention_heads = num_region_attention_heads
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.region_hidden_dropout_prob = region_hidden_dropout_prob
+        self.region_feature_size = region_feature_size
+        self.num_region_classes = num_region_classes
+        self.pooler_size = pooler_size
+        self.fusion = fusion
+        self.region_objective = region_objective
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        _check(self)
+        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers a text token passes through; tools made for other models ask for this name."""
+        return self.num_interaction_layers + self.num_text_layers
+
+    @property
+    def region_target_size(self) -> int:
+        """Width of the region head: classes, or the feature itself."""
+        return self.num_region_classes if self.region_objective == "class" else self.region_feature_size
+
+
+def _check(config: InterBertConfig) -> None:
+    for name in _POSITIVE:
+        _require_whole(name, getattr(config, name), least=1)
+    for name in _COUNTS:
+        _require_whole(name, getattr(config, name), least=0)
+    for name in _PROBABILITIES:
+        if not 0 <= getattr(config, name) < 1:
+            raise UsageError(f"{name} is {getattr(config, name)}; give a probability of at least 0 and below 1")
+    for name in ("num_attention_heads", "num_region_attention_heads"):
+        if config.hidden_size % getattr(config, name):
+            raise UsageError(f"hidden_size {config.hidden_size} cannot be shared out over {name} = {getattr(config, name)}; give a divisor of it")
+    for name, choices in (("fusion", FUSIONS), ("region_objective", REGION_OBJECTIVES)):
+        if getattr(config, name) not in choices:
+            raise UsageError(f"{name} is {getattr(config, name)!r}; give one of {', '.join(map(repr, choices))}")
+
+
+def _require_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} is {value!r}; give a whole number of at least {least}")

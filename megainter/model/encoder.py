@@ -1,0 +1,75 @@
+"""The transformer layers: single-stream interaction, then one stream of text layers and one of region layers.
+
+All are the same post-norm BERT block over packed rows; the streams differ in heads and dropout.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from megainter.kernels import SequenceLayout, linear_gelu, varlen_attention
+from megainter.model.configuration import InterBertConfig
+from megainter.model.embeddings import DropoutAddLayerNorm
+from megainter.model.packing import PackedLayout
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention within each sequence of a packed batch, with its output projection."""
+
+    def __init__(self, config: InterBertConfig, heads: int) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.query, self.key, self.value, self.output = (nn.Linear(size, size) for _ in range(4))
+        self.heads = heads
+        self.dropout_p = config.attention_probs_dropout_prob
+
+    def forward(self, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        q, k, v = (linear(x_NH).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value))
+        return self.output(varlen_attention(q, k, v, layout, self.dropout_p, self.training).flatten(1))
+
+
+class LinearGelu(nn.Linear):
+    """nn.Linear followed by exact GELU."""
+
+    def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return linear_gelu(x_NI, self.weight, self.bias)
+
+
+class TransformerLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each followed by dropout, residual addition and layer norm. [N, H] -> [N, H]."""
+
+    def __init__(self, config: InterBertConfig, heads: int, dropout_p: float) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, heads)
+        self.attention_norm = DropoutAddLayerNorm(config, dropout_p)
+        self.intermediate = LinearGelu(config.hidden_size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_norm = DropoutAddLayerNorm(config, dropout_p)
+
+    def forward(self, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        x_NH = self.attention_norm(self.attention(x_NH, layout), x_NH)
+        return self.output_norm(self.output(self.intermediate(x_NH)), x_NH)
+
+
+class Encoder(nn.Module):
+    """Interaction layers over each sample's regions and text together, then text layers and region layers over one kind each."""
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__()
+        heads, region_heads = config.num_attention_heads, config.num_region_attention_heads
+        dropout_p, region_dropout_p = config.hidden_dropout_prob, config.region_hidden_dropout_prob
+        self.interaction = nn.ModuleList(TransformerLayer(config, heads, dropout_p) for _ in range(config.num_interaction_layers))
+        self.text = nn.ModuleList(TransformerLayer(config, heads, dropout_p) for _ in range(config.num_text_layers))
+        self.region = nn.ModuleList(TransformerLayer(config, region_heads, region_dropout_p) for _ in range(config.num_region_layers))
+
+    def forward(self, text_NH: torch.Tensor, region_NH: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedded text [Nt, H] and regions [Nr, H] -> the two streams' last states, of the same shapes."""
+        joint_NH = torch.cat([region_NH, text_NH]).index_select(0, layout.joint_order)
+        for layer in self.interaction:
+            joint_NH = layer(joint_NH, layout.joint)
+        text_NH, region_NH = joint_NH.index_select(0, layout.text_rows), joint_NH.index_select(0, layout.region_rows)
+        for layer in self.text:
+            text_NH = layer(text_NH, layout.text)
+        for layer in self.region:
+            region_NH = layer(region_NH, layout.region)
+        return text_NH, region_NH

@@ -1,0 +1,52 @@
+"""Poolers, their fusion, and the heads of the three pretraining objectives and of the downstream tasks."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megainter.model.configuration import InterBertConfig
+from megainter.model.encoder import LinearGelu
+
+class Pooler(nn.Module):
+    """Linear + ReLU on the first row of every sample: [S, H] -> [S, P]."""
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.pooler_size)
+
+    def forward(self, first_SH: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.dense(first_SH))
+
+
+class Fusion(nn.Module):
+    """Pooled text and pooled regions into one vector per sample, [S, P]; then dropout (official: 0.1, our hidden_dropout_prob)."""
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__()
+        self.method = config.fusion
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, text_SP: torch.Tensor, region_SP: torch.Tensor) -> torch.Tensor:
+        if not len(text_SP) or not len(region_SP):
+            # One modality is absent: the other's vector alone. The empty sum keeps the absent stream in the graph with zero
+            # gradients, so that all ranks reduce the same parameters.
+            present, absent = (region_SP, text_SP) if not len(text_SP) else (text_SP, region_SP)
+            fused_SP = present + absent.sum()
+        else:
+            fused_SP = text_SP * region_SP if self.method == "mul" else text_SP + region_SP
+        return F.dropout(fused_SP, self.dropout_p, self.training)
+
+
+class PredictionHead(nn.Module):
+    """Linear, GELU, layer norm, then a decoder: to the vocabulary (its weight tied to the word embeddings), or to region targets."""
+
+    def __init__(self, config: InterBertConfig, out_size: int) -> None:
+        super().__init__()
+        self.transform = LinearGelu(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, out_size)
+
+    def forward(self, x_MH: torch.Tensor) -> torch.Tensor:
+        """Only the rows that are asked for, [M, H] (M may be 0) -> [M, out_size]."""
+        return self.decoder(self.norm(self.transform(x_MH)))
+

@@ -1,0 +1,413 @@
+"""The InterBERT models, as Hugging Face classes with two doors onto one core.
+
+The packed door (`encode`, `score_packed`) takes `PackedInputs` and computes only what is asked for; training and evaluation use it.
+The padded door (`forward`) takes ordinary padded tensors with masks, packs them, calls the same core, and pads the results again
+(zeros at padding). Shape letters: S samples, Nt text tokens, Nr regions, H hidden, P pooled, V vocabulary, C region target size,
+B, T, R a padded batch, K choices.
+
+No parameter sits on these classes themselves: each is read inside the forward of the module that owns it, where ZeRO-3 gathers it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from megainter.errors import UsageError
+from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
+from megainter.model.configuration import InterBertConfig
+from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
+from megainter.model.encoder import Encoder
+from megainter.model.heads import Fusion, Pooler, PredictionHead
+from megainter.model.packing import PackedInputs, PackedLayout, pack_padded
+
+MATCHED = 0  # class of the image-text matching head for a caption and its own image (official code)
+
+
+class Encoded(NamedTuple):
+    """What the core makes of a packed batch: ``text_states`` [Nt, H], ``region_states`` [Nr, H], and per sample ``pooled_text`` and
+    ``pooled_region`` [S, P] (0 rows for a modality that is absent)."""
+
+    text_states: torch.Tensor
+    region_states: torch.Tensor
+    pooled_text: torch.Tensor
+    pooled_region: torch.Tensor
+
+
+class PackedScores(NamedTuple):
+    """Logits where they were asked for: ``msm_logits`` [M, V], ``mrm_logits`` [K, C], and ``itm_logits`` [S, 2] (class 0 = matched)."""
+
+    msm_logits: torch.Tensor
+    mrm_logits: torch.Tensor
+    itm_logits: torch.Tensor
+
+
+@dataclass
+class InterBertModelOutput(ModelOutput):
+    """Padded states: ``text_states`` [B, T, H], ``region_states`` [B, R, H], ``pooled_text``, ``pooled_region`` [B, P]."""
+
+    text_states: torch.FloatTensor | None = None
+    region_states: torch.FloatTensor | None = None
+    pooled_text: torch.FloatTensor | None = None
+    pooled_region: torch.FloatTensor | None = None
+
+
+@dataclass
+class InterBertForPreTrainingOutput(ModelOutput):
+    """``loss`` is the sum of those of the three losses whose labels were given; logits are zeros at padding."""
+
+    loss: torch.FloatTensor | None = None
+    msm_loss: torch.FloatTensor | None = None
+    mrm_loss: torch.FloatTensor | None = None
+    itm_loss: torch.FloatTensor | None = None
+    text_logits: torch.FloatTensor | None = None
+    region_logits: torch.FloatTensor | None = None
+    itm_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class InterBertForRetrievalOutput(ModelOutput):
+    """``logits`` [B, 2] of the matching head; ``scores`` [B], the probability that caption and image match."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    scores: torch.FloatTensor | None = None
+
+
+@dataclass
+class InterBertClassificationOutput(ModelOutput):
+    """``logits`` [B, K] over choices, or [B, num_labels]."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+
+
+class InterBertPreTrainedModel(PreTrainedModel):
+    """What all InterBERT classes share: configuration, initialisation, and the ways Hugging Face tools handle them."""
+
+    config_class = InterBertConfig
+    base_model_prefix = "interbert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 - Hugging Face's name and form
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights N(0, initializer_range), the padding row of the word embeddings too; biases 0, norms 1 and 0 (official code)."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            init.zeros_(module.bias)
+        if isinstance(module, DropoutAddLayerNorm | nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class InterBertModel(InterBertPreTrainedModel):
+    """Embeddings, encoder and poolers, without heads."""
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__(config)
+        self.text_embeddings = TextEmbeddings(config)
+        self.region_embeddings = RegionEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.text_pooler = Pooler(config)
+        self.region_pooler = Pooler(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_embeddings.word
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_embeddings.word = value
+
+    def encode(self, inputs: PackedInputs) -> Encoded:
+        """The packed door. ``inputs`` must be on the model's device. UsageError when its lengths do not fit the model or its tensors."""
+        layout = PackedLayout.of(inputs, self.config.max_position_embeddings)
+        text_NH = self.text_embeddings(inputs.input_ids, layout.text.position, inputs.token_type_ids)
+        region_NH = self.region_embeddings(inputs.region_features, inputs.region_locations)
+        text_NH, region_NH = self.encoder(text_NH, region_NH, layout)
+        pooled_text = self.text_pooler(text_NH.index_select(0, layout.text_starts))
+        pooled_region = self.region_pooler(region_NH.index_select(0, layout.region_starts))
+        return Encoded(text_NH, region_NH, pooled_text, pooled_region)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+    ) -> InterBertModelOutput:
+        """The padded door: text [B, T] and/or regions [B, R, F] with locations [B, R, 5]; row 0 of the regions is the global region."""
+        inputs, places = pack_padded(
+            input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
+        )
+        encoded = self.encode(inputs)
+        return InterBertModelOutput(
+            text_states=places.text(encoded.text_states),
+            region_states=places.region(encoded.region_states),
+            pooled_text=encoded.pooled_text,
+            pooled_region=encoded.pooled_region,
+        )
+
+
+class InterBertForPreTraining(InterBertPreTrainedModel):
+    """InterBERT with the heads of masked segment modelling, masked region modelling and image-text matching."""
+
+    _tied_weights_keys = {"msm_head.decoder.weight": "interbert.text_embeddings.word.weight"}  # noqa: RUF012
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__(config)
+        self.interbert = InterBertModel(config)
+        self.msm_head = PredictionHead(config, config.vocab_size)
+        self.mrm_head = PredictionHead(config, config.region_target_size)
+        self.fusion = Fusion(config)
+        self.itm_head = nn.Linear(config.pooler_size, 2)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.msm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.msm_head.decoder = value
+
+    def score_packed(self, inputs: PackedInputs, msm_positions: torch.Tensor, mrm_positions: torch.Tensor) -> PackedScores:
+        """The packed door: logits only at ``msm_positions`` [M] (rows of the Nt tokens) and ``mrm_positions`` [K] (rows of the Nr
+        regions), both int64 and possibly empty. Every parameter takes part even then, so ranks always reduce the same gradients."""
+        encoded = self.interbert.encode(inputs)
+        return PackedScores(
+            self.msm_head(encoded.text_states.index_select(0, msm_positions)),
+            self.mrm_head(encoded.region_states.index_select(0, mrm_positions)),
+            self.itm_head(self.fusion(encoded.pooled_text, encoded.pooled_region)),
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        msm_labels: torch.Tensor | None = None,
+        mrm_labels: torch.Tensor | None = None,
+        mrm_targets: torch.Tensor | None = None,
+        itm_labels: torch.Tensor | None = None,
+        output_logits: bool = True,
+    ) -> InterBertForPreTrainingOutput:
+        """The padded door.
+
+        ``msm_labels`` int64 [B, T], -100 = ignore; ``mrm_labels`` [B, R-1] (without the global region), 1 = masked; ``mrm_targets``
+        [B, R-1, C] class probabilities, or features when region_objective is "feature"; ``itm_labels`` int64 [B], 0 = matched.
+        A loss is computed when its labels are given: MSM mean over labelled tokens, MRM over masked regions of matched pairs only
+        (official code), ITM mean over pairs; each is 0 when there is nothing to average. With ``output_logits=False`` text and
+        region logits are None and only the rows a loss needs are computed.
+        """
+        inputs, places = pack_padded(
+            input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
+        )
+        msm_rows, msm_targets = _msm_targets(msm_labels, places.text_rows)
+        mrm_rows, region_targets = _mrm_targets(mrm_labels, mrm_targets, itm_labels, places.region_rows)
+        wanted_t = torch.arange(len(places.text_rows), device=msm_rows.device) if output_logits else msm_rows
+        wanted_r = torch.arange(len(places.region_rows), device=mrm_rows.device) if output_logits else mrm_rows
+        scores = self.score_packed(inputs, wanted_t, wanted_r)
+        msm_logits = scores.msm_logits[msm_rows] if output_logits else scores.msm_logits
+        mrm_logits = scores.mrm_logits[mrm_rows] if output_logits else scores.mrm_logits
+        msm_loss = cross_entropy_sum(msm_logits, msm_targets) / max(len(msm_rows), 1) if msm_targets is not None else None
+        mrm_loss = self._region_sum(mrm_logits, region_targets) / max(len(mrm_rows), 1) if region_targets is not None else None
+        itm_loss = cross_entropy_sum(scores.itm_logits, itm_labels) / max(len(inputs), 1) if itm_labels is not None else None
+        losses = [loss for loss in (msm_loss, mrm_loss, itm_loss) if loss is not None]
+        return InterBertForPreTrainingOutput(
+            loss=torch.stack(losses).sum() if losses else None,
+            msm_loss=msm_loss,
+            mrm_loss=mrm_loss,
+            itm_loss=itm_loss,
+            text_logits=places.text(scores.msm_logits) if output_logits else None,
+            region_logits=places.region(scores.mrm_logits) if output_logits else None,
+            itm_logits=scores.itm_logits,
+        )
+
+    def _region_sum(self, logits_KC: torch.Tensor, targets_KC: torch.Tensor) -> torch.Tensor:
+        by_class = self.config.region_objective == "class"
+        return soft_label_kl_sum(logits_KC, targets_KC) if by_class else squared_error_sum(logits_KC, targets_KC)
+
+
+def _msm_targets(labels_BT: torch.Tensor | None, text_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Packed rows that have a label, and their labels (None when no labels were given)."""
+    if labels_BT is None:
+        return text_rows[:0], None
+    labels = labels_BT.flatten()[text_rows]
+    rows = (labels != -100).nonzero()[:, 0]
+    return rows, labels[rows]
+
+
+def _mrm_targets(
+    labels: torch.Tensor | None, targets: torch.Tensor | None, itm_labels: torch.Tensor | None, region_rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Packed rows of the masked regions of matched pairs, and their targets (None when no labels were given)."""
+    if labels is None and targets is None:
+        return region_rows[:0], None
+    if labels is None or targets is None:
+        raise UsageError("mrm_labels and mrm_targets belong together; one of them is missing")
+    masked = labels == 1
+    if itm_labels is not None:
+        masked = masked & (itm_labels == MATCHED)[:, None]
+    with_global = F.pad(masked, (1, 0))  # the global region is never masked
+    rows = with_global.flatten()[region_rows].nonzero()[:, 0]
+    flat_targets = F.pad(targets, (0, 0, 1, 0)).flatten(0, 1)
+    return rows, flat_targets[region_rows[rows]]
+
+
+class InterBertForRetrieval(InterBertPreTrainedModel):
+    """Scores how well caption and image match, with the matching head of pretraining (zero-shot as it comes, or fine-tuned)."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^msm_head\.", r"^mrm_head\."]  # noqa: RUF012 - a pretraining checkpoint has them
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__(config)
+        self.interbert = InterBertModel(config)
+        self.fusion = Fusion(config)
+        self.itm_head = nn.Linear(config.pooler_size, 2)
+        self.post_init()
+
+    def logits_packed(self, inputs: PackedInputs) -> torch.Tensor:
+        """Matching logits [S, 2], class 0 = matched."""
+        encoded = self.interbert.encode(inputs)
+        return self.itm_head(self.fusion(encoded.pooled_text, encoded.pooled_region))
+
+    def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
+        """Log-odds of "matched" as float32 [S]. Its sigmoid is the official score (softmax of the logits, class 0): the same order,
+        but log-odds do not round to equal ones where the model is sure."""
+        logits_S2 = self.logits_packed(inputs).float()
+        return logits_S2[:, MATCHED] - logits_S2[:, 1 - MATCHED]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> InterBertForRetrievalOutput:
+        """Pairs of caption and image, row by row. ``labels`` int64 [B], 0 = matched: mean two-way cross entropy, as officially fine-tuned."""
+        inputs, _ = pack_padded(
+            input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
+        )
+        logits = self.logits_packed(inputs)
+        loss = cross_entropy_sum(logits, labels) / max(len(labels), 1) if labels is not None else None
+        return InterBertForRetrievalOutput(loss=loss, logits=logits, scores=logits.float().softmax(-1)[:, MATCHED])
+
+
+class InterBertForMultipleChoice(InterBertPreTrainedModel):
+    """One score per choice of text for an image (VCR: question and answer, or question, answer and rationale)."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^msm_head\.", r"^mrm_head\.", r"^itm_head\."]  # noqa: RUF012
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__(config)
+        self.interbert = InterBertModel(config)
+        self.fusion = Fusion(config)
+        self.choice_head = nn.Linear(config.pooler_size, 1)
+        self.post_init()
+
+    def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
+        """One logit per packed sample (a sample is one choice with its image), [S]."""
+        encoded = self.interbert.encode(inputs)
+        return self.choice_head(self.fusion(encoded.pooled_text, encoded.pooled_region))[:, 0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> InterBertClassificationOutput:
+        """Texts [B, K, T]; regions [B, K, R, F], or [B, R, F] when all choices of an example look at the same image (likewise locations
+        and mask). ``labels`` int64 [B], the index of the right choice. Returns logits [B, K]."""
+        batch, choices = input_ids.shape[:2]
+        text = [t.flatten(0, 1) if t is not None else None for t in (input_ids, attention_mask, token_type_ids)]
+        regions = [
+            _per_choice(t, choices, dims) for t, dims in ((region_features, 3), (region_locations, 3), (region_mask, 2))
+        ]  # dims of the tensor when shared by all choices
+        inputs, _ = pack_padded(*text, *regions, feature_size=self.config.region_feature_size)
+        logits = self.score_packed(inputs).view(batch, choices)
+        loss = cross_entropy_sum(logits, labels) / max(batch, 1) if labels is not None else None
+        return InterBertClassificationOutput(loss=loss, logits=logits)
+
+
+def _per_choice(tensor: torch.Tensor | None, choices: int, shared_dims: int) -> torch.Tensor | None:
+    """[B, ...] shared by all choices, or [B, K, ...] -> [B * K, ...]."""
+    if tensor is None:
+        return None
+    return tensor.repeat_interleave(choices, 0) if tensor.dim() == shared_dims else tensor.flatten(0, 1)
+
+
+class InterBertForSequenceClassification(InterBertPreTrainedModel):
+    """``config.num_labels`` classes for a caption and an image, or for a text or an image alone; one label means regression."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^msm_head\.", r"^mrm_head\.", r"^itm_head\."]  # noqa: RUF012
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__(config)
+        self.interbert = InterBertModel(config)
+        self.fusion = Fusion(config)
+        self.classifier = nn.Linear(config.pooler_size, config.num_labels)
+        self.post_init()
+
+    def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
+        """Logits [S, num_labels]."""
+        encoded = self.interbert.encode(inputs)
+        return self.classifier(self.fusion(encoded.pooled_text, encoded.pooled_region))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> InterBertClassificationOutput:
+        """``labels`` int64 [B] classes, or floating [B] values when num_labels is 1 (mean squared error). Returns logits [B, num_labels]."""
+        inputs, _ = pack_padded(
+            input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
+        )
+        logits = self.score_packed(inputs)
+        loss = None
+        if labels is not None:
+            one = self.config.num_labels == 1
+            loss = (squared_error_sum(logits[:, 0], labels) if one else cross_entropy_sum(logits, labels)) / max(len(labels), 1)
+        return InterBertClassificationOutput(loss=loss, logits=logits)
+
+
+def _register(*pairs: tuple[Any, type[PreTrainedModel]]) -> None:
+    AutoConfig.register(InterBertConfig.model_type, InterBertConfig, exist_ok=True)
+    for auto, model in pairs:
+        auto.register(InterBertConfig, model, exist_ok=True)
+
+
+_register(
+    (AutoModel, InterBertModel),
+    (AutoModelForPreTraining, InterBertForPreTraining),
+    (AutoModelForMultipleChoice, InterBertForMultipleChoice),
+    (AutoModelForSequenceClassification, InterBertForSequenceClassification),
+)

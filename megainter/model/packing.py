@@ -1,0 +1,186 @@
+"""Packed batches: the real tokens of all samples end to end, nothing else.
+
+Shape letters: S samples, Nt text tokens of all samples, Nr regions of all samples (global regions included), N = Nt + Nr,
+B, T, R the sizes of a padded batch, F the width of a region feature.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from megainter.errors import UsageError
+from megainter.kernels import SequenceLayout
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """A batch as the model's core takes it. Sample i owns the next ``text_lengths[i]`` tokens and ``region_lengths[i]`` regions.
+
+    ``input_ids``, ``token_type_ids`` int64 [Nt]; ``region_features`` [Nr, F] of any floating dtype; ``region_locations`` float32
+    [Nr, 5] (x1/W, y1/H, x2/W, y2/H, area share); each sample's first region is its global region. The lengths are int64 [S] and
+    stay on the CPU wherever the rest goes: shapes follow from them, and a GPU must not be waited for to learn a shape.
+
+    Text alone: no regions at all (Nr = 0, every region length 0). Regions alone: likewise. A batch may not mix.
+    """
+
+    input_ids: torch.Tensor
+    token_type_ids: torch.Tensor
+    text_lengths: torch.Tensor
+    region_features: torch.Tensor
+    region_locations: torch.Tensor
+    region_lengths: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "PackedInputs":
+        """The same batch on ``device``, copied without waiting when its memory is pinned. The lengths stay on the CPU."""
+        moved = (self.input_ids, self.token_type_ids, self.region_features, self.region_locations)
+        ids, types, features, locations = (t.to(device, non_blocking=True) for t in moved)
+        return PackedInputs(ids, types, self.text_lengths.cpu(), features, locations, self.region_lengths.cpu())
+
+    def __len__(self) -> int:
+        return len(self.text_lengths)
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where everything lies, derived from the lengths once per batch.
+
+    ``text``, ``region`` and ``joint`` are the three streams' layouts. A joint sequence is a sample's regions and then its text
+    (official order). ``joint_order`` [N] takes rows of cat(regions, text) to joint order; ``text_rows`` [Nt] and ``region_rows``
+    [Nr] are the way back. ``text_starts`` and ``region_starts`` [S] are the rows of [CLS] and of the global region; empty when
+    the modality is absent.
+    """
+
+    text: SequenceLayout
+    region: SequenceLayout
+    joint: SequenceLayout
+    joint_order: torch.Tensor
+    text_rows: torch.Tensor
+    region_rows: torch.Tensor
+    text_starts: torch.Tensor
+    region_starts: torch.Tensor
+
+    @classmethod
+    def of(cls, inputs: PackedInputs, max_text_length: int) -> "PackedLayout":
+        """Layout of ``inputs`` on their device. UsageError when lengths and tensors disagree or a text is too long."""
+        device = inputs.input_ids.device
+        lengths_t, lengths_r = inputs.text_lengths.cpu(), inputs.region_lengths.cpu()
+        _check_lengths(inputs, lengths_t, lengths_r, max_text_length)
+        text, region = SequenceLayout.of(lengths_t, device), SequenceLayout.of(lengths_r, device)
+        joint = SequenceLayout.of(lengths_t + lengths_r, device)
+        joint_starts, joint_ends = joint.cu_seqlens[:-1].long(), joint.cu_seqlens[1:].long()
+        starts_t, starts_r = text.cu_seqlens[:-1].long(), region.cu_seqlens[:-1].long()
+        region_rows = joint_starts[region.sequence] + region.position
+        text_rows = (joint_ends - text.cu_seqlens.diff())[text.sequence] + text.position
+        order = torch.empty(len(text_rows) + len(region_rows), dtype=torch.int64, device=device)
+        order[torch.cat([region_rows, text_rows])] = torch.arange(len(order), device=device)
+        return cls(
+            text, region, joint, order, text_rows, region_rows,
+            starts_t if text.max_length else starts_t[:0], starts_r if region.max_length else starts_r[:0],
+        )  # fmt: skip
+
+
+def _check_lengths(inputs: PackedInputs, text: torch.Tensor, region: torch.Tensor, max_text_length: int) -> None:
+    if len(text) != len(region) or int(text.sum()) != len(inputs.input_ids) or int(region.sum()) != len(inputs.region_features):
+        raise UsageError(
+            f"packed batch: lengths say {int(text.sum())} tokens of {len(text)} texts and {int(region.sum())} regions of {len(region)} images, "
+            f"but there are {len(inputs.input_ids)} tokens and {len(inputs.region_features)} regions"
+        )
+    for name, lengths in (("text", text), ("regions", region)):
+        if len(lengths) and int(lengths.min()) == 0 and int(lengths.max()) > 0:
+            raise UsageError(f"packed batch: sample {int(lengths.argmin())} has no {name} while others have; batch single-modal samples by themselves")
+    if len(text) and int(text.max()) > max_text_length:
+        raise UsageError(f"a text has {int(text.max())} tokens, and the model has max_position_embeddings = {max_text_length}; truncate it")
+
+
+@dataclass(frozen=True)
+class PaddedPlaces:
+    """Where packed rows belong in the padded batch they came from: flat positions in [B * T] and [B * R]."""
+
+    batch: int
+    text_length: int
+    region_length: int
+    text_rows: torch.Tensor
+    region_rows: torch.Tensor
+
+    def text(self, packed: torch.Tensor) -> torch.Tensor:
+        """[Nt, X] -> [B, T, X], zeros at padding."""
+        return _unpack(packed, self.text_rows, self.batch, self.text_length)
+
+    def region(self, packed: torch.Tensor) -> torch.Tensor:
+        """[Nr, X] -> [B, R, X], zeros at padding."""
+        return _unpack(packed, self.region_rows, self.batch, self.region_length)
+
+
+def _unpack(packed: torch.Tensor, rows: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    flat = packed.new_zeros(batch * length, packed.shape[1]).index_copy(0, rows, packed)
+    return flat.view(batch, length, -1)
+
+
+def pack_padded(
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    region_features: torch.Tensor | None,
+    region_locations: torch.Tensor | None,
+    region_mask: torch.Tensor | None,
+    feature_size: int,
+) -> tuple[PackedInputs, PaddedPlaces]:
+    """A padded batch ([B, T] text, [B, R, F] regions; masks nonzero = real, omitted = all real; token types default to 0) as a packed one.
+
+    Either modality may be left out. Positions count real tokens, so padding may lie anywhere (the official code counts columns,
+    which is the same for padding at the end). Looking at masks makes a GPU wait once; training uses packed batches.
+    """
+    if input_ids is None and region_features is None:
+        raise UsageError("the model got neither input_ids nor region_features; give at least one of them")
+    if (region_features is None) != (region_locations is None):
+        raise UsageError("region_features and region_locations belong together; one of them is missing")
+    batch = len(input_ids) if input_ids is not None else len(region_features)  # type: ignore[arg-type]
+    device = input_ids.device if input_ids is not None else region_features.device  # type: ignore[union-attr]
+    if input_ids is None:
+        input_ids = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+    if region_features is None:
+        region_features = torch.zeros(batch, 0, feature_size, device=device)
+        region_locations = torch.zeros(batch, 0, 5, device=device)
+    assert region_locations is not None  # checked above
+    _check_shapes(input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, feature_size)
+    text = _real(attention_mask, input_ids.shape[:2], device)
+    region = _real(region_mask, region_features.shape[:2], device)
+    text_rows, region_rows = (mask.flatten().nonzero()[:, 0] for mask in (text, region))
+    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    packed = PackedInputs(
+        input_ids.flatten()[text_rows],
+        types.flatten()[text_rows],
+        text.sum(1).cpu(),
+        region_features.flatten(0, 1)[region_rows],
+        region_locations.flatten(0, 1)[region_rows],
+        region.sum(1).cpu(),
+    )
+    return packed, PaddedPlaces(batch, input_ids.shape[1], region_features.shape[1], text_rows, region_rows)
+
+
+def _real(mask: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device) != 0
+
+
+def _check_shapes(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    region_features: torch.Tensor,
+    region_locations: torch.Tensor,
+    region_mask: torch.Tensor | None,
+    feature_size: int,
+) -> None:
+    batch, text = input_ids.shape
+    regions = region_features.shape[1]
+    wanted = {
+        "attention_mask": (attention_mask, (batch, text)),
+        "token_type_ids": (token_type_ids, (batch, text)),
+        "region_features": (region_features, (batch, regions, feature_size)),
+        "region_locations": (region_locations, (batch, regions, 5)),
+        "region_mask": (region_mask, (batch, regions)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise UsageError(f"{name} has shape {list(tensor.shape)}, and {list(shape)} was expected beside the other inputs")
