@@ -1,0 +1,358 @@
+"""Manifests: which caption belongs to which image, and which boxes lie in it, as Parquet tables.
+
+Two schemas. ``PAIRS_SCHEMA`` has one row per (image, caption) pair, ``BOXES_SCHEMA`` one row per image with its labelled boxes.
+Image paths are relative to the images folder and use forward slashes; ids are data and are never used to build a path.
+"""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megainter.errors import UsageError
+from megainter.files import fsync_folder
+
+SPLITS = ("train", "val", "test", "")
+PAIRS_SCHEMA = pa.schema([(name, pa.string()) for name in ("pair_id", "image_id", "image", "caption", "split")])
+BOXES_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("image", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("boxes", pa.list_(pa.list_(pa.float32()))),
+        ("labels", pa.list_(pa.string())),
+        ("split", pa.string()),
+    ]
+)
+BOX_TOLERANCE = 1.0  # pixels a box may stand out of its image: annotators count the last pixel in or out
+ROWS_PER_GROUP = 65536
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One caption of one image. ``image`` is relative to the images folder; ``split`` is one of ``SPLITS``."""
+
+    pair_id: str
+    image_id: str
+    image: str
+    caption: str
+    split: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """All pairs of a manifest (or of one split), kept as Arrow columns.
+
+    ``image_numbers`` int32 [rows]: number of the row's image, 0 .. n_images - 1 in order of first appearance.
+    ``image_ids``: number -> image_id. ``digest``: SHA-256 over the content, the same however the Parquet file is encoded.
+    """
+
+    table: pa.Table
+    image_numbers: np.ndarray
+    image_ids: list[str]
+    digest: str
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def caption(self, row: int) -> str:
+        return self.table.column("caption")[row].as_py()
+
+    def pair_id(self, row: int) -> str:
+        return self.table.column("pair_id")[row].as_py()
+
+    def image_id(self, row: int) -> str:
+        return self.image_ids[int(self.image_numbers[row])]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBoxes:
+    """The labelled boxes of one image: ``boxes`` float32 [n, 4], xyxy in pixels of a ``width`` x ``height`` frame."""
+
+    image_id: str
+    image: str
+    width: int
+    height: int
+    boxes: np.ndarray
+    labels: list[str]
+    split: str = ""
+
+
+class DuplicatePairError(UsageError):
+    """Two rows with one pair id; ``first`` and ``second`` are their numbers, from 0, in the order they were written."""
+
+    def __init__(self, path: Path, pair_id: str, first: int, second: int) -> None:
+        super().__init__(f"{path}: pair id {pair_id!r} stands in rows {first + 1} and {second + 1}; pair ids must be unique")
+        self.pair_id, self.first, self.second = pair_id, first, second
+
+
+def read_pairs(path: Path, split: str | None = None) -> Pairs:
+    """Read a manifest of pairs, or its rows of one split.
+
+    ``UsageError`` for a missing file, another schema, missing values, an unknown split, a duplicate pair id, an image id with two
+    paths, a path that leaves the images folder, or a split without rows.
+    """
+    table = _keep_split(path, _read_table(path, PAIRS_SCHEMA), split)
+    _refuse_duplicate_pairs(path, table)
+    encoded = pc.dictionary_encode(table.column("image_id")).combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    numbers = encoded.indices.to_numpy().astype(np.int32, copy=False)
+    _refuse_two_paths(path, table, numbers, len(encoded.dictionary))
+    return Pairs(table, numbers, encoded.dictionary.to_pylist(), _content_digest(table))
+
+
+def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
+    """Write pairs as they come, atomically, and return how many. ``DuplicatePairError`` where a pair id comes twice."""
+    hashes = array("Q")
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for rows_of_group in _groups(rows):
+            hashes.extend(_hash64(row.pair_id) for row in rows_of_group)
+            columns = [[getattr(row, name) for row in rows_of_group] for name in PAIRS_SCHEMA.names]
+            yield _record_batch(path, columns, PAIRS_SCHEMA)
+
+    with _parquet_aside(path) as aside:
+        _write_batches(path, aside, PAIRS_SCHEMA, batches())
+        _refuse_repeated_hashes(path, aside, np.frombuffer(hashes, np.uint64))
+    return len(hashes)
+
+
+def read_boxes(path: Path, split: str | None = None) -> list[ImageBoxes]:
+    """Read a manifest of boxes, or its rows of one split. ``UsageError`` as for pairs, and for boxes outside their image or turned round."""
+    table = _keep_split(path, _read_table(path, BOXES_SCHEMA), split)
+    _refuse_escaping_paths(path, table)
+    images = [_image_boxes(path, row) for batch in table.to_batches() for row in batch.to_pylist()]
+    seen: set[str] = set()
+    for image in images:
+        if image.image_id in seen:
+            raise UsageError(f"{path}: image id {image.image_id!r} stands in two rows; image ids must be unique")
+        seen.add(image.image_id)
+    return images
+
+
+def write_boxes(path: Path, rows: Iterable[ImageBoxes]) -> int:
+    """Write images with boxes as they come, atomically, and return how many. ``UsageError`` for a bad box."""
+    count = 0
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        nonlocal count
+        for images in _groups(rows):
+            for image in images:
+                _check_boxes(path, image)
+            columns = [[_cell(image, name) for image in images] for name in BOXES_SCHEMA.names]
+            count += len(images)
+            yield _record_batch(path, columns, BOXES_SCHEMA)
+
+    with _parquet_aside(path) as aside:
+        _write_batches(path, aside, BOXES_SCHEMA, batches())
+    return count
+
+
+def is_boxes_manifest(path: Path) -> bool:
+    """True where the Parquet file has box columns, False where it has captions; ``UsageError`` where it is neither."""
+    names = set(_open_parquet(path).schema_arrow.names)
+    if not names & {"boxes", "caption"}:
+        raise UsageError(f"{path} is no manifest: it has columns {', '.join(sorted(names))}, neither 'caption' nor 'boxes'")
+    return "boxes" in names
+
+
+def check_relative(relative: str) -> str | None:
+    """Why ``relative`` is no path inside a folder, or None where it is one. Lexical: symbolic links are checked when the file is opened."""
+    if not relative or "\0" in relative:
+        return "is empty or holds a NUL"
+    if relative.startswith("/") or ".." in relative.split("/"):
+        return "leaves the images folder"
+    return None
+
+
+def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while group := list(islice(iterator, ROWS_PER_GROUP)):
+        yield group
+
+
+def _hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _cell(image: ImageBoxes, name: str) -> object:
+    value = getattr(image, name)
+    return value.astype(np.float32).tolist() if name == "boxes" else value
+
+
+def _record_batch(path: Path, columns: list[list], schema: pa.Schema) -> pa.RecordBatch:
+    try:
+        batch = pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+        raise UsageError(f"{path}: a row does not fit the manifest's columns: {error}") from None
+    for split in set(batch.column("split").to_pylist()) - set(SPLITS):
+        raise UsageError(f"{path}: split {split!r} is not one of 'train', 'val', 'test' or empty")
+    return batch
+
+
+@contextmanager
+def _parquet_aside(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place where the block ends well, and vanishes where it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        fsync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_batches(path: Path, aside: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    try:
+        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file; `megainter prepare` writes manifests")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    file = _open_parquet(path)
+    missing = [name for name in schema.names if name not in file.schema_arrow.names]
+    if missing:
+        raise UsageError(f"{path} has no column {', '.join(missing)}; a manifest has {', '.join(schema.names)}")
+    try:
+        table = file.read(columns=schema.names).select(schema.names).cast(schema).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as a manifest: {str(error).splitlines()[0]}") from None
+    _refuse_missing_values(path, table)
+    return table
+
+
+def _refuse_missing_values(path: Path, table: pa.Table) -> None:
+    for name in table.schema.names:
+        if table.column(name).null_count:
+            row = pc.index(pc.is_null(table.column(name)), True).as_py()
+            raise UsageError(f"{path}: row {row + 1} has no {name}")
+    for name in {"pair_id", "image_id", "image"} & set(table.schema.names):
+        row = pc.index(table.column(name), "").as_py()
+        if row >= 0:
+            raise UsageError(f"{path}: row {row + 1} has an empty {name}")
+
+
+def _keep_split(path: Path, table: pa.Table, split: str | None) -> pa.Table:
+    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(table.column("split")).to_pylist()}
+    for name in set(counts) - set(SPLITS):
+        raise UsageError(f"{path}: split {name!r} is not one of 'train', 'val', 'test' or empty")
+    if table.num_rows == 0:
+        raise UsageError(f"{path} has no rows")
+    if split is None:
+        return table
+    if split not in counts:
+        has = ", ".join(f"{name or '(none)'} {count:,}" for name, count in sorted(counts.items()))
+        raise UsageError(f"{path} has no rows of split {split!r}; it has {has}")
+    return table.filter(pc.equal(table.column("split"), split)).combine_chunks()
+
+
+def _refuse_duplicate_pairs(path: Path, table: pa.Table) -> None:
+    column = table.column("pair_id")
+    if pc.count_distinct(column).as_py() == len(column):
+        return
+    counts = pc.value_counts(column)
+    repeated = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()]
+    rows = np.flatnonzero(pc.equal(column, repeated).to_numpy())
+    raise DuplicatePairError(path, repeated.as_py(), int(rows[0]), int(rows[1]))
+
+
+def _refuse_repeated_hashes(path: Path, aside: Path, hashes: np.ndarray) -> None:
+    """64-bit hashes find the candidates without keeping the ids; the ids written decide."""
+    order = np.argsort(hashes, kind="stable")
+    repeats = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    if not len(repeats):
+        return
+    ids = pq.read_table(aside, columns=["pair_id"]).column("pair_id")
+    for at in repeats:
+        first, second = sorted((int(order[at]), int(order[at + 1])))
+        if ids[first] == ids[second]:
+            raise DuplicatePairError(path, ids[first].as_py(), first, second)
+
+
+def _refuse_two_paths(path: Path, table: pa.Table, numbers: np.ndarray, images: int) -> None:
+    """Every image id has one path, and that path stays inside the images folder."""
+    _refuse_escaping_paths(path, table)
+    encoded = pc.dictionary_encode(table.column("image")).combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    paths = encoded.indices.to_numpy()
+    path_of_image = np.zeros(images, paths.dtype)
+    path_of_image[numbers] = paths
+    clash = np.flatnonzero(path_of_image[numbers] != paths)
+    if len(clash):
+        row = int(clash[0])
+        one, two = encoded.dictionary[int(paths[row])], encoded.dictionary[int(path_of_image[numbers[row]])]
+        raise UsageError(f"{path}: image id {table.column('image_id')[row]} has two files, {one} and {two}")
+
+
+def _refuse_escaping_paths(path: Path, table: pa.Table) -> None:
+    column = table.column("image")
+    suspect = pc.match_substring_regex(column, r"^/|(^|/)\.\.(/|$)|\x00")
+    row = pc.index(suspect, True).as_py()
+    if row >= 0:
+        raise UsageError(f"{path}: row {row + 1}: image {column[row].as_py()!r} {check_relative(column[row].as_py())}")
+
+
+def _content_digest(table: pa.Table) -> str:
+    """SHA-256 over names, string lengths and bytes of every column: chunking and encoding do not enter it."""
+    total = hashlib.sha256(str(table.num_rows).encode())
+    for name in table.schema.names:
+        lengths, content = hashlib.sha256(), hashlib.sha256()
+        for chunk in table.column(name).chunks:
+            offsets = np.frombuffer(chunk.buffers()[1], np.int32, len(chunk) + 1, chunk.offset * 4) if len(chunk) else np.zeros(1, np.int32)
+            lengths.update(np.diff(offsets).astype("<i4").tobytes())
+            if offsets[-1] > offsets[0]:
+                content.update(memoryview(chunk.buffers()[2])[int(offsets[0]) : int(offsets[-1])])
+        total.update(name.encode() + lengths.digest() + content.digest())
+    return total.hexdigest()
+
+
+def _image_boxes(path: Path, row: dict) -> ImageBoxes:
+    if any(box is None or len(box) != 4 for box in row["boxes"]):
+        raise UsageError(f"{path}: image {row['image_id']!r} has a box that is not four numbers")
+    row["boxes"] = np.asarray(row["boxes"], np.float32).reshape(-1, 4)
+    image = ImageBoxes(**row)
+    _check_boxes(path, image)
+    return image
+
+
+def _check_boxes(path: Path, image: ImageBoxes) -> None:
+    """``UsageError`` where boxes and labels differ in number or a box is not xyxy inside its image (often xywh taken for xyxy)."""
+    where, boxes = f"{path}: image {image.image_id!r}", image.boxes
+    if image.width <= 0 or image.height <= 0:
+        raise UsageError(f"{where} has size {image.width} x {image.height}")
+    if len(boxes) != len(image.labels) or boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise UsageError(f"{where} has boxes of shape {boxes.shape} for {len(image.labels)} labels")
+    limit = np.array([image.width, image.height] * 2, np.float32) + BOX_TOLERANCE
+    bad = ~(np.isfinite(boxes) & (boxes >= -BOX_TOLERANCE) & (boxes <= limit)).all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
+    if bad.any():
+        box = boxes[int(np.argmax(bad))].tolist()
+        raise UsageError(f"{where} ({image.width} x {image.height}) has box {box}, which is not x1, y1, x2, y2 inside it")
