@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megainter.kernels.choice import KernelChoice
+from megainter.kernels.dropout import dropout
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -126,7 +127,7 @@ def _padded_matmul(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor
     else:
         bias = layout.key_bias.to(q.dtype).repeat_interleave(heads, 0)[:, None, :]
         scores = torch.baddbmm(bias, q, k.mT, alpha=scale)
-    probs = F.dropout(scores.softmax(-1), drop, drop > 0)
+    probs = dropout(scores.softmax(-1), drop, training=True)
     out = torch.bmm(probs.to(v.dtype), v)
     return _Unpad.apply(out.view(-1, width), rows).view(q_Nhd.shape)
 

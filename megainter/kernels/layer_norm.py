@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from megainter.kernels.dropout import dropout
+
 
 def dropout_add_layer_norm(
     x_NH: torch.Tensor,
@@ -17,5 +19,5 @@ def dropout_add_layer_norm(
 
     ``x_NH``, ``residual_NH`` [N, H]; ``eps`` is added to the variance. Dropout acts only when ``training``. Returns [N, H].
     """
-    dropped_NH = F.dropout(x_NH, dropout_p, training)
+    dropped_NH = dropout(x_NH, dropout_p, training)
     return F.layer_norm(dropped_NH + residual_NH, weight_H.shape, weight_H, bias_H, eps)

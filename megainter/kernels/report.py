@@ -4,6 +4,7 @@ import torch
 
 from megainter.kernels.attention import attention_choice
 from megainter.kernels.choice import KernelChoice
+from megainter.kernels.dropout import dropout_form
 
 
 def choices(device: torch.device, dtype: torch.dtype, attention_dropout: float) -> list[KernelChoice]:
@@ -11,6 +12,7 @@ def choices(device: torch.device, dtype: torch.dtype, attention_dropout: float) 
     plain = "the only form so far"
     return [
         attention_choice(device, dtype, attention_dropout),
+        KernelChoice("dropout", *dropout_form(device)),
         KernelChoice("dropout + add + layer norm", "plain PyTorch", plain),
         KernelChoice("linear + GELU", "plain PyTorch", plain),
         KernelChoice("cross entropy", "plain PyTorch", plain),

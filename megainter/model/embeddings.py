@@ -1,10 +1,9 @@
 """Text tokens and image regions into one width (paper section 3.1; official BertEmbeddings and BertImageEmbeddings)."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from megainter.kernels import dropout_add_layer_norm
+from megainter.kernels import dropout, dropout_add_layer_norm
 from megainter.model.configuration import InterBertConfig
 
 
@@ -36,7 +35,7 @@ class TextEmbeddings(nn.Module):
     def forward(self, input_ids_N: torch.Tensor, position_ids_N: torch.Tensor, token_type_ids_N: torch.Tensor) -> torch.Tensor:
         """int64 [Nt] each -> [Nt, H]."""
         x_NH = self.norm(self.word(input_ids_N) + self.position(position_ids_N), self.token_type(token_type_ids_N))
-        return F.dropout(x_NH, self.dropout_p, self.training)
+        return dropout(x_NH, self.dropout_p, self.training)
 
 
 class RegionEmbeddings(nn.Module):
@@ -54,4 +53,4 @@ class RegionEmbeddings(nn.Module):
         """Features [Nr, F] of any floating dtype (stores keep float16) and locations [Nr, 5] -> [Nr, H]."""
         dtype = self.feature.weight.dtype
         x_NH = self.norm(self.feature(features_NF.to(dtype)), self.location(locations_N5.to(dtype)))
-        return F.dropout(x_NH, self.dropout_p, self.training)
+        return dropout(x_NH, self.dropout_p, self.training)

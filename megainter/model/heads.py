@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megainter.kernels import dropout
 from megainter.model.configuration import InterBertConfig
 from megainter.model.encoder import LinearGelu
 
@@ -34,7 +35,7 @@ class Fusion(nn.Module):
             fused_SP = present + absent.sum()
         else:
             fused_SP = text_SP * region_SP if self.method == "mul" else text_SP + region_SP
-        return F.dropout(fused_SP, self.dropout_p, self.training)
+        return dropout(fused_SP, self.dropout_p, self.training)
 
 
 class PredictionHead(nn.Module):

@@ -1,0 +1,136 @@
+"""Every caption of one chunk against every image of another: the matching score, without computing anything twice or in vain.
+
+The same numbers as `InterBertForRetrieval.score_packed` over all pairs, for inference alone, and cheaper in three ways. A row's
+embedding, and its query, key and value in the first interaction layer, do not depend on what it is paired with: they are computed
+once per caption and once per image. The pooled vectors see only [CLS] and the global region: the last text layer and the last region
+layer compute these rows alone. The heads of masking do not exist here.
+
+Shape letters: C captions, I images, S = I * C pairs (all captions of the first image first), Nt and Nr rows of the captions and of
+the images, N rows of all pairs, H hidden, h heads, d width of a head, L longest sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megainter.kernels import SequenceLayout, varlen_attention
+from megainter.model.encoder import SelfAttention, TransformerLayer
+from megainter.model.interbert import MATCHED, InterBertForRetrieval
+
+
+@dataclass(frozen=True)
+class EmbeddedRows:
+    """Embedded rows [N, H] of several captions or images, end to end, and how many rows each has (CPU int64)."""
+
+    rows_NH: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """Where the rows of all pairs lie. ``source`` int64 [N] takes rows of cat(images, captions) to the pairs' joint sequences (regions,
+    then text); ``text_rows`` and ``region_rows`` pick the two streams out of the joint rows."""
+
+    joint: SequenceLayout
+    text: SequenceLayout
+    region: SequenceLayout
+    source: torch.Tensor
+    text_rows: torch.Tensor
+    region_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, captions: torch.Tensor, images: torch.Tensor, device: torch.device) -> "GridLayout":
+        """Layout for row counts ``captions`` [C] and ``images`` [I] (CPU int64); index arithmetic on the CPU, results on ``device``."""
+        cpu = torch.device("cpu")
+        text_S, region_S = captions.repeat(len(images)), images.repeat_interleave(len(captions))
+        joint = SequenceLayout.of(text_S + region_S, cpu)
+        image_N, caption_N = joint.sequence // len(captions), joint.sequence % len(captions)
+        in_text_N = joint.position - images[image_N]
+        caption_starts = captions.cumsum(0) - captions + images.sum()
+        source_N = (images.cumsum(0) - images)[image_N] + joint.position
+        source_N = torch.where(in_text_N < 0, source_N, caption_starts[caption_N] + in_text_N)
+        text_rows, region_rows = (in_text_N >= 0).nonzero()[:, 0], (in_text_N < 0).nonzero()[:, 0]
+        layouts = [SequenceLayout.of(lengths, device) for lengths in (joint.lengths, text_S, region_S)]
+        return cls(*layouts, *(rows.to(device) for rows in (source_N, text_rows, region_rows)))
+
+
+def embed_captions(model: InterBertForRetrieval, input_ids: torch.Tensor, lengths: torch.Tensor) -> EmbeddedRows:
+    """``input_ids`` int64 [Nt] on the model's device, [CLS] first and [SEP] last in each caption; token types 0; ``lengths`` CPU int64 [C]."""
+    positions = SequenceLayout.of(lengths, input_ids.device).position
+    return EmbeddedRows(model.interbert.text_embeddings(input_ids, positions, torch.zeros_like(input_ids)), lengths)
+
+
+def embed_images(model: InterBertForRetrieval, features: torch.Tensor, locations: torch.Tensor, lengths: torch.Tensor) -> EmbeddedRows:
+    """``features`` [Nr, F] of any floating dtype and ``locations`` [Nr, 5], the global region first in each image; ``lengths`` CPU [I]."""
+    return EmbeddedRows(model.interbert.region_embeddings(features, locations), lengths)
+
+
+@torch.inference_mode()
+def score_grid(model: InterBertForRetrieval, captions: EmbeddedRows, images: EmbeddedRows) -> torch.Tensor:
+    """Log-odds that caption and image match, float32 [I, C]. ``model`` must be in evaluation mode (there is no dropout here)."""
+    layout = GridLayout.of(captions.lengths, images.lengths, captions.rows_NH.device)
+    encoder = model.interbert.encoder
+    joint_NH = _interact(encoder.interaction, torch.cat([images.rows_NH, captions.rows_NH]), layout)
+    text_SH = _first_rows(encoder.text, joint_NH.index_select(0, layout.text_rows), layout.text)
+    region_SH = _first_rows(encoder.region, joint_NH.index_select(0, layout.region_rows), layout.region)
+    pooled = model.interbert.text_pooler(text_SH), model.interbert.region_pooler(region_SH)
+    logits_S2 = model.itm_head(model.fusion(*pooled)).float()
+    return (logits_S2[:, MATCHED] - logits_S2[:, 1 - MATCHED]).view(len(images.lengths), len(captions.lengths))
+
+
+def _interact(layers: Sequence[nn.Module], unique_NH: torch.Tensor, layout: GridLayout) -> torch.Tensor:
+    """Interaction layers over all pairs, [N, H]; the first one's projections are made before rows are repeated for every pair."""
+    joint_NH = unique_NH.index_select(0, layout.source)
+    for number, layer in enumerate(layers):
+        if number == 0:
+            qkv = [projected.index_select(0, layout.source) for projected in _qkv(layer.attention, unique_NH)]
+            joint_NH = _after_attention(layer, _attend(layer.attention, *qkv, layout.joint), joint_NH)
+        else:
+            joint_NH = layer(joint_NH, layout.joint)
+    return joint_NH
+
+
+def _first_rows(layers: Sequence[nn.Module], x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    """The first row of every sequence after all ``layers``, [S, H]; the last layer computes no other."""
+    starts = layout.cu_seqlens[:-1].long()
+    if not len(layers):
+        return x_NH.index_select(0, starts)
+    for layer in layers[:-1]:
+        x_NH = layer(x_NH, layout)
+    first_SH = x_NH.index_select(0, starts)
+    return _after_attention(layers[-1], _attend_first(layers[-1].attention, first_SH, x_NH, layout), first_SH)
+
+
+def _qkv(attention: SelfAttention, x_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return attention.query(x_NH), attention.key(x_NH), attention.value(x_NH)
+
+
+def _attend(attention: SelfAttention, q_NH: torch.Tensor, k_NH: torch.Tensor, v_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    q, k, v = (x.unflatten(-1, (attention.heads, -1)) for x in (q_NH, k_NH, v_NH))
+    return attention.output(varlen_attention(q, k, v, layout, 0.0, False).flatten(1))
+
+
+def _attend_first(attention: SelfAttention, first_SH: torch.Tensor, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    """What the first row of every sequence gathers from its sequence, [S, H]."""
+    sequences, longest = layout.sequences, layout.max_length
+    places = layout.sequence * longest + layout.position
+    key, value = (_by_head(linear(x_NH), places, sequences, longest, attention.heads) for linear in (attention.key, attention.value))
+    q_ShLd = attention.query(first_SH).unflatten(-1, (attention.heads, 1, -1))
+    scores_ShL = q_ShLd @ key.mT * q_ShLd.shape[-1] ** -0.5
+    if layout.key_bias is not None:
+        scores_ShL = scores_ShL + layout.key_bias[:, None, None, :].to(scores_ShL.dtype)
+    return attention.output((scores_ShL.softmax(-1) @ value).flatten(1))
+
+
+def _by_head(x_NH: torch.Tensor, places: torch.Tensor, sequences: int, longest: int, heads: int) -> torch.Tensor:
+    """[N, H] -> [S, h, L, d], zeros at padding."""
+    padded = x_NH.new_zeros(sequences * longest, x_NH.shape[1]).index_copy_(0, places, x_NH)
+    return padded.view(sequences, longest, heads, -1).transpose(1, 2)
+
+
+def _after_attention(layer: TransformerLayer, attended_NH: torch.Tensor, residual_NH: torch.Tensor) -> torch.Tensor:
+    """The rest of a layer: residual and norm, feed-forward, residual and norm."""
+    x_NH = layer.attention_norm(attended_NH, residual_NH)
+    return layer.output_norm(layer.output(layer.intermediate(x_NH)), x_NH)
