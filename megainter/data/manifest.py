@@ -131,7 +131,7 @@ def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
 
 
 def read_boxes(path: Path, split: str | None = None) -> list[ImageBoxes]:
-    """Read a manifest of boxes, or its rows of one split. ``UsageError`` as for pairs, and for boxes outside their image or turned round."""
+    """Read a manifest of boxes, or its rows of one split. ``UsageError`` as for pairs, and for boxes outside their image or reversed."""
     table = _keep_split(path, _read_table(path, BOXES_SCHEMA), split)
     _refuse_escaping_paths(path, table)
     images = [_image_boxes(path, row) for batch in table.to_batches() for row in batch.to_pylist()]

@@ -1,0 +1,191 @@
+"""The feature store: a folder that holds the regions of every image, written so that a kill loses nothing and read without surprises.
+
+    store.json      format version, schema (sizes, class names, detector, settings), counts, digest, sealed or not
+    index.arrow     one row per image, sorted by id: shard, place and length of its record, region count, CRC-32
+    shard-*.lmdb    the records (`megainter.data.record`), each shard with one writer at a time
+
+While it is written, a shard is an LMDB environment: a transaction is there whole or not at all. Sealing then notes where each record
+lies in its shard's file. A sealed store never changes, so reading a record is one ``pread`` and a checksum: no memory map that a
+truncated file turns into SIGBUS, no environment that may be opened only once per process and never across a fork.
+"""
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from megainter.data.record import RegionRecord, StoreSchema, decode
+from megainter.data.shard import count_records, read_store_json, refuse_live_writers, shard_files
+from megainter.data.store_writer import FeatureStoreWriter, index_digest, seal_store, sorted_index, stored_ids
+from megainter.errors import DamagedError, UsageError
+from megainter.files import sha256_of
+
+__all__ = ["FeatureStore", "FeatureStoreWriter", "RegionRecord", "StoreSchema", "seal_store", "stored_ids"]
+
+READ_ATTEMPTS = 3  # network disks report passing input/output errors
+
+
+class Ids(Sequence[str]):
+    """The ids of a store in order, without a Python string for each until it is asked for."""
+
+    def __init__(self, column: pa.LargeStringArray) -> None:
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self.column[row].as_py() if not isinstance(row, slice) else self.column[row].to_pylist()
+
+
+class FeatureStore:
+    """Reads a feature store by image id; safe to use from threads, after a fork, and pickled to another process.
+
+    ``UsageError`` where ``path`` is no store, ``DamagedError`` where it is unfinished (unless ``allow_partial``), truncated or its
+    index does not match its checksum; ``LockedError`` for an unfinished store that is being written.
+    """
+
+    def __init__(self, path: Path | str, allow_partial: bool = False) -> None:
+        self.path = Path(path)
+        self._open(allow_partial, verify=True)
+
+    def _open(self, allow_partial: bool, verify: bool) -> None:
+        self._files: dict[int, BinaryIO] = {}
+        self._allow_partial = allow_partial
+        description = read_store_json(self.path)
+        self.schema = StoreSchema.from_json(description["schema"])
+        self.sealed: bool = description["sealed"]
+        if not self.sealed and not allow_partial:
+            raise DamagedError(self._incomplete())
+        if self.sealed:
+            shards = [(self.path / shard["name"], shard["bytes"]) for shard in description["shards"]]
+            index = _read_index(self.path, description["index"], verify)
+        else:
+            refuse_live_writers(self.path)
+            shards = [(shard, shard.stat().st_size) for shard in shard_files(self.path)]
+            index = sorted_index(self.path, [shard for shard, _ in shards])
+        self._shards = shards
+        for number in range(len(shards)):
+            self._check_shard(number)
+        self._set_index(index)
+        self.digest: str = description["digest"] if self.sealed else index_digest(index)
+
+    def _set_index(self, index: pa.Table) -> None:
+        index = index.combine_chunks()
+        ids = index.column("id").chunk(0) if len(index) else pa.array([], pa.large_string())
+        self.ids: Sequence[str] = Ids(ids)
+        self._column = {name: index.column(name).to_numpy() for name in ("shard", "offset", "length", "regions", "crc")}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, image_id: object) -> bool:
+        return isinstance(image_id, str) and self._row(image_id) >= 0
+
+    def __getitem__(self, image_id: str) -> RegionRecord:
+        """The record of one image; ``UsageError`` where there is none, ``DamagedError`` naming it where it is not as it was written."""
+        row = self._existing_row(image_id)
+        shard = int(self._column["shard"][row])
+        data = self._read(image_id, shard, int(self._column["offset"][row]), int(self._column["length"][row]))
+        record = decode(data, image_id, self.schema, self._shards[shard][0])
+        if len(record) != self._column["regions"][row]:
+            raise DamagedError(f"record {image_id!r} in {self._shards[shard][0]} is not the one of the index; seal the store again")
+        return record
+
+    def region_count(self, image_id: str) -> int:
+        """Regions of one image, without reading its record."""
+        return int(self._column["regions"][self._existing_row(image_id)])
+
+    def region_counts(self, image_ids: Sequence[str]) -> np.ndarray:
+        """int32 [len(image_ids)]: regions of each image; ``UsageError`` naming the first that is missing and how many are."""
+        rows = self.find(image_ids)
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            first = image_ids[int(missing[0])]
+            raise UsageError(f"{self.path} has no regions for {len(missing):,} of {len(rows):,} images, first {first!r}; extract them")
+        return self._column["regions"][rows]
+
+    def find(self, image_ids: Sequence[str]) -> np.ndarray:
+        """int64 [len(image_ids)]: place of each id in ``ids``, -1 where the store lacks it. One hash join, made for millions."""
+        found = pc.index_in(pa.array(image_ids, pa.large_string()), value_set=self.ids.column)  # type: ignore[attr-defined]
+        return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def damaged(self) -> Iterator[tuple[str, str]]:
+        """Reads every record and yields (id, what is wrong) of those that are not as written."""
+        for image_id in self.ids:
+            try:
+                self[image_id]
+            except DamagedError as error:
+                yield image_id, str(error)
+
+    def close(self) -> None:
+        """Close the files; records already read stay valid."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "allow_partial": self._allow_partial}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+        self._open(state["allow_partial"], verify=False)  # its checksum was verified where it was opened first
+
+    def _row(self, image_id: str) -> int:
+        row = bisect_left(self.ids, image_id)  # code points sort like their UTF-8 bytes
+        return row if row < len(self.ids) and self.ids[row] == image_id else -1
+
+    def _existing_row(self, image_id: str) -> int:
+        row = self._row(image_id)
+        if row < 0:
+            raise UsageError(f"{self.path} has no regions for image {image_id!r}; extract it, or leave its captions out")
+        return row
+
+    def _check_shard(self, number: int) -> None:
+        shard, size = self._shards[number]
+        if not shard.is_file():
+            raise DamagedError(f"{shard} is missing; restore it, or delete store.json's folder and extract again")
+        if shard.stat().st_size < size:
+            raise DamagedError(f"{shard} is truncated: it has {shard.stat().st_size:,} bytes of {size:,}; restore it, or extract again")
+
+    def _file(self, number: int) -> BinaryIO:
+        if number not in self._files:
+            file = open(self._shards[number][0], "rb", buffering=0)  # noqa: SIM115 (closed by close)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # samples come in shuffled order
+            self._files[number] = file  # type: ignore[assignment]
+        return self._files[number]
+
+    def _read(self, image_id: str, shard: int, offset: int, length: int) -> bytes:
+        """``pread`` moves no file position, so forked processes and threads may share the descriptor."""
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                return os.pread(self._file(shard).fileno(), length, offset)
+            except OSError as error:
+                if attempt == READ_ATTEMPTS - 1:
+                    where = self._shards[shard][0]
+                    raise DamagedError(f"record {image_id!r} in {where} cannot be read: {error.strerror}; check the disk") from None
+        raise AssertionError("unreachable")
+
+    def _incomplete(self) -> str:
+        records = sum(count_records(shard) for shard in shard_files(self.path))
+        return f"{self.path} is incomplete: {records:,} records, not sealed; run the same extraction again, or allow a partial store"
+
+
+def _read_index(path: Path, expected: dict[str, Any], verify: bool) -> pa.Table:
+    """The sealed index, memory-mapped after its size and checksum were found right."""
+    file = path / "index.arrow"
+    if not file.is_file() or file.stat().st_size != expected["bytes"] or (verify and sha256_of(file) != expected["sha256"]):
+        raise DamagedError(f"{file} is missing or is not the sealed one; run the same extraction again to write it anew")
+    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()

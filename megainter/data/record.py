@@ -1,0 +1,200 @@
+"""One image's regions as bytes: a fixed little-endian header, the image id, raw arrays, a CRC-32 over all of it.
+
+Layout: header (48 bytes), id in UTF-8 padded to 16 bytes, boxes float32 [n, 4], features float16 [n, F], then class probabilities:
+dense float16 [n, C], or the k likeliest classes as uint16 ids [n, k] and float16 values [n, k], whose missing mass is spread evenly
+over the other classes when read. Nothing is unpickled and no length is believed before it is checked.
+"""
+
+import struct
+import zlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megainter.errors import DamagedError, UsageError
+
+HEADER = struct.Struct("<4sHBB10I")  # magic, version, probs kind, 0, n, width, height, F, C, k, id bytes, 0, 0, CRC-32
+MAGIC, VERSION, ALIGNMENT = b"MIRR", 1, 16
+PROBS_KINDS = {"dense": 0, "top-k": 1}
+MAX_ID_BYTES = 4096
+BOX_TOLERANCE = 1.0  # pixels: rounding and the inclusive last pixel of some detectors; clipped when written
+PROBS_TOLERANCE = 0.02  # float16 sums of some thousand classes stay well inside
+
+
+@dataclass(frozen=True, eq=False)
+class RegionRecord:
+    """Regions of one image.
+
+    ``boxes`` float32 [n, 4], xyxy in original pixels; ``features`` float16 [n, F]; ``class_probs`` float32 [n, C], background first;
+    ``width`` and ``height`` of the image in pixels. Arrays that come out of a store are read-only.
+    """
+
+    boxes: np.ndarray
+    features: np.ndarray
+    class_probs: np.ndarray
+    width: int
+    height: int
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+@dataclass(frozen=True)
+class StoreSchema:
+    """What every record of a store looks like and what made it.
+
+    ``num_classes`` C counts the background, which is class 0; ``class_names`` has C names; ``detector`` is the detector's fingerprint;
+    ``probs`` is "dense" or "top-k" (then ``top_k`` of the C probabilities are kept); ``settings`` are those of the extraction.
+    """
+
+    feature_size: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    detector: str
+    probs: str = "dense"
+    top_k: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.feature_size <= 0 or not 2 <= self.num_classes <= 65536:
+            raise UsageError(f"a store of {self.feature_size}-d features and {self.num_classes} classes is not possible")
+        if len(self.class_names) != self.num_classes:
+            raise UsageError(f"a store of {self.num_classes} classes was given {len(self.class_names)} class names")
+        if self.class_names[0] != "__background__":
+            raise UsageError(f"class 0 of a store is '__background__', not {self.class_names[0]!r}")
+        if self.probs not in PROBS_KINDS or (self.probs == "top-k") != (0 < self.top_k < self.num_classes):
+            raise UsageError(f"probs={self.probs!r} with top_k={self.top_k} is not possible: 'dense' with 0, or 'top-k' with 1 to C - 1")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"class_names": list(self.class_names)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "StoreSchema":
+        try:
+            return cls(**(value | {"class_names": tuple(value["class_names"])}))
+        except (TypeError, KeyError) as error:
+            raise UsageError(f"the schema of a feature store is not complete: {error}") from None
+
+    def difference(self, other: "StoreSchema") -> str:
+        """What differs between two schemas, one field after the other; "" where nothing does."""
+        mine, theirs = ({**schema.to_json(), **schema.settings, "settings": None} for schema in (self, other))
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return "; ".join(f"{n} differ" if n == "class_names" else f"{n} is {mine.get(n)!r}, not {theirs.get(n)!r}" for n in names)
+
+
+def encode(image_id: str, record: RegionRecord, schema: StoreSchema) -> tuple[bytes, int]:
+    """A record's bytes and their CRC-32. ``UsageError`` naming the id for shapes, boxes or numbers that may not enter a store."""
+    name = encode_id(image_id)
+    boxes, features, probs = _checked_arrays(image_id, record, schema)
+    n, width, height = len(boxes), int(record.width), int(record.height)
+    numbers = (n, width, height, schema.feature_size, schema.num_classes, schema.top_k, len(name), 0, 0)
+    header = HEADER.pack(MAGIC, VERSION, PROBS_KINDS[schema.probs], 0, *numbers, 0)[:-4]
+    body = b"".join([_padded(name), boxes.tobytes(), features.tobytes(), _encode_probs(probs, schema)])
+    crc = zlib.crc32(body, zlib.crc32(header))
+    return b"".join([header, crc.to_bytes(4, "little"), body]), crc
+
+
+def decode(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object) -> RegionRecord:
+    """The record in ``data``; boxes and features are views of it. ``DamagedError`` naming the id where anything is not as written."""
+    n, width, height = _checked_header(data, image_id, schema, where)
+    name = image_id.encode()
+    at = HEADER.size + len(_padded(name))
+    boxes = np.frombuffer(data, "<f4", n * 4, at).reshape(n, 4)
+    at += boxes.nbytes
+    features = np.frombuffer(data, "<f2", n * schema.feature_size, at).reshape(n, schema.feature_size)
+    probs = _decode_probs(data, at + features.nbytes, n, schema)
+    if (features.view(np.uint16) & 0x7C00 == 0x7C00).any() or not np.isfinite(boxes).all() or not np.isfinite(probs).all():
+        raise DamagedError(f"record {image_id!r} in {where} holds NaN or Inf; extract the image again")
+    return RegionRecord(boxes, features, probs, width, height)
+
+
+def record_size(n: int, id_bytes: int, schema: StoreSchema) -> int:
+    """Bytes of a record of ``n`` regions."""
+    per_region = 16 + 2 * schema.feature_size + (2 * schema.num_classes if schema.probs == "dense" else 4 * schema.top_k)
+    return HEADER.size + -(-id_bytes // ALIGNMENT) * ALIGNMENT + n * per_region
+
+
+def encode_id(image_id: str) -> bytes:
+    """An id as UTF-8. Any characters, 1 to 4096 bytes; ``UsageError`` otherwise."""
+    try:
+        name = image_id.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"image id {image_id!r} is not valid Unicode; rename the file") from None
+    if not 0 < len(name) <= MAX_ID_BYTES:
+        raise UsageError(f"image id {image_id[:40]!r} has {len(name)} bytes; 1 to {MAX_ID_BYTES} are possible")
+    return name
+
+
+def _padded(name: bytes) -> bytes:
+    return name + bytes(-len(name) % ALIGNMENT)
+
+
+def _checked_arrays(image_id: str, record: RegionRecord, schema: StoreSchema) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    n = len(record.boxes)
+    shapes = record.boxes.shape, record.features.shape, record.class_probs.shape
+    if n == 0 or shapes != ((n, 4), (n, schema.feature_size), (n, schema.num_classes)):
+        wanted = f"[n, 4], [n, {schema.feature_size}], [n, {schema.num_classes}] with n >= 1"
+        raise UsageError(f"image {image_id!r}: boxes, features, class_probs have shapes {shapes}; the store takes {wanted}")
+    boxes = _checked_boxes(image_id, np.asarray(record.boxes, "<f4"), record.width, record.height)
+    with np.errstate(over="ignore"):
+        features = np.asarray(record.features, "<f2")
+    if not np.isfinite(features).all():
+        raise UsageError(f"image {image_id!r}: features hold NaN, Inf or values beyond float16")
+    probs = np.asarray(record.class_probs, np.float32)
+    if not np.isfinite(probs).all() or probs.min() < 0 or np.abs(probs.sum(1) - 1).max() > PROBS_TOLERANCE:
+        raise UsageError(f"image {image_id!r}: class_probs are not probabilities (each row sums to 1, none below 0)")
+    return boxes, features, probs
+
+
+def _checked_boxes(image_id: str, boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    if width <= 0 or height <= 0:
+        raise UsageError(f"image {image_id!r} has size {width} x {height}")
+    limit = np.array([width, height, width, height], np.float32)
+    inside = np.isfinite(boxes) & (boxes >= -BOX_TOLERANCE) & (boxes <= limit + BOX_TOLERANCE)
+    bad = ~inside.all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
+    if bad.any():
+        box = boxes[int(np.argmax(bad))].tolist()
+        raise UsageError(f"image {image_id!r} ({width} x {height}): box {box} is not x1, y1, x2, y2 inside it")
+    return np.clip(boxes, 0, limit)
+
+
+def _encode_probs(probs: np.ndarray, schema: StoreSchema) -> bytes:
+    if schema.probs == "dense":
+        return probs.astype("<f2").tobytes()
+    best = np.argsort(-probs, axis=1, kind="stable")[:, : schema.top_k]
+    return best.astype("<u2").tobytes() + np.take_along_axis(probs, best, 1).astype("<f2").tobytes()
+
+
+def _decode_probs(data: bytes | memoryview, at: int, n: int, schema: StoreSchema) -> np.ndarray:
+    if schema.probs == "dense":
+        return np.frombuffer(data, "<f2", n * schema.num_classes, at).reshape(n, -1).astype(np.float32)
+    ids = np.frombuffer(data, "<u2", n * schema.top_k, at).reshape(n, -1).astype(np.int64)
+    values = np.frombuffer(data, "<f2", n * schema.top_k, at + 2 * ids.size).reshape(n, -1).astype(np.float32)
+    if ids.max(initial=0) >= schema.num_classes:
+        return np.full((n, schema.num_classes), np.nan, np.float32)  # the finite check of the caller reports it
+    rest = np.maximum(0, 1 - values.sum(1, keepdims=True)) / (schema.num_classes - schema.top_k)
+    probs = np.repeat(rest.astype(np.float32), schema.num_classes, 1)
+    np.put_along_axis(probs, ids, values, 1)
+    return probs
+
+
+def _checked_header(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object) -> tuple[int, int, int]:
+    def damaged(what: str) -> DamagedError:
+        return DamagedError(f"record {image_id!r} in {where} is damaged ({what}); extract the image again")
+
+    if len(data) < HEADER.size:
+        raise damaged(f"only {len(data)} bytes")
+    magic, version, kind, _, n, width, height, features, classes, top_k, id_bytes, _, _, crc = HEADER.unpack_from(data)
+    if (magic, version) != (MAGIC, VERSION):
+        raise damaged("no record stands there")
+    if (kind, features, classes, top_k) != (PROBS_KINDS[schema.probs], schema.feature_size, schema.num_classes, schema.top_k):
+        raise damaged("its sizes are not the store's")
+    if n == 0 or len(data) != record_size(n, id_bytes, schema):
+        raise damaged(f"{len(data)} bytes for {n} regions")
+    view = memoryview(data)
+    if zlib.crc32(view[HEADER.size :], zlib.crc32(view[: HEADER.size - 4])) != crc:
+        raise damaged("checksum")
+    if bytes(view[HEADER.size : HEADER.size + id_bytes]) != image_id.encode():
+        raise damaged("it belongs to another image")
+    return n, width, height
