@@ -1,0 +1,180 @@
+"""One sample of the stream: which caption beside which image, and what of both is masked, from (seed, epoch, n) alone."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from megainter.data.feature_store import FeatureStore, RegionRecord
+from megainter.data.manifest import Pairs
+from megainter.data.masking import VocabularyFacts, mask_regions, mask_text, recipe
+from megainter.data.negatives import choose_captions, require_two_images
+from megainter.data.order import Int64s, Purpose, permuted, sample_generator
+from megainter.data.text import TokenTable
+from megainter.errors import UsageError
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What the stream is made of. ``max_regions`` excludes the global region; regions beyond it are dropped from the end.
+
+    ``gate_msm``: mismatched captions are not scored for masked segments (the official code scores them). ``shuffle`` False: sample n is
+    row n, in every epoch.
+    """
+
+    seed: int
+    global_batch: int
+    micro_batch: int
+    max_regions: int = 36
+    masking: str = "official"
+    mismatch_probability: float = 0.5
+    region_objective: Literal["class", "feature"] = "class"
+    gate_msm: bool = False
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What samples are before masking, each int64 [S]: epoch and number, the row of the pair (image), the row of the caption shown."""
+
+    epochs: Int64s
+    numbers: Int64s
+    rows: Int64s
+    caption_rows: Int64s
+    itm_labels: Int64s  # 0 = matched, 1 = mismatched
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample with its masks; a batch lays these end to end.
+
+    ``ids`` int64 [T] are [CLS] masked caption [SEP]; ``msm_positions`` int64 index ``ids`` and ``msm_labels`` int64 are the original ids
+    there. ``features`` float16 [n, F] and ``class_probs`` float32 [n, C] are as stored (not masked); ``masked`` and ``zeroed`` bool [n].
+    Boxes are float32 [n, 4] in pixels of a ``width`` x ``height`` image. ``row`` and ``caption_row`` are rows of the pairs.
+    """
+
+    epoch: int
+    n: int
+    row: int
+    caption_row: int
+    itm_label: int
+    ids: Int64s
+    msm_positions: Int64s
+    msm_labels: Int64s
+    boxes: NDArray[np.float32]
+    features: NDArray[np.float16]
+    class_probs: NDArray[np.float32]
+    width: int
+    height: int
+    masked: NDArray[np.bool_]
+    zeroed: NDArray[np.bool_]
+
+
+class Sampler:
+    """Makes samples of ``pairs`` with regions from ``store`` and captions from ``tokens``; holds no state that a sample changes.
+
+    At construction every image of the pairs is looked up in the store's index: a ``UsageError`` counts the captions without images.
+    """
+
+    def __init__(self, pairs: Pairs, store: FeatureStore, tokens: TokenTable, vocabulary: VocabularyFacts, settings: StreamSettings) -> None:
+        if len(tokens) != len(pairs):
+            raise UsageError(f"token table {tokens.path} holds {len(tokens):,} captions, the pairs {len(pairs):,}: build it again")
+        require_images(pairs, store)
+        if settings.mismatch_probability > 0:
+            require_two_images(pairs.image_numbers, f"the captions of {store.path}")
+        self.pairs, self.store, self.tokens, self.vocabulary, self.settings = pairs, store, tokens, vocabulary, settings
+        self.recipe = recipe(settings.masking)
+        self.region_counts = store.region_counts(pairs.image_ids).clip(max=settings.max_regions)
+
+    def draws(self, epochs: Int64s, numbers: Int64s) -> Draws:
+        """Rows and labels of samples ``numbers`` int64 [S] of ``epochs`` int64 [S]."""
+        parts = [self._draws_of_epoch(int(epoch), numbers[epochs == epoch]) for epoch in np.unique(epochs)]
+        rows, captions, labels = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        back = np.argsort(np.argsort(epochs, kind="stable"), kind="stable")  # parts are grouped by epoch, in order within each
+        return Draws(epochs, numbers, rows[back], captions[back], labels[back])
+
+    def _draws_of_epoch(self, epoch: int, n: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+        seed, numbers = self.settings.seed, self.pairs.image_numbers
+        rows = permuted(seed, epoch, n, len(self.pairs)) if self.settings.shuffle else n
+        captions, labels = choose_captions(numbers, rows, seed, epoch, n, self.settings.mismatch_probability)
+        return rows, captions, labels
+
+    def lengths(self, draws: Draws) -> Int64s:
+        """Text tokens and regions of each sample, [CLS], [SEP] and the global region included: int64 [S]."""
+        regions = self.region_counts[self.pairs.image_numbers[draws.rows]]
+        return self.tokens.lengths[draws.caption_rows].astype(np.int64) + 2 + regions + 1
+
+    def sample(self, draws: Draws, i: int) -> Sample:
+        """Sample ``i`` of ``draws``, read from the store and masked."""
+        epoch, n, row, caption_row = int(draws.epochs[i]), int(draws.numbers[i]), int(draws.rows[i]), int(draws.caption_rows[i])
+        record = self.store[self.pairs.image_id(row)]
+        ids, positions, labels = self._text(epoch, n, caption_row)
+        boxes = record.boxes[: self.settings.max_regions]
+        masked, zeroed = mask_regions(boxes, sample_generator(self.settings.seed, epoch, n, Purpose.REGION_MASK), self.recipe)
+        return _sample((epoch, n, row, caption_row, int(draws.itm_labels[i])), (ids, positions, labels), record, boxes, masked, zeroed)
+
+    def _text(self, epoch: int, n: int, caption_row: int) -> tuple[Int64s, Int64s, Int64s]:
+        original = self.tokens[caption_row]
+        rng = sample_generator(self.settings.seed, epoch, n, Purpose.TEXT_MASK)
+        masked, positions = mask_text(original, rng, self.recipe, self.vocabulary)
+        ids = np.empty(len(masked) + 2, dtype=np.int64)
+        ids[0], ids[-1] = self.vocabulary.cls_id, self.vocabulary.sep_id
+        ids[1:-1] = masked
+        return ids, positions + 1, original[positions].astype(np.int64)
+
+    def digest(self, sample: Sample) -> bytes:
+        """SHA-256 over what was drawn: both pair ids, masked ids, masked positions, region masks, ITM label."""
+        total = hashlib.sha256()
+        for pair_id in (self.pairs.pair_id(sample.row), self.pairs.pair_id(sample.caption_row)):
+            total.update(f"{len(pair_id)} {pair_id} ".encode())
+        total.update(f"{len(sample.ids)} {len(sample.msm_positions)} {len(sample.masked)} {sample.itm_label} ".encode())
+        for array in (sample.ids, sample.msm_positions, sample.masked, sample.zeroed):
+            total.update(np.ascontiguousarray(array).tobytes())
+        return total.digest()
+
+
+def _sample(
+    numbers: tuple[int, int, int, int, int],
+    text: tuple[Int64s, Int64s, Int64s],
+    record: RegionRecord,
+    boxes: NDArray[np.float32],
+    masked: NDArray[np.bool_],
+    zeroed: NDArray[np.bool_],
+) -> Sample:
+    count = len(boxes)
+    features, class_probs = record.features[:count], record.class_probs[:count]
+    return Sample(*numbers, *text, boxes, features, class_probs, record.width, record.height, masked, zeroed)
+
+
+def missing_images(pairs: Pairs, store: FeatureStore) -> NDArray[np.bool_]:
+    """bool [images]: which image numbers of the pairs are not in the store."""
+    return store.find(pairs.image_ids) < 0
+
+
+def require_images(pairs: Pairs, store: FeatureStore) -> None:
+    """A ``UsageError`` where captions have no image in the store: how many, and three examples."""
+    missing = missing_images(pairs, store)
+    if not missing.any():
+        return
+    captions = int(missing[pairs.image_numbers].sum())
+    first = ", ".join(pairs.image_ids[i] for i in np.flatnonzero(missing)[:3])
+    raise UsageError(
+        f"captions without images in {store.path}: {captions:,} of {len(pairs):,}, first {first}: run `megainter extract` on these images, "
+        "or leave their captions out of the manifest"
+    )
+
+
+def drop_missing(pairs: Pairs, store: FeatureStore) -> Pairs:
+    """The pairs whose image is in the store, with images numbered anew; the digest is that of the pairs and of what was kept."""
+    missing = missing_images(pairs, store)
+    keep = ~missing[pairs.image_numbers]
+    new_numbers = (np.cumsum(~missing) - 1).astype(np.int32)
+    image_ids = [image_id for image_id, gone in zip(pairs.image_ids, missing, strict=True) if not gone]
+    digest = hashlib.sha256(pairs.digest.encode() + np.packbits(keep).tobytes()).hexdigest()
+    return Pairs(pairs.table.filter(pa.array(keep)), new_numbers[pairs.image_numbers[keep]], image_ids, digest)
