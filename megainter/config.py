@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -113,7 +113,7 @@ class EngineConfig:
     """How DeepSpeed runs it."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     offload_optimizer: bool = False
     deepspeed: Path | None = None  # a DeepSpeed JSON (see ds_configs/) laid over what the settings give
 
@@ -219,10 +219,11 @@ def _known_keys() -> list[str]:
 
 
 def _explain(error: ValidationError, path: Path | None) -> str:
-    first = error.errors()[0]
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    first = sorted(error.errors(), key=lambda found: found["type"] not in unknown)[0]  # a misspelt key explains a missing one
     key = ".".join(str(part) for part in first["loc"])
     where = f" in {path}" if path is not None else ""
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if first["type"] in unknown:
         near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.4)
         return f"unknown setting {key}{where}" + (f"; did you mean {near[0]}?" if near else "")
     if first["type"] in ("missing", "missing_argument"):
@@ -249,3 +250,30 @@ def _check(config: RunConfig) -> None:
         raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")
     if config.engine.offload_optimizer and config.engine.zero_stage == 0:
         raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+
+
+def describe_settings() -> str:
+    """Every setting with type and default, a section a paragraph, for the help text."""
+    lines = []
+    for field in dataclasses.fields(RunConfig):
+        if not dataclasses.is_dataclass(field.type):
+            lines.append(f"  --{field.name} {_type_name(field.type)}{_default_of(field)}")
+            continue
+        summary = (field.type.__doc__ or "").split("\n")[0]
+        lines += ["", f"[{field.name}] {summary}"]
+        lines += [f"  --{field.name}.{key.name} {_type_name(key.type)}{_default_of(key)}" for key in dataclasses.fields(field.type)]
+    return "\n".join(lines)
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        return _type_name(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return "|".join(str(value) for value in get_args(kind))
+    if get_args(kind):
+        return "|".join(_type_name(part) for part in get_args(kind) if part is not type(None))
+    return {"Path": "PATH", "str": "TEXT", "bool": "true|false"}.get(kind.__name__, kind.__name__.upper())
+
+
+def _default_of(field: dataclasses.Field) -> str:
+    return "  (required)" if field.default is dataclasses.MISSING else f"  (default {field.default})"

@@ -1,0 +1,47 @@
+# Each target sets up .venv with pip if it is absent or older than pyproject.toml, and says what it does.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+OUTPUT ?= demo-run
+
+.PHONY: help demo test test-slow lint bench clean
+
+help:
+	@echo "make demo        scenes, extraction, pretraining, evaluation, export and a page, in $(OUTPUT) (about 10 minutes on 2 cores)"
+	@echo "make test        the tests (about 10 minutes on 2 cores)"
+	@echo "make test-slow   soak and fault suites, not in CI"
+	@echo "make lint        ruff, mypy, import-linter"
+	@echo "make bench       the speed figures the README states"
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== setting up .venv: torch, deepspeed and the rest, by pip"
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'megainter needs Python 3.11 or newer; set PYTHON=')"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	@echo "== megainter demo: everything once, on composed scenes; read $(OUTPUT)/index.html at the end"
+	$(BIN)/megainter demo --output $(OUTPUT)
+
+test: $(READY)
+	@echo "== tests, real processes for distributed ones"
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	@echo "== soak and fault suites (an hour and more)"
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+lint: $(READY)
+	@echo "== ruff, mypy, import-linter"
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	@echo "== benchmarks: the figures of the README, with hardware and date"
+	$(BIN)/python -m benchmarks.pretraining
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,5 @@
+"""``python -m megainter``: the command line."""
+
+from megainter.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""Agreement between ranks: what one does for all, and sums over all."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megainter.errors import MegainterError
+
+Result = TypeVar("Result")
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result:
+    """Run ``action`` on rank 0 and give its result (picklable by us, sent to our own ranks only) to all. Collective.
+
+    A ``MegainterError`` is raised on every rank alike, so that all stop; only rank 0 is left to tell the user.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except MegainterError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def summed(values: Tensor) -> Tensor:
+    """Element-wise sum over all ranks. Collective."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def all_equal(value: int, device: torch.device) -> bool:
+    """Whether every rank holds the same integer. Collective."""
+    limits = torch.tensor([value, -value], dtype=torch.int64, device=device)
+    dist.all_reduce(limits, op=dist.ReduceOp.MAX)
+    return bool(limits[0] == -limits[1])

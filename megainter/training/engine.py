@@ -1,0 +1,293 @@
+"""DeepSpeed, and only here: process group, engine configuration, and the fp32 state by parameter name.
+
+What is worked around is measured on DeepSpeed 0.19.8 and said where it is done.
+"""
+
+import contextlib
+import difflib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig, accumulation_steps
+from megainter.errors import UsageError
+from megainter.files import read_json
+from megainter.training import process
+from megainter.training.optimizer import build_adamw
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+
+WEIGHTS = "weights"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+OURS = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+KNOWN = (
+    "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
+    "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "aio", "activation_checkpointing", "memory_breakdown",
+    "disable_allgather", "communication_bucket_size", "seq_parallel_communication_data_type", "timers", "compile",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among all: ``device`` is where its model and batches live."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def distributed() -> Iterator[World]:
+    """Join the process group (gloo on CPU, NCCL on CUDA), alone or under any launcher, and leave it in order.
+
+    Leaving without the barrier and the destruction ends in SIGABRT at exit in a third of the runs.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    if not process.launched():
+        process.become_single_process()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        # Otherwise DeepSpeed builds a C++ extension for 30 s that only its inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=30), verbose=False,
+                               distributed_port=int(os.environ.get("MASTER_PORT", "29500")))  # fmt: skip
+    yield World(dist.get_rank(), dist.get_world_size(), device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run: our settings, and over them the user's file, in which what we own is refused."""
+    given = read_json(engine.deepspeed) if engine.deepspeed is not None else {}
+    half = engine.precision != "fp32" and engine.zero_stage > 0
+    settings: dict[str, Any] = {
+        "train_batch_size": training.global_batch,
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(training, world_size),
+        "gradient_clipping": optimizer.clip_norm,
+        "steps_per_print": 10**9,
+        "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
+    }
+    if half:
+        settings[engine.precision] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif engine.precision == "bf16":
+        # DeepSpeed's own bf16 at stage 0 takes a first step of the wrong size; fp32 weights under autocast are exact.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if engine.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    _refuse(given, settings, engine)
+    return _merged(settings, given)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value for key, value in over.items()}
+    return base | both
+
+
+def _refuse(given: dict[str, Any], settings: dict[str, Any], engine: EngineConfig) -> None:
+    """DeepSpeed accepts and ignores misspelt top-level keys; what the run's own settings decide is refused by name."""
+    for key in given:
+        if key in OURS and given[key] not in ("auto", settings.get(key)):
+            raise UsageError(f"{engine.deepspeed} sets {key!r} to {given[key]!r}, which the run's own [training] and [optimizer] settings decide; take it out")
+        if key not in KNOWN and key not in OURS:
+            near = difflib.get_close_matches(key, KNOWN, n=1)
+            raise UsageError(f"{engine.deepspeed}: unknown DeepSpeed setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    for key in OURS:
+        given.pop(key, None)
+    stage = given.get("zero_optimization", {}).get("stage", engine.zero_stage)
+    if stage != engine.zero_stage:
+        raise UsageError(f"{engine.deepspeed} says ZeRO stage {stage}, engine.zero_stage says {engine.zero_stage}; make them agree")
+    for precision in ("bf16", "fp16"):
+        if given.get(precision, {}).get("enabled", engine.precision == precision) != (engine.precision == precision):
+            raise UsageError(f"{engine.deepspeed} and engine.precision {engine.precision} disagree about {precision}; make them agree")
+
+
+def build_engine(module: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world: World) -> Any:
+    """The DeepSpeed engine over ``module`` with our AdamW, its state present and zero."""
+    if engine.precision == "fp16" and world.device.type == "cpu":
+        raise UsageError("engine.precision fp16 needs a CUDA device; use bf16 or fp32 on CPU")
+    config = deepspeed_config(engine, optimizer, training, world.size)
+    on_cpu = engine.offload_optimizer or world.device.type == "cpu"
+    adamw = build_adamw(module, optimizer, torch.device("cpu") if on_cpu else world.device)
+    with contextlib.redirect_stdout(None):
+        built = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)[0]
+    _start_optimizer_state(built)
+    return built
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Give every parameter group the rate of the coming update."""
+    for group in inner_optimizer(engine).param_groups:
+        group["lr"] = rate
+
+
+def loss_scale(engine: Any) -> float:
+    """Current fp16 loss scale, 1.0 in other precisions."""
+    return float(getattr(engine.optimizer, "cur_scale", 1.0))
+
+
+def set_loss_scale(engine: Any, scale: float) -> None:
+    """Continue with the dynamic loss scale of a checkpoint."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and scale != 1.0:
+        scaler.cur_scale = scale
+
+
+def gradient_norm(engine: Any) -> float:
+    """Global gradient norm of the last update before clipping; NaN where DeepSpeed does not give it."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else float("nan")
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The AdamW inside whatever DeepSpeed wrapped around it."""
+    optimizer = engine.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one parameter whose fp32 state this rank holds: elements [start, start + numel) of the flattened parameter.
+
+    It lies at ``offset`` of ``flat``, the fp32 tensor that the optimiser updates and keys its state by.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    flat: Tensor
+    offset: int
+
+    def view(self, state: Tensor) -> Tensor:
+        """The piece's elements in ``state``, a tensor laid out like ``flat``."""
+        return state.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+def pieces(engine: Any) -> list[Piece]:
+    """This rank's pieces, in the order of the module's parameters; a parameter held elsewhere has a piece of 0 elements.
+
+    DeepSpeed's own accessors miss the moments of every group but the first at stages 1 and 2 (it links them after the first
+    group's update); the flat tensors themselves are always right.
+    """
+    return [_piece(engine, name, parameter) for name, parameter in engine.module.named_parameters()]
+
+
+def _piece(engine: Any, name: str, parameter: Tensor) -> Piece:
+    if hasattr(parameter, "ds_id"):
+        return _stage3_piece(engine.optimizer, name, parameter)
+    if hasattr(parameter, "_hp_mapping"):
+        return _stage12_piece(engine.optimizer, name, parameter)
+    mine = engine.global_rank == 0  # stage 0: all ranks hold the same state, one of them speaks for it
+    return Piece(name, tuple(parameter.shape), 0, parameter.numel() if mine else 0, parameter, 0)
+
+
+def _stage12_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
+    mapping, shape = parameter._hp_mapping, tuple(parameter.shape)
+    flats = optimizer.single_partition_of_fp32_groups if hasattr(optimizer, "single_partition_of_fp32_groups") else optimizer.fp32_groups_flat_partition
+    if mapping is None:
+        return Piece(name, shape, 0, 0, flats[0], 0)
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Piece(name, shape, here.start, here.numel, flats[mapping.param_group_index], there.start)
+
+
+def _stage3_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
+    group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = min(padded * optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
+    numel = min(padded, parameter.ds_numel - start)  # the last rank's partition is padded
+    return Piece(name, tuple(parameter.ds_shape), start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
+
+
+def flat_state(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+    """The optimiser's state of one flat tensor: ``step``, ``exp_avg``, ``exp_avg_sq``."""
+    return inner_optimizer(engine).state[flat]
+
+
+def _start_optimizer_state(engine: Any) -> None:
+    """Create the Adam state as zeros at step 0: some stages have run an empty step by now, which shifts the bias correction."""
+    optimizer = inner_optimizer(engine)
+    flats = [flat for group in optimizer.param_groups for flat in group["params"]] + [piece.flat for piece in pieces(engine)]
+    for flat in {id(flat): flat for flat in flats}.values():
+        step = torch.zeros((), dtype=torch.float32, device=flat.device)
+        optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}}
+
+
+def _set_step_count(engine: Any, step: int) -> None:
+    """Set the number of updates behind every Adam state, each in its own tensor (a shared one would be counted per group)."""
+    for state in inner_optimizer(engine).state.values():
+        state["step"] = torch.full_like(state["step"], float(step))
+
+
+def _assembled(piece: Piece, local: Tensor, owner: int, world: World) -> Tensor | None:
+    """One parameter's tensor from all ranks' pieces, on rank ``owner``; None elsewhere. Collective.
+
+    Added up as integers over zeros, so that every bit arrives as it left.
+    """
+    buffer = torch.zeros(math.prod(piece.shape), dtype=torch.float32, device=world.device)
+    buffer.narrow(0, piece.start, piece.numel).copy_(piece.view(local))
+    if world.size > 1:
+        dist.reduce(buffer.view(torch.int32), dst=owner)
+    return buffer.view(piece.shape).cpu() if world.rank == owner else None
+
+
+def owned_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:
+    """This rank's share of the whole fp32 state: {"weights" | "exp_avg" | "exp_avg_sq": {parameter name: tensor}}. Collective.
+
+    Parameters are dealt to ranks so that each writes about as many bytes. Names are those of ``engine.module``.
+    """
+    shares: dict[str, dict[str, Tensor]] = {kind: {} for kind in (WEIGHTS, *MOMENTS)}
+    load = [0] * world.size
+    for piece in pieces(engine):
+        owner = load.index(min(load))
+        load[owner] += math.prod(piece.shape)
+        state = flat_state(engine, piece.flat)
+        for kind, local in ((WEIGHTS, piece.flat), *((key, state[key]) for key in MOMENTS)):
+            tensor = _assembled(piece, local, owner, world)
+            if tensor is not None:
+                shares[kind][piece.name] = tensor
+    return shares
+
+
+def restore_state(engine: Any, read: Callable[[str, str], Tensor], step: int) -> None:
+    """Put the fp32 weights, moments and step count of a checkpoint in place; ``read(kind, name)`` gives a whole tensor.
+
+    The module's working weights must hold the same weights already (they were loaded before the engine was built).
+    """
+    for piece in pieces(engine):
+        state = flat_state(engine, piece.flat)
+        for kind, local in ((WEIGHTS, piece.flat), *((key, state[key]) for key in MOMENTS)):
+            if piece.numel:
+                piece.view(local).copy_(read(kind, piece.name).view(-1).narrow(0, piece.start, piece.numel))
+    _set_step_count(engine, step)
+
+
+def update_count(engine: Any) -> int:
+    """Updates the optimiser has made: fewer than the finished steps where fp16 skipped some."""
+    states = inner_optimizer(engine).state.values()
+    return int(max((float(state["step"]) for state in states), default=0.0))
+
+
+def current_learning_rate(engine: Any) -> float:
+    """Rate of the last update."""
+    return float(inner_optimizer(engine).param_groups[0]["lr"])

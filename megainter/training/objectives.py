@@ -1,0 +1,77 @@
+"""The three pretraining objectives of one micro-batch, normalised by counts over the global batch.
+
+Paper section 3 (masked segment modeling, masked region modeling, image-text matching). The losses are sums divided by the
+number of masked tokens, scored regions and samples of the whole global batch, so that the gradient depends neither on the
+number of ranks nor on the number of micro-batches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megainter import kernels
+from megainter.data.batch import PretrainBatch
+from megainter.model.interbert import InterBertForPreTraining
+
+OBJECTIVES = ("msm", "mrm", "itm")
+
+
+@dataclass(frozen=True)
+class ObjectiveWeights:
+    """Weights of the three losses in their sum."""
+
+    msm: float = 1.0
+    mrm: float = 1.0
+    itm: float = 1.0
+
+
+class PretrainingStep(nn.Module):
+    """The module DeepSpeed wraps: from a packed micro-batch to its share of the global loss."""
+
+    def __init__(self, model: InterBertForPreTraining, weights: ObjectiveWeights) -> None:
+        super().__init__()
+        self.model = model
+        self.weights = weights
+
+    def forward(self, batch: PretrainBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss share (scalar, fp32) and ``tallies`` [2, 3] fp32: loss sums and correct predictions of the three objectives.
+
+        ``counts`` [3] fp32: masked tokens, scored regions, samples of the global batch (at least 1 each). A filler batch
+        (``batch.counted`` False) runs like any other, so that collectives match, and weighs nothing.
+        """
+        scores = self.model.score_packed(batch.inputs, batch.msm_positions, batch.mrm_positions)
+        sums = torch.stack([
+            kernels.cross_entropy_sum(scores.msm_logits, batch.msm_labels),
+            self._region_sum(scores.mrm_logits, batch.mrm_targets),
+            kernels.cross_entropy_sum(scores.itm_logits, batch.itm_labels),
+        ])
+        if not batch.counted:
+            sums = sums * 0.0
+        weights = torch.tensor([self.weights.msm, self.weights.mrm, self.weights.itm], device=sums.device)
+        loss = (weights * sums / counts).sum()
+        return loss, torch.stack([sums.detach(), self._correct(scores, batch) * float(batch.counted)])
+
+    def _region_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.model.config.region_objective == "feature":
+            return (logits.float() - targets.float()).square().sum()
+        return kernels.soft_label_kl_sum(logits, targets)
+
+    @torch.no_grad()
+    def _correct(self, scores: object, batch: PretrainBatch) -> Tensor:
+        pairs = ((scores.msm_logits, batch.msm_labels), (scores.mrm_logits, _best(batch.mrm_targets)), (scores.itm_logits, batch.itm_labels))  # type: ignore[attr-defined]
+        return torch.stack([(_best(logits) == labels).sum().float() for logits, labels in pairs])
+
+
+def _best(scores: Tensor) -> Tensor:
+    """Index of the largest entry of each row; rows may be missing altogether."""
+    return scores.argmax(dim=-1) if scores.numel() else scores.new_zeros(scores.shape[0], dtype=torch.long)
+
+
+def summarise(tallies: Tensor, counts: Tensor, weights: ObjectiveWeights) -> dict[str, float]:
+    """Mean losses, accuracies and the weighted total from global ``tallies`` [2, 3] and ``counts`` [3] (not clamped)."""
+    means = (tallies / counts.clamp(min=1)).tolist()
+    values = {"loss": sum(weight * mean for weight, mean in zip((weights.msm, weights.mrm, weights.itm), means[0]))}
+    for position, name in enumerate(OBJECTIVES):
+        values[f"{name}_loss"], values[f"{name}_accuracy"] = means[0][position], means[1][position]
+    return values

@@ -1,0 +1,86 @@
+"""The run folder: what it records of a run, and whether a new start may go on with it.
+
+``config.json`` (resolved settings), ``ds_config.json``, ``environment.json`` (versions, commit), ``vocab.txt``, ``metrics.jsonl``,
+``logs/``, ``cache/``, ``checkpoints/step_0000100`` and ``latest``.
+"""
+
+import importlib.metadata
+import logging
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megainter.config import RunConfig, as_dict
+from megainter.errors import UsageError
+from megainter.files import read_json, write_json
+
+log = logging.getLogger("megainter")
+
+# A run may go on with another value of these: they change speed, duration or reporting, not what a step computes.
+FREE_SECTIONS = ("validation", "engine", "checkpoint", "tensorboard", "output")
+FREE_KEYS = {"data": ("workers", "pairs", "store", "vocabulary"), "training": ("micro_batch", "log_every", "steps", "epochs"), "model": ("gradient_checkpointing", "start_from")}
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "lmdb", "numpy")
+
+
+def open_run_folder(config: RunConfig, ds_config: dict[str, Any], digests: dict[str, str]) -> None:
+    """Create or continue the folder (rank 0): record settings and versions; ``UsageError`` where a checkpoint of other settings is there."""
+    folder = config.output
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    settings = as_dict(config) | {"digests": digests}
+    previous = folder / "config.json"
+    if previous.exists() and any((folder / "checkpoints").glob("step_*")):
+        changed = differences(read_json(previous), settings)
+        if changed:
+            raise UsageError(f"{folder} holds a run with other settings ({'; '.join(changed)}); use them, or start in another output folder")
+    write_json(previous, settings)
+    write_json(folder / "ds_config.json", ds_config)
+    write_json(folder / "environment.json", environment())
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Settings that would make a resumed run another run, as ``section.key: old -> new``."""
+    found = []
+    for section in new:
+        if section in FREE_SECTIONS:
+            continue
+        before = old.get(section, {})
+        for key, value in new[section].items():
+            if key not in FREE_KEYS.get(section, ()) and before.get(key) != value:
+                found.append(f"{section}.{key}: {before.get(key)} -> {value}")
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform, command line and git commit, for whoever wants to repeat the run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "platform": platform.platform(), "packages": versions, "command": sys.argv, "git_commit": _commit()}
+
+
+def _commit() -> str | None:
+    source = Path(__file__).parents[2]
+    try:
+        answer = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def start_log(folder: Path | None) -> None:
+    """Send the run's log to standard output and, where ``folder`` is given (rank 0), to ``logs/train.log``; other ranks warn only."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO if folder is not None else logging.ERROR)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if folder is not None:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(folder / "logs" / "train.log", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)

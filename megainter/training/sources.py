@@ -1,0 +1,122 @@
+"""What a run reads: captions, regions, vocabulary, as the streams of training and validation."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megainter.config import DataConfig, RunConfig
+from megainter.data.batch import PretrainStream, StreamSettings
+from megainter.data.feature_store import FeatureStore
+from megainter.data.manifest import Pairs, read_pairs
+from megainter.data.text import Vocabulary, build_token_table, load_vocabulary, open_token_table, table_key, train_vocabulary
+from megainter.errors import UsageError
+from megainter.model.configuration import InterBertConfig
+from megainter.training.collective import on_first_rank
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The opened data of a run; ``validation`` is None where its split has no captions."""
+
+    vocabulary: Vocabulary
+    training: PretrainStream
+    validation: PretrainStream | None
+    store: FeatureStore
+    samples: int  # captions of one epoch
+    digests: dict[str, str]
+
+
+def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
+    """Open everything on every rank; rank 0 makes the vocabulary and the token tables first. Collective.
+
+    Raises ``UsageError`` for missing files, captions without images, one image only, or a store that contradicts the model settings.
+    """
+    data = config.data
+    pairs = read_pairs(data.pairs, split=data.split)
+    if not len(pairs):
+        raise UsageError(f"{data.pairs} has no captions of split {data.split!r}; see data.split")
+    store = FeatureStore(data.store)
+    check_store(config, store)
+    vocabulary_path = on_first_rank(lambda: place_vocabulary(data, pairs, config.output))
+    vocabulary = load_vocabulary(vocabulary_path, lowercase=data.lowercase)
+    training = _stream(config, "train", pairs, store, vocabulary, rank, world_size)
+    return Sources(
+        vocabulary=vocabulary,
+        training=training,
+        validation=_validation(config, store, vocabulary, rank, world_size),
+        store=store,
+        samples=len(pairs),
+        digests={"pairs": pairs.digest, "store": store.digest, "vocabulary": vocabulary.digest},
+    )
+
+
+def place_vocabulary(data: DataConfig, pairs: Pairs, output: Path) -> Path:
+    """Put the run's ``vocab.txt`` into its folder: a copy of the given one, or one trained on the captions. Kept if there."""
+    path = output / "vocab.txt"
+    output.mkdir(parents=True, exist_ok=True)
+    if data.vocabulary is not None:
+        if not data.vocabulary.is_file():
+            raise UsageError(f"vocabulary {data.vocabulary} does not exist; leave data.vocabulary out to train one on the captions")
+        shutil.copyfile(data.vocabulary, path)
+    elif not path.exists():
+        captions = (text for text in pairs.table.column("caption").to_pylist())
+        train_vocabulary(captions, data.vocabulary_size, path, lowercase=data.lowercase)
+    return path
+
+
+def _stream(config: RunConfig, name: str, pairs: Pairs, store: FeatureStore, vocabulary: Vocabulary, rank: int, world_size: int) -> PretrainStream:
+    data, training = config.data, config.training
+    table = config.output / "cache" / f"tokens-{name}.arrow"
+    on_first_rank(lambda: _ignore(build_token_table(pairs, vocabulary, data.max_text_tokens, table)))
+    tokens = open_token_table(table, table_key(pairs, vocabulary, data.max_text_tokens))
+    settings = StreamSettings(
+        seed=training.seed,
+        global_batch=training.global_batch,
+        micro_batch=training.micro_batch,
+        max_regions=data.max_regions,
+        masking=data.masking,
+        mismatch_probability=data.mismatch_probability,
+        region_objective=config.model.region_objective,
+        gate_msm=data.gate_msm,
+        shuffle=name == "train",
+    )
+    return PretrainStream(pairs, store, tokens, vocabulary.facts, settings, rank=rank, world_size=world_size)
+
+
+def _ignore(value: object) -> None:
+    """Keep a large result from being broadcast."""
+
+
+def _validation(config: RunConfig, store: FeatureStore, vocabulary: Vocabulary, rank: int, world_size: int) -> PretrainStream | None:
+    settings = config.validation
+    path = settings.pairs or config.data.pairs
+    pairs = read_pairs(path, split=settings.split)
+    if not len(pairs):
+        if settings.pairs is not None:
+            raise UsageError(f"{path} has no captions of split {settings.split!r}; see validation.split")
+        return None
+    own = FeatureStore(settings.store) if settings.store is not None else store
+    return _stream(config, "validation", pairs, own, vocabulary, rank, world_size)
+
+
+def check_store(config: RunConfig, store: FeatureStore) -> None:
+    """``UsageError`` where a size stated in [model] is not the store's."""
+    stated = {"region_feature_size": store.schema.feature_size, "num_region_classes": store.schema.num_classes}
+    for name, size in stated.items():
+        given = getattr(config.model, name)
+        if given is not None and given != size:
+            raise UsageError(f"model.{name} is {given}, but the features in {config.data.store} have {size}; leave it out to take the store's")
+
+
+def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureStore) -> InterBertConfig:
+    """The model's configuration: sizes from the data, the rest from [model]."""
+    model = config.model
+    if model.vocab_size is not None and model.vocab_size < vocabulary_size:
+        raise UsageError(f"model.vocab_size {model.vocab_size} is smaller than the vocabulary's {vocabulary_size} entries; leave it out")
+    names = [name for name in vars(model) if name not in ("start_from", "gradient_checkpointing", "vocab_size", "region_feature_size", "num_region_classes") and not name.startswith("_")]
+    return InterBertConfig(
+        vocab_size=model.vocab_size or vocabulary_size,
+        region_feature_size=store.schema.feature_size,
+        num_region_classes=store.schema.num_classes,
+        **{name: getattr(model, name) for name in names},
+    )

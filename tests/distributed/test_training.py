@@ -1,0 +1,146 @@
+"""Pretraining in real processes over gloo: the same numbers at every ZeRO stage, world size and after every interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megainter.conversion.zero import find_checkpoint, load_model
+from megainter.model.interbert import InterBertForPreTraining
+from megainter.training import checkpoint
+from tests.synthetic import NO_DROPOUT, environment, losses, settings, train, write_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny data set, shared by the module."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def reference(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """20 losses of one process at ZeRO stage 0 in fp32 without dropout: plain PyTorch gradients."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    done = train(settings(*data, run, engine__zero_stage=0, **NO_DROPOUT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(run)
+
+
+def test_it_learns(reference: list[float]) -> None:
+    assert len(reference) == 20
+    assert sum(reference[-5:]) < 0.9 * sum(reference[:5])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_processes_give_the_losses_of_one(stage: int, data: tuple[Path, Path], reference: list[float], tmp_path: Path) -> None:
+    done = train(settings(*data, tmp_path / "run", engine__zero_stage=stage, **NO_DROPOUT), processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours = losses(tmp_path / "run")
+    assert ours[0] == pytest.approx(reference[0], abs=1e-5)
+    assert ours == pytest.approx(reference, abs=1e-4)
+
+
+def test_same_seed_gives_bit_equal_losses(data: tuple[Path, Path], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        done = train(settings(*data, tmp_path / name, data__workers=1), processes=2)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert len(losses(tmp_path / "a")) == 20
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 2), ("bf16", 0), ("bf16", 1), ("bf16", 3)])
+def test_interrupted_and_resumed_is_bit_equal(precision: str, stage: int, data: tuple[Path, Path], tmp_path: Path) -> None:
+    """With dropout; the checkpoint holds 7 steps, the interruption comes after 10."""
+    choices = {"engine__precision": precision, "engine__zero_stage": stage, "checkpoint__every_steps": 7, "training__steps": 150}
+    whole = train(settings(*data, tmp_path / "whole", **choices))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert run_and_kill(settings(*data, tmp_path / "cut", **choices), tmp_path / "cut", after_step=10) == -signal.SIGKILL
+    again = train(settings(*data, tmp_path / "cut", **choices))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resuming from" in again.stdout
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_resume_at_another_world_size_and_stage(data: tuple[Path, Path], reference: list[float], tmp_path: Path) -> None:
+    first = train(settings(*data, tmp_path / "run", engine__zero_stage=3, checkpoint__every_steps=10, **NO_DROPOUT), processes=2)
+    assert first.returncode == 0, first.stdout + first.stderr
+    forget_after(tmp_path / "run", 10)
+    second = train(settings(*data, tmp_path / "run", engine__zero_stage=1, checkpoint__every_steps=10, **NO_DROPOUT))
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert losses(tmp_path / "run") == pytest.approx(reference, abs=1e-4)
+
+
+def test_sigterm_saves_and_ends_with_75(data: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = settings(*data, tmp_path / "run", training__steps=100000)
+    code = run_and_kill(arguments, tmp_path / "run", after_step=5, number=signal.SIGTERM)
+    assert code == 75
+    saved = checkpoint.newest(tmp_path / "run" / "checkpoints", print)
+    assert saved is not None
+    assert saved.step >= 5
+
+
+def test_damaged_checkpoint_falls_back_and_says_so(data: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = settings(*data, tmp_path / "run", checkpoint__every_steps=10)
+    assert train(arguments).returncode == 0
+    whole = losses(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / checkpoint.step_name(20)
+    victim = next(newest.glob("exp_avg-*"))
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 1
+    victim.write_bytes(content)
+    again = train(arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "is damaged" in again.stdout
+    assert "SHA-256" in again.stdout
+    assert losses(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_export_is_bit_equal_to_the_trained_weights(stage: int, data: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two processes, bf16: the exported fp32 weights are the master weights, and their bf16 rounding is what trained."""
+    done = train(settings(*data, tmp_path / "run", engine__zero_stage=stage, engine__precision="bf16", training__steps=4), processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-m", "megainter", "convert", "zero", str(tmp_path / "run"), str(tmp_path / "hf")]
+    converted = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert converted.returncode == 0, converted.stderr
+    model = InterBertForPreTraining.from_pretrained(tmp_path / "hf")
+    from transformers import AutoModel
+
+    base = AutoModel.from_pretrained(tmp_path / "hf")
+    with checkpoint.reader(find_checkpoint(tmp_path / "run")) as read:
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, read("weights", "model." + name)), name
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(f"{model.base_model_prefix}.{name}")), name
+    fresh = load_model(find_checkpoint(tmp_path / "run"))
+    assert any(not torch.equal(parameter, parameter.bfloat16().float()) for parameter in fresh.parameters()), "master weights are not fp32"
+
+
+def run_and_kill(arguments: list[str], run: Path, after_step: int, number: int = signal.SIGKILL) -> int:
+    """Start a run alone, send it a signal once ``after_step`` is logged, and return its exit code."""
+    child = subprocess.Popen([sys.executable, "-m", "megainter.pretrain", *arguments], env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= after_step:
+            os.kill(child.pid, number)
+            break
+        time.sleep(0.02)
+    return child.wait(timeout=120)
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Make the run one that ended at ``step``."""
+    import shutil
+
+    for folder in (run / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    (run / "checkpoints" / "latest").write_text(checkpoint.step_name(step) + "\n")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["step"] <= 20 for line in lines)
