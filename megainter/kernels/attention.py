@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from megainter.kernels.choice import KernelChoice
 from megainter.kernels.dropout import dropout
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # PyTorch before 2.10
-    varlen_attn = None  # type: ignore[assignment]
 
 # Added to the scores of keys that are padding. exp(-3e4) is exactly 0 in every dtype, the number itself fits float16, and a
 # sequence of length 0 gives a uniform softmax (whose rows nobody reads) instead of NaN.
 MASKED_SCORE = -30000.0
+
+# The forms `varlen_attention` has.
+FLASH, SDPA, MATMUL = "variable-length flash attention", "padded SDPA", "padded matmul, softmax, matmul"
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,10 @@ def varlen_attention(
     return _padded_matmul(q_Nhd, k_Nhd, v_Nhd, layout, drop)
 
 
-FLASH, SDPA, MATMUL = "variable-length flash attention", "padded SDPA", "padded matmul, softmax, matmul"
-
-
 def attention_choice(device: torch.device, dtype: torch.dtype, dropout_p: float) -> KernelChoice:
     """Which form `varlen_attention` takes for inputs of this device and dtype, dropping with ``dropout_p``, and why."""
     if device.type != "cuda":
         return KernelChoice("attention", MATMUL, "2 to 4 times faster than SDPA on CPU at these lengths")
-    if varlen_attn is None:
-        return KernelChoice("attention", SDPA, "this PyTorch has no torch.nn.attention.varlen; 2.10 has")
     if dtype not in (torch.bfloat16, torch.float16):
         return KernelChoice("attention", SDPA, f"flash attention takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
     if torch.cuda.get_device_capability(device) < (8, 0):

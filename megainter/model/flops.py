@@ -1,0 +1,60 @@
+"""How many floating-point operations a forward pass needs: for model FLOP utilisation and for planning.
+
+Multiply and add count as two; only matrix products count (as is usual), padding does not: this is the work the model needs, not
+what a kernel happens to spend. A training step needs three times the forward pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from megainter.model.configuration import InterBertConfig
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What the cost of a packed batch depends on. Additive: the counts of a global batch are the sum of its micro-batches'.
+
+    ``*_squares`` are sums over samples of the squared length of the text, of the regions, and of both together.
+    """
+
+    samples: int
+    text_tokens: int
+    regions: int
+    text_squares: int
+    region_squares: int
+    joint_squares: int
+    masked_tokens: int
+    masked_regions: int
+
+    @classmethod
+    def of(cls, text_lengths: torch.Tensor, region_lengths: torch.Tensor, masked_tokens: int, masked_regions: int) -> "BatchCounts":
+        """Counts for CPU int64 lengths [S]; ``masked_*`` are the rows at which MSM and MRM logits are computed."""
+        sizes = [text_lengths.sum(), region_lengths.sum()]
+        squares = [lengths.square().sum() for lengths in (text_lengths, region_lengths, text_lengths + region_lengths)]
+        return cls(len(text_lengths), *map(int, sizes + squares), masked_tokens, masked_regions)  # type: ignore[call-arg]
+
+    def __add__(self, other: "BatchCounts") -> "BatchCounts":
+        return BatchCounts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def forward_flops(config: InterBertConfig, counts: BatchCounts) -> int:
+    """Floating-point operations of one forward pass of the pretraining model over a batch with these counts."""
+    hidden, pooled = config.hidden_size, config.pooler_size
+    rows = counts.text_tokens + counts.regions
+    layers = (
+        config.num_interaction_layers * _layer(config, rows, counts.joint_squares)
+        + config.num_text_layers * _layer(config, counts.text_tokens, counts.text_squares)
+        + config.num_region_layers * _layer(config, counts.regions, counts.region_squares)
+    )
+    embeddings = 2 * counts.regions * hidden * (config.region_feature_size + 5)
+    poolers = 2 * counts.samples * (2 * hidden * pooled + 2 * pooled)  # both poolers, and the matching head
+    msm = 2 * counts.masked_tokens * hidden * (hidden + config.vocab_size)
+    mrm = 2 * counts.masked_regions * hidden * (hidden + config.region_target_size)
+    return layers + embeddings + poolers + msm + mrm
+
+
+def _layer(config: InterBertConfig, rows: int, squares: int) -> int:
+    """Four projections and two feed-forward matrices per row; scores and their product with the values per pair of rows."""
+    hidden = config.hidden_size
+    return 2 * rows * hidden * (4 * hidden + 2 * config.intermediate_size) + 4 * squares * hidden
