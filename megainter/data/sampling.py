@@ -82,7 +82,9 @@ class Sampler:
     At construction every image of the pairs is looked up in the store's index: a ``UsageError`` counts the captions without images.
     """
 
-    def __init__(self, pairs: Pairs, store: FeatureStore, tokens: TokenTable, vocabulary: VocabularyFacts, settings: StreamSettings) -> None:
+    def __init__(
+        self, pairs: Pairs, store: FeatureStore, tokens: TokenTable, vocabulary: VocabularyFacts, settings: StreamSettings
+    ) -> None:
         if len(tokens) != len(pairs):
             raise UsageError(f"token table {tokens.path} holds {len(tokens):,} captions, the pairs {len(pairs):,}: build it again")
         require_images(pairs, store)

@@ -32,7 +32,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A WordPiece vocabulary. ``ids`` maps entry -> id; ``facts`` is what masking and batches need; ``digest`` covers entries and casing."""
+    """A WordPiece vocabulary. ``ids``: entry -> id; ``facts`` is what masking and batches need; ``digest`` covers entries and casing."""
 
     tokenizer: Tokenizer
     ids: dict[str, int]
@@ -79,8 +79,8 @@ def load_vocabulary(path: Path, lowercase: bool = True) -> Vocabulary:
         twice = next(entry for entry, count in Counter(entries).items() if count > 1)
         raise UsageError(f"{path} lists {twice!r} twice: entries must be unique, because the line number is the id")
     content = "\n".join([*entries, f"lowercase={lowercase}"])
-    continuation = np.array([entry.startswith("##") for entry in entries])
-    facts = VocabularyFacts(len(entries), *(ids[special] for special in SPECIALS), is_continuation=continuation)
+    pad, unk, cls, sep, mask = (ids[special] for special in SPECIALS)
+    facts = VocabularyFacts(len(entries), pad, unk, cls, sep, mask, np.array([entry.startswith("##") for entry in entries]))
     return Vocabulary(_wordpiece(ids, lowercase), ids, facts, lowercase, hashlib.sha256(content.encode()).hexdigest())
 
 
@@ -180,7 +180,7 @@ class TokenTable:
         self._map = pa.memory_map(str(path))
         reader = pa.ipc.open_file(self._map)
         if (reader.schema.metadata or {}).get(b"key", b"").decode() != key:
-            raise UsageError(f"{path} was built for other captions, another vocabulary or another text length: delete it, or build it again")
+            raise UsageError(f"{path} was built for other captions, another vocabulary or text length: delete it, or build it again")
         batches = [reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)]
         columns = [batch.batch.column(0) for batch in batches]
         self._offsets = [column.offsets.to_numpy() for column in columns]
@@ -272,9 +272,7 @@ def _write_table(pairs: Pairs, vocabulary: Vocabulary, max_tokens: int, key: str
         os.fsync(file.fileno())
 
 
-def _record_batch(
-    texts: list[str], vocabulary: Vocabulary, max_tokens: int, schema: pa.Schema
-) -> tuple[pa.RecordBatch, dict[str, str]]:
+def _record_batch(texts: list[str], vocabulary: Vocabulary, max_tokens: int, schema: pa.Schema) -> tuple[pa.RecordBatch, dict[str, str]]:
     encoded = _encoded(vocabulary.tokenizer, texts)
     kept = [ids[:max_tokens] for ids in encoded]
     offsets = np.concatenate(([0], np.cumsum([len(ids) for ids in kept]))).astype(np.int32)

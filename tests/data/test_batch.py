@@ -31,7 +31,7 @@ from megainter.data.text import TokenTable, build_token_table, load_vocabulary, 
 from megainter.errors import DamagedError, UsageError
 
 IMAGES, CAPTIONS_EACH, FEATURES, CLASSES = 31, 2, 24, 7
-WORDS = "red black small apple cat dog house tree above below left right of the a two three".split()
+WORDS = ["red", "black", "small", "apple", "cat", "dog", "house", "tree", "above", "below", "left", "of", "the", "a", "two", "three"]
 SETTINGS = StreamSettings(seed=5, global_batch=24, micro_batch=2, max_regions=6)
 
 
@@ -104,7 +104,8 @@ def contents(batches: list[PretrainBatch]) -> Counter[bytes]:
             ]  # fmt: skip
             found[b"|".join(part.numpy().tobytes() for part in parts)] += 1
             t, r = t + text, r + regions
-        assert t == len(batch.inputs.input_ids) and r == len(batch.inputs.region_features)
+        assert t == len(batch.inputs.input_ids)
+        assert r == len(batch.inputs.region_features)
     return found
 
 
@@ -135,7 +136,8 @@ def test_each_caption_once_per_epoch_in_a_new_order(data: Data) -> None:
     epochs, rows = (np.concatenate([getattr(draws, name) for draws in steps])[: 2 * size] for name in ("epochs", "rows"))
     assert epochs.tolist() == [0] * size + [1] * size
     assert sorted(rows[:size].tolist()) == sorted(rows[size:].tolist()) == list(range(size))
-    assert (rows[:size] == rows[size:]).mean() < 0.2 and (rows[:size] != np.arange(size)).any()
+    assert (rows[:size] == rows[size:]).mean() < 0.2
+    assert (rows[:size] != np.arange(size)).any()
 
 
 def test_a_step_may_hold_several_epochs(data: Data) -> None:
@@ -161,13 +163,14 @@ def test_a_batch_says_what_its_samples_are(data: Data) -> None:
         features[torch.from_numpy(sample.masked)] = 0
         packed = batch.inputs.region_features[r:].float()
         assert torch.equal(packed[1:], features)
-        assert torch.allclose(packed[0], features.sum(0) / count, rtol=1e-3, atol=1e-6)  # the mean is after masking; stored in half precision
+        assert torch.allclose(packed[0], features.sum(0) / count, rtol=1e-3, atol=1e-6)  # mean after masking, in half precision
         x1, y1, x2, y2 = torch.tensor(record.boxes[:count]).T
         places = torch.stack([x1 / 320, y1 / 300, x2 / 320, y2 / 300, (x2 - x1) * (y2 - y1) / (320 * 300)], dim=1)
         assert torch.allclose(batch.inputs.region_locations[r + 1 :], places, atol=1e-6)
         assert batch.inputs.region_locations[r].tolist() == [0, 0, 1, 1, 1]
         ids = batch.inputs.input_ids[t:].clone()
-        assert ids[0] == data.facts.cls_id and ids[-1] == data.facts.sep_id
+        assert ids[0] == data.facts.cls_id
+        assert ids[-1] == data.facts.sep_id
         spoken = batch.msm_positions >= t
         ids[batch.msm_positions[spoken] - t] = batch.msm_labels[spoken]
         assert ids[1:-1].tolist() == data.tokens[sample.caption_row].tolist()
@@ -178,7 +181,8 @@ def test_a_batch_says_what_its_samples_are(data: Data) -> None:
         else:
             assert (batch.mrm_positions[seen] - r - 1).tolist() == np.flatnonzero(sample.masked).tolist()
             assert torch.equal(batch.mrm_targets[seen], torch.from_numpy(record.class_probs[:count][sample.masked]))
-        assert int(batch.itm_labels[1]) == sample.itm_label and not batch.inputs.token_type_ids.any()
+        assert int(batch.itm_labels[1]) == sample.itm_label
+        assert not batch.inputs.token_type_ids.any()
 
 
 def test_dtypes_and_counts(data: Data) -> None:
@@ -197,17 +201,20 @@ def test_feature_objective_targets_are_unmasked_features(data: Data) -> None:
     samples = [stream.sample(0, n) for n in range(20)]
     batch = collate(samples, settings)
     expected = [s.features[s.masked] for s in samples if not s.itm_label]
-    assert np.array_equal(batch.mrm_targets.numpy(), np.concatenate(expected).astype(np.float32)) and len(batch.mrm_targets) > 0
+    assert np.array_equal(batch.mrm_targets.numpy(), np.concatenate(expected).astype(np.float32))
+    assert len(batch.mrm_targets) > 0
     assert (batch.inputs.region_features[batch.mrm_positions] == 0).all()
 
 
 def test_gate_leaves_mismatched_captions_unscored(data: Data) -> None:
-    open_batch, gated = (collate([data.stream().sample(0, n) for n in range(40)], replace(SETTINGS, gate_msm=gate)) for gate in (False, True))
+    samples = [data.stream().sample(0, n) for n in range(40)]
+    open_batch, gated = (collate(samples, replace(SETTINGS, gate_msm=gate)) for gate in (False, True))
     assert torch.equal(open_batch.inputs.input_ids, gated.inputs.input_ids)
     starts = open_batch.inputs.text_lengths.cumsum(0) - open_batch.inputs.text_lengths
     owner = torch.searchsorted(starts, open_batch.msm_positions, right=True) - 1
     matched = open_batch.itm_labels[owner] == 0
-    assert torch.equal(gated.msm_positions, open_batch.msm_positions[matched]) and not matched.all()
+    assert torch.equal(gated.msm_positions, open_batch.msm_positions[matched])
+    assert not matched.all()
 
 
 def test_an_image_without_regions_gives_no_nan(data: Data) -> None:
@@ -217,7 +224,8 @@ def test_an_image_without_regions_gives_no_nan(data: Data) -> None:
         masked=sample.masked[:0], zeroed=sample.zeroed[:0], itm_label=0,
     )  # fmt: skip
     for batch in (collate([none], SETTINGS), collate([none, sample, none], SETTINGS)):
-        assert torch.isfinite(batch.inputs.region_features).all() and (batch.inputs.region_features[0] == 0).all()
+        assert torch.isfinite(batch.inputs.region_features).all()
+        assert (batch.inputs.region_features[0] == 0).all()
         assert batch.inputs.region_locations[0].tolist() == [0, 0, 1, 1, 1]
         assert batch.mrm_targets.shape[1] == CLASSES
 
@@ -238,8 +246,10 @@ def test_loader_equals_indexing_and_resumes_anywhere(data: Data, workers: int) -
         assert len(loader) == 10
         whole = list(loader)
     tail = list(make_loader(stream, 6, 10, workers))
-    assert len(whole) == 10 and all(equal(a, b) for a, b in zip(whole, direct, strict=True))
-    assert len(tail) == 4 and all(equal(a, b) for a, b in zip(tail, direct[6:], strict=True))
+    assert len(whole) == 10
+    assert all(equal(a, b) for a, b in zip(whole, direct, strict=True))
+    assert len(tail) == 4
+    assert all(equal(a, b) for a, b in zip(tail, direct[6:], strict=True))
     assert list(make_loader(stream, 10, 10, workers)) == []
 
 
@@ -257,7 +267,8 @@ def test_a_users_error_in_a_worker_arrives_as_one_line(tmp_path: Path, workers: 
     target.write_bytes(bytes(content))
     with pytest.raises(DamagedError) as raised:
         list(make_loader(stream, 0, 3, workers))
-    assert "\n" not in str(raised.value) and "image" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert "image" in str(raised.value)
 
 
 SCRIPT = """
@@ -334,7 +345,8 @@ def test_validation_counts_every_sample_once(data: Data, world_size: int, count:
     assert len({len(part) for part in parts}) == 1
     batches = [part[i] for part in parts for i in range(len(part))]
     counted = [batch for batch in batches if batch.counted]
-    assert all(len(batch.itm_labels) <= 2 for batch in counted) and all(batch.counts() == (0, 0, 0) for batch in batches if not batch.counted)
+    assert all(len(batch.itm_labels) <= 2 for batch in counted)
+    assert all(batch.counts() == (0, 0, 0) for batch in batches if not batch.counted)
     stream = data.stream(settings)
     expected = [stream.sample(0, n) for n in range(min(count, 62))]
     assert contents(counted) == contents([collate(expected, settings)])
@@ -359,7 +371,9 @@ def test_captions_without_images_are_counted(data: Data, tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"captions without images in .*: 10 of 41, first image 31, image 32, image 33: run"):
         PretrainStream(pairs, data.store, tokens, data.facts, SETTINGS)
     kept = drop_missing(pairs, data.store)
-    assert len(kept) == 31 and kept.image_ids == [f"image {i}" for i in range(31)] and kept.digest != pairs.digest
+    assert len(kept) == 31
+    assert kept.image_ids == [f"image {i}" for i in range(31)]
+    assert kept.digest != pairs.digest
     assert [kept.image_id(row) for row in range(31)] == kept.table.column("image_id").to_pylist()
     PretrainStream(kept, data.store, build_token_table(kept, vocabulary, 12, tmp_path / "k.arrow", progress=False), data.facts, SETTINGS)
 

@@ -90,7 +90,8 @@ def test_paper_segments_are_whole_words_with_the_stated_probabilities() -> None:
 
 def test_a_caption_cut_inside_a_word_starts_with_a_word() -> None:
     chosen = chosen_tokens(np.array([510, 511, 10], dtype=np.int32), PAPER, 20_000)
-    assert (chosen[:, 0] == chosen[:, 1]).all() and near(chosen[:, 0].mean(), 0.10, 20_000)
+    assert (chosen[:, 0] == chosen[:, 1]).all()
+    assert near(chosen[:, 0].mean(), 0.10, 20_000)
 
 
 def test_bert_tokens() -> None:
@@ -155,7 +156,8 @@ def test_regions_are_masked_with_their_neighbours(masking: MaskingRecipe) -> Non
         iou = np.array([slow_iou(box.astype(float), other.astype(float), offset) for other in boxes])
         overlapping = set(np.flatnonzero(iou >= 0.4 if masking is OFFICIAL else iou > 0.4).tolist())
         touching.append(len(overlapping | {i}))
-    assert max(touching) > 2 and min(touching) == 1  # the boxes do test something
+    assert max(touching) > 2
+    assert min(touching) == 1
     rng = np.random.default_rng(0)
     hits = np.zeros(len(boxes))
     for _ in range(DRAWS):
@@ -181,7 +183,8 @@ def test_bert_regions_are_scored_but_not_always_hidden() -> None:
     results = [mask_regions(boxes, rng, BERT) for _ in range(20_000)]
     masked, zeroed = (np.array(column) for column in zip(*results, strict=True))
     assert not (zeroed & ~masked).any()
-    assert near(masked.mean(), 0.15, masked.size) and near(zeroed.sum() / masked.sum(), 0.9, int(masked.sum()))
+    assert near(masked.mean(), 0.15, masked.size)
+    assert near(zeroed.sum() / masked.sum(), 0.9, int(masked.sum()))
 
 
 @pytest.mark.parametrize("masking", [PAPER, OFFICIAL, BERT])
@@ -189,13 +192,15 @@ def test_no_regions_and_no_text(masking: MaskingRecipe) -> None:
     masked, zeroed = mask_regions(np.zeros((0, 4), np.float32), np.random.default_rng(0), masking)
     assert masked.shape == zeroed.shape == (0,)
     out, positions = mask_text(np.zeros(0, np.int32), np.random.default_rng(0), masking, vocabulary())
-    assert len(out) == 0 and len(positions) == 0
+    assert len(out) == 0
+    assert len(positions) == 0
 
 
 def test_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match='"paper", "official" or "bert"'):
         recipe("papers")
-    assert recipe("paper") is PAPER and recipe("official") is OFFICIAL
+    assert recipe("paper") is PAPER
+    assert recipe("official") is OFFICIAL
 
 
 @pytest.mark.parametrize("masking", [PAPER, OFFICIAL])

@@ -40,7 +40,8 @@ def test_an_image_that_owns_nearly_all_captions_still_gets_uniform_negatives() -
     rows = np.zeros(3000, dtype=np.int64)
     chosen = negative_rows(images, rows, 0, 0, np.arange(3000))
     counts = np.bincount(chosen, minlength=4003)[4000:]
-    assert counts.sum() == 3000 and ((counts - 1000) ** 2 / 1000).sum() < 25
+    assert counts.sum() == 3000
+    assert ((counts - 1000) ** 2 / 1000).sum() < 25
 
 
 def test_choice_depends_on_the_sample_alone() -> None:
@@ -49,7 +50,8 @@ def test_choice_depends_on_the_sample_alone() -> None:
     captions, labels = choose_captions(images, n % 90, 7, 2, n, 0.5)
     some = np.array([400, 3, 77])
     again = choose_captions(images, some % 90, 7, 2, some, 0.5)
-    assert (again[0] == captions[some]).all() and (again[1] == labels[some]).all()
+    assert (again[0] == captions[some]).all()
+    assert (again[1] == labels[some]).all()
     other = choose_captions(images, n % 90, 7, 3, n, 0.5)
     assert (other[1] != labels).mean() > 0.4
 

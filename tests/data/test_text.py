@@ -40,7 +40,8 @@ def test_trained_vocabulary_is_well_formed(vocab: Path) -> None:
     assert tuple(entries[:5]) == SPECIALS
     assert len(entries) == len(set(entries)) <= 120
     loaded = load_vocabulary(vocab)
-    assert loaded.size == len(entries) and (loaded.is_continuation == [e.startswith("##") for e in entries]).all()
+    assert loaded.size == len(entries)
+    assert (loaded.is_continuation == [e.startswith("##") for e in entries]).all()
     assert (loaded.facts.pad_id, loaded.facts.unk_id, loaded.facts.cls_id, loaded.facts.sep_id, loaded.facts.mask_id) == (0, 1, 2, 3, 4)
     assert {"cat", "black", "dog", "a"} <= set(entries)
     assert loaded.decode(loaded.encode(["The BLACK cats"], 10)[0]) == "the black cats"
@@ -49,8 +50,8 @@ def test_trained_vocabulary_is_well_formed(vocab: Path) -> None:
 
 def test_training_is_deterministic_over_processes_and_orders(tmp_path: Path, vocab: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from megainter.data.text import train_vocabulary; from tests.data.test_text import CAPTIONS\n"
-        "train_vocabulary(CAPTIONS[::-1], 120, Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from megainter.data.text import train_vocabulary\n"
+        "from tests.data.test_text import CAPTIONS; train_vocabulary(CAPTIONS[::-1], 120, Path(sys.argv[1]))"
     )
     other = tmp_path / "other.txt"
     subprocess.run([sys.executable, "-c", script, str(other)], check=True, cwd=Path(__file__).parents[2])
@@ -72,7 +73,8 @@ def test_agrees_with_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     vocabulary = load_vocabulary(SHARED / name)
     reference = transformers.BertTokenizerFast(str(SHARED / name), do_lower_case=True)
-    texts = [*CAPTIONS[:5], "Naïve façade — 3.5km of ½-hidden “streets”\u2028", "一只黑猫 and 两只狗", "ÅÄÖ supercalifragilistic", "x" * 120]
+    texts = [*CAPTIONS[:5], "Naïve façade — 3.5km of ½-hidden “streets”\u2028", "一只黑猫 and 两只狗", "ÅÄÖ supercalifragilistic"]
+    texts.append("x" * 120)  # longer than any word may be: [UNK]
     for text, ids in zip(texts, vocabulary.encode(texts, 1000), strict=True):
         assert ids.tolist() == reference(text, add_special_tokens=False)["input_ids"]
     assert vocabulary.with_specials(ids).tolist() == reference(texts[-1])["input_ids"]
@@ -106,7 +108,8 @@ def test_bad_vocabularies(tmp_path: Path, vocab: Path) -> None:
 def test_digest_tells_vocabularies_and_casing_apart(vocab: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text(vocab.read_text() + "zebra\n")
     digests = {load_vocabulary(vocab).digest, load_vocabulary(vocab, lowercase=False).digest, load_vocabulary(tmp_path / "more.txt").digest}
-    assert len(digests) == 3 and load_vocabulary(vocab.parent).digest in digests
+    assert len(digests) == 3
+    assert load_vocabulary(vocab.parent).digest in digests
 
 
 def test_table_equals_direct_encoding(tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +117,16 @@ def test_table_equals_direct_encoding(tmp_path: Path, vocab: Path, monkeypatch: 
     vocabulary, pairs = load_vocabulary(vocab), pairs_of(CAPTIONS, tmp_path)
     table = build_token_table(pairs, vocabulary, 8, tmp_path / "tokens.arrow", progress=False)
     whole = vocabulary.encode(CAPTIONS, 1000)
-    assert len(table) == len(CAPTIONS) and table.lengths.dtype == np.int32
+    assert len(table) == len(CAPTIONS)
+    assert table.lengths.dtype == np.int32
     for row, ids in enumerate(whole):
-        assert table[row].dtype == np.int32 and table[row].tolist() == ids[:6].tolist() and table.lengths[row] == min(len(ids), 6)
+        assert table[row].dtype == np.int32
+        assert table[row].tolist() == ids[:6].tolist()
+        assert table.lengths[row] == min(len(ids), 6)
     assert table.truncated == sum(len(ids) > 6 for ids in whole) > 0
     again = pickle.loads(pickle.dumps(table))
-    assert again[50].tolist() == table[50].tolist() and len(pickle.dumps(table)) < 1000
+    assert again[50].tolist() == table[50].tolist()
+    assert len(pickle.dumps(table)) < 1000
     assert list(tmp_path.glob(".*partial")) == []
 
 
@@ -134,7 +141,8 @@ def test_table_is_reused_only_for_the_same_key(tmp_path: Path, vocab: Path) -> N
         open_token_table(path, table_key(pairs, vocabulary, 12))
     other = pairs_of([*CAPTIONS[:-1], "a dog"], tmp_path)
     table = build_token_table(other, vocabulary, 16, path, progress=False)
-    assert path.stat().st_mtime_ns != written and vocabulary.decode(table[len(table) - 1]) == "a dog"
+    assert path.stat().st_mtime_ns != written
+    assert vocabulary.decode(table[len(table) - 1]) == "a dog"
 
 
 def test_damaged_table_is_reported_and_rebuilt(tmp_path: Path, vocab: Path) -> None:
@@ -154,7 +162,8 @@ def test_a_vocabulary_that_does_not_fit_is_told(tmp_path: Path, vocab: Path, cap
     with caplog.at_level(logging.WARNING):
         table = build_token_table(pairs_of(["黑猫", "白狗"], tmp_path), load_vocabulary(vocab), 16, tmp_path / "t.arrow", progress=False)
     assert table.unknown_share == 1.0
-    assert len(caplog.messages) == 1 and "100% of the caption tokens are [UNK]" in caplog.messages[0]
+    assert len(caplog.messages) == 1
+    assert "100% of the caption tokens are [UNK]" in caplog.messages[0]
 
 
 def test_too_short_a_text_is_refused(tmp_path: Path, vocab: Path) -> None:
@@ -165,4 +174,5 @@ def test_too_short_a_text_is_refused(tmp_path: Path, vocab: Path) -> None:
 def test_table_is_a_plain_arrow_file(tmp_path: Path, vocab: Path) -> None:
     build_token_table(pairs_of(CAPTIONS, tmp_path), load_vocabulary(vocab), 16, tmp_path / "t.arrow", progress=False)
     read = pa.ipc.open_file(str(tmp_path / "t.arrow")).read_all()
-    assert read.schema.field("ids").type == pa.list_(pa.int32()) and read.num_rows == len(CAPTIONS)
+    assert read.schema.field("ids").type == pa.list_(pa.int32())
+    assert read.num_rows == len(CAPTIONS)
