@@ -146,6 +146,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ``UsageError`` with one line for a missing file, broken TOML, an unknown key, a wrong type or a contradiction.
     """
+    path = find_recipe(path) if path is not None else None
     settings = _read_toml(path) if path is not None else {}
     for key, value in _pairs(overrides):
         _assign(settings, key, value)
@@ -171,6 +172,12 @@ def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
             f"x {world_size} processes = {portion}; change one of them"
         )
     return training.global_batch // portion
+
+
+def find_recipe(path: Path) -> Path:
+    """The TOML file: ``path`` itself, or the recipe of that name that comes with megainter ("base", "demo")."""
+    shipped = Path(__file__).parent / "recipes" / f"{path}.toml"
+    return shipped if path.name == str(path) and not path.exists() and shipped.is_file() else path
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def stages_of(output: Path) -> list[Stage]:
     """The stages in order, over fixed places inside ``output``."""
     images, pairs, store, run = output / "images", output / "pairs.parquet", output / "regions.store", output / "run"
     model, scores, page = output / "model", output / "retrieval.json", output / "index.html"
-    weights, recipe = Path(str(files("preprocessing") / "assets" / "demo_detector.safetensors")), Path(str(files("megainter") / "recipes" / "demo.toml"))
-    pretrain = ["--module", "megainter.pretrain", "--config", recipe, "--output", run, "--data.pairs", pairs, "--data.store", store]
+    weights = Path(str(files("preprocessing") / "assets" / "demo_detector.safetensors"))
+    pretrain = ["--module", "megainter.pretrain", "--config", "demo", "--output", run, "--data.pairs", pairs, "--data.store", store]
     evaluate = ["--pairs", pairs, "--store", store, "--split", "test", "--images", GALLERY, "--captions-per-image", 1, "--output", scores]
     show = ["--images", images, "--pairs", pairs, "--store", store, "--run", run, "--retrieval", scores, "--title", "megainter demo", "--output", page]
     return [

@@ -14,7 +14,7 @@ from megainter.config import RunConfig, accumulation_steps
 from megainter.data.batch import PretrainBatch, validation_batches
 from megainter.data.loader import make_loader
 from megainter.errors import NoSpaceError, NumericsError, StoppedEarly, UsageError
-from megainter.model.flops import forward_flops
+from megainter.model.flops import BatchCounts, forward_flops
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint, engine
 from megainter.training.collective import on_first_rank, summed
@@ -74,7 +74,7 @@ def pretrain(config: RunConfig) -> Path:
                 train.backward(loss * (world.size * accumulation))
                 train.step()
                 tallies += parts
-                meter.tokens += len(batch.inputs.input_ids) + len(batch.inputs.region_features)
+                meter.tokens += batch.tokens()
                 meter.samples += len(batch.inputs)
                 meter.flops += 3 * _forward_flops(model, batch)
             counts += agreed[:3]
@@ -129,7 +129,8 @@ def _counts(batches: list[PretrainBatch]) -> Tensor:
 
 
 def _forward_flops(model: InterBertForPreTraining, batch: PretrainBatch) -> int:
-    return forward_flops(model.config, batch.inputs.text_lengths, batch.inputs.region_lengths, len(batch.msm_positions), len(batch.mrm_positions))
+    counts = BatchCounts.of(batch.inputs.text_lengths, batch.inputs.region_lengths, len(batch.msm_positions), len(batch.mrm_positions))
+    return forward_flops(model.config, counts)
 
 
 def _model(config: RunConfig, sources: Sources, saved: checkpoint.Checkpoint | None) -> InterBertForPreTraining:

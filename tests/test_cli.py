@@ -1,0 +1,140 @@
+"""The command line as a user meets it: quick help, and for every mistake one line and the documented exit code."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.synthetic import environment, settings, train, write_data
+
+
+def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run ``megainter`` in a process of its own."""
+    command = [sys.executable, "-m", "megainter", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment())
+
+
+def test_help_answers_at_once() -> None:
+    best = min(_seconds("--help") for _ in range(5))
+    assert best < 0.5, f"megainter --help took {best:.2f} s at best"
+
+
+def _seconds(*arguments: str) -> float:
+    start = time.perf_counter()
+    assert run(*arguments).returncode == 0
+    return time.perf_counter() - start
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, megainter.cli; sys.exit(' '.join({'torch', 'deepspeed', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", ["demo", "prepare", "extract", "pretrain", "evaluate", "convert", "view"])
+def test_every_verb_explains_itself(verb: str) -> None:
+    done = run(verb, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) > 5
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """Exit code, one line on standard error, no traceback, and the words that help."""
+    assert done.returncode == code, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("megainter:")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_unknown_verb_and_option() -> None:
+    assert_one_line(run("pretrian"), 2, "pretrian")
+    assert_one_line(run("extract", "--imagse", "x"), 2, "--imagse")
+    assert_one_line(run("prepare", "tsv", "x", "--output", "y"), 2, "tsv")
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    assert_one_line(run("pretrain", "--config", tmp_path / "no.toml"), 2, "no.toml does not exist")
+    assert_one_line(run("prepare", "jsonl", tmp_path / "no.jsonl", "--output", tmp_path / "p.parquet"), 2, "no.jsonl")
+    assert_one_line(run("convert", "zero", tmp_path / "no-run", tmp_path / "hf"), 2, "no-run does not exist")
+    assert not (tmp_path / "p.parquet").exists()
+    assert not (tmp_path / "hf").exists()
+
+
+def test_empty_folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    weights = Path(__file__).parents[1] / "preprocessing" / "assets" / "demo_detector.safetensors"
+    assert_one_line(run("extract", "--images", tmp_path / "images", "--output", tmp_path / "store", "--weights", weights), 2, "images")
+
+
+def test_training_mistakes(tmp_path: Path) -> None:
+    pairs, store = write_data(tmp_path, images=12)
+    run_folder = tmp_path / "run"
+    assert_one_line(train(settings(tmp_path / "no.parquet", store, run_folder)), 2, "no.parquet")
+    assert_one_line(train(settings(pairs, tmp_path / "no.store", run_folder)), 2, "no.store")
+    assert_one_line(train(settings(pairs, store, run_folder, data__split="nope")), 2, "nope")
+    assert_one_line(train(settings(pairs, store, run_folder, model__region_feature_size=99)), 2, "region_feature_size is 99")
+    assert_one_line(train(settings(pairs, store, run_folder, training__global_batch=18)), 2, "global_batch 18 is not a multiple")
+
+
+def test_captions_without_images(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    pairs, _ = write_data(tmp_path / "a", images=16)
+    _, store = write_data(tmp_path / "b", images=8)
+    assert_one_line(train(settings(pairs, store, tmp_path / "run")), 2, "image-008")
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    pairs, store = write_data(tmp_path, images=12)
+    assert train(settings(pairs, store, tmp_path / "run", training__steps=2)).returncode == 0
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert_one_line(train(settings(pairs, store, tmp_path / "run", training__steps=2, training__seed=8)), 2, "training.seed: 7 -> 8")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+
+
+def test_a_deepspeed_json_cannot_say_otherwise(tmp_path: Path) -> None:
+    pairs, store = write_data(tmp_path, images=12)
+    for content, word in [
+        ('{"optimizer": {"type": "Adam"}}', "optimizer"),
+        ('{"zero_optimisation": {"stage": 2}}', "did you mean 'zero_optimization'"),
+        ('{"zero_optimization": {"stage": 3}}', "ZeRO stage 3"),
+        ("{", "not valid JSON"),
+    ]:
+        (tmp_path / "ds.json").write_text(content)
+        assert_one_line(train(settings(pairs, store, tmp_path / "run", engine__deepspeed=tmp_path / "ds.json")), 2, word)
+
+
+def test_a_mistake_is_told_once_by_many_ranks(tmp_path: Path) -> None:
+    done = train(settings(tmp_path / "no.parquet", tmp_path / "no.store", tmp_path / "run"), processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("no.parquet") == 1, done.stderr
+
+
+def test_shipped_deepspeed_configurations_run(tmp_path: Path) -> None:
+    """All of ds_configs/ is accepted by the engine, which reads them as DeepSpeed does."""
+    pairs, store = write_data(tmp_path, images=12)
+    folder = Path(__file__).parents[1] / "ds_configs"
+    for path in sorted(folder.glob("*.json")):
+        stage = int("".join(filter(str.isdigit, path.stem)))
+        arguments = settings(pairs, store, tmp_path / path.stem, engine__deepspeed=path, engine__zero_stage=stage, engine__precision="bf16", training__steps=2)
+        done = train(arguments)
+        assert done.returncode == 0, f"{path.name}: {done.stdout}{done.stderr}"
+
+
+def test_two_runs_in_one_folder_at_once(tmp_path: Path) -> None:
+    pairs, store = write_data(tmp_path, images=12)
+    arguments = settings(pairs, store, tmp_path / "run", training__steps=100000)
+    first = subprocess.Popen([sys.executable, "-m", "megainter.pretrain", *arguments], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert_one_line(train(arguments), 6, "in use", str(first.pid))
+    finally:
+        os.kill(first.pid, 9)
+        first.wait()
