@@ -110,6 +110,12 @@ def decode(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: 
     return RegionRecord(boxes, features, probs, width, height)
 
 
+def check_record(image_id: str, record: RegionRecord, schema: StoreSchema) -> None:
+    """``UsageError`` naming the id where ``encode`` would refuse the record."""
+    encode_id(image_id)
+    _checked_arrays(image_id, record, schema)
+
+
 def record_size(n: int, id_bytes: int, schema: StoreSchema) -> int:
     """Bytes of a record of ``n`` regions."""
     per_region = 16 + 2 * schema.feature_size + (2 * schema.num_classes if schema.probs == "dense" else 4 * schema.top_k)

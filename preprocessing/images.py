@@ -1,0 +1,156 @@
+"""Image files, none of them trusted: which there are, and each as an RGB picture or a reason why not.
+
+Every picture comes out the same way whatever it was stored as: turned as its EXIF says, the first frame of an animation, 16-bit grey
+scaled to 8 bits, transparency over white. ICC profiles are ignored, as in the detectors' own training.
+"""
+
+import os
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from megainter.errors import UsageError
+from megainter.files import inside
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format that runs an outside program or a large foreign parser
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
+OTHER_SUFFIXES = {".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".svg", ".eps", ".tga", ".psd"}
+MAX_PIXELS = 100_000_000  # decoded that is 300 MB
+DRAFT_PIXELS = 16_000_000  # a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at no fewer pixels than a quarter of this
+SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+EXIF_ORIENTATION, FIRST_TURNED_ORIENTATION = 0x0112, 5  # orientations 5 to 8 swap width and height
+
+
+class UnreadableImageError(UsageError):
+    """A file that is no readable image; ``reason`` is the short why, for lists."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is not a readable image: {reason}")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return type(self), (self.path, self.reason)
+
+
+def load_image(path: Path, draft: bool = False) -> Image.Image:
+    """The image as RGB, 8 bits. ``UnreadableImageError`` for anything but a whole JPEG, PNG, WebP, GIF or BMP up to 100 megapixels.
+
+    With ``draft`` a JPEG above 16 megapixels comes smaller than it is (``image_size`` tells its true size), at a fraction of the memory.
+    """
+    with _opened(path) as image:
+        if draft and image.format == "JPEG" and image.width * image.height > DRAFT_PIXELS:
+            scale = (DRAFT_PIXELS / 4 / (image.width * image.height)) ** 0.5
+            image.draft("RGB", (round(image.width * scale), round(image.height * scale)))
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels as ``load_image`` gives them without ``draft``, from the header alone."""
+    with _opened(path) as image:
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) in range(FIRST_TURNED_ORIENTATION, 9)
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def find_images(folder: Path) -> list[tuple[str, str]]:
+    """(image id, path relative to ``folder``) of every image below it, sorted by id; the id is the path without its suffix.
+
+    Hidden files are left out. ``UsageError`` for a missing or empty folder, and for two files with one id.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"images folder {folder} does not exist or is not a folder")
+    found: dict[str, str] = {}
+    for relative in _files_below(folder):
+        image_id = os.path.splitext(relative)[0]
+        if image_id in found:
+            raise UsageError(f"{folder}: {found[image_id]} and {relative} would both have the image id {image_id!r}; rename one")
+        found[image_id] = relative
+    if not found:
+        raise UsageError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+    return sorted(found.items())
+
+
+def confined(folder: Path, relative: str) -> Path:
+    """``folder / relative``; ``UnreadableImageError`` where that is outside ``folder``, links included."""
+    try:
+        return inside(folder, relative)
+    except (UsageError, ValueError, OSError):
+        raise UnreadableImageError(Path(folder, relative.replace("\0", "\\0")), "it lies outside the images folder") from None
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Relative paths of image files, links followed, every folder once."""
+    visited: set[str] = set()
+    for current, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(current)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES | OTHER_SUFFIXES:
+                yield Path(current, name).relative_to(folder).as_posix()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The file as a Pillow image whose header is read and whose size is allowed; whatever fails inside becomes one kind of error."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableImageError(path, "not a regular file")
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
+    except UnreadableImageError:
+        raise
+    except MemoryError:
+        raise UnreadableImageError(path, "out of memory") from None
+    except Exception as error:  # a parser fed with hostile bytes may raise anything
+        raise UnreadableImageError(path, _reason(path, error)) from None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            return "no such file"
+        case Image.DecompressionBombError():
+            return f"more than {MAX_PIXELS // 10**6} megapixels"
+        case UnidentifiedImageError():
+            return "empty file" if path.stat().st_size == 0 else f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, whatever its name"
+        case OSError() if error.errno is not None:
+            return error.strerror or str(error)
+        case OSError() | SyntaxError() | ValueError() | EOFError() | struct.error() | zlib.error():
+            return " ".join(str(error).split()) or type(error).__name__
+        case _:
+            return f"{type(error).__name__} while decoding: {' '.join(str(error).split())}"
+
+
+def silence_pillow() -> None:
+    """No warnings from Pillow in this process: its 89-megapixel warning is an error of our own here, broken metadata is of no interest."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in SIXTEEN_BIT_MODES:
+        return _scaled_grey(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled_grey(image: Image.Image) -> Image.Image:
+    """0..65535 to 0..255 by rounding; Pillow's own conversion would clip at 255."""
+    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
