@@ -106,16 +106,16 @@ def read_pairs(path: Path, split: str | None = None) -> Pairs:
     """
     table = _keep_split(path, _read_table(path, PAIRS_SCHEMA), split)
     _refuse_duplicate_pairs(path, table)
-    encoded = pc.dictionary_encode(table.column("image_id")).combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.chunk(0)
-    numbers = encoded.indices.to_numpy().astype(np.int32, copy=False)
-    _refuse_two_paths(path, table, numbers, len(encoded.dictionary))
-    return Pairs(table, numbers, encoded.dictionary.to_pylist(), _content_digest(table))
+    numbers, ids = _numbered(table.column("image_id"))
+    _refuse_two_paths(path, table, numbers, ids)
+    return Pairs(table, numbers, ids.to_pylist(), _content_digest(table))
 
 
 def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
-    """Write pairs as they come, atomically, and return how many. ``DuplicatePairError`` where a pair id comes twice."""
+    """Write pairs as they come, atomically, and return how many.
+
+    ``DuplicatePairError`` where a pair id comes twice, ``UsageError`` where an image id has two paths or a row cannot be read back.
+    """
     hashes = array("Q")
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -127,6 +127,9 @@ def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
     with _parquet_aside(path) as aside:
         _write_batches(path, aside, PAIRS_SCHEMA, batches())
         _refuse_repeated_hashes(path, aside, np.frombuffer(hashes, np.uint64))
+        images = pq.read_table(aside, columns=["image_id", "image"])
+        _refuse_missing_values(path, images)
+        _refuse_two_paths(path, images, *_numbered(images.column("image_id")))
     return len(hashes)
 
 
@@ -297,20 +300,24 @@ def _refuse_repeated_hashes(path: Path, aside: Path, hashes: np.ndarray) -> None
             raise DuplicatePairError(path, ids[first].as_py(), first, second)
 
 
-def _refuse_two_paths(path: Path, table: pa.Table, numbers: np.ndarray, images: int) -> None:
+def _numbered(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """int32 [rows] numbers in order of first appearance, and the value of each number."""
+    encoded = pc.dictionary_encode(column).combine_chunks()
+    encoded = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) and encoded.num_chunks else encoded
+    return encoded.indices.to_numpy().astype(np.int32, copy=False), encoded.dictionary
+
+
+def _refuse_two_paths(path: Path, table: pa.Table, numbers: np.ndarray, ids: pa.Array) -> None:
     """Every image id has one path, and that path stays inside the images folder."""
     _refuse_escaping_paths(path, table)
-    encoded = pc.dictionary_encode(table.column("image")).combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.chunk(0)
-    paths = encoded.indices.to_numpy()
-    path_of_image = np.zeros(images, paths.dtype)
+    paths, names = _numbered(table.column("image"))
+    path_of_image = np.zeros(len(ids), paths.dtype)
     path_of_image[numbers] = paths
     clash = np.flatnonzero(path_of_image[numbers] != paths)
     if len(clash):
         row = int(clash[0])
-        one, two = encoded.dictionary[int(paths[row])], encoded.dictionary[int(path_of_image[numbers[row]])]
-        raise UsageError(f"{path}: image id {table.column('image_id')[row]} has two files, {one} and {two}")
+        one, two = names[int(path_of_image[numbers[row]])].as_py(), names[int(paths[row])].as_py()
+        raise UsageError(f"{path}: image id {ids[int(numbers[row])].as_py()!r} has two files, {one!r} and {two!r}")
 
 
 def _refuse_escaping_paths(path: Path, table: pa.Table) -> None:
