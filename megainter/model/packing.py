@@ -114,7 +114,7 @@ class PaddedPlaces:
 
 def _unpack(packed: torch.Tensor, rows: torch.Tensor, batch: int, length: int) -> torch.Tensor:
     flat = packed.new_zeros(batch * length, packed.shape[1]).index_copy(0, rows, packed)
-    return flat.view(batch, length, -1)
+    return flat.view(batch, length, packed.shape[1])
 
 
 def pack_padded(

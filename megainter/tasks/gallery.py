@@ -1,0 +1,116 @@
+"""What retrieval is measured on: the images of a gallery, their captions as tokens, and the images' regions as the model takes them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megainter.data.batch import drop_missing
+from megainter.data.feature_store import FeatureStore, RegionRecord
+from megainter.data.manifest import Pairs, read_pairs
+from megainter.data.text import Vocabulary
+from megainter.errors import UsageError
+
+GLOBAL_LOCATION = (0.0, 0.0, 1.0, 1.0, 1.0)
+CAPTIONS_PER_ENCODING = 16_384
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """I images and C captions, every caption's own image among the images and every image with a caption.
+
+    ``rows`` int64 [C]: rows of the captions in ``pairs``. ``image_of_caption`` int32 [C]: number of the own image, 0 .. I - 1.
+    ``missing_images``: how many images of the split were left out because the store lacks them.
+    """
+
+    pairs: Pairs
+    image_ids: list[str]
+    rows: NDArray[np.int64]
+    image_of_caption: NDArray[np.int32]
+    missing_images: int
+
+    @property
+    def pairs_to_score(self) -> int:
+        return len(self.image_ids) * len(self.rows)
+
+    def texts(self) -> list[str]:
+        """The captions, in order."""
+        captions: list[str] = self.pairs.table.column("caption").take(self.rows).to_pylist()
+        return captions
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Captions end to end: ``ids`` int32 [Nt] with [CLS] and [SEP], ``lengths`` int64 [C]."""
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+
+    def take(self, captions: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed int64 ids and lengths of some captions, in the order asked for."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        parts = [self.ids[start : start + length] for start, length in zip(starts[captions], self.lengths[captions], strict=True)]
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)), torch.from_numpy(self.lengths[captions])
+
+
+def read_gallery(pairs: Path, store: FeatureStore, split: str | None, images: int | None, captions_per_image: int | None) -> Gallery:
+    """The first ``images`` images of a split (None: all) and the first ``captions_per_image`` captions of each (None: all), in manifest order.
+
+    Images that the store lacks are left out and counted. ``UsageError`` where none is left, or fewer than ``images``.
+    """
+    for name, limit in (("--images", images), ("--captions-per-image", captions_per_image)):
+        if limit is not None and limit < 1:
+            raise UsageError(f"{name} is {limit}; give at least 1, or leave it out for all")
+    everything = read_pairs(pairs, split)
+    present = drop_missing(everything, store)
+    missing = len(everything.image_ids) - len(present.image_ids)
+    if not present.image_ids:
+        raise UsageError(f"{store.path} has no regions for any of the {missing:,} images of {pairs}; run `megainter extract` on them")
+    if images is not None and images > len(present.image_ids):
+        raise UsageError(f"{pairs} has {len(present.image_ids):,} images of split {split!r} with regions, and --images asks for {images:,}")
+    numbers = present.image_numbers
+    wanted = (numbers < (images or len(present.image_ids))) & (_nth_caption(numbers) < (captions_per_image or len(numbers)))
+    rows = np.flatnonzero(wanted).astype(np.int64)
+    return Gallery(present, present.image_ids[:images], rows, numbers[rows].astype(np.int32), missing)
+
+
+def _nth_caption(numbers: NDArray[np.int32]) -> NDArray[np.int64]:
+    """int64 [rows]: how many earlier rows have the same image."""
+    order = np.argsort(numbers, kind="stable")
+    counts = np.bincount(numbers)
+    nth = np.empty(len(numbers), dtype=np.int64)
+    nth[order] = np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return nth
+
+
+def tokenize(captions: list[str], vocabulary: Vocabulary, max_tokens: int) -> Tokens:
+    """All captions as tokens, each cut to ``max_tokens`` with [CLS] and [SEP]."""
+    parts = []
+    for start in range(0, len(captions), CAPTIONS_PER_ENCODING):
+        encoded = vocabulary.encode(captions[start : start + CAPTIONS_PER_ENCODING], max_tokens - 2)
+        parts += [vocabulary.with_specials(ids).astype(np.int32) for ids in encoded]
+    return Tokens(np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64))
+
+
+def region_rows(records: list[RegionRecord], max_regions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Regions of several images end to end: float16 features [Nr, F], float32 locations [Nr, 5], int64 counts [I].
+
+    At most ``max_regions`` of each image, the first ones, after its global region: the mean of these regions, over the whole image.
+    """
+    features, locations = [], []
+    for record in records:
+        kept = record.features[:max_regions]
+        features += [kept.mean(0, keepdims=True, dtype=np.float32).astype(np.float16), kept]
+        locations += [np.array([GLOBAL_LOCATION], dtype=np.float32), _locations(record, max_regions)]
+    lengths = torch.tensor([min(len(record), max_regions) + 1 for record in records])
+    return torch.from_numpy(np.concatenate(features)), torch.from_numpy(np.concatenate(locations)), lengths
+
+
+def _locations(record: RegionRecord, max_regions: int) -> NDArray[np.float32]:
+    """x1/W, y1/H, x2/W, y2/H and the share of the image's area, float32 [n, 5]."""
+    size = np.array([record.width, record.height] * 2, dtype=np.float32)
+    boxes = record.boxes[:max_regions] / size
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return np.concatenate([boxes, areas[:, None]], axis=1)

@@ -1,0 +1,112 @@
+"""From a matrix of scores to retrieval ranks and the figures that are reported. Pure numpy, no model.
+
+Shape letters: I images of the gallery, C captions, K best candidates kept per caption.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RECALL_AT = (1, 5, 10)
+BLOCK_BYTES = 64 << 20  # of scores looked at in one go, so that memory does not grow with the gallery
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """``caption_ranks`` int64 [C]: rank of a caption's own image among all images. ``image_ranks`` int64 [I]: rank of an image's best
+    own caption among all captions. Ranks begin at 1. ``top_images`` int32 [C, K] and ``top_scores`` float32 [C, K]: the best images of
+    each caption, best first, equal scores by image number."""
+
+    caption_ranks: NDArray[np.int64]
+    image_ranks: NDArray[np.int64]
+    top_images: NDArray[np.int32]
+    top_scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Recall:
+    """One direction of retrieval. Recalls and chance levels are shares (0 to 1), in the order of ``RECALL_AT``.
+
+    ``median_rank`` is rounded down, as in the official evaluation. ``chance_at_k`` is what a random order would reach on average.
+    """
+
+    queries: int
+    candidates: int
+    r_at_1: float
+    r_at_5: float
+    r_at_10: float
+    median_rank: int
+    mean_rank: float
+    chance_at_1: float
+    chance_at_5: float
+    chance_at_10: float
+
+
+def rank_scores(scores_IC: NDArray[np.float32], image_of_caption_C: NDArray[np.integer], top: int = 10) -> Ranks:
+    """Ranks of all queries in both directions, in one pass over blocks of images (``scores_IC`` may be memory-mapped).
+
+    Ties count against the model: a rank is 1 + the number of *wrong* candidates that score at least as high as the right one. So the
+    result does not depend on any order of processing, and a model that gives every pair the same score never looks good. An
+    image's rank is that of its best own caption; its other captions are not wrong candidates. Every image needs a caption.
+    """
+    images, captions = scores_IC.shape
+    numbers = np.arange(captions)
+    own_C = np.asarray(scores_IC[image_of_caption_C, numbers])
+    best_own_I = np.full(images, -np.inf, dtype=np.float32)
+    np.maximum.at(best_own_I, image_of_caption_C, own_C)
+    ahead_C = np.zeros(captions, dtype=np.int64)
+    ahead_I = np.empty(images, dtype=np.int64)
+    best = _Best(captions, min(top, images))
+    rows = max(1, BLOCK_BYTES // (4 * max(captions, 1)))
+    for start in range(0, images, rows):
+        block_BC = np.asarray(scores_IC[start : start + rows])
+        mine_BC = image_of_caption_C[None, :] == np.arange(start, start + len(block_BC))[:, None]
+        ahead_C += ((block_BC >= own_C) & ~mine_BC).sum(0)
+        ahead_I[start : start + rows] = ((block_BC >= best_own_I[start : start + rows, None]) & ~mine_BC).sum(1)
+        best.add(start, block_BC)
+    return Ranks(1 + ahead_C, 1 + ahead_I, best.images_CK, best.scores_CK)
+
+
+class _Best:
+    """The ``keep`` best images per caption seen so far."""
+
+    def __init__(self, captions: int, keep: int) -> None:
+        self.keep = keep
+        self.images_CK = np.empty((captions, 0), dtype=np.int32)
+        self.scores_CK = np.empty((captions, 0), dtype=np.float32)
+
+    def add(self, first_image: int, block_BC: NDArray[np.float32]) -> None:
+        """Take in the next images, numbered from ``first_image``; earlier ones win ties because the sort is stable."""
+        numbers = np.arange(first_image, first_image + len(block_BC), dtype=np.int32)
+        images = np.concatenate([self.images_CK, np.broadcast_to(numbers, block_BC.T.shape)], axis=1)
+        scores = np.concatenate([self.scores_CK, block_BC.T], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : self.keep]
+        self.images_CK = np.take_along_axis(images, order, axis=1)
+        self.scores_CK = np.take_along_axis(scores, order, axis=1)
+
+
+def text_to_image(ranks: Ranks) -> Recall:
+    """Caption-based image retrieval: every caption is a query, its own image is right."""
+    images = len(ranks.image_ranks)
+    chances = [min(k, images) / images for k in RECALL_AT]
+    return _recall(ranks.caption_ranks, images, chances)
+
+
+def image_to_text(ranks: Ranks, image_of_caption_C: NDArray[np.integer]) -> Recall:
+    """Every image is a query, any of its own captions is right."""
+    captions = len(image_of_caption_C)
+    own_I = np.bincount(image_of_caption_C, minlength=len(ranks.image_ranks))
+    chances = [float(np.mean([chance_of_a_hit(captions, int(own), k) for own in own_I])) for k in RECALL_AT]
+    return _recall(ranks.image_ranks, captions, chances)
+
+
+def chance_of_a_hit(candidates: int, right: int, k: int) -> float:
+    """Probability that at least one of ``right`` right candidates is among the first ``k`` of a random order."""
+    return 1.0 - math.comb(candidates - right, k) / math.comb(candidates, k) if k < candidates else 1.0
+
+
+def _recall(ranks: NDArray[np.int64], candidates: int, chances: list[float]) -> Recall:
+    recalls = [float(np.mean(ranks <= k)) for k in RECALL_AT]
+    return Recall(len(ranks), candidates, *recalls, math.floor(np.median(ranks)), float(np.mean(ranks)), *chances)

@@ -1,0 +1,260 @@
+"""Image-text retrieval: every caption of a gallery against every image, scored by the matching head (paper section on retrieval).
+
+Zero-shot with a model as pretraining left it, or with a fine-tuned one. The official code ranks images for captions alone, in a gallery
+of exactly 1,000 images; here both directions and any size. The score is the log-odds of "matched".
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from megainter.data.feature_store import FeatureStore
+from megainter.data.text import Vocabulary, load_vocabulary
+from megainter.errors import NumericsError, UsageError
+from megainter.files import fsync_folder, read_json, sha256_of, write_json
+from megainter.model.configuration import InterBertConfig
+from megainter.progress import Progress
+from megainter.tasks.gallery import Gallery, read_gallery, tokenize
+from megainter.tasks.ranking import BLOCK_BYTES, Ranks, Recall, image_to_text, rank_scores, text_to_image
+from megainter.tasks.score_file import ScoreFile, open_score_file
+from megainter.tasks.scoring import DTYPES, Job, make_job, score_chunks
+
+TOP = 10  # best images kept for each caption
+PAIRS_WORTH_A_PROCESS = 10_000  # on CPU: starting one costs about as much as scoring these
+
+
+@dataclass(frozen=True)
+class RetrievalReport:
+    """What ``evaluate`` measured, as it stands in the JSON file.
+
+    ``top`` and ``scores`` name Parquet files: the best images of each caption (beside the JSON), and the whole matrix if asked for.
+    ``seconds`` and ``pairs_per_second`` are of this run alone: pairs that an interrupted run had scored are not counted.
+    """
+
+    text_to_image: Recall
+    image_to_text: Recall
+    images: int
+    captions: int
+    missing_images: int
+    split: str | None
+    max_regions: int
+    max_text_tokens: int
+    precision: str
+    model: str
+    model_digest: str
+    pairs: str
+    pairs_digest: str
+    store: str
+    store_digest: str
+    device: str
+    processes: int
+    seconds: float
+    pairs_per_second: float
+    top: str
+    scores: str | None
+
+
+def evaluate(
+    model: Path,
+    pairs: Path,
+    store: Path,
+    *,
+    output: Path,
+    split: str | None = "test",
+    images: int | None = None,
+    captions_per_image: int | None = None,
+    max_regions: int = 36,
+    max_text_tokens: int = 36,
+    batch_pairs: int = 256,
+    processes: int | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "auto",
+    scores: Path | None = None,
+) -> RetrievalReport:
+    """Score every caption against every image of a gallery, rank both ways, and write the figures to ``output`` (JSON).
+
+    ``model`` is a Hugging Face folder with its vocab.txt. The gallery is the first ``images`` images of ``split`` with the first
+    ``captions_per_image`` captions of each. Ties count against the model (`rank_scores`). ``processes``: None takes one per GPU, or as
+    many cores as the work is worth; the scores are bit-equal for any number. ``batch_pairs`` pairs go through the model at once; a GPU
+    wants thousands. Beside the JSON, ``<output>.top.parquet`` lists the best images of each caption; ``scores`` takes the whole
+    matrix, one row per caption. Started again after a kill, the same call goes on where it was.
+
+    Raises ``UsageError`` for inputs that do not fit each other, ``NumericsError`` naming the pair for a score that is not a number.
+    """
+    _check_numbers({"--batch-pairs": batch_pairs, "--max-regions": max_regions, "--processes": processes})
+    feature_store = FeatureStore(store)
+    vocabulary = check_model(model, feature_store, max_text_tokens)
+    gallery = read_gallery(pairs, feature_store, split, images, captions_per_image)
+    if gallery.missing_images:
+        print(f"left out: {gallery.missing_images:,} images of {pairs} that have no regions in {store}", flush=True)
+    tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
+    job = make_job(model, feature_store, gallery.image_ids, tokens, max_regions, batch_pairs, precision)
+    devices = choose_devices(device, precision, processes, gallery.pairs_to_score, len(job))
+    facts = {"split": split, "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": precision}
+    facts |= {"model": str(model), "pairs": str(pairs), "store": str(store), "device": devices[0].type}
+    facts |= {"model_digest": model_digest(model), "pairs_digest": gallery.pairs.digest, "store_digest": feature_store.digest}
+    facts |= {"images": len(gallery.image_ids), "captions": len(gallery.rows), "missing_images": gallery.missing_images}
+    with open_score_file(output, _plan(facts, vocabulary, gallery, job), len(gallery.image_ids), len(gallery.rows), len(job)) as file:
+        speed = _score(job, gallery, file, devices)
+        ranks = rank_scores(file.scores, gallery.image_of_caption, TOP)
+        top = output.with_name(f"{output.stem}.top.parquet")
+        write_top(top, gallery, ranks)
+        if scores is not None:
+            write_scores(scores, file.scores, gallery)
+        recalls = {"text_to_image": text_to_image(ranks), "image_to_text": image_to_text(ranks, gallery.image_of_caption)}
+        files = {"top": top.name, "scores": str(scores) if scores is not None else None}
+        report = RetrievalReport(**recalls, **facts, **speed, **files, processes=len(devices))
+        write_json(output, asdict(report))
+    print(summary(report), flush=True)
+    return report
+
+
+def summary(report: RetrievalReport) -> str:
+    """Two lines for people, one for each direction."""
+    lines = []
+    for name, recall in (("text to image", report.text_to_image), ("image to text", report.image_to_text)):
+        recalls = ", ".join(f"R@{k} {getattr(recall, f'r_at_{k}'):.1%}" for k in (1, 5, 10))
+        rank = f"median rank {recall.median_rank} of {recall.candidates:,}"
+        lines.append(f"{name}: {recalls}, {rank} ({recall.queries:,} queries; chance R@1 {recall.chance_at_1:.2%})")
+    return "\n".join(lines)
+
+
+def check_model(folder: Path, store: FeatureStore, max_text_tokens: int) -> Vocabulary:
+    """The model's vocabulary, once model, vocabulary, store and text length are known to fit each other; ``UsageError`` if not."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is no Hugging Face folder (it has no config.json); `megainter convert zero` writes one")
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") != InterBertConfig.model_type:
+        raise UsageError(f"{folder} holds a model of type {settings.get('model_type')!r}, not {InterBertConfig.model_type!r}")
+    config = InterBertConfig.from_pretrained(folder)
+    if config.region_feature_size != store.schema.feature_size:
+        raise UsageError(f"{folder} takes {config.region_feature_size}-d region features, and {store.path} has {store.schema.feature_size}-d ones")
+    if not 3 <= max_text_tokens <= config.max_position_embeddings:
+        raise UsageError(f"--max-text-tokens is {max_text_tokens}; give 3 to {config.max_position_embeddings}, what {folder} has positions for")
+    lowercase = read_json(folder / "tokenizer_config.json").get("do_lower_case")
+    if not isinstance(lowercase, bool):
+        raise UsageError(f"{folder}/tokenizer_config.json has no do_lower_case; write true or false, as the vocabulary was used in training")
+    vocabulary = load_vocabulary(folder, lowercase)
+    if vocabulary.size > config.vocab_size:
+        raise UsageError(f"{folder}: vocab.txt has {vocabulary.size:,} entries, and the model embeds {config.vocab_size:,}")
+    return vocabulary
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 over the configuration and the weights of a Hugging Face folder."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(f"{file.name} {sha256_of(file)} " for file in files).encode()).hexdigest()
+
+
+def choose_devices(device: str, precision: str, processes: int | None, pairs: int, chunks: int) -> list[torch.device]:
+    """One device for each process: GPUs in turn, or the CPU as often as there are cores and work for them."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: PyTorch finds no GPU here; leave it out, or give cpu")
+    if precision not in DTYPES or (precision == "fp16" and device == "cpu"):
+        raise UsageError(f"--precision {precision} is not possible on {device}; give fp32 or bf16")
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        return [torch.device("cuda", number % gpus) for number in range(min(processes or gpus, chunks))]
+    worth = 1 if device != "cpu" else max(1, min(len(os.sched_getaffinity(0)), pairs // PAIRS_WORTH_A_PROCESS))
+    return [torch.device(device)] * min(processes or worth, chunks)
+
+
+def _check_numbers(numbers: dict[str, int | None]) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{name} is {number}; give at least 1")
+
+
+def _plan(facts: dict[str, Any], vocabulary: Vocabulary, gallery: Gallery, job: Job) -> dict[str, Any]:
+    """Everything the scores depend on: scores of an interrupted run are used only under the same plan."""
+    selection = hashlib.sha256(gallery.rows.tobytes()).hexdigest()
+    return facts | {"vocabulary": vocabulary.digest, "selection": selection, "batch_pairs": job.batch_pairs, "torch": str(torch.__version__)}
+
+
+def _score(job: Job, gallery: Gallery, file: ScoreFile, devices: list[torch.device]) -> dict[str, float]:
+    """Score what is not done yet; returns the seconds it took and the pairs per second."""
+    todo = file.todo()
+    left = len(gallery.rows) * sum(len(job.images(chunk)) for chunk in todo)
+    with Progress("scoring", gallery.pairs_to_score, "pairs", done=gallery.pairs_to_score - left) as progress:
+        start = time.monotonic()
+        for chunk, scores in score_chunks(job, todo, devices):
+            _require_numbers(scores, job.images(chunk), gallery)
+            file.put(chunk, job.images(chunk), scores)
+            progress.update(scores.size)
+        seconds = time.monotonic() - start
+    return {"seconds": round(seconds, 3), "pairs_per_second": round(left / max(seconds, 1e-9), 1)}
+
+
+def _require_numbers(scores: NDArray[np.float32], images: NDArray[np.int64], gallery: Gallery) -> None:
+    bad = np.argwhere(~np.isfinite(scores))
+    if len(bad):
+        image, caption = (int(number) for number in bad[0])
+        pair_id = gallery.pairs.pair_id(int(gallery.rows[caption]))
+        image_id = gallery.image_ids[int(images[image])]
+        raise NumericsError(
+            f"the score of caption {pair_id!r} and image {image_id!r} is {scores[image, caption]}: the model's weights are not finite, "
+            "or --precision is too narrow for them"
+        )
+
+
+def write_top(path: Path, gallery: Gallery, ranks: Ranks) -> None:
+    """One row per caption: pair_id, image_id (its own), rank of the own image, and the best images with their scores, best first."""
+    flat = pa.array(gallery.image_ids).take(pa.array(ranks.top_images.ravel()))
+    width = ranks.top_images.shape[1]
+    columns = {
+        "pair_id": gallery.pairs.table.column("pair_id").take(gallery.rows),
+        "image_id": pa.array(gallery.image_ids).take(pa.array(gallery.image_of_caption)),
+        "caption": gallery.pairs.table.column("caption").take(gallery.rows),
+        "rank": pa.array(ranks.caption_ranks),
+        "images": pa.FixedSizeListArray.from_arrays(flat, width),
+        "scores": pa.FixedSizeListArray.from_arrays(pa.array(ranks.top_scores.ravel()), width),
+    }
+    table = pa.table(columns)
+    _write_parquet(path, table.schema, lambda writer: writer.write_table(table))
+
+
+def write_scores(path: Path, scores_IC: NDArray[np.float32], gallery: Gallery) -> None:
+    """The whole matrix: one row per caption with pair_id, image_id (its own) and scores float32 [I], images as the metadata lists them."""
+    images = len(gallery.image_ids)
+    schema = pa.schema(
+        [("pair_id", pa.string()), ("image_id", pa.string()), ("scores", pa.list_(pa.float32(), images))],
+        metadata={"images": json.dumps(gallery.image_ids)},
+    )
+    own = pa.array(gallery.image_ids).take(pa.array(gallery.image_of_caption))
+    pair_ids = gallery.pairs.table.column("pair_id").take(gallery.rows).combine_chunks()
+    rows = max(1, BLOCK_BYTES // (4 * images))
+
+    def write(writer: pq.ParquetWriter) -> None:
+        for start in range(0, len(gallery.rows), rows):
+            block = np.ascontiguousarray(scores_IC[:, start : start + rows].T)
+            values = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), images)
+            writer.write_batch(pa.record_batch([pair_ids[start : start + rows], own[start : start + rows], values], schema=schema))
+
+    _write_parquet(path, schema, write)
+
+
+def _write_parquet(path: Path, schema: pa.Schema, write: Callable[[pq.ParquetWriter], None]) -> None:
+    """Written aside and renamed, so that the file is whole or not there."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+            write(writer)
+        os.replace(aside, path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    fsync_folder(path.parent)

@@ -1,0 +1,201 @@
+"""Scores of every caption against every image, chunk by chunk, by one or several processes.
+
+The work is cut into chunks of a few images against all captions. The cut depends on the data and on ``batch_pairs`` alone, and on CPU
+every process computes with one thread, so that the scores are bit-equal whoever computes them and however many share the work.
+"""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.utils import logging as transformers_logging
+
+from megainter.data.feature_store import FeatureStore
+from megainter.errors import MegainterError, UsageError
+from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid
+from megainter.model.interbert import InterBertForRetrieval
+from megainter.tasks.gallery import Tokens, region_rows
+
+IMAGES_PER_CHUNK = 8  # a caption's embedding is shared by so many images; few, so that chunks can be shared out evenly
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a process needs to score any chunk. ``image_order`` and ``caption_order`` sort by length, against padding."""
+
+    model: Path
+    store: FeatureStore
+    image_ids: list[str]
+    tokens: Tokens
+    image_order: NDArray[np.int64]
+    caption_order: NDArray[np.int64]
+    max_regions: int
+    batch_pairs: int
+    precision: str
+
+    def __len__(self) -> int:
+        return -(-len(self.image_ids) // self.images_per_chunk)
+
+    @property
+    def images_per_chunk(self) -> int:
+        return min(IMAGES_PER_CHUNK, self.batch_pairs)
+
+    def images(self, chunk: int) -> NDArray[np.int64]:
+        """Numbers of the images of a chunk."""
+        return self.image_order[chunk * self.images_per_chunk : (chunk + 1) * self.images_per_chunk]
+
+    def captions(self) -> Iterator[NDArray[np.int64]]:
+        """Numbers of the captions of each forward."""
+        size = max(1, self.batch_pairs // self.images_per_chunk)
+        for start in range(0, len(self.caption_order), size):
+            yield self.caption_order[start : start + size]
+
+
+def make_job(
+    model: Path, store: FeatureStore, image_ids: list[str], tokens: Tokens, max_regions: int, batch_pairs: int, precision: str
+) -> Job:
+    """Sort images by region count and captions by length (stable), so that a forward has hardly any padding."""
+    counts = store.region_counts(image_ids).clip(max=max_regions)
+    image_order, caption_order = (np.argsort(lengths, kind="stable") for lengths in (counts, tokens.lengths))
+    return Job(model, store, image_ids, tokens, image_order, caption_order, max_regions, batch_pairs, precision)
+
+
+class ChunkScorer:
+    """The model on one device, and the chunks it scores."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job, self.device = job, device
+        self.model = load_model(job.model).to(device=device, dtype=DTYPES[job.precision])
+
+    @torch.inference_mode()
+    def score(self, chunk: int) -> NDArray[np.float32]:
+        """Log-odds [images of the chunk, C], captions in their own order. Every image is read and embedded once."""
+        job = self.job
+        images = self._embed_images([job.image_ids[number] for number in job.images(chunk)])
+        scores = np.empty((len(images.lengths), len(job.caption_order)), dtype=np.float32)
+        for numbers in job.captions():
+            ids, lengths = job.tokens.take(numbers)
+            captions = embed_captions(self.model, ids.to(self.device), lengths)
+            scores[:, numbers] = score_grid(self.model, captions, images).cpu().numpy()
+        return scores
+
+    def _embed_images(self, image_ids: list[str]) -> EmbeddedRows:
+        features, locations, lengths = region_rows([self.job.store[image_id] for image_id in image_ids], self.job.max_regions)
+        return embed_images(self.model, features.to(self.device), locations.to(self.device), lengths)
+
+
+def load_model(folder: Path) -> InterBertForRetrieval:
+    """The matching model of a Hugging Face folder, in evaluation mode, from safetensors alone.
+
+    ``UsageError`` where the folder is none, or its weights lack a part of the model (a bare encoder has no matching head).
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = InterBertForRetrieval.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{folder} cannot be loaded as InterBertForRetrieval: {str(error).splitlines()[0]}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(f"{folder} has no weights for {len(missing)} parameters, first {missing[0]}; give a pretrained or fine-tuned model")
+    return model.eval()
+
+
+def score_chunks(job: Job, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(chunk, its scores) as they come, in no particular order. One device: in this process; several: a process for each."""
+    if not chunks:
+        return
+    if len(devices) == 1:
+        yield from _score_here(job, chunks, devices[0])
+    else:
+        yield from _score_in_processes(job, chunks, devices[: len(chunks)])
+
+
+def _score_here(job: Job, chunks: list[int], device: torch.device) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        scorer = ChunkScorer(job, device)
+        for chunk in chunks:
+            yield chunk, scorer.score(chunk)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _score_in_processes(job: Job, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks and CUDA state
+    processes, pipes = [], []
+    try:
+        for device in devices:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(job, device, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that reading ends when the process does
+            processes.append(process)
+            pipes.append(ours)
+        yield from _share_out(chunks, pipes)
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _share_out(chunks: list[int], pipes: list[Connection]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Hand each process its next chunk when it has returned the one before."""
+    waiting = iter(chunks)
+    busy = {}
+    for pipe, chunk in zip(pipes, waiting, strict=False):
+        pipe.send(chunk)
+        busy[pipe] = chunk
+    for chunk in waiting:
+        pipe, result = _next_result(list(busy))
+        finished = busy[pipe]
+        pipe.send(chunk)
+        busy[pipe] = chunk
+        yield finished, result
+    while busy:
+        pipe, result = _next_result(list(busy))
+        yield busy.pop(pipe), result
+
+
+def _next_result(pipes: list[Connection]) -> tuple[Connection, NDArray[np.float32]]:
+    pipe = wait(pipes)[0]
+    assert isinstance(pipe, Connection)
+    try:
+        result = pipe.recv()
+    except EOFError:
+        raise MegainterError(
+            "a scoring process ended without a word (out of memory?): give fewer --processes or a smaller --batch-pairs; "
+            "the same command goes on where it stopped"
+        ) from None
+    if isinstance(result, BaseException):
+        raise result
+    return pipe, result
+
+
+def _serve(job: Job, device: torch.device, pipe: Connection) -> None:
+    """One scoring process: chunk numbers in, scores out, until the pipe closes (also because the other end was killed)."""
+    torch.set_num_threads(1)
+    try:
+        scorer = None
+        while True:
+            chunk = pipe.recv()
+            scorer = scorer or ChunkScorer(job, device)
+            pipe.send(scorer.score(chunk))
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        return
+    except MegainterError as error:
+        pipe.send(error)
+    except Exception:
+        pipe.send(RuntimeError(f"in scoring process {os.getpid()}:\n{traceback.format_exc()}"))

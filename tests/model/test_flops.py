@@ -1,0 +1,27 @@
+"""Counted FLOPs against PyTorch's own counter on a batch without padding."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megainter.model.flops import BatchCounts, forward_flops
+from tests.model.tiny import packed_batch, tiny_model
+
+
+@pytest.mark.parametrize("objective", ["class", "feature"])
+def test_equals_the_counter(objective: str) -> None:
+    model, inputs = tiny_model(region_objective=objective), packed_batch(text=(6, 6, 6), regions=(4, 4, 4))
+    msm, mrm = torch.tensor([0, 3, 8, 9]), torch.tensor([1, 5])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.score_packed(inputs, msm, mrm)
+    counts = BatchCounts.of(inputs.text_lengths, inputs.region_lengths, len(msm), len(mrm))
+    assert forward_flops(model.config, counts) == counter.get_total_flops()
+
+
+def test_counts_add_up() -> None:
+    config = tiny_model().config
+    text, regions = torch.tensor([3, 9, 4, 5]), torch.tensor([2, 7, 1, 3])
+    whole = BatchCounts.of(text, regions, 7, 3)
+    parts = BatchCounts.of(text[:1], regions[:1], 5, 0) + BatchCounts.of(text[1:], regions[1:], 2, 3)
+    assert parts == whole
+    assert forward_flops(config, parts) == forward_flops(config, whole)
