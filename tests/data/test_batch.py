@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from megainter.data.batch import (
     PretrainBatch,
@@ -193,6 +194,19 @@ def test_dtypes_and_counts(data: Data) -> None:
     assert batch.counts() == (len(batch.msm_labels), len(batch.mrm_targets), 2)
     assert batch.tokens() == int(batch.inputs.text_lengths.sum() + batch.inputs.region_lengths.sum())
     assert equal([batch.to("cpu")], [batch])
+
+
+def test_a_step_is_pinned_tensor_by_tensor(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch's loader does with a step where CUDA is there; page-locking itself needs the device, so it is noted and not done."""
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: (pinned.append(id(tensor)), tensor.clone())[1])
+    step = data.stream()[0]
+    result = torch_pin_memory(step)
+    lengths = {id(length) for batch in step for length in (batch.inputs.text_lengths, batch.inputs.region_lengths)}
+    assert equal(result, step)
+    assert set(pinned) == {id(tensor) for batch in step for tensor in flat(batch)} - lengths
+    error = DamagedError("a record is damaged")
+    assert torch_pin_memory(error) is error
 
 
 def test_feature_objective_targets_are_unmasked_features(data: Data) -> None:
