@@ -43,12 +43,12 @@ def create_store(path: Path, schema: StoreSchema) -> None:
         raise UsageError(f"{path} cannot be created: {error.strerror}") from None
     if (path / "store.json").exists():
         return _check_schema(path, schema)
+    foreign = [name for name in os.listdir(path) if not name.startswith(("store.", ".store."))]
+    if foreign:
+        raise UsageError(f"{path} holds other files ({sorted(foreign)[0]}); give an empty or a new folder for the store")
     with WriterLock(path / "store.lock"):
         if (path / "store.json").exists():
             return _check_schema(path, schema)
-        foreign = [name for name in os.listdir(path) if name != "store.lock" and not name.startswith(".store.json.")]
-        if foreign:
-            raise UsageError(f"{path} holds other files ({sorted(foreign)[0]}); give an empty or a new folder for the store")
         write_json(path / "store.json", FORMAT | {"schema": schema.to_json(), "sealed": False})
 
 

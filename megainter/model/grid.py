@@ -9,7 +9,7 @@ Shape letters: C captions, I images, S = I * C pairs (all captions of the first 
 the images, N rows of all pairs, H hidden, h heads, d width of a head, L longest sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +52,12 @@ class GridLayout:
         source_N = (images.cumsum(0) - images)[image_N] + joint.position
         source_N = torch.where(in_text_N < 0, source_N, caption_starts[caption_N] + in_text_N)
         text_rows, region_rows = (in_text_N >= 0).nonzero()[:, 0], (in_text_N < 0).nonzero()[:, 0]
-        layouts = [SequenceLayout.of(lengths, device) for lengths in (joint.lengths, text_S, region_S)]
-        return cls(*layouts, *(rows.to(device) for rows in (source_N, text_rows, region_rows)))
+        joint, text, region = (SequenceLayout.of(lengths, device) for lengths in (joint.lengths, text_S, region_S))
+        return cls(joint, text, region, source_N.to(device), text_rows.to(device), region_rows.to(device))
 
 
 def embed_captions(model: InterBertForRetrieval, input_ids: torch.Tensor, lengths: torch.Tensor) -> EmbeddedRows:
-    """``input_ids`` int64 [Nt] on the model's device, [CLS] first and [SEP] last in each caption; token types 0; ``lengths`` CPU int64 [C]."""
+    """``input_ids`` int64 [Nt] on the model's device, each caption's [CLS] first; token types 0; ``lengths`` CPU int64 [C]."""
     positions = SequenceLayout.of(lengths, input_ids.device).position
     return EmbeddedRows(model.interbert.text_embeddings(input_ids, positions, torch.zeros_like(input_ids)), lengths)
 
@@ -80,27 +80,35 @@ def score_grid(model: InterBertForRetrieval, captions: EmbeddedRows, images: Emb
     return (logits_S2[:, MATCHED] - logits_S2[:, 1 - MATCHED]).view(len(images.lengths), len(captions.lengths))
 
 
-def _interact(layers: Sequence[nn.Module], unique_NH: torch.Tensor, layout: GridLayout) -> torch.Tensor:
+def _interact(layers: nn.ModuleList, unique_NH: torch.Tensor, layout: GridLayout) -> torch.Tensor:
     """Interaction layers over all pairs, [N, H]; the first one's projections are made before rows are repeated for every pair."""
     joint_NH = unique_NH.index_select(0, layout.source)
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(_transformer_layers(layers)):
         if number == 0:
-            qkv = [projected.index_select(0, layout.source) for projected in _qkv(layer.attention, unique_NH)]
-            joint_NH = _after_attention(layer, _attend(layer.attention, *qkv, layout.joint), joint_NH)
+            q_NH, k_NH, v_NH = (projected.index_select(0, layout.source) for projected in _qkv(layer.attention, unique_NH))
+            joint_NH = _after_attention(layer, _attend(layer.attention, q_NH, k_NH, v_NH, layout.joint), joint_NH)
         else:
             joint_NH = layer(joint_NH, layout.joint)
     return joint_NH
 
 
-def _first_rows(layers: Sequence[nn.Module], x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+def _first_rows(layers: nn.ModuleList, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     """The first row of every sequence after all ``layers``, [S, H]; the last layer computes no other."""
     starts = layout.cu_seqlens[:-1].long()
     if not len(layers):
         return x_NH.index_select(0, starts)
-    for layer in layers[:-1]:
+    *lower, last = _transformer_layers(layers)
+    for layer in lower:
         x_NH = layer(x_NH, layout)
     first_SH = x_NH.index_select(0, starts)
-    return _after_attention(layers[-1], _attend_first(layers[-1].attention, first_SH, x_NH, layout), first_SH)
+    return _after_attention(last, _attend_first(last.attention, first_SH, x_NH, layout), first_SH)
+
+
+def _transformer_layers(layers: nn.ModuleList) -> Iterable[TransformerLayer]:
+    """The same layers, under their own type: ``nn.ModuleList`` does not carry it."""
+    for layer in layers:
+        assert isinstance(layer, TransformerLayer)
+        yield layer
 
 
 def _qkv(attention: SelfAttention, x_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -56,7 +56,7 @@ class Tokens:
 
 
 def read_gallery(pairs: Path, store: FeatureStore, split: str | None, images: int | None, captions_per_image: int | None) -> Gallery:
-    """The first ``images`` images of a split (None: all) and the first ``captions_per_image`` captions of each (None: all), in manifest order.
+    """The first ``images`` images of a split and the first ``captions_per_image`` captions of each, in manifest order (None: all).
 
     Images that the store lacks are left out and counted. ``UsageError`` where none is left, or fewer than ``images``.
     """

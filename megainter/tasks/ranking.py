@@ -108,5 +108,7 @@ def chance_of_a_hit(candidates: int, right: int, k: int) -> float:
 
 
 def _recall(ranks: NDArray[np.int64], candidates: int, chances: list[float]) -> Recall:
-    recalls = [float(np.mean(ranks <= k)) for k in RECALL_AT]
-    return Recall(len(ranks), candidates, *recalls, math.floor(np.median(ranks)), float(np.mean(ranks)), *chances)
+    recalls = {f"r_at_{k}": float(np.mean(ranks <= k)) for k in RECALL_AT}
+    by_chance = {f"chance_at_{k}": chance for k, chance in zip(RECALL_AT, chances, strict=True)}
+    median, mean = math.floor(np.median(ranks)), float(np.mean(ranks))
+    return Recall(queries=len(ranks), candidates=candidates, median_rank=median, mean_rank=mean, **recalls, **by_chance)

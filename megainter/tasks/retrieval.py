@@ -101,7 +101,7 @@ def evaluate(
     tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
     job = make_job(model, feature_store, gallery.image_ids, tokens, max_regions, batch_pairs, precision)
     devices = choose_devices(device, precision, processes, gallery.pairs_to_score, len(job))
-    facts = {"split": split, "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": precision}
+    facts: dict[str, Any] = {"split": split, "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": precision}
     facts |= {"model": str(model), "pairs": str(pairs), "store": str(store), "device": devices[0].type}
     facts |= {"model_digest": model_digest(model), "pairs_digest": gallery.pairs.digest, "store_digest": feature_store.digest}
     facts |= {"images": len(gallery.image_ids), "captions": len(gallery.rows), "missing_images": gallery.missing_images}
@@ -112,8 +112,8 @@ def evaluate(
         write_top(top, gallery, ranks)
         if scores is not None:
             write_scores(scores, file.scores, gallery)
-        recalls = {"text_to_image": text_to_image(ranks), "image_to_text": image_to_text(ranks, gallery.image_of_caption)}
-        files = {"top": top.name, "scores": str(scores) if scores is not None else None}
+        recalls: dict[str, Any] = {"text_to_image": text_to_image(ranks), "image_to_text": image_to_text(ranks, gallery.image_of_caption)}
+        files: dict[str, Any] = {"top": top.name, "scores": str(scores) if scores is not None else None}
         report = RetrievalReport(**recalls, **facts, **speed, **files, processes=len(devices))
         write_json(output, asdict(report))
     print(summary(report), flush=True)
@@ -139,12 +139,18 @@ def check_model(folder: Path, store: FeatureStore, max_text_tokens: int) -> Voca
         raise UsageError(f"{folder} holds a model of type {settings.get('model_type')!r}, not {InterBertConfig.model_type!r}")
     config = InterBertConfig.from_pretrained(folder)
     if config.region_feature_size != store.schema.feature_size:
-        raise UsageError(f"{folder} takes {config.region_feature_size}-d region features, and {store.path} has {store.schema.feature_size}-d ones")
+        raise UsageError(
+            f"{folder} takes {config.region_feature_size}-d region features, and {store.path} has {store.schema.feature_size}-d ones"
+        )
     if not 3 <= max_text_tokens <= config.max_position_embeddings:
-        raise UsageError(f"--max-text-tokens is {max_text_tokens}; give 3 to {config.max_position_embeddings}, what {folder} has positions for")
+        raise UsageError(
+            f"--max-text-tokens is {max_text_tokens}; give 3 to {config.max_position_embeddings}, what {folder} has positions for"
+        )
     lowercase = read_json(folder / "tokenizer_config.json").get("do_lower_case")
     if not isinstance(lowercase, bool):
-        raise UsageError(f"{folder}/tokenizer_config.json has no do_lower_case; write true or false, as the vocabulary was used in training")
+        raise UsageError(
+            f"{folder}/tokenizer_config.json has no do_lower_case; write true or false, as the vocabulary was used in training"
+        )
     vocabulary = load_vocabulary(folder, lowercase)
     if vocabulary.size > config.vocab_size:
         raise UsageError(f"{folder}: vocab.txt has {vocabulary.size:,} entries, and the model embeds {config.vocab_size:,}")
@@ -181,10 +187,15 @@ def _check_numbers(numbers: dict[str, int | None]) -> None:
 def _plan(facts: dict[str, Any], vocabulary: Vocabulary, gallery: Gallery, job: Job) -> dict[str, Any]:
     """Everything the scores depend on: scores of an interrupted run are used only under the same plan."""
     selection = hashlib.sha256(gallery.rows.tobytes()).hexdigest()
-    return facts | {"vocabulary": vocabulary.digest, "selection": selection, "batch_pairs": job.batch_pairs, "torch": str(torch.__version__)}
+    return facts | {
+        "vocabulary": vocabulary.digest,
+        "selection": selection,
+        "batch_pairs": job.batch_pairs,
+        "torch": str(torch.__version__),
+    }
 
 
-def _score(job: Job, gallery: Gallery, file: ScoreFile, devices: list[torch.device]) -> dict[str, float]:
+def _score(job: Job, gallery: Gallery, file: ScoreFile, devices: list[torch.device]) -> dict[str, Any]:
     """Score what is not done yet; returns the seconds it took and the pairs per second."""
     todo = file.todo()
     left = len(gallery.rows) * sum(len(job.images(chunk)) for chunk in todo)

@@ -73,6 +73,8 @@ def _mapped(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.m
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise NoSpaceError(f"{path.parent} needs {size:,} bytes for the scores; free some space and run the same command again") from None
+                raise NoSpaceError(
+                    f"{path.parent} needs {size:,} bytes for the scores; free some space and run the same command again"
+                ) from None
             raise
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)

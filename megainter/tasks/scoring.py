@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,8 @@ class ChunkScorer:
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.device = job, device
-        self.model = load_model(job.model).to(device=device, dtype=DTYPES[job.precision])
+        self.model = load_model(job.model)
+        torch.nn.Module.to(self.model, device=device, dtype=DTYPES[job.precision])
 
     @torch.inference_mode()
     def score(self, chunk: int) -> NDArray[np.float32]:
@@ -99,15 +101,19 @@ def load_model(folder: Path) -> InterBertForRetrieval:
     """
     transformers_logging.disable_progress_bar()
     try:
-        model, info = InterBertForRetrieval.from_pretrained(
+        loaded: Any = InterBertForRetrieval.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{folder} cannot be loaded as InterBertForRetrieval: {str(error).splitlines()[0]}") from None
-    missing = sorted(info["missing_keys"])
+    model, info = loaded
+    missing: list[str] = sorted(info["missing_keys"])
     if missing:
-        raise UsageError(f"{folder} has no weights for {len(missing)} parameters, first {missing[0]}; give a pretrained or fine-tuned model")
-    return model.eval()
+        raise UsageError(
+            f"{folder} has no weights for {len(missing)} parameters, first {missing[0]}; give a pretrained or fine-tuned model"
+        )
+    retrieval: InterBertForRetrieval = model.eval()
+    return retrieval
 
 
 def score_chunks(job: Job, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -48,7 +48,7 @@ def test_a_split_keeps_its_rows_only(tmp_path: Path) -> None:
     write_pairs(tmp_path / "p.parquet", some_pairs())
     val = read_pairs(tmp_path / "p.parquet", "val")
     assert [val.pair_id(n) for n in range(len(val))] == [row.pair_id for row in some_pairs() if row.split == "val"]
-    with pytest.raises(UsageError, match="no rows of split 'test'; it has .*train 17"):
+    with pytest.raises(UsageError, match=r"no rows of split 'test'; it has .*train 17"):
         read_pairs(tmp_path / "p.parquet", "test")
 
 
