@@ -44,7 +44,7 @@ def create_store(path: Path, schema: StoreSchema) -> None:
     if (path / "store.json").exists():
         return _check_schema(path, schema)
     foreign = [name for name in os.listdir(path) if not name.startswith(("store.", ".store."))]
-    if foreign:
+    if foreign and not (path / "store.json").exists():  # another writer may have made the store just now
         raise UsageError(f"{path} holds other files ({sorted(foreign)[0]}); give an empty or a new folder for the store")
     with WriterLock(path / "store.lock"):
         if (path / "store.json").exists():
