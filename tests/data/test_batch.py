@@ -199,7 +199,12 @@ def test_dtypes_and_counts(data: Data) -> None:
 def test_a_step_is_pinned_tensor_by_tensor(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch's loader does with a step where CUDA is there; page-locking itself needs the device, so it is noted and not done."""
     pinned: list[int] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: (pinned.append(id(tensor)), tensor.clone())[1])
+
+    def noted(tensor: torch.Tensor, *_: object) -> torch.Tensor:
+        pinned.append(id(tensor))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", noted)
     step = data.stream()[0]
     result = torch_pin_memory(step)
     lengths = {id(length) for batch in step for length in (batch.inputs.text_lengths, batch.inputs.region_lengths)}
