@@ -4,6 +4,7 @@ Shape letters: N rows (tokens of all sequences), S sequences, L length of the lo
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ from torch.nn.attention.varlen import varlen_attn
 
 from megainter.kernels.choice import KernelChoice
 from megainter.kernels.dropout import dropout
-
 
 # Added to the scores of keys that are padding. exp(-3e4) is exactly 0 in every dtype, the number itself fits float16, and a
 # sequence of length 0 gives a uniform softmax (whose rows nobody reads) instead of NaN.
@@ -139,12 +139,12 @@ class _Pad(torch.autograd.Function):
     selection accumulate row by row, which costs more than the attention itself on CPU."""
 
     @staticmethod
-    def forward(ctx, packed: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:  # noqa: ANN001
+    def forward(ctx: Any, packed: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
         ctx.save_for_backward(rows)
         return packed.new_zeros(total, packed.shape[1]).index_copy_(0, rows, packed)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         return _Unpad.apply(grad, *ctx.saved_tensors), None, None
 
 
@@ -152,11 +152,11 @@ class _Unpad(torch.autograd.Function):
     """The given distinct rows [M, d] of a padded tensor [total, d]; its gradient is `_Pad`."""
 
     @staticmethod
-    def forward(ctx, padded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # noqa: ANN001
+    def forward(ctx: Any, padded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(rows)
         ctx.total = len(padded)
         return padded.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return _Pad.apply(grad, *ctx.saved_tensors, ctx.total), None

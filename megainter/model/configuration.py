@@ -9,11 +9,19 @@ from megainter.errors import UsageError
 FUSIONS = ("mul", "sum")
 REGION_OBJECTIVES = ("class", "feature")
 _POSITIVE = (
-    "vocab_size hidden_size num_attention_heads intermediate_size num_region_attention_heads region_feature_size num_region_classes "
-    "pooler_size max_position_embeddings type_vocab_size"
-).split()
-_COUNTS = "num_interaction_layers num_text_layers num_region_layers".split()
-_PROBABILITIES = "hidden_dropout_prob attention_probs_dropout_prob region_hidden_dropout_prob".split()
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_region_attention_heads",
+    "region_feature_size",
+    "num_region_classes",
+    "pooler_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+_COUNTS = ("num_interaction_layers", "num_text_layers", "num_region_layers")
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob")
 
 
 class InterBertConfig(PretrainedConfig):
@@ -76,7 +84,7 @@ class InterBertConfig(PretrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         _check(self)
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
 
     @property
     def num_hidden_layers(self) -> int:
@@ -99,7 +107,8 @@ def _check(config: InterBertConfig) -> None:
             raise UsageError(f"{name} is {getattr(config, name)}; give a probability of at least 0 and below 1")
     for name in ("num_attention_heads", "num_region_attention_heads"):
         if config.hidden_size % getattr(config, name):
-            raise UsageError(f"hidden_size {config.hidden_size} cannot be shared out over {name} = {getattr(config, name)}; give a divisor of it")
+            heads = getattr(config, name)
+            raise UsageError(f"hidden_size {config.hidden_size} cannot be shared out over {name} = {heads}; give a divisor of it")
     for name, choices in (("fusion", FUSIONS), ("region_objective", REGION_OBJECTIVES)):
         if getattr(config, name) not in choices:
             raise UsageError(f"{name} is {getattr(config, name)!r}; give one of {', '.join(map(repr, choices))}")

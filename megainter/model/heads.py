@@ -8,6 +8,7 @@ from megainter.kernels import dropout
 from megainter.model.configuration import InterBertConfig
 from megainter.model.encoder import LinearGelu
 
+
 class Pooler(nn.Module):
     """Linear + ReLU on the first row of every sample: [S, H] -> [S, P]."""
 
@@ -50,4 +51,3 @@ class PredictionHead(nn.Module):
     def forward(self, x_MH: torch.Tensor) -> torch.Tensor:
         """Only the rows that are asked for, [M, H] (M may be 0) -> [M, out_size]."""
         return self.decoder(self.norm(self.transform(x_MH)))
-

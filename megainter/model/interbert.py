@@ -58,40 +58,40 @@ class PackedScores(NamedTuple):
 class InterBertModelOutput(ModelOutput):
     """Padded states: ``text_states`` [B, T, H], ``region_states`` [B, R, H], ``pooled_text``, ``pooled_region`` [B, P]."""
 
-    text_states: torch.FloatTensor | None = None
-    region_states: torch.FloatTensor | None = None
-    pooled_text: torch.FloatTensor | None = None
-    pooled_region: torch.FloatTensor | None = None
+    text_states: torch.Tensor | None = None
+    region_states: torch.Tensor | None = None
+    pooled_text: torch.Tensor | None = None
+    pooled_region: torch.Tensor | None = None
 
 
 @dataclass
 class InterBertForPreTrainingOutput(ModelOutput):
     """``loss`` is the sum of those of the three losses whose labels were given; logits are zeros at padding."""
 
-    loss: torch.FloatTensor | None = None
-    msm_loss: torch.FloatTensor | None = None
-    mrm_loss: torch.FloatTensor | None = None
-    itm_loss: torch.FloatTensor | None = None
-    text_logits: torch.FloatTensor | None = None
-    region_logits: torch.FloatTensor | None = None
-    itm_logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    msm_loss: torch.Tensor | None = None
+    mrm_loss: torch.Tensor | None = None
+    itm_loss: torch.Tensor | None = None
+    text_logits: torch.Tensor | None = None
+    region_logits: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
 
 
 @dataclass
 class InterBertForRetrievalOutput(ModelOutput):
     """``logits`` [B, 2] of the matching head; ``scores`` [B], the probability that caption and image match."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    scores: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
 
 
 @dataclass
 class InterBertClassificationOutput(ModelOutput):
     """``logits`` [B, K] over choices, or [B, num_labels]."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class InterBertPreTrainedModel(PreTrainedModel):
@@ -129,7 +129,7 @@ class InterBertModel(InterBertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_embeddings.word
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.text_embeddings.word = value
 
     def encode(self, inputs: PackedInputs) -> Encoded:
@@ -304,7 +304,7 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> InterBertForRetrievalOutput:
-        """Pairs of caption and image, row by row. ``labels`` int64 [B], 0 = matched: mean two-way cross entropy, as officially fine-tuned."""
+        """Pairs of caption and image, row by row. ``labels`` int64 [B], 0 = matched: mean two-way cross entropy (official code)."""
         inputs, _ = pack_padded(
             input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
         )
@@ -343,11 +343,10 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         """Texts [B, K, T]; regions [B, K, R, F], or [B, R, F] when all choices of an example look at the same image (likewise locations
         and mask). ``labels`` int64 [B], the index of the right choice. Returns logits [B, K]."""
         batch, choices = input_ids.shape[:2]
-        text = [t.flatten(0, 1) if t is not None else None for t in (input_ids, attention_mask, token_type_ids)]
-        regions = [
-            _per_choice(t, choices, dims) for t, dims in ((region_features, 3), (region_locations, 3), (region_mask, 2))
-        ]  # dims of the tensor when shared by all choices
-        inputs, _ = pack_padded(*text, *regions, feature_size=self.config.region_feature_size)
+        ids, mask, types = (t.flatten(0, 1) if t is not None else None for t in (input_ids, attention_mask, token_type_ids))
+        features, locations = (_per_choice(t, choices, shared_dims=3) for t in (region_features, region_locations))
+        real = _per_choice(region_mask, choices, shared_dims=2)
+        inputs, _ = pack_padded(ids, mask, types, features, locations, real, self.config.region_feature_size)
         logits = self.score_packed(inputs).view(batch, choices)
         loss = cross_entropy_sum(logits, labels) / max(batch, 1) if labels is not None else None
         return InterBertClassificationOutput(loss=loss, logits=logits)
@@ -369,7 +368,7 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
         super().__init__(config)
         self.interbert = InterBertModel(config)
         self.fusion = Fusion(config)
-        self.classifier = nn.Linear(config.pooler_size, config.num_labels)
+        self.classifier = nn.Linear(config.pooler_size, int(config.num_labels))  # type: ignore[arg-type]
         self.post_init()
 
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
@@ -387,7 +386,7 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> InterBertClassificationOutput:
-        """``labels`` int64 [B] classes, or floating [B] values when num_labels is 1 (mean squared error). Returns logits [B, num_labels]."""
+        """``labels`` int64 [B] classes, or floating [B] values when num_labels is 1 (mean squared error). Logits [B, num_labels]."""
         inputs, _ = pack_padded(
             input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
         )

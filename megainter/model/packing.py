@@ -7,7 +7,6 @@ B, T, R the sizes of a padded batch, F the width of a region feature.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from megainter.errors import UsageError
 from megainter.kernels import SequenceLayout
@@ -83,12 +82,14 @@ class PackedLayout:
 def _check_lengths(inputs: PackedInputs, text: torch.Tensor, region: torch.Tensor, max_text_length: int) -> None:
     if len(text) != len(region) or int(text.sum()) != len(inputs.input_ids) or int(region.sum()) != len(inputs.region_features):
         raise UsageError(
-            f"packed batch: lengths say {int(text.sum())} tokens of {len(text)} texts and {int(region.sum())} regions of {len(region)} images, "
+            f"packed batch: lengths say {int(text.sum())} tokens of {len(text)} texts and "
+            f"{int(region.sum())} regions of {len(region)} images, "
             f"but there are {len(inputs.input_ids)} tokens and {len(inputs.region_features)} regions"
         )
     for name, lengths in (("text", text), ("regions", region)):
         if len(lengths) and int(lengths.min()) == 0 and int(lengths.max()) > 0:
-            raise UsageError(f"packed batch: sample {int(lengths.argmin())} has no {name} while others have; batch single-modal samples by themselves")
+            sample = int(lengths.argmin())
+            raise UsageError(f"packed batch: sample {sample} has no {name} while others have; batch single-modal samples by themselves")
     if len(text) and int(text.max()) > max_text_length:
         raise UsageError(f"a text has {int(text.max())} tokens, and the model has max_position_embeddings = {max_text_length}; truncate it")
 
