@@ -8,6 +8,7 @@ import difflib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,6 +57,7 @@ def distributed() -> Iterator[World]:
     Leaving without the barrier and the destruction ends in SIGABRT at exit in a third of the runs.
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's use of torch, not the user's
     if not process.launched():
         process.become_single_process()
     cuda = torch.cuda.is_available()

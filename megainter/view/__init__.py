@@ -1,0 +1,1 @@
+"""Pages and pictures to look at: images with boxes, curves, retrieved images."""
