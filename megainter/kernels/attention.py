@@ -99,7 +99,9 @@ def attention_choice(device: torch.device, dtype: torch.dtype, dropout_p: float)
 
 def _flash(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     cu, longest = layout.cu_seqlens, layout.max_length
-    return varlen_attn(q_Nhd, k_Nhd, v_Nhd, cu, cu, longest, longest)
+    out = varlen_attn(q_Nhd, k_Nhd, v_Nhd, cu, cu, longest, longest)
+    assert isinstance(out, torch.Tensor)  # a tuple only when auxiliary outputs are asked for
+    return out
 
 
 def _padded_sdpa(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout, drop: float) -> torch.Tensor:

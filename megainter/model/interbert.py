@@ -129,8 +129,8 @@ class InterBertModel(InterBertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_embeddings.word
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.text_embeddings.word = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_embeddings.word = value  # type: ignore[assignment]
 
     def encode(self, inputs: PackedInputs) -> Encoded:
         """The packed door. ``inputs`` must be on the model's device. UsageError when its lengths do not fit the model or its tensors."""
@@ -181,8 +181,8 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.msm_head.decoder
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.msm_head.decoder = value
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.msm_head.decoder = value  # type: ignore[assignment]
 
     def score_packed(self, inputs: PackedInputs, msm_positions: torch.Tensor, mrm_positions: torch.Tensor) -> PackedScores:
         """The packed door: logits only at ``msm_positions`` [M] (rows of the Nt tokens) and ``mrm_positions`` [K] (rows of the Nr

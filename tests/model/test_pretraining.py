@@ -77,7 +77,7 @@ def test_nothing_masked_gives_zero_and_not_nan() -> None:
     batch["msm_labels"].fill_(-100)
     batch["mrm_labels"].zero_()
     out = model(**batch)
-    assert float(out.msm_loss) == float(out.mrm_loss) == 0
+    assert out.msm_loss.item() == out.mrm_loss.item() == 0
     out.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
