@@ -47,8 +47,8 @@ class SequenceLayout:
         real = torch.arange(max_length) < lengths[:, None]
         key_bias = None if bool(real.all()) else torch.where(real, 0.0, MASKED_SCORE).to(device, non_blocking=True)
         cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
-        moved = [t.to(device, non_blocking=True) for t in (cu_seqlens, sequence, position)]
-        return cls(lengths, max_length, *moved, key_bias)
+        cu_seqlens, sequence, position = (t.to(device, non_blocking=True) for t in (cu_seqlens, sequence, position))
+        return cls(lengths, max_length, cu_seqlens, sequence, position, key_bias)
 
     @property
     def sequences(self) -> int:

@@ -129,7 +129,7 @@ def test_pure_bfloat16_and_autocast_stay_close_to_float32() -> None:
     for out in (pure, mixed):
         torch.testing.assert_close(out.text_logits.float(), exact.text_logits, atol=0.15, rtol=0.1)
         assert out.loss.dtype == torch.float32
-        assert float(out.loss) == pytest.approx(float(exact.loss), rel=0.02)
+        assert out.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
     mixed.loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in mixed_model.parameters())
 
