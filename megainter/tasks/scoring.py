@@ -27,6 +27,11 @@ from megainter.tasks.gallery import Tokens, region_rows
 IMAGES_PER_CHUNK = 8  # a caption's embedding is shared by so many images; few, so that chunks can be shared out evenly
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_DEAD = (
+    "a scoring process ended without a word (out of memory?): give fewer --processes or a smaller --batch-pairs; "
+    "the same command goes on where it stopped"
+)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -75,6 +80,7 @@ class ChunkScorer:
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.device = job, device
         self.model = load_model(job.model)
+        # nn.Module's own method: the wrapper around it in transformers has no usable type
         torch.nn.Module.to(self.model, device=device, dtype=DTYPES[job.precision])
 
     @torch.inference_mode()
@@ -160,19 +166,25 @@ def _score_in_processes(job: Job, chunks: list[int], devices: list[torch.device]
 def _share_out(chunks: list[int], pipes: list[Connection]) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Hand each process its next chunk when it has returned the one before."""
     waiting = iter(chunks)
-    busy = {}
-    for pipe, chunk in zip(pipes, waiting, strict=False):
-        pipe.send(chunk)
-        busy[pipe] = chunk
-    for chunk in waiting:
-        pipe, result = _next_result(list(busy))
-        finished = busy[pipe]
-        pipe.send(chunk)
-        busy[pipe] = chunk
-        yield finished, result
+    busy: dict[Connection, int] = {}
+    for pipe in pipes:
+        _hand_out(pipe, waiting, busy)
     while busy:
-        pipe, result = _next_result(list(busy))
-        yield busy.pop(pipe), result
+        pipe, scores = _next_result(list(busy))
+        finished = busy.pop(pipe)
+        _hand_out(pipe, waiting, busy)
+        yield finished, scores
+
+
+def _hand_out(pipe: Connection, waiting: Iterator[int], busy: dict[Connection, int]) -> None:
+    chunk = next(waiting, None)
+    if chunk is None:
+        return
+    try:
+        pipe.send(chunk)
+    except OSError:
+        raise MegainterError(_DEAD) from None
+    busy[pipe] = chunk
 
 
 def _next_result(pipes: list[Connection]) -> tuple[Connection, NDArray[np.float32]]:
@@ -180,11 +192,8 @@ def _next_result(pipes: list[Connection]) -> tuple[Connection, NDArray[np.float3
     assert isinstance(pipe, Connection)
     try:
         result = pipe.recv()
-    except EOFError:
-        raise MegainterError(
-            "a scoring process ended without a word (out of memory?): give fewer --processes or a smaller --batch-pairs; "
-            "the same command goes on where it stopped"
-        ) from None
+    except (EOFError, OSError):
+        raise MegainterError(_DEAD) from None
     if isinstance(result, BaseException):
         raise result
     return pipe, result

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -156,17 +155,17 @@ def test_another_plan_does_not_reuse_scores(data: tuple[Path, Path, Path], tmp_p
 
 
 @pytest.fixture
-def broken(data: tuple[Path, Path, Path], tmp_path: Path) -> Iterator[tuple[Path, Path, Path]]:
+def broken(data: tuple[Path, Path, Path], tmp_path: Path) -> tuple[Path, Path, Path]:
     """A model whose word embeddings have one NaN row, that of "amber"."""
     folder = write_model(tmp_path / "broken", data[1])
     model = InterBertForPreTraining.from_pretrained(folder)
     with torch.no_grad():
         model.interbert.text_embeddings.word.weight[load_vocabulary(folder).ids["amber"]] = float("nan")
     model.save_pretrained(folder)
-    yield folder, data[1], data[2]
+    return folder, data[1], data[2]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_score_that_is_not_a_number_names_the_pair(broken: tuple[Path, Path, Path], tmp_path: Path, processes: int) -> None:
     with pytest.raises(NumericsError, match=r"caption 'image-\d+#\d' and image 'image-\d+' is nan"):
         evaluate(*broken, output=tmp_path / "out.json", split=None, processes=processes)
