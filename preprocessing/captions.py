@@ -13,7 +13,6 @@ import os
 import re
 import unicodedata
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -73,11 +72,11 @@ class Report:
     kept: int = 0
     images: int = 0
     splits: dict[str, int] = field(default_factory=dict)
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def drop(self, reason: str, example: str, count: int = 1) -> None:
-        self.dropped[reason] += count
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES_KEPT:
             examples.append(example)
@@ -136,7 +135,7 @@ def normalise(caption: str) -> str:
 def _checked_at_the_end(pairs: Iterator[Pair], report: Report, src: Path, report_path: Path, max_bad: float) -> Iterator[Pair]:
     """Passes pairs on; at the end, with the counts known and nothing published, refuses what may not become a manifest."""
     yield from pairs
-    bad, total = report.dropped[MALFORMED] + report.dropped[MISSING_IMAGE], report.kept + sum(report.dropped.values())
+    bad, total = sum(report.dropped.get(reason, 0) for reason in (MALFORMED, MISSING_IMAGE)), report.kept + sum(report.dropped.values())
     if bad <= max_bad * total and report.kept:
         return
     report_path.parent.mkdir(parents=True, exist_ok=True)

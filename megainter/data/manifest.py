@@ -294,8 +294,7 @@ def _refuse_repeated_hashes(path: Path, aside: Path, hashes: np.ndarray) -> None
     if not len(repeats):
         return
     ids = pq.read_table(aside, columns=["pair_id"]).column("pair_id")
-    for at in repeats:
-        first, second = sorted((int(order[at]), int(order[at + 1])))
+    for second, first in sorted((int(order[at + 1]), int(order[at])) for at in repeats):  # a stable sort keeps rows in order
         if ids[first] == ids[second]:
             raise DuplicatePairError(path, ids[first].as_py(), first, second)
 
