@@ -1,0 +1,277 @@
+"""Extraction by real processes with a tiny real detector: kills, signals, bad images, other settings; the same store in the end."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, RegionRecord, stored_ids
+from megainter.data.manifest import ImageBoxes, Pair, write_boxes, write_pairs
+from megainter.data.shard import count_records
+from megainter.errors import LockedError, MegainterError, TooManyBadInputsError, UsageError
+from preprocessing.detector import DetectorConfig, build_model, load_detector, save_detector
+from preprocessing.extract import Extraction, _batches, _devices, extract, list_images
+from preprocessing.extract_worker import Failure, Task, _decode, _store_batch
+
+IMAGES = 150  # more than two transactions of 64
+SIZES = ((64, 64), (96, 64), (64, 80))
+
+
+def write_images(folder: Path, count: int, seed: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        width, height = SIZES[number % len(SIZES)]
+        blocks = rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+        Image.fromarray(blocks).resize((width, height)).save(folder / f"{number:04d}.jpg")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images/ (150 readable ones and one HTML page) and detector.safetensors, randomly initialised."""
+    folder = tmp_path_factory.mktemp("extract")
+    write_images(folder / "images", IMAGES)
+    (folder / "images" / "page.jpg").write_text("<html>404</html>")
+    names = ("__background__", "red", "green", "blue")
+    config = DetectorConfig(
+        names, "tiny", feature_size=24, min_size=64, max_size=96, anchor_sizes=((16, 32),), proposals=20, proposals_before_nms=50
+    )
+    torch.manual_seed(0)
+    save_detector(folder / "detector.safetensors", config, build_model(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Extraction:
+    """An uninterrupted extraction by two workers into folder/whole."""
+    return extract(folder / "images", folder / "whole", folder / "detector.safetensors", workers=2, min_boxes=3, max_boxes=9)
+
+
+SCRIPT = """
+    import sys
+    sys.path.insert(0, {root!r})
+    from pathlib import Path
+    from megainter.errors import MegainterError
+    from preprocessing.extract import extract
+    folder = Path({folder!r})
+    try:
+        print(extract(folder / "images", Path({store!r}), folder / "detector.safetensors", workers=2, min_boxes=3, max_boxes=9))
+    except MegainterError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+
+
+def start(folder: Path, store: Path) -> subprocess.Popen[str]:
+    script = textwrap.dedent(SCRIPT.format(root=str(Path(__file__).parents[2]), folder=str(folder), store=str(store)))
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def committed(store: Path) -> int:
+    return sum(count_records(shard) for shard in store.glob("shard-*.lmdb") if shard.stat().st_size)
+
+
+def wait_for_records(store: Path, process: subprocess.Popen[str], count: int = 1) -> None:
+    deadline = time.monotonic() + 60
+    while committed(store) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_store_holds_what_the_detector_says_of_each_image(folder: Path, finished: Extraction) -> None:
+    assert (finished.stored, finished.failed) == (IMAGES, 1)
+    detector = load_detector(folder / "detector.safetensors")
+    with FeatureStore(folder / "whole") as store:
+        assert store.digest == finished.digest
+        assert store.schema.detector == detector.fingerprint
+        assert store.schema.settings["max_boxes"] == 9
+        assert len(list((folder / "whole").glob("shard-*.lmdb"))) == 2
+        for number in (0, 1, 2, 77, 149):
+            record = store[f"{number:04d}"]
+            image = Image.open(folder / "images" / f"{number:04d}.jpg").convert("RGB")
+            alone = detector.extract(image, min_boxes=3, max_boxes=9)
+            assert (record.width, record.height) == image.size
+            assert 3 <= len(record) <= 9
+            np.testing.assert_allclose(record.boxes, alone.boxes, atol=1e-3)
+            np.testing.assert_allclose(record.features.astype(np.float32), alone.features.astype(np.float32), rtol=2e-3, atol=1e-3)
+            np.testing.assert_allclose(record.class_probs, alone.class_probs, atol=1e-3)
+
+
+def test_failed_images_are_listed_with_their_reason(folder: Path, finished: Extraction) -> None:
+    lines = (folder / "whole" / "failed.tsv").read_text().splitlines()
+    assert lines == ["image_id\tpath\treason", "page\tpage.jpg\tnot JPEG, PNG, WEBP, GIF or BMP, whatever its name"]
+
+
+def test_killed_runs_taken_up_again_end_with_the_same_store(folder: Path, finished: Extraction, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with start(folder, store) as process:
+        wait_for_records(store, process)
+        process.kill()
+    assert 0 < len(stored_ids(store)) < IMAGES
+    with start(folder, store) as process:  # at once: the dead run's workers hold nothing any more
+        out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert f"stored={IMAGES}, failed=1, digest='{finished.digest}'" in out
+    assert error == ""
+
+
+def test_sigterm_keeps_what_is_finished_and_says_how_to_go_on(folder: Path, finished: Extraction, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with start(folder, store) as process:
+        wait_for_records(store, process)
+        process.terminate()
+        start_of_stop = time.monotonic()
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert time.monotonic() - start_of_stop < 10
+    assert "stopped at" in error
+    assert f"of {IMAGES + 1} images; run the same command to go on" in error
+    assert error.count("\n") == 1
+    kept = len(stored_ids(store))
+    assert 0 < kept < IMAGES
+    with pytest.raises(MegainterError, match=f"incomplete: {kept} records"):
+        FeatureStore(store)
+
+
+@pytest.mark.slow  # the start of one more run of two processes
+def test_a_worker_that_dies_is_told_and_the_others_end(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with start(folder, store) as process:
+        wait_for_records(store, process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(workers[0], signal.SIGKILL)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert f"(pid {workers[0]}) was killed by SIGKILL" in error
+    assert "run the same command to go on" in error
+    assert error.count("\n") == 1
+    assert not Path(f"/proc/{workers[1]}").exists()
+
+
+def test_a_finished_run_has_nothing_left_to_do(folder: Path, finished: Extraction) -> None:
+    before = (folder / "whole" / "store.json").stat().st_mtime_ns
+    page = (folder / "images" / "page.jpg").rename(folder / "page.txt")
+    try:
+        again = extract(folder / "images", folder / "whole", folder / "detector.safetensors", min_boxes=3, max_boxes=9)
+    finally:
+        page.rename(folder / "images" / "page.jpg")
+    assert again == Extraction(IMAGES, 0, finished.digest)
+    assert (folder / "whole" / "store.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_or_another_detector_are_refused(folder: Path, finished: Extraction, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="max_boxes is 9, not 36"):
+        extract(folder / "images", folder / "whole", folder / "detector.safetensors", min_boxes=3, max_boxes=36)
+    config = load_detector(folder / "detector.safetensors").config
+    save_detector(tmp_path / "other.safetensors", config, build_model(config))
+    with pytest.raises(UsageError, match=r"detector is '[0-9a-f]+', not '[0-9a-f]+'"):
+        extract(folder / "images", folder / "whole", tmp_path / "other.safetensors", min_boxes=3, max_boxes=9)
+
+
+def test_too_many_bad_images_keep_the_good_ones_unsealed(folder: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 6)
+    (tmp_path / "images" / "tab\there.jpg").write_bytes(b"")
+    (tmp_path / "images" / os.fsdecode(b"latin-\xe9.jpg")).write_bytes((tmp_path / "images" / "0000.jpg").read_bytes())
+    run = {"weights": folder / "detector.safetensors", "workers": 1}
+    with pytest.raises(TooManyBadInputsError, match=r"2 of 8 images failed, listed in .*failed\.tsv: more than 1\.0%"):
+        extract(tmp_path / "images", tmp_path / "store", **run)
+    assert stored_ids(tmp_path / "store") == {f"{number:04d}" for number in range(6)}
+    text = (tmp_path / "store" / "failed.tsv").read_text()
+    assert "latin-\\udce9\tlatin-\\udce9.jpg\timage id 'latin-\\udce9' is not valid Unicode" in text
+    assert "tab\\there\ttab\\there.jpg\tempty file" in text
+    assert extract(tmp_path / "images", tmp_path / "store", max_bad=0.3, **run).stored == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_boxes": 0}, "min_boxes 0 must be positive"),
+        ({"min_boxes": 50, "max_boxes": 36}, "at most max_boxes 36"),
+        ({"selection": "nms"}, "not 'caffe' or 'd2'"),
+        ({"workers": 0}, "must be at least 1"),
+        ({"max_bad": 2.0}, "between 0 and 1"),
+        ({"weights": Path("absent.safetensors")}, r"absent\.safetensors do(es)? not exist"),
+        ({"images": Path("absent")}, "images folder absent does not exist"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_written(folder: Path, tmp_path: Path, options: dict, message: str) -> None:
+    arguments = {"images": folder / "images", "output": tmp_path / "store", "weights": folder / "detector.safetensors"} | options
+    with pytest.raises(UsageError, match=message):
+        extract(**arguments)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_second_extraction_into_one_store_is_refused(folder: Path, finished: Extraction) -> None:
+    schema = FeatureStore(folder / "whole").schema
+    with FeatureStoreWriter(folder / "whole", schema), pytest.raises(LockedError, match=f"in use by pid {os.getpid()}"):
+        extract(folder / "images", folder / "whole", folder / "detector.safetensors", min_boxes=3, max_boxes=9)
+
+
+def test_images_of_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    pairs = [Pair(f"{n}", f"id-{n // 2}", f"{n // 2}.jpg", "x", "") for n in (5, 4, 1, 0)]
+    write_pairs(tmp_path / "pairs.parquet", pairs)
+    assert list_images(tmp_path / "images", tmp_path / "pairs.parquet") == [("id-0", "0.jpg"), ("id-2", "2.jpg")]
+    write_boxes(tmp_path / "boxes.parquet", [ImageBoxes("b", "d/b.jpg", 9, 9, np.zeros((0, 4), np.float32), [])])
+    assert list_images(tmp_path / "images", tmp_path / "boxes.parquet") == [("b", "d/b.jpg")]
+    with pytest.raises(UsageError, match="does not exist"):
+        list_images(tmp_path / "absent", tmp_path / "pairs.parquet")
+
+
+def test_batches_hold_one_size_and_do_not_depend_on_what_is_done(folder: Path) -> None:
+    images, listing = folder / "images", list_images(folder / "images")
+    batches = list(_batches(images, listing, set(), 8))
+    assert sorted(task.image_id for batch in batches for task in batch) == [image_id for image_id, _ in listing]
+    assert all(len({task.size for task in batch}) == 1 and len(batch) <= 8 for batch in batches)
+    assert sum(len(batch) == 8 for batch in batches) > len(batches) / 2
+    done = {task.image_id for batch in batches[::2] for task in batch}
+    assert list(_batches(images, listing, done, 8)) == batches[1::2]
+
+
+def test_workers_share_devices_and_are_no_more_than_batches() -> None:
+    assert _devices("cpu", 3, 10) == ["cpu"] * 3
+    assert _devices("cpu", 3, 2) == ["cpu"] * 2
+    assert _devices("cuda:1", 2, 9) == ["cuda:1"] * 2
+    assert _devices("cpu", None, 0) == []
+
+
+def test_an_image_that_breaks_the_detector_is_found_by_halving_and_the_others_are_stored(folder: Path, tmp_path: Path) -> None:
+    detector = load_detector(folder / "detector.safetensors")
+    calls: list[int] = []
+
+    def breaking(images: list[Image.Image]) -> list[RegionRecord]:
+        calls.append(len(images))
+        if any(image.size == (96, 64) for image in images):
+            raise torch.OutOfMemoryError("out of memory\nwith details")
+        return detector.extract_batch(images)
+
+    tasks = [Task(f"{number:04d}", f"{number:04d}.jpg", SIZES[number % 3]) for number in (0, 3, 1, 6)]
+    with FeatureStoreWriter(tmp_path / "store", detector.schema()) as writer:
+        failures = _store_batch([(task, _decode(folder / "images", task)) for task in tasks], breaking, writer)
+    assert failures == [Failure("0001", "0001.jpg", "out of memory")]
+    assert stored_ids(tmp_path / "store") == {"0000", "0003", "0006"}
+    assert calls == [4, 2, 2, 1, 1]
+
+
+def test_boxes_of_an_image_decoded_smaller_are_in_its_own_pixels(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (6000, 3000), (200, 30, 30)).save(tmp_path / "large.jpg")
+    task = Task("large", "large.jpg", (6000, 3000))
+    decoded = _decode(tmp_path, task)
+    assert isinstance(decoded, Image.Image)
+    assert decoded.size == (3000, 1500)
+    detector = load_detector(folder / "detector.safetensors")
+    with FeatureStoreWriter(tmp_path / "store", detector.schema()) as writer:
+        assert _store_batch([(task, decoded)], detector.extract_batch, writer) == []
+    record, small = FeatureStore(tmp_path / "store", allow_partial=True)["large"], detector.extract(decoded)
+    assert (record.width, record.height) == (6000, 3000)
+    np.testing.assert_allclose(record.boxes, small.boxes * 2, rtol=1e-5)
