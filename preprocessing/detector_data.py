@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megainter.data.manifest import ImageBoxes
-from megainter.errors import TooManyBadInputsError, UsageError
-from megainter.files import inside
+from megainter.errors import UsageError
 from preprocessing.detector import BACKGROUND, to_input
+from preprocessing.images import UnreadableImageError, confined, load_image
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,10 @@ class BoxesDataset(Dataset[Sample]):
         return Sample(image, boxes[solid], labels[solid])
 
     def _open(self, name: str) -> Image.Image:
-        path = inside(self.images, name)
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except FileNotFoundError:
-            raise UsageError(f"image {path} of the boxes manifest does not exist: is --images the right folder?") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise TooManyBadInputsError(f"image {path} cannot be read ({error}): remove its row from the boxes manifest") from None
+            return load_image(confined(self.images, name))
+        except UnreadableImageError as error:
+            raise UsageError(f"{error}: correct the images folder, or remove this image's row from the boxes manifest") from None
 
 
 def repeat_factors(rows: list[ImageBoxes], threshold: float) -> np.ndarray:

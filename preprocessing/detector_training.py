@@ -3,6 +3,7 @@
 The run folder: ``config.json``, ``metrics.jsonl``, ``checkpoint/`` (the newest whole one), ``detector.safetensors`` (the result).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from megainter.data.manifest import read_boxes
+from megainter.data.manifest import ImageBoxes, read_boxes
 from megainter.errors import DamagedError, NumericsError, StoppedEarly, UsageError
 from megainter.files import fsync_folder, read_json, sha256_of, write_json
 from megainter.progress import Progress
@@ -87,7 +88,7 @@ def train_detector(
     if not rows:
         raise UsageError(f"{boxes} has no rows" + (f" of split {split!r}" if split else ""))
     config = configure(class_names_of(rows))
-    run = _Run(output, config, training, backbone_weights, device)
+    run = _Run(output, config, training, backbone_weights, device, data_digest=_digest_of(rows))
     held_out = read_boxes(validation, validation_split) if validation else []
     data = BoxesDataset(rows, images, config.class_names, config.min_size, config.max_size)
     held_out_data = BoxesDataset(held_out, validation_images or images, config.class_names, config.min_size, config.max_size)
@@ -119,6 +120,14 @@ def train_detector(
     return TrainedDetector(weights, scores)
 
 
+def _digest_of(rows: list[ImageBoxes]) -> str:
+    """SHA-256 of what is learned from: images, boxes, labels, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.image, row.width, row.height, row.boxes.tolist(), row.labels]).encode())
+    return digest.hexdigest()
+
+
 class _Fixed:
     """Batches prepared in advance, for DataLoader's ``batch_sampler``."""
 
@@ -133,11 +142,17 @@ class _Run:
     """Network, optimiser and step number of a run folder."""
 
     def __init__(
-        self, folder: Path, config: DetectorConfig, training: DetectorTraining, backbone_weights: Path | None = None, device: str = "cpu"
+        self,
+        folder: Path,
+        config: DetectorConfig,
+        training: DetectorTraining,
+        backbone_weights: Path | None = None,
+        device: str = "cpu",
+        data_digest: str = "",
     ) -> None:
         self.folder, self.config, self.training, self.device, self.step = folder, config, training, torch.device(device), 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._claim()
+        self._claim(data_digest)
         torch.manual_seed(training.seed)
         self.model = build_model(config, backbone_weights)
         self.model.roi_heads.fg_bg_sampler.batch_size_per_image = training.regions_per_image
@@ -152,15 +167,15 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate)
         self._resume()
 
-    def _claim(self) -> None:
-        """The folder belongs to one set of settings: anything else in it is refused rather than mixed."""
+    def _claim(self, data_digest: str) -> None:
+        """The folder belongs to one set of settings and boxes: anything else in it is refused rather than mixed."""
         path = self.folder / "config.json"
-        mine = json.loads(json.dumps({"detector": asdict(self.config), "training": asdict(self.training)}))
+        mine = json.loads(json.dumps({"detector": asdict(self.config), "training": asdict(self.training), "data": {"boxes": data_digest}}))
         if not path.exists():
             write_json(path, mine)
             return
         theirs = read_json(path)
-        differing = [f"{part}.{key}" for part in mine for key in mine[part] if mine[part][key] != theirs.get(part, {}).get(key)]
+        differing = [f"{part}.{key}" for part in mine for key in mine[part] if mine[part][key] != theirs.get(part, mine[part]).get(key)]
         if differing:
             raise UsageError(f"{self.folder} holds a run with other settings ({', '.join(differing[:5])}): choose another --output")
 

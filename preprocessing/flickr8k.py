@@ -19,14 +19,37 @@ from megainter.errors import MegainterError, UsageError
 from megainter.files import inside
 
 # Words after which a phrase's head noun has been said ("the edge of a lake": edge).
-PREPOSITIONS = frozenset("of in on with at by near from under over behind beside wearing holding to and that who which".split())
+PREPOSITIONS = frozenset({"of", "in", "on", "with", "at", "by", "near", "from", "under", "over", "behind", "beside", "wearing", "holding",
+                          "to", "and", "that", "who", "which"})  # fmt: skip
 # Heads that name no kind of thing.
-EMPTY_HEADS = frozenset("one ones other others something someone object objects it them they he she him her black white red blue green yellow top area "
-                        "another each two three four front back side edge piece".split())  # fmt: skip
-IRREGULAR = {"people": "person", "men": "man", "women": "woman", "children": "child", "kids": "child", "kid": "child", "leaves": "leaf", "feet": "foot",
-             "guys": "man", "guy": "man", "bike": "bicycle", "bikes": "bicycle", "puppies": "dog", "puppy": "dog", "lady": "woman", "ladies": "woman",
-             "doggy": "dog", "toddler": "child", "adults": "person", "adult": "person"}  # fmt: skip
-PLURAL_FORMS = frozenset("grass glasses sunglasses shorts pants jeans dress clothes tennis bus goggles stairs scissors".split())
+EMPTY_HEADS = frozenset({"one", "ones", "other", "others", "something", "someone", "object", "objects", "it", "them", "they", "he", "she",
+                         "him", "her", "black", "white", "red", "blue", "green", "yellow", "top", "area", "another", "each", "two", "three",
+                         "four", "front", "back", "side", "edge", "piece"})  # fmt: skip
+IRREGULAR = {
+    "people": "person",
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "kids": "child",
+    "kid": "child",
+    "leaves": "leaf",
+    "feet": "foot",
+    "guys": "man",
+    "guy": "man",
+    "bike": "bicycle",
+    "bikes": "bicycle",
+    "puppies": "dog",
+    "puppy": "dog",
+    "lady": "woman",
+    "ladies": "woman",
+    "doggy": "dog",
+    "toddler": "child",
+    "adults": "person",
+    "adult": "person",
+}
+PLURAL_FORMS = frozenset(
+    ["grass", "glasses", "sunglasses", "shorts", "pants", "jeans", "dress", "clothes", "tennis", "bus", "goggles", "stairs", "scissors"]
+)
 
 app = App(name="flickr8k", help=__doc__)
 
@@ -71,7 +94,8 @@ def main(source: Path, /, *, images: Path, output: Path, classes: int = 150, voc
         Count head nouns in these annotations instead (the training split's).
     """
     rows = list(_rows(source))
-    counts = Counter(noun for row in (_rows(vocabulary_from) if vocabulary_from else rows) for thing in row["objects"] for noun in {*_heads(thing)})
+    counted = _rows(vocabulary_from) if vocabulary_from else rows
+    counts = Counter(noun for row in counted for thing in row["objects"] for noun in {*_heads(thing)})
     kept = {noun for noun, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:classes]}
     rank = {noun: counts[noun] for noun in kept}
     written = write_boxes(output, [found for row in rows if (found := _boxes(row, images, rank)) is not None])
