@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from megainter.errors import STOPPED_EARLY, MegainterError, UsageError
+from megainter.training.process import end_with_launcher
 
 app = App(
     name="megainter",
@@ -265,6 +266,7 @@ def view(
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Run one verb; a user's mistake ends in one line and its exit code, without a traceback."""
+    end_with_launcher()
     try:
         app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:

@@ -21,7 +21,7 @@ from megainter.training.collective import on_first_rank, summed
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
 from megainter.training.objectives import ObjectiveWeights, PretrainingStep, summarise
 from megainter.training.optimizer import learning_rate
-from megainter.training.process import StopRequest, end_with_launcher, folder_lock
+from megainter.training.process import StopRequest, folder_lock
 from megainter.training.run_folder import open_run_folder, start_log
 from megainter.training.sources import Sources, model_configuration, open_sources
 
@@ -37,7 +37,6 @@ def pretrain(config: RunConfig) -> Path:
     the loss is no longer finite, ``UsageError`` for settings or data that cannot be used.
     """
     stop = StopRequest()
-    end_with_launcher()
     with ExitStack() as stack:
         world = stack.enter_context(engine.distributed())
         first = world.rank == 0
@@ -145,7 +144,7 @@ def _model(config: RunConfig, sources: Sources, saved: checkpoint.Checkpoint | N
     else:
         model = InterBertForPreTraining(settings)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     if saved is not None:
         load_weights(model, saved)
     return model.float().train()

@@ -1,0 +1,68 @@
+"""The README's commands and Python, run as they stand, on a few composed scenes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preprocessing.scenes import write_scenes
+from tests.synthetic import environment
+
+ROOT = Path(__file__).parents[1]
+# The shipped recipes are for real runs: a test keeps their settings and makes the model small and the run short.
+SMALL = (
+    "--training.steps 2 --training.global_batch 8 --training.micro_batch 4 --model.hidden_size 32 --model.num_attention_heads 4 --data.workers 0 "
+    "--model.intermediate_size 32 --model.num_interaction_layers 1 --model.num_text_layers 1 --model.num_region_layers 1 --engine.precision fp32"
+)
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the README in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos/, captions.jsonl and detector.safetensors, as the README supposes."""
+    folder = tmp_path_factory.mktemp("readme")
+    files = write_scenes(folder, {"train": 24, "val": 8, "test": 8}, seed=3, progress=False)
+    files.images.rename(folder / "photos")
+    shutil.copy(ROOT / "preprocessing" / "assets" / "demo_detector.safetensors", folder / "detector.safetensors")
+    for command in "\n".join(blocks("sh")).strip().splitlines():
+        words = command + (f" {SMALL}" if " pretrain " in command else "")
+        bin_folder = Path(sys.executable).parent
+        done = subprocess.run(
+            words, shell=True, cwd=folder, capture_output=True, text=True, check=False, timeout=300,
+            env=environment() | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return folder
+
+
+def test_commands_leave_what_they_promise(workplace: Path) -> None:
+    for name in ("pairs.parquet", "regions.store/store.json", "run/metrics.jsonl", "model/model.safetensors", "scores.json", "page.html"):
+        assert (workplace / name).exists(), name
+
+
+def test_run_folder_is_as_documented(workplace: Path) -> None:
+    documented = re.findall(r"^\| `([^|]*?)` \|", (ROOT / "docs" / "run-folder.md").read_text(), flags=re.MULTILINE)
+    assert len(documented) >= 6
+    for cell in documented:
+        for name in cell.split("`, `"):
+            if "step_" not in name:
+                assert (workplace / "run" / name).exists(), name
+
+
+def test_python_runs(workplace: Path) -> None:
+    for code in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False, timeout=120, env=environment())
+        assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
