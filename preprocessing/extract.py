@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -105,8 +105,11 @@ def extract(
         try:
             if jobs:
                 _run(jobs, _batches(images, listing, done, batch_size), len(listing), len(listing) - left, failures)
-        finally:
-            _list_failures(output, failures)
+        except BaseException:
+            with suppress(OSError):  # a full disk must not hide the first error
+                _list_failures(output, failures)
+            raise
+        _list_failures(output, failures)
         return _finish(output, schema, len(listing), failures, max_bad, changed=left > len(failures))
 
 

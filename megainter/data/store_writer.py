@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import lmdb
 import numpy as np
@@ -232,14 +232,21 @@ def _publish(path: Path, schema: StoreSchema, shards: list[Path], index: pa.Tabl
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path / "index.arrow")
+        fsync_folder(path)
+        write_json(path / "store.json", FORMAT | {"schema": schema.to_json(), "sealed": True} | _summary(path, shards, index))
     except OSError as error:
-        raise NoSpaceError(f"{path / 'index.arrow'} cannot be written: {error.strerror or error}") from None
+        raise NoSpaceError(f"the index of {path} cannot be written ({error.strerror or error}); free space and run again") from None
     finally:
         aside.unlink(missing_ok=True)
-    fsync_folder(path)
-    counts = {"records": len(index), "regions": pc.sum(index.column("regions")).as_py(), "digest": index_digest(index)}
-    files = {
-        "index": {"bytes": (path / "index.arrow").stat().st_size, "sha256": sha256_of(path / "index.arrow")},
+
+
+def _summary(path: Path, shards: list[Path], index: pa.Table) -> dict[str, Any]:
+    """What store.json says of a sealed store beside its schema."""
+    file = path / "index.arrow"
+    return {
+        "records": len(index),
+        "regions": pc.sum(index.column("regions")).as_py(),
+        "digest": index_digest(index),
+        "index": {"bytes": file.stat().st_size, "sha256": sha256_of(file)},
         "shards": [{"name": shard.name, "bytes": shard.stat().st_size} for shard in shards],
     }
-    write_json(path / "store.json", FORMAT | {"schema": schema.to_json(), "sealed": True} | counts | files)
