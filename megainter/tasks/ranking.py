@@ -104,7 +104,8 @@ def image_to_text(ranks: Ranks, image_of_caption_C: NDArray[np.integer]) -> Reca
 
 def chance_of_a_hit(candidates: int, right: int, k: int) -> float:
     """Probability that at least one of ``right`` right candidates is among the first ``k`` of a random order."""
-    return 1.0 - math.comb(candidates - right, k) / math.comb(candidates, k) if k < candidates else 1.0
+    orders = math.comb(candidates, min(k, candidates))
+    return (orders - math.comb(candidates - right, min(k, candidates))) / orders
 
 
 def _recall(ranks: NDArray[np.int64], candidates: int, chances: list[float]) -> Recall:

@@ -1,10 +1,13 @@
 """One self-contained HTML page for a run: no scripts, no outside resources, captions escaped."""
 
+import math
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -12,35 +15,47 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, read_pairs
 from megainter.errors import UsageError
 from megainter.files import inside, read_json, write_atomically
-from megainter.view.pictures import curves, data_uri, thumbnail, with_regions
+from megainter.view.curves import draw_curves
+from megainter.view.pictures import SURE, region_boxes, thumbnail
 
 SHOWN = 5  # retrieved images of a caption
+LARGE, SMALL = 480, 240  # pixels of the longer side of an image with regions, and of a retrieved one
 
 
 def write_page(
-    output: Path, title: str, *, images: Path, pairs: Path, store: Path, metrics: Path | None = None, retrieval: Path | None = None, count: int = 12
+    output: Path,
+    title: str,
+    *,
+    images: Path,
+    pairs: Path,
+    store: Path,
+    metrics: Path | None = None,
+    retrieval: Path | None = None,
+    count: int = 12,
 ) -> Path:
-    """Write the page to ``output``: ``count`` images with regions, and where given the curves of ``metrics`` and ``count`` queries of ``retrieval``.
+    """Write the page to ``output`` and return it.
 
-    ``retrieval`` is the JSON of ``evaluate retrieval``, with its ``.top.parquet`` beside it. Raises ``UsageError`` for missing files.
+    It shows ``count`` images with their regions, spread over the manifest; with ``metrics`` (metrics.jsonl) the curves; with ``retrieval``
+    (the JSON of ``evaluate retrieval``, its top file beside it) its table and ``count`` captions with the images found. With
+    ``retrieval`` all images are of the split that was evaluated.
+
+    ``images`` is the folder that the manifest's paths start from. Raises ``UsageError`` for files that are missing or do not fit.
     """
-    manifest = read_pairs(pairs)
+    if count < 1:
+        raise UsageError(f"--count is {count}; give at least 1")
     report = read_json(retrieval) if retrieval is not None else None
-    split = report["split"] if report is not None else None
-    if metrics is not None and not metrics.is_file():
-        raise UsageError(f"{metrics} does not exist; give a run folder with metrics.jsonl")
+    manifest = read_pairs(pairs, report["split"] if report is not None else None)
     with FeatureStore(store) as features:
         values: dict[str, Any] = {
             "title": plain(title),
-            "facts": f"{len(manifest):,} captions, {len(features):,} images with regions, detector {features.schema.detector}",
-            "images": _images(manifest, features, images, split, count),
-            "curves": curves(metrics) if metrics is not None else None,
-            "recalls": None, "queries": None, "gallery": 0, "chance": 0.0,
-        }  # fmt: skip
-    if report is not None and retrieval is not None:
-        both = [(name, report[key]) for name, key in (("text to image", "text_to_image"), ("image to text", "image_to_text"))]
-        values |= {"recalls": both, "gallery": report["images"], "chance": report["text_to_image"]["chance_at_1"]}
-        values["queries"] = _queries(retrieval.with_name(report["top"]), manifest, images, count)
+            "facts": f"{len(features):,} images with regions, by detector {plain(features.schema.detector)}",
+            "curves": draw_curves(metrics) if metrics is not None else None,
+            "retrieval": _recalls(report) if report is not None else None,
+            "queries": _queries(retrieval, report, manifest, images, count) if report is not None and retrieval is not None else [],
+            "images": _images(manifest, features, images, count),
+            "shown": SHOWN,
+            "sure": SURE,
+        }
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, pages.get_template("page.html").render(values))
@@ -48,37 +63,71 @@ def write_page(
 
 
 def plain(text: str) -> str:
-    """``text`` without control and direction characters, which could disguise what is shown."""
-    return "".join(letter for letter in text if unicodedata.category(letter) not in ("Cc", "Cf"))
+    """``text`` without control, format and direction characters, which could disguise what is shown."""
+    return "".join(letter for letter in text if unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
 
 
-def _images(manifest: Pairs, store: FeatureStore, folder: Path, split: str | None, count: int) -> list[dict[str, Any]]:
-    splits = manifest.table.column("split").to_pylist()
-    shown: dict[str, dict[str, Any]] = {}
-    for row in range(len(manifest)):
-        image_id = manifest.image_id(row)
-        if split is not None and splits[row] != split or image_id not in store:
-            continue
-        if image_id not in shown and len(shown) == count:
-            break
-        if image_id not in shown:
-            path = inside(folder, manifest.table.column("image")[row].as_py())
-            picture = with_regions(path, store[image_id], store.schema.class_names)
-            shown[image_id] = {"id": plain(image_id), "picture": data_uri(picture), "captions": []}
-        shown[image_id]["captions"].append(plain(manifest.caption(row)))
-    return list(shown.values())
+def spread(size: int, count: int) -> list[int]:
+    """At most ``count`` numbers spread evenly over 0 .. size - 1."""
+    return np.unique(np.linspace(0, size - 1, min(count, size)).astype(int)).tolist() if size else []
 
 
-def _queries(top: Path, manifest: Pairs, folder: Path, count: int) -> list[dict[str, Any]]:
-    """Captions spread evenly over the gallery, with the images found for them."""
-    rows = pq.read_table(top).to_pylist()
-    files = dict(zip(manifest.table.column("image_id").to_pylist(), manifest.table.column("image").to_pylist(), strict=True))
-    queries = []
-    for place in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)):
-        row = rows[place]
-        found = [
-            {"picture": data_uri(thumbnail(inside(folder, files[image]), 200)), "score": score, "right": image == row["image_id"]}
-            for image, score in list(zip(row["images"], row["scores"], strict=True))[:SHOWN]
-        ]
-        queries.append({"caption": plain(row["caption"]), "rank": row["rank"], "found": found})
-    return queries
+def _images(manifest: Pairs, store: FeatureStore, folder: Path, count: int) -> list[dict[str, Any]]:
+    present = np.flatnonzero(store.find(manifest.image_ids) >= 0)
+    found = []
+    for number in (int(present[place]) for place in spread(len(present), count)):
+        rows, image_id = np.flatnonzero(manifest.image_numbers == number), manifest.image_ids[number]
+        path = inside(folder, manifest.table.column("image")[int(rows[0])].as_py())
+        boxes = region_boxes(store[image_id], tuple(plain(name) for name in store.schema.class_names))
+        captions = [plain(manifest.caption(int(row))) for row in rows]
+        found.append({"id": plain(image_id), "picture": thumbnail(path, LARGE), "boxes": boxes, "captions": captions})
+    return found
+
+
+def _recalls(report: dict[str, Any]) -> dict[str, Any]:
+    rows = []
+    for name, key in (("text to image", "text_to_image"), ("image to text", "image_to_text")):
+        recall = report[key]
+        rows.append({"name": name, "recalls": [(recall[f"r_at_{k}"], recall[f"chance_at_{k}"]) for k in (1, 5, 10)], **recall})
+    split = f"split {report['split']}" if report["split"] else "whole manifest"
+    note = f"{report['captions']:,} captions against {report['images']:,} images ({split}), every pair scored by the matching head."
+    return {"rows": rows, "note": note}
+
+
+def _queries(retrieval: Path, report: dict[str, Any], manifest: Pairs, folder: Path, count: int) -> list[dict[str, Any]]:
+    """Captions spread evenly over the gallery, each with its best images, and its own where that is not among them."""
+    path = retrieval.with_name(report["top"])
+    if not path.is_file():
+        raise UsageError(f"{path} is missing; `megainter evaluate retrieval` writes it beside {retrieval.name}")
+    table = pq.read_table(path)
+    rows = [row for place in spread(len(table), count) for row in table.slice(place, 1).to_pylist()]
+    wanted = sorted({image for row in rows for image in [row["image_id"], *row["images"]]})
+    files = _files(manifest, wanted, folder)
+    return [{"caption": plain(row["caption"]), "rank": row["rank"], "found": _found(row, files)} for row in rows]
+
+
+def _found(row: dict[str, Any], files: dict[str, Path]) -> list[dict[str, Any]]:
+    best = list(zip(row["images"], row["scores"], strict=True))[:SHOWN]
+    found = [_tile(image, place, f"{_probability(score):.1%}", row, files) for place, (image, score) in enumerate(best, start=1)]
+    if row["image_id"] not in row["images"][:SHOWN]:
+        found.append(_tile(row["image_id"], row["rank"], "own image", row, files) | {"late": True})
+    return found
+
+
+def _tile(image: str, rank: int, score: str, row: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
+    own = image == row["image_id"]
+    return {"id": plain(image), "picture": thumbnail(files[image], SMALL), "rank": rank, "score": score, "own": own, "late": False}
+
+
+def _probability(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-max(log_odds, -50.0)))
+
+
+def _files(manifest: Pairs, image_ids: list[str], folder: Path) -> dict[str, Path]:
+    """Where the images lie. ``UsageError`` where the manifest is not the one that was evaluated."""
+    rows = pc.index_in(pa.array(image_ids), value_set=manifest.table.column("image_id").combine_chunks())
+    if rows.null_count:
+        image_id = image_ids[pc.index(pc.is_null(rows), True).as_py()]
+        raise UsageError(f"image {image_id!r} of the retrieval scores is not in the manifest; give the manifest that was evaluated")
+    images = manifest.table.column("image")
+    return {image_id: inside(folder, images[row.as_py()].as_py()) for image_id, row in zip(image_ids, rows, strict=True)}

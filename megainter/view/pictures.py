@@ -1,69 +1,66 @@
-"""Pictures as ``data:`` URIs: an image with its regions, and the curves of a run."""
+"""Images as ``data:`` URIs, and the regions to lay over them."""
 
 import base64
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
 from megainter.data.record import RegionRecord
-from megainter.training.metrics import read_metrics
+from megainter.errors import UsageError
 
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
-OBJECTIVES = {"msm": "masked segments", "mrm": "masked regions", "itm": "matching"}
-WIDTH = 320  # pixels of a shown image
+COLOURS = ("#c2334d", "#23804a", "#2f5fd0", "#b8560f", "#8a35b5", "#0d7f86", "#8a5a1c", "#a3206f", "#5f6f12", "#39449c")
+SURE = 0.5  # probability from which a region's class is written beside it
 
 
-def data_uri(image: Image.Image) -> str:
-    """The image as an embedded JPEG."""
+@dataclass(frozen=True)
+class RegionBox:
+    """A region to draw: its corner and size in percent of the image, its likeliest class, and whether the detector is sure of it."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    label: str
+    colour: str
+    sure: bool
+
+
+def thumbnail(path: Path, longest: int) -> str:
+    """The image upright, at most ``longest`` pixels on its longer side, as an embedded JPEG. ``UsageError`` if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * longest, 2 * longest))  # JPEGs decode at a fraction of their size
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"image {path} cannot be read: {error}; give the folder that the manifest's paths start from") from None
+    upright.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    upright.save(buffer, "JPEG", quality=85)
+    return data_uri(buffer.getvalue(), "image/jpeg")
 
 
-def thumbnail(path: Path, width: int = WIDTH) -> Image.Image:
-    """The image in RGB, ``width`` pixels wide."""
-    with Image.open(path) as image:
-        return image.convert("RGB").resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS)
+def data_uri(content: bytes, kind: str) -> str:
+    """``content`` as a URI that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def with_regions(path: Path, record: RegionRecord, names: tuple[str, ...], most: int = 12) -> Image.Image:
-    """The image with the ``most`` regions its detector is surest of, each with its best class (background aside) and probability."""
-    picture = thumbnail(path)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
-    scale = picture.width / record.width
-    best, sure = record.class_probs[:, 1:].argmax(axis=1) + 1, record.class_probs[:, 1:].max(axis=1)
-    for place, row in enumerate(sure.argsort()[::-1][:most]):
-        colour = COLOURS[place % len(COLOURS)]
-        x1, y1, x2, y2 = (float(value) * scale for value in record.boxes[row])
-        label = f"{names[best[row]]} {sure[row]:.2f}"
-        draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
-        left, top, right, bottom = draw.textbbox((x1 + 2, max(y1 - 13, 0)), label, font=font)
-        draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=colour)
-        draw.text((x1 + 2, max(y1 - 13, 0)), label, fill="white", font=font)
-    return picture
-
-
-def curves(metrics: Path) -> str:
-    """Losses and validation accuracies over steps, as an embedded PNG."""
-    training, validation = read_metrics(metrics, "train"), read_metrics(metrics, "validation")
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
-    for colour, (key, name) in zip(COLOURS, OBJECTIVES.items(), strict=False):
-        losses.plot(_column(training, "step"), _column(training, f"{key}_loss"), color=colour, label=name)
-        losses.plot(_column(validation, "step"), _column(validation, f"{key}_loss"), color=colour, linestyle="none", marker="o", markersize=4)
-        accuracies.plot(_column(validation, "step"), _column(validation, f"{key}_accuracy"), color=colour, marker="o", markersize=4, label=name)
-    losses.set(title="loss (line: training, dots: validation)", xlabel="step", ylim=(0, None))
-    accuracies.set(title="validation accuracy", xlabel="step", ylim=(0, 1))
-    for axes in (losses, accuracies):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _column(records: list[dict], key: str) -> list[float]:
-    return [record[key] for record in records]
+def region_boxes(record: RegionRecord, names: tuple[str, ...]) -> list[RegionBox]:
+    """All regions of a record, the surest last (drawn on top); a class has one colour everywhere. Background is no class here."""
+    probs = record.class_probs[:, 1:]
+    best, sureness = probs.argmax(axis=1) + 1, probs.max(axis=1)
+    boxes = []
+    for row in sureness.argsort(kind="stable"):
+        x1, y1, x2, y2 = (float(value) for value in record.boxes[row])
+        box = RegionBox(
+            left=round(100 * x1 / record.width, 2),
+            top=round(100 * y1 / record.height, 2),
+            width=round(100 * (x2 - x1) / record.width, 2),
+            height=round(100 * (y2 - y1) / record.height, 2),
+            label=f"{names[best[row]]} {sureness[row]:.2f}",
+            colour=COLOURS[int(best[row]) % len(COLOURS)],
+            sure=bool(sureness[row] >= SURE),
+        )
+        boxes.append(box)
+    return boxes

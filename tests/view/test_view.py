@@ -1,0 +1,189 @@
+"""The page: complete, self-contained, and harmless whatever the captions say."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from megainter.data.feature_store import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.manifest import Pair, write_pairs
+from megainter.errors import UsageError
+from megainter.view.page import plain, spread, write_page
+from megainter.view.pictures import region_boxes
+
+IMAGES = 8
+HOSTILE = "<script>alert('&\"')</script>\x1b[31m\u202e caption"
+NAMES = ("__background__", "<b>cat</b>", "dog")
+
+
+class Tags(HTMLParser):
+    """Collects start tags with their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attributes)))
+
+    def of(self, tag: str, kind: str = "") -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag and kind in (attributes.get("class") or "")]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> dict[str, Path]:
+    """Eight images with three regions each, one hostile caption, curves, and retrieval scores in which caption i ranks its image i + 1."""
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with FeatureStoreWriter(tmp_path / "store", StoreSchema(4, len(NAMES), NAMES, "tiny")) as writer:
+        for i in range(IMAGES):
+            Image.fromarray(rng.integers(0, 255, (30, 60, 3), dtype=np.uint8)).save(tmp_path / "images" / "sub" / f"{i}.png")
+            boxes = np.array([[0, 0, 30, 15], [30, 15, 60, 30], [10, 10, 20, 20]], dtype=np.float32)
+            probs = np.array([[0.1, 0.8, 0.1], [0.1, 0.0, 0.9], [0.6, 0.3, 0.1]], dtype=np.float32)
+            writer.add(f"id{i}", RegionRecord(boxes, np.ones((3, 4), np.float16), probs, 60, 30))
+    seal_store(tmp_path / "store")
+    captions = [HOSTILE, *(f"caption {i}" for i in range(1, IMAGES))]
+    rows = [Pair(f"{i}#{k}", f"id{i}", f"sub/{i}.png", captions[i], "test") for i in range(IMAGES) for k in range(2)]
+    write_pairs(tmp_path / "pairs.parquet", rows)
+    write_retrieval(tmp_path, captions)
+    records = [
+        {"kind": "train", "step": s, "msm_loss": 5.0 / s, "mrm_loss": 3.0, "itm_loss": 0.7, "samples_per_second": 9.0} for s in range(1, 60)
+    ]
+    records.append(
+        {"kind": "validation", "step": 59, "msm_loss": 1.0, "mrm_loss": 3.0, "itm_loss": 0.6, "msm_accuracy": 0.5, "itm_accuracy": 0.75}
+    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    names = {"images": "images", "pairs": "pairs.parquet", "store": "store", "metrics": "metrics.jsonl", "retrieval": "scores.json"}
+    return {name: tmp_path / file for name, file in names.items()}
+
+
+def write_retrieval(folder: Path, captions: list[str]) -> None:
+    """A report and its top file, as the evaluation writes them."""
+    orders = [[(i + 1 + place) % IMAGES for place in range(IMAGES)] for i in range(IMAGES)]
+    for i, order in enumerate(orders):
+        order.remove(i)
+        order.insert(i, i)  # so that the rank is i + 1
+    top = {
+        "pair_id": [f"{i}#0" for i in range(IMAGES)],
+        "image_id": [f"id{i}" for i in range(IMAGES)],
+        "caption": captions,
+        "rank": list(range(1, IMAGES + 1)),
+        "images": [[f"id{image}" for image in order] for order in orders],
+        "scores": [[2.0 - place for place in range(IMAGES)] for _ in orders],
+    }
+    pq.write_table(pa.table(top), folder / "scores.top.parquet")
+    recall = {f"{name}_at_{k}": 0.25 for name in ("r", "chance") for k in (1, 5, 10)}
+    recall |= {"queries": IMAGES, "candidates": IMAGES, "median_rank": 4, "mean_rank": 4.5}
+    report = {
+        "text_to_image": recall,
+        "image_to_text": recall,
+        "images": IMAGES,
+        "captions": IMAGES,
+        "split": "test",
+        "top": "scores.top.parquet",
+    }
+    (folder / "scores.json").write_text(json.dumps(report))
+
+
+def test_captions_and_class_names_are_escaped_and_stripped(run: dict[str, Path], tmp_path: Path) -> None:
+    page = write_page(tmp_path / "out" / "page.html", "<i>title</i>", **run, count=IMAGES).read_text()
+    tags = Tags(page)
+    assert not tags.of("script")
+    assert not tags.of("i")
+    assert "&lt;script&gt;alert(&#39;&amp;&#34;&#39;)&lt;/script&gt;[31m caption" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert page.count("&lt;b&gt;cat&lt;/b&gt; 0.80") == 2 * IMAGES  # as a tooltip and as a label
+    policy = next(meta for meta in tags.of("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_everything_is_inside_and_decodes(run: dict[str, Path], tmp_path: Path) -> None:
+    page = write_page(tmp_path / "page.html", "run", **run, count=IMAGES).read_text()
+    sources = [image["src"] or "" for image in Tags(page).of("img")]
+    late = 3  # captions 5, 6 and 7 have their own image at ranks 6 to 8
+    assert len(sources) == IMAGES + 1 + IMAGES * 5 + late
+    for source in sources:
+        kind, _, content = source.partition(";base64,")
+        image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
+        image.load()
+        assert kind == f"data:image/{(image.format or '').lower()}"
+    assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(r"base64,[^\"]*", "", page))
+    assert not {"link", "iframe", "object", "form"} & {tag for tag, _ in Tags(page).found}
+
+
+def test_own_images_are_marked_once_per_caption(run: dict[str, Path], tmp_path: Path) -> None:
+    page = write_page(tmp_path / "page.html", "run", **run, count=IMAGES).read_text()
+    assert len(Tags(page).of("figure", "own")) == IMAGES
+    assert len(Tags(page).of("figure", "late")) == 3
+    assert page.count("found first") == 1
+    assert "own image at rank 8" in page
+    assert "88.1%" in page  # log-odds of 2
+    assert "matching 75.0%" in page
+
+
+def test_regions_lie_where_the_record_says(run: dict[str, Path], tmp_path: Path) -> None:
+    page = write_page(tmp_path / "page.html", "run", **run, count=2).read_text()
+    boxes = Tags(page).of("div", "box")
+    assert len(boxes) == 2 * 3
+    assert sum("unsure" in (box["class"] or "") for box in boxes) == 2
+    dog = next(box for box in boxes if box["title"] == "dog 0.90")
+    assert (dog["style"] or "").startswith("left: 50.0%; top: 50.0%; width: 50.0%; height: 50.0%;")
+
+
+def test_count_limits_what_is_shown_and_sections_without_data_are_left_out(run: dict[str, Path], tmp_path: Path) -> None:
+    bare = {name: run[name] for name in ("images", "pairs", "store")}
+    page = write_page(tmp_path / "page.html", "images alone", **bare, count=3).read_text()
+    assert len(Tags(page).of("img")) == 3
+    assert [title in page for title in ("Retrieval", "Training", "Captions and")] == [False] * 3
+    assert spread(10, 4) == [0, 3, 6, 9]
+    assert spread(0, 3) == []
+
+
+def test_a_turned_photo_is_shown_upright(run: dict[str, Path], tmp_path: Path) -> None:
+    """A camera's orientation tag: the store's boxes are those of the upright image."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (30, 60)).save(run["images"] / "sub" / "0.png", exif=exif)
+    bare = {name: run[name] for name in ("images", "pairs", "store")}
+    page = write_page(tmp_path / "page.html", "t", **bare, count=1).read_text()
+    content = (Tags(page).of("img")[0]["src"] or "").partition(";base64,")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(content))).size == (60, 30)
+
+
+def test_missing_files_are_one_clear_line(run: dict[str, Path], tmp_path: Path) -> None:
+    faults = [
+        ("images", tmp_path, "cannot be read"),
+        ("metrics", tmp_path / "no.jsonl", "no.jsonl does not exist"),
+        ("store", tmp_path, "store"),
+    ]
+    for name, path, text in faults:
+        with pytest.raises(UsageError, match=text):
+            write_page(tmp_path / "page.html", "t", **{**run, name: path})
+    (tmp_path / "scores.top.parquet").unlink()
+    with pytest.raises(UsageError, match=r"scores\.top\.parquet is missing"):
+        write_page(tmp_path / "page.html", "t", **run)
+    with pytest.raises(UsageError, match="--count is 0"):
+        write_page(tmp_path / "page.html", "t", **run, count=0)
+
+
+def test_plain_keeps_every_script_and_drops_what_is_invisible() -> None:
+    assert plain("两只狗 über \u202eabc\u200b\x07\n") == "两只狗 über abc"
+
+
+def test_background_is_never_a_region_class() -> None:
+    record = RegionRecord(
+        np.array([[0, 0, 1, 1]], np.float32), np.ones((1, 4), np.float16), np.array([[0.9, 0.04, 0.06]], np.float32), 2, 2
+    )
+    [box] = region_boxes(record, NAMES)
+    assert box.label == "dog 0.06"
+    assert not box.sure
