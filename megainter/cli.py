@@ -14,7 +14,7 @@ from megainter.training.process import end_with_launcher
 app = App(
     name="megainter",
     help="Pretrain InterBERT, a vision-and-language BERT, on your own images and captions.",
-    help_epilogue="Exit codes: 0 done, 2 usage, 3 too many bad inputs, 4 damaged data, 5 disk full, 6 in use, 7 diverged, 75 stopped early.",
+    help_epilogue="Exit codes: 0 done, 2 usage, 3 too many bad inputs, 4 damage, 5 disk full, 6 in use, 7 diverged, 75 stopped early.",
     help_format="plaintext",
     version_flags=["--version"],
 )
@@ -292,7 +292,7 @@ def _split_config(tokens: Sequence[str]) -> tuple[Path | None, list[str]]:
     rest, recipe = list(tokens), None
     for position, token in enumerate(rest):
         if token == "--config" or token.startswith("--config="):
-            name, equals, value = token.partition("=")
+            _, equals, value = token.partition("=")
             taken = rest[position : position + (1 if equals else 2)]
             if not equals and len(taken) < 2:
                 raise UsageError("--config needs a TOML file")

@@ -3,23 +3,22 @@
 A finished stage leaves ``stages/NAME.json`` and is not run again; a killed demo goes on where it was. Everything is in the output folder.
 """
 
-import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from megainter.errors import MegainterError, StoppedEarly
+from megainter.errors import MegainterError
 from megainter.files import read_json, write_json
 from megainter.training.process import WATCH_VARIABLE, folder_lock
 
-TRAINING_SCENES = 3000
+TRAINING_SCENES = 4000
 HELD_OUT_SCENES = 200
 GALLERY = 100
 SEED = 2003_13198  # the paper's number
@@ -50,20 +49,22 @@ def stages_of(output: Path) -> list[Stage]:
     images, pairs, store, run = output / "images", output / "pairs.parquet", output / "regions.store", output / "run"
     model, scores, page = output / "model", output / "retrieval.json", output / "index.html"
     weights = Path(str(files("preprocessing") / "assets" / "demo_detector.safetensors"))
+    prepare = ["jsonl", output / "captions.jsonl", "--images", images, "--output", pairs]
+    boxes = ["--min-boxes", 3, "--max-boxes", 12, "--batch-size", 16, "--workers", PROCESSES]
+    extract = ["--images", images, "--output", store, "--weights", weights, *boxes]
     pretrain = ["--module", "megainter.pretrain", "--config", "demo", "--output", run, "--data.pairs", pairs, "--data.store", store]
-    evaluate = ["--pairs", pairs, "--store", store, "--split", "test", "--images", GALLERY, "--captions-per-image", 1, "--output", scores]
-    show = ["--images", images, "--pairs", pairs, "--store", store, "--run", run, "--retrieval", scores, "--title", "megainter demo", "--output", page]
+    gallery = ["--split", "test", "--images", GALLERY, "--captions-per-image", 1, "--processes", PROCESSES]
+    evaluate = ["retrieval", model, "--pairs", pairs, "--store", store, *gallery, "--output", scores]
+    view = ["--images", images, "--pairs", pairs, "--store", store, "--run", run, "--retrieval", scores, "--title", "megainter demo"]
     return [
         Stage("scenes", "compose scenes from OpenMoji glyphs, with captions", lambda: _compose(output)),
-        Stage("prepare", "captions to a Parquet manifest", lambda: _megainter("prepare", "jsonl", output / "captions.jsonl", "--images", images, "--output", pairs)),
-        Stage("extract", "region features of every scene", lambda: _megainter(
-            "extract", "--images", images, "--output", store, "--weights", weights, "--min-boxes", 3, "--max-boxes", 12, "--workers", PROCESSES)),
+        Stage("prepare", "captions to a Parquet manifest", lambda: _megainter("prepare", *prepare)),
+        Stage("extract", "region features of every scene", lambda: _megainter("extract", *extract)),
         Stage("pretrain", f"pretrain with DeepSpeed, {PROCESSES} processes, ZeRO stage 2", lambda: _deepspeed(*pretrain)),
         Stage("export", "export to a Hugging Face folder", lambda: _export(run, model)),
-        Stage("evaluate", f"zero-shot retrieval among {GALLERY} held-out scenes", lambda: _megainter(
-            "evaluate", "retrieval", model, *evaluate, "--processes", PROCESSES)),
-        Stage("view", "a page to look at", lambda: _megainter("view", *show)),
-    ]  # fmt: skip
+        Stage("evaluate", f"zero-shot retrieval among {GALLERY} held-out scenes", lambda: _megainter("evaluate", *evaluate)),
+        Stage("view", "a page to look at", lambda: _megainter("view", *view, "--output", page)),
+    ]
 
 
 def _run_stage(output: Path, stage: Stage, title: str) -> None:
@@ -95,8 +96,8 @@ def _deepspeed(*arguments: object) -> None:
     _run("deepspeed", launcher, ["--num_gpus", PROCESSES, "--master_port", _free_port(), *arguments])
 
 
-def _run(shown: str, program: list[str], arguments: object) -> None:
-    words = [str(argument) for argument in arguments]  # type: ignore[attr-defined]
+def _run(shown: str, program: list[str], arguments: Iterable[object]) -> None:
+    words = [str(argument) for argument in arguments]
     print(f"$ {shown} {' '.join(words)}", flush=True)
     environment = os.environ | {WATCH_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": "1"}
     code = subprocess.run([*program, *words], env=environment, check=False).returncode
@@ -105,8 +106,7 @@ def _run(shown: str, program: list[str], arguments: object) -> None:
 
 
 def _failed(shown: str, words: list[str], code: int) -> MegainterError:
-    error = StoppedEarly("stopped on request; the same command goes on") if code == StoppedEarly.exit_code else MegainterError(
-        f"`{shown} {words[0]} ...` ended with exit code {code}; its own message stands above; the same command goes on where it stopped")  # fmt: skip
+    error = MegainterError(f"`{shown} {words[0]} ...` ended with exit code {code}, see above; the same command goes on where it stopped")
     error.exit_code = code if 0 < code < 128 else 1
     return error
 
@@ -124,13 +124,17 @@ def _free_port() -> int:
 
 
 def _farewell(output: Path) -> None:
-    scores = json.loads((output / "retrieval.json").read_text(encoding="utf-8"))
+    """What was reached, and what to type next."""
+    recall = read_json(output / "retrieval.json")["text_to_image"]
+    seconds = sum(read_json(path)["seconds"] for path in (output / "stages").glob("*.json"))
+    score = f"{recall['r_at_1']:.0%} find their own first (chance {recall['chance_at_1']:.0%}), {recall['r_at_10']:.0%} among ten"
     print(f"""
-{scores}
+Done in {seconds / 60:.1f} minutes of work. Of {recall["queries"]} captions of held-out scenes, {score}.
+Everything is in {output}: open {output / "index.html"} in a browser.
 
-Everything is in {output}; open {output / "index.html"} in a browser. Next, for your own images:
+Next, your own images. Write captions.jsonl, one line per image: {{"image": "a.jpg", "captions": ["..."], "split": "train"}}, then type
 
     megainter prepare jsonl captions.jsonl --images IMAGES --output pairs.parquet
     megainter extract --images IMAGES --output regions.store --weights DETECTOR.safetensors
-    megainter pretrain --config RECIPE.toml --data.pairs pairs.parquet --data.store regions.store --output run
+    megainter pretrain --config base --data.pairs pairs.parquet --data.store regions.store --output run
 """)

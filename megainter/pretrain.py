@@ -1,7 +1,7 @@
 """``python -m megainter.pretrain --config RECIPE.toml [--section.key value ...]``: what a launcher starts on every rank.
 
-    deepspeed --module megainter.pretrain --config RECIPE.toml
-    torchrun --nproc-per-node 2 --module megainter.pretrain --config RECIPE.toml
+deepspeed --module megainter.pretrain --config RECIPE.toml
+torchrun --nproc-per-node 2 --module megainter.pretrain --config RECIPE.toml
 """
 
 import sys

@@ -72,7 +72,11 @@ NO_DROPOUT = {"model__hidden_dropout_prob": 0, "model__attention_probs_dropout_p
 def train(arguments: list[str], processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run ``megainter.pretrain`` in real processes: alone, or under torchrun."""
     module = ["-m", "megainter.pretrain"]
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--module", "megainter.pretrain"]
+    launcher = (
+        []
+        if processes == 1
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--module", "megainter.pretrain"]
+    )
     command = [sys.executable, *(launcher or module), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment())
 

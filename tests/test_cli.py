@@ -121,7 +121,15 @@ def test_shipped_deepspeed_configurations_run(tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "ds_configs"
     for path in sorted(folder.glob("*.json")):
         stage = int("".join(filter(str.isdigit, path.stem)))
-        arguments = settings(pairs, store, tmp_path / path.stem, engine__deepspeed=path, engine__zero_stage=stage, engine__precision="bf16", training__steps=2)
+        arguments = settings(
+            pairs,
+            store,
+            tmp_path / path.stem,
+            engine__deepspeed=path,
+            engine__zero_stage=stage,
+            engine__precision="bf16",
+            training__steps=2,
+        )
         done = train(arguments)
         assert done.returncode == 0, f"{path.name}: {done.stdout}{done.stderr}"
 
@@ -129,7 +137,9 @@ def test_shipped_deepspeed_configurations_run(tmp_path: Path) -> None:
 def test_two_runs_in_one_folder_at_once(tmp_path: Path) -> None:
     pairs, store = write_data(tmp_path, images=12)
     arguments = settings(pairs, store, tmp_path / "run", training__steps=100000)
-    first = subprocess.Popen([sys.executable, "-m", "megainter.pretrain", *arguments], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "megainter.pretrain", *arguments], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:

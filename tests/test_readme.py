@@ -15,8 +15,9 @@ from tests.synthetic import environment
 ROOT = Path(__file__).parents[1]
 # The shipped recipes are for real runs: a test keeps their settings and makes the model small and the run short.
 SMALL = (
-    "--training.steps 2 --training.global_batch 8 --training.micro_batch 4 --model.hidden_size 32 --model.num_attention_heads 4 --data.workers 0 "
-    "--model.intermediate_size 32 --model.num_interaction_layers 1 --model.num_text_layers 1 --model.num_region_layers 1 --engine.precision fp32"
+    "--training.steps 2 --training.global_batch 8 --training.micro_batch 4 --data.workers 0 --engine.precision fp32 --model.hidden_size 32 "
+    "--model.num_attention_heads 4 --model.intermediate_size 32 --model.num_interaction_layers 1 --model.num_text_layers 1 "
+    "--model.num_region_layers 1"
 )
 
 
@@ -59,7 +60,9 @@ def test_run_folder_is_as_documented(workplace: Path) -> None:
 
 def test_python_runs(workplace: Path) -> None:
     for code in blocks("python"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False, timeout=120, env=environment())
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False, timeout=120, env=environment()
+        )
         assert done.returncode == 0, done.stderr
 
 

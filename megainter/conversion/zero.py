@@ -30,7 +30,11 @@ def convert(run: Path, destination: Path) -> InterBertForPreTraining:
     try:
         model.save_pretrained(partial)
         shutil.copyfile(saved.folder / "vocab.txt", partial / "vocab.txt")
-        settings = {"do_lower_case": bool(saved.state["lowercase"]), "tokenizer_class": "BertTokenizer", "model_max_length": model.config.max_position_embeddings}
+        settings = {
+            "do_lower_case": bool(saved.state["lowercase"]),
+            "tokenizer_class": "BertTokenizer",
+            "model_max_length": model.config.max_position_embeddings,
+        }
         write_json(partial / "tokenizer_config.json", settings)
         os.rename(partial, destination)
     finally:
@@ -60,7 +64,9 @@ def load_model(saved: checkpoint.Checkpoint) -> InterBertForPreTraining:
     names = set(checkpoint.weight_names(saved))
     if names != set(expected):
         missing, left_over = sorted(set(expected) - names), sorted(names - set(expected))
-        raise DamagedError(f"checkpoint {saved.folder}: {len(missing)} parameters missing {missing[:3]}, {len(left_over)} left over {left_over[:3]}")
+        raise DamagedError(
+            f"checkpoint {saved.folder}: {len(missing)} parameters missing {missing[:3]}, {len(left_over)} left over {left_over[:3]}"
+        )
     with checkpoint.reader(saved) as read, torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(read("weights", name))

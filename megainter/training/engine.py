@@ -101,7 +101,10 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, training:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value for key, value in over.items()}
+    both = {
+        key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in over.items()
+    }
     return base | both
 
 
@@ -109,7 +112,9 @@ def _refuse(given: dict[str, Any], settings: dict[str, Any], engine: EngineConfi
     """DeepSpeed accepts and ignores misspelt top-level keys; what the run's own settings decide is refused by name."""
     for key in given:
         if key in OURS and given[key] not in ("auto", settings.get(key)):
-            raise UsageError(f"{engine.deepspeed} sets {key!r} to {given[key]!r}, which the run's own [training] and [optimizer] settings decide; take it out")
+            raise UsageError(
+                f"{engine.deepspeed} sets {key!r} to {given[key]!r}; the run's own [training] and [optimizer] settings decide that"
+            )
         if key not in KNOWN and key not in OURS:
             near = difflib.get_close_matches(key, KNOWN, n=1)
             raise UsageError(f"{engine.deepspeed}: unknown DeepSpeed setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -207,7 +212,11 @@ def _piece(engine: Any, name: str, parameter: Tensor) -> Piece:
 
 def _stage12_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
     mapping, shape = parameter._hp_mapping, tuple(parameter.shape)
-    flats = optimizer.single_partition_of_fp32_groups if hasattr(optimizer, "single_partition_of_fp32_groups") else optimizer.fp32_groups_flat_partition
+    flats = (
+        optimizer.single_partition_of_fp32_groups
+        if hasattr(optimizer, "single_partition_of_fp32_groups")
+        else optimizer.fp32_groups_flat_partition
+    )
     if mapping is None:
         return Piece(name, shape, 0, 0, flats[0], 0)
     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address

@@ -14,6 +14,7 @@ from megainter.config import RunConfig, accumulation_steps
 from megainter.data.batch import PretrainBatch, validation_batches
 from megainter.data.loader import make_loader
 from megainter.errors import NoSpaceError, NumericsError, StoppedEarly, UsageError
+from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, forward_flops
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint, engine
@@ -44,11 +45,16 @@ def pretrain(config: RunConfig) -> Path:
         accumulation = accumulation_steps(config.training, world.size)
         on_first_rank(lambda: _lock(stack, config.output))
         sources = open_sources(config, world.rank, world.size)
-        on_first_rank(lambda: open_run_folder(config, engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size), sources.digests))
+        on_first_rank(
+            lambda: open_run_folder(
+                config, engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size), sources.digests
+            )
+        )
         total_steps = steps_of(config, sources.samples)
         weights = ObjectiveWeights(config.training.msm_weight, config.training.mrm_weight, config.training.itm_weight)
         saved = on_first_rank(lambda: checkpoint.newest(config.output / "checkpoints", log.warning))
-        model = _model(config, sources, saved)
+        architecture = model_configuration(config, sources.vocabulary.size, sources.store)
+        model = _model(config, architecture, saved)
         train = engine.build_engine(PretrainingStep(model, weights), config.engine, config.optimizer, config.training, world)
         start = _resume(train, saved)
         _describe(config, sources, world, start, total_steps)
@@ -75,7 +81,7 @@ def pretrain(config: RunConfig) -> Path:
                 tallies += parts
                 meter.tokens += batch.tokens()
                 meter.samples += len(batch.inputs)
-                meter.flops += 3 * _forward_flops(model, batch)
+                meter.flops += 3 * _forward_flops(architecture, batch)
             counts += agreed[:3]
             finished = step + 1
             if finished % config.training.log_every == 0 or finished == total_steps:
@@ -88,7 +94,9 @@ def pretrain(config: RunConfig) -> Path:
             if finished % config.checkpoint.every_steps == 0 and finished < total_steps:
                 failed_saves = 0 if _save(config, train, sources, finished, world) else failed_saves + 1
                 if failed_saves >= FAILED_SAVES:
-                    raise NoSpaceError(f"{failed_saves} checkpoints in a row could not be written to {config.output}; free space and run the same command")
+                    raise NoSpaceError(
+                        f"{failed_saves} checkpoints in a row could not be written to {config.output}; free space and run the same command"
+                    )
                 meter.reset()
         if finished > start and not _save(config, train, sources, finished, world):
             raise NoSpaceError(f"the last checkpoint could not be written to {config.output}; free space and run the same command")
@@ -127,18 +135,21 @@ def _counts(batches: list[PretrainBatch]) -> Tensor:
     return torch.tensor([batch.counts() for batch in batches], dtype=torch.float32).sum(dim=0)
 
 
-def _forward_flops(model: InterBertForPreTraining, batch: PretrainBatch) -> int:
+def _forward_flops(config: InterBertConfig, batch: PretrainBatch) -> int:
     counts = BatchCounts.of(batch.inputs.text_lengths, batch.inputs.region_lengths, len(batch.msm_positions), len(batch.mrm_positions))
-    return forward_flops(model.config, counts)
+    return forward_flops(config, counts)
 
 
-def _model(config: RunConfig, sources: Sources, saved: checkpoint.Checkpoint | None) -> InterBertForPreTraining:
+def _model(config: RunConfig, settings: InterBertConfig, saved: checkpoint.Checkpoint | None) -> InterBertForPreTraining:
     """The model with the weights of the checkpoint, of ``model.start_from``, or fresh ones drawn by the seed."""
-    settings = model_configuration(config, sources.vocabulary.size, sources.store)
     torch.manual_seed(config.training.seed)
     if saved is None and config.model.start_from is not None:
         model = InterBertForPreTraining.from_pretrained(config.model.start_from)
-        unlike = [name for name in ("vocab_size", "hidden_size", "region_feature_size", "num_region_classes") if getattr(model.config, name) != getattr(settings, name)]
+        unlike = [
+            name
+            for name in ("vocab_size", "hidden_size", "region_feature_size", "num_region_classes")
+            if getattr(model.config, name) != getattr(settings, name)
+        ]
         if unlike:
             raise UsageError(f"model.start_from {config.model.start_from} differs from this run in {', '.join(unlike)}")
     else:
@@ -186,13 +197,23 @@ def _save(config: RunConfig, train: Any, sources: Sources, finished: int, world:
 
 
 @torch.no_grad()
-def _validate(config: RunConfig, train: Any, sources: Sources, weights: ObjectiveWeights, world: engine.World, metrics: MetricsLog | None, finished: int) -> None:
+def _validate(
+    config: RunConfig,
+    train: Any,
+    sources: Sources,
+    weights: ObjectiveWeights,
+    world: engine.World,
+    metrics: MetricsLog | None,
+    finished: int,
+) -> None:
     """The three losses and accuracies on the fixed validation samples, each counted once over all ranks."""
     assert sources.validation is not None
     train.eval()
     tallies, counts = torch.zeros(2, 3, device=world.device), torch.zeros(3)
     ones = torch.ones(3, device=world.device)
-    for batch in validation_batches(sources.validation, config.validation.samples):
+    batches = validation_batches(sources.validation, config.validation.samples)
+    for number in range(len(batches)):
+        batch = batches[number]
         tallies += train(batch.to(world.device), ones)[1]
         counts += _counts([batch])
     train.train()
@@ -208,7 +229,9 @@ def _report(
     world: engine.World, peak: float | None,
 ) -> None:  # fmt: skip
     """One line, one record; collective, as throughput is summed over ranks."""
-    work = summed(torch.tensor([meter.samples, meter.tokens, meter.flops, meter.waited / world.size], dtype=torch.float64, device=world.device))
+    work = summed(
+        torch.tensor([meter.samples, meter.tokens, meter.flops, meter.waited / world.size], dtype=torch.float64, device=world.device)
+    )
     meter.samples, meter.tokens, meter.flops, meter.waited = int(work[0]), int(work[1]), int(work[2]), float(work[3])
     rates = meter.rates(world.size, peak)
     rate = engine.current_learning_rate(train)
@@ -218,19 +241,23 @@ def _report(
     left = (total - finished) * values["step_seconds"] / config.training.log_every
     utilisation = f", MFU {values['model_flop_utilisation']:.1%}" if "model_flop_utilisation" in values else ""
     log.info(
-        "step %d/%d loss %.3f (msm %.3f mrm %.3f itm %.3f) lr %.2e, %.0f samples/s, %.0f tokens/s, waiting for data %.0f %%%s, %.1f min left",
+        "step %d/%d loss %.3f (msm %.3f mrm %.3f itm %.3f) lr %.2e, %.0f samples/s, %.0f tokens/s, "
+        "waiting for data %.0f %%%s, %.1f min left",
         finished, total, values["loss"], values["msm_loss"], values["mrm_loss"], values["itm_loss"], rate, values["samples_per_second"],
         values["tokens_per_second"], 100 * values["data_wait_share"], utilisation, left / 60,
     )  # fmt: skip
     if not torch.isfinite(torch.tensor(values["loss"])):
-        raise NumericsError(f"the loss is no longer finite at step {finished}; go on from the last checkpoint with a lower optimizer.learning_rate")
+        raise NumericsError(
+            f"the loss is no longer finite at step {finished}; go on from the last checkpoint with a lower optimizer.learning_rate"
+        )
 
 
 def _describe(config: RunConfig, sources: Sources, world: engine.World, start: int, total: int) -> None:
     """The start-up lines: what is trained on what, and which form of each kernel runs and why."""
     log.info("%d process(es) on %s, %s, ZeRO stage %d", world.size, world.device.type, config.engine.precision, config.engine.zero_stage)
-    log.info("%s captions, %s images with regions, vocabulary of %d; steps %d to %d of %d samples", f"{sources.samples:,}", f"{len(sources.store):,}",
-             sources.vocabulary.size, start, total, config.training.global_batch)  # fmt: skip
+    captions, images = f"{sources.samples:,}", f"{len(sources.store):,}"
+    log.info("%s captions, %s images with regions, vocabulary of %d", captions, images, sources.vocabulary.size)
+    log.info("steps %d to %d of %d samples", start, total, config.training.global_batch)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
     for choice in kernels.choices(world.device, dtype, config.model.attention_probs_dropout_prob):
         log.info("kernel %s", choice)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megainter import kernels
 from megainter.data.batch import PretrainBatch
-from megainter.model.interbert import InterBertForPreTraining
+from megainter.model.interbert import InterBertForPreTraining, PackedScores
 
 OBJECTIVES = ("msm", "mrm", "itm")
 
@@ -41,11 +41,13 @@ class PretrainingStep(nn.Module):
         (``batch.counted`` False) runs like any other, so that collectives match, and weighs nothing.
         """
         scores = self.model.score_packed(batch.inputs, batch.msm_positions, batch.mrm_positions)
-        sums = torch.stack([
-            kernels.cross_entropy_sum(scores.msm_logits, batch.msm_labels),
-            self._region_sum(scores.mrm_logits, batch.mrm_targets),
-            kernels.cross_entropy_sum(scores.itm_logits, batch.itm_labels),
-        ])
+        sums = torch.stack(
+            [
+                kernels.cross_entropy_sum(scores.msm_logits, batch.msm_labels),
+                self._region_sum(scores.mrm_logits, batch.mrm_targets),
+                kernels.cross_entropy_sum(scores.itm_logits, batch.itm_labels),
+            ]
+        )
         if not batch.counted:
             sums = sums * 0.0
         weights = torch.tensor([self.weights.msm, self.weights.mrm, self.weights.itm], device=sums.device)
@@ -58,8 +60,12 @@ class PretrainingStep(nn.Module):
         return kernels.soft_label_kl_sum(logits, targets)
 
     @torch.no_grad()
-    def _correct(self, scores: object, batch: PretrainBatch) -> Tensor:
-        pairs = ((scores.msm_logits, batch.msm_labels), (scores.mrm_logits, _best(batch.mrm_targets)), (scores.itm_logits, batch.itm_labels))  # type: ignore[attr-defined]
+    def _correct(self, scores: PackedScores, batch: PretrainBatch) -> Tensor:
+        pairs = (
+            (scores.msm_logits, batch.msm_labels),
+            (scores.mrm_logits, _best(batch.mrm_targets)),
+            (scores.itm_logits, batch.itm_labels),
+        )
         return torch.stack([(_best(logits) == labels).sum().float() for logits, labels in pairs])
 
 

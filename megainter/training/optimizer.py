@@ -11,9 +11,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Decided by module type and name, never by the number of dimensions, which ZeRO-3 hides.
     """
-    norm_weights = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__
-                    for p in module.parameters(recurse=False)}
-    decayed, plain = [], []
+    norm_weights = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__
+        for p in module.parameters(recurse=False)
+    }
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if name.endswith("bias") or id(parameter) in norm_weights else decayed).append(parameter)
@@ -31,8 +36,9 @@ def build_adamw(model: nn.Module, settings: OptimizerConfig, device: torch.devic
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
     """Rate of the update that follows ``step`` finished steps: linear from 0 over the warmup, then linear to the final fraction.
 
-    >>> learning_rate(OptimizerConfig(learning_rate=1.0, warmup=0.5), 0, 4), learning_rate(OptimizerConfig(learning_rate=1.0, warmup=0.5), 1, 4)
-    (0.5, 1.0)
+    >>> settings = OptimizerConfig(learning_rate=1.0, warmup=0.5)
+    >>> [learning_rate(settings, step, 4) for step in range(4)]
+    [0.5, 1.0, 1.0, 0.5]
     """
     warmup_steps = round(settings.warmup * total_steps)
     if step < warmup_steps:

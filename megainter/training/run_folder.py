@@ -20,12 +20,16 @@ log = logging.getLogger("megainter")
 
 # A run may go on with another value of these: they change speed, duration or reporting, not what a step computes.
 FREE_SECTIONS = ("validation", "engine", "checkpoint", "tensorboard", "output")
-FREE_KEYS = {"data": ("workers", "pairs", "store", "vocabulary"), "training": ("micro_batch", "log_every", "steps", "epochs"), "model": ("gradient_checkpointing", "start_from")}
+FREE_KEYS = {
+    "data": ("workers", "pairs", "store", "vocabulary"),
+    "training": ("micro_batch", "log_every", "steps", "epochs"),
+    "model": ("gradient_checkpointing", "start_from"),
+}
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "lmdb", "numpy")
 
 
 def open_run_folder(config: RunConfig, ds_config: dict[str, Any], digests: dict[str, str]) -> None:
-    """Create or continue the folder (rank 0): record settings and versions; ``UsageError`` where a checkpoint of other settings is there."""
+    """Create or continue the folder (rank 0) and record settings and versions; ``UsageError`` where it holds a run of other settings."""
     folder = config.output
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     settings = as_dict(config) | {"digests": digests}
@@ -33,7 +37,9 @@ def open_run_folder(config: RunConfig, ds_config: dict[str, Any], digests: dict[
     if previous.exists() and any((folder / "checkpoints").glob("step_*")):
         changed = differences(read_json(previous), settings)
         if changed:
-            raise UsageError(f"{folder} holds a run with other settings ({'; '.join(changed)}); use them, or start in another output folder")
+            raise UsageError(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}); use them, or start in another output folder"
+            )
     write_json(previous, settings)
     write_json(folder / "ds_config.json", ds_config)
     write_json(folder / "environment.json", environment())
@@ -60,7 +66,13 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {"python": platform.python_version(), "platform": platform.platform(), "packages": versions, "command": sys.argv, "git_commit": _commit()}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "command": sys.argv,
+        "git_commit": _commit(),
+    }
 
 
 def _commit() -> str | None:

@@ -64,7 +64,9 @@ def place_vocabulary(data: DataConfig, pairs: Pairs, output: Path) -> Path:
     return path
 
 
-def _stream(config: RunConfig, name: str, pairs: Pairs, store: FeatureStore, vocabulary: Vocabulary, rank: int, world_size: int) -> PretrainStream:
+def _stream(
+    config: RunConfig, name: str, pairs: Pairs, store: FeatureStore, vocabulary: Vocabulary, rank: int, world_size: int
+) -> PretrainStream:
     data, training = config.data, config.training
     table = config.output / "cache" / f"tokens-{name}.arrow"
     on_first_rank(lambda: _ignore(build_token_table(pairs, vocabulary, data.max_text_tokens, table)))
@@ -105,7 +107,9 @@ def check_store(config: RunConfig, store: FeatureStore) -> None:
     for name, size in stated.items():
         given = getattr(config.model, name)
         if given is not None and given != size:
-            raise UsageError(f"model.{name} is {given}, but the features in {config.data.store} have {size}; leave it out to take the store's")
+            raise UsageError(
+                f"model.{name} is {given}, but the features in {config.data.store} have {size}; leave it out to take the store's"
+            )
 
 
 def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureStore) -> InterBertConfig:
@@ -113,7 +117,12 @@ def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureS
     model = config.model
     if model.vocab_size is not None and model.vocab_size < vocabulary_size:
         raise UsageError(f"model.vocab_size {model.vocab_size} is smaller than the vocabulary's {vocabulary_size} entries; leave it out")
-    names = [name for name in vars(model) if name not in ("start_from", "gradient_checkpointing", "vocab_size", "region_feature_size", "num_region_classes") and not name.startswith("_")]
+    names = [
+        name
+        for name in vars(model)
+        if name not in ("start_from", "gradient_checkpointing", "vocab_size", "region_feature_size", "num_region_classes")
+        and not name.startswith("_")
+    ]
     return InterBertConfig(
         vocab_size=model.vocab_size or vocabulary_size,
         region_feature_size=store.schema.feature_size,

@@ -124,7 +124,9 @@ def test_export_is_bit_equal_to_the_trained_weights(stage: int, data: tuple[Path
 
 def run_and_kill(arguments: list[str], run: Path, after_step: int, number: int = signal.SIGKILL) -> int:
     """Start a run alone, send it a signal once ``after_step`` is logged, and return its exit code."""
-    child = subprocess.Popen([sys.executable, "-m", "megainter.pretrain", *arguments], env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "megainter.pretrain", *arguments], env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and child.poll() is None:
         if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= after_step:
