@@ -1,0 +1,129 @@
+"""``python -m benchmarks.retrieval``: pairs scored per second by the grid, by the packed door, and as the official evaluation does it.
+
+The official evaluation computes the heads of all three objectives for every pair; here that is the padded door of the pretraining
+model (which packs, so the cost of padding itself is not counted). All three score the same 8 images with the same 32 captions, in turn;
+medians.
+"""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+
+import torch
+
+from megainter.model.configuration import InterBertConfig
+from megainter.model.grid import embed_captions, embed_images, score_grid
+from megainter.model.interbert import MATCHED, InterBertForPreTraining, InterBertForRetrieval
+from megainter.model.packing import PackedInputs
+
+ROUNDS = 5
+IMAGES, CAPTIONS = 8, 32
+REGIONS = 37  # at most, the global region included
+AGREEMENT = 1e-4  # of the log-odds, in fp32
+
+
+def main() -> None:
+    """Measure and print one JSON object; fails where the three ways do not agree."""
+    torch.manual_seed(0)
+    config = InterBertConfig(hidden_size=256, num_attention_heads=4, num_region_attention_heads=4, intermediate_size=1024, pooler_size=256,
+                             num_interaction_layers=2, num_text_layers=2, num_region_layers=2)  # fmt: skip
+    everything = InterBertForPreTraining(config).eval()
+    matching = InterBertForRetrieval(config).eval()
+    matching.load_state_dict({name: everything.state_dict()[name] for name in matching.state_dict()})
+    text, regions = torch.randint(10, 19, (CAPTIONS,)), torch.randint(11, REGIONS + 1, (IMAGES,))
+    ids, features, locations = (
+        torch.randint(100, 30000, (int(text.sum()),)),
+        torch.rand(int(regions.sum()), 2048),
+        torch.rand(int(regions.sum()), 5),
+    )
+    rows = (ids, text, features, locations, regions)
+    ways = {"grid": _grid(matching, *rows), "packed": _packed(matching, *rows), "all heads": _padded(everything, *rows)}
+    seconds = _measure(ways)
+    speeds = {name: IMAGES * CAPTIONS / value for name, value in seconds.items()}
+    print(json.dumps({
+        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+        "pairs_per_second": speeds, "speedup": {name: speeds["grid"] / speed for name, speed in speeds.items()},
+    }, indent=2))  # fmt: skip
+
+
+def _measure(ways: dict[str, Callable[[], torch.Tensor]]) -> dict[str, float]:
+    """Median seconds of each way; the first round is warm-up and checks that all give the same scores."""
+    with torch.inference_mode():
+        first = [way() for way in ways.values()]
+        for scores in first[1:]:
+            torch.testing.assert_close(scores, first[0], atol=AGREEMENT, rtol=AGREEMENT)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _grid(
+    model: InterBertForRetrieval,
+    ids: torch.Tensor,
+    text: torch.Tensor,
+    features: torch.Tensor,
+    locations: torch.Tensor,
+    regions: torch.Tensor,
+) -> Callable[[], torch.Tensor]:
+    return lambda: score_grid(model, embed_captions(model, ids, text), embed_images(model, features, locations, regions))
+
+
+def _packed(
+    model: InterBertForRetrieval,
+    ids: torch.Tensor,
+    text: torch.Tensor,
+    features: torch.Tensor,
+    locations: torch.Tensor,
+    regions: torch.Tensor,
+) -> Callable[[], torch.Tensor]:
+    """Every pair as a packed sample, all captions of the first image first."""
+
+    def score() -> torch.Tensor:
+        every_feature, every_location = (
+            torch.cat([rows for rows in x.split(regions.tolist()) for _ in range(CAPTIONS)]) for x in (features, locations)
+        )
+        types = torch.zeros(len(ids) * IMAGES, dtype=torch.int64)
+        inputs = PackedInputs(
+            ids.repeat(IMAGES), types, text.repeat(IMAGES), every_feature, every_location, regions.repeat_interleave(CAPTIONS)
+        )
+        return model.score_packed(inputs).view(IMAGES, CAPTIONS)
+
+    return score
+
+
+def _padded(
+    model: InterBertForPreTraining,
+    ids: torch.Tensor,
+    text: torch.Tensor,
+    features: torch.Tensor,
+    locations: torch.Tensor,
+    regions: torch.Tensor,
+) -> Callable[[], torch.Tensor]:
+    """Every pair padded; padding is zeros that attention is masked from, and is dropped before the layers (the model packs)."""
+    padded_ids = torch.nn.utils.rnn.pad_sequence(list(ids.split(text.tolist())), batch_first=True)
+    boxes = [torch.nn.utils.rnn.pad_sequence(list(x.split(regions.tolist())), batch_first=True) for x in (features, locations)]
+    text_mask = torch.arange(padded_ids.shape[1]) < text[:, None]
+    region_mask = torch.arange(boxes[0].shape[1]) < regions[:, None]
+
+    def score() -> torch.Tensor:
+        logits = model(
+            input_ids=padded_ids.repeat(IMAGES, 1),
+            attention_mask=text_mask.repeat(IMAGES, 1),
+            region_features=boxes[0].repeat_interleave(CAPTIONS, 0),
+            region_locations=boxes[1].repeat_interleave(CAPTIONS, 0),
+            region_mask=region_mask.repeat_interleave(CAPTIONS, 0),
+        ).itm_logits
+        return (logits[:, MATCHED] - logits[:, 1 - MATCHED]).view(IMAGES, CAPTIONS)
+
+    return score
+
+
+if __name__ == "__main__":
+    main()
