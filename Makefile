@@ -42,6 +42,7 @@ lint: $(READY)
 bench: $(READY)
 	@echo "== benchmarks: the figures of the README, with hardware and date"
 	$(BIN)/python -m benchmarks.pretraining
+	$(BIN)/python -m benchmarks.retrieval
 
 clean:
 	rm -rf .venv build *.egg-info

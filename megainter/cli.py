@@ -65,7 +65,7 @@ def prepare(
     images
         Folder of the images; captions whose image is missing there are dropped and counted.
     split
-        Split to give to captions whose source names none.
+        Keep captions of this split, and give it to those whose source names none.
     captions
         Field that holds the captions, for JSON Lines with other names than "caption" or "captions".
     max_bad
@@ -167,9 +167,11 @@ def evaluate_retrieval(
     images: int | None = None,
     captions_per_image: int | None = None,
     max_regions: int = 36,
+    max_text_tokens: int = 36,
     batch_pairs: int = 256,
     processes: int | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "auto",
     scores: Path | None = None,
 ) -> None:
     """Image-text retrieval both ways: every caption against every image of the gallery.
@@ -192,12 +194,16 @@ def evaluate_retrieval(
         Use at most so many captions of each image; default all.
     max_regions
         Regions per image, as in training.
+    max_text_tokens
+        Tokens per caption, as in training.
     batch_pairs
         Caption-image pairs per forward.
     processes
         Processes that share the work; default one per GPU, or one per core.
     precision
         Arithmetic of the model.
+    device
+        Torch device; "auto" takes CUDA where there is one.
     scores
         Also write the whole score matrix to this file.
     """
@@ -205,7 +211,8 @@ def evaluate_retrieval(
 
     evaluate(
         model, pairs, store, split=split, images=images, captions_per_image=captions_per_image, max_regions=max_regions,
-        batch_pairs=batch_pairs, processes=processes, precision=precision, output=output, scores=scores,
+        max_text_tokens=max_text_tokens, batch_pairs=batch_pairs, processes=processes, precision=precision, device=device,
+        output=output, scores=scores,
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def stages_of(output: Path) -> list[Stage]:
     boxes = ["--min-boxes", 3, "--max-boxes", 12, "--batch-size", 16, "--workers", PROCESSES]
     extract = ["--images", images, "--output", store, "--weights", weights, *boxes]
     pretrain = ["--module", "megainter.pretrain", "--config", "demo", "--output", run, "--data.pairs", pairs, "--data.store", store]
-    gallery = ["--split", "test", "--images", GALLERY, "--captions-per-image", 1, "--processes", PROCESSES]
+    gallery = ["--split", "test", "--images", GALLERY, "--captions-per-image", 1]
     evaluate = ["retrieval", model, "--pairs", pairs, "--store", store, *gallery, "--output", scores]
     view = ["--images", images, "--pairs", pairs, "--store", store, "--run", run, "--retrieval", scores, "--title", "megainter demo"]
     return [
