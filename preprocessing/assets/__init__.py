@@ -1,0 +1,1 @@
+"""Files that come with the package: the demo detector and its licence."""
