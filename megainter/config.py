@@ -148,7 +148,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = find_recipe(path) if path is not None else None
     settings = _read_toml(path) if path is not None else {}
-    for key, value in _pairs(overrides):
+    given = _pairs(overrides)
+    _let_length_replace(settings, [key for key, _ in given])
+    for key, value in given:
         _assign(settings, key, value)
     try:
         config = TypeAdapter(RunConfig).validate_python(settings)
@@ -205,6 +207,14 @@ def _pairs(tokens: Sequence[str]) -> list[tuple[str, str]]:
             value = rest.pop(0)
         found.append((key.replace("-", "_"), value))
     return found
+
+
+def _let_length_replace(settings: dict[str, Any], keys: list[str]) -> None:
+    """A length given on the command line, in steps or in epochs, takes the place of the recipe's, whichever way that counts."""
+    training = settings.get("training")
+    if isinstance(training, dict) and {"training.steps", "training.epochs"} & set(keys):
+        training.pop("steps", None)
+        training.pop("epochs", None)
 
 
 def _assign(settings: dict[str, Any], key: str, value: str) -> None:

@@ -21,6 +21,15 @@ def test_command_line_lies_over_the_recipe(tmp_path: Path) -> None:
     assert config.model.fusion == "sum"
 
 
+def test_a_length_on_the_command_line_replaces_the_recipes(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[training]\nepochs = 5\n")
+    training = load_config(recipe, GOOD).training
+    assert (training.steps, training.epochs) == (10, None)
+    with pytest.raises(UsageError, match="exactly one"):
+        load_config(recipe, [*GOOD, "--training.epochs", "2"])
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid_and_say_what_they_are(recipe: Path) -> None:
     config = load_config(recipe)
