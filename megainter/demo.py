@@ -18,7 +18,7 @@ from megainter.errors import MegainterError
 from megainter.files import read_json, write_json
 from megainter.training.process import WATCH_VARIABLE, folder_lock
 
-TRAINING_SCENES = 4000
+TRAINING_SCENES = 3000
 HELD_OUT_SCENES = 200
 GALLERY = 100
 SEED = 2003_13198  # the paper's number
@@ -50,7 +50,7 @@ def stages_of(output: Path) -> list[Stage]:
     model, scores, page = output / "model", output / "retrieval.json", output / "index.html"
     weights = Path(str(files("preprocessing") / "assets" / "demo_detector.safetensors"))
     prepare = ["jsonl", output / "captions.jsonl", "--images", images, "--output", pairs]
-    boxes = ["--min-boxes", 3, "--max-boxes", 12, "--batch-size", 16, "--workers", PROCESSES]
+    boxes = ["--min-boxes", 3, "--max-boxes", 12, "--workers", PROCESSES]
     extract = ["--images", images, "--output", store, "--weights", weights, *boxes]
     pretrain = ["--module", "megainter.pretrain", "--config", "demo", "--output", run, "--data.pairs", pairs, "--data.store", store]
     gallery = ["--split", "test", "--images", GALLERY, "--captions-per-image", 1]
