@@ -1,0 +1,52 @@
+"""`megainter pretrain`: a recipe and settings laid over it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from megainter.errors import UsageError
+
+
+def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
+    """Pretrain on a pairs manifest and a feature store: --config RECIPE.toml [--section.key value ...].
+
+    Alone, or on every rank of a launcher: deepspeed --module megainter.pretrain --config RECIPE.toml. The same command resumes.
+
+    Parameters
+    ----------
+    settings
+        --config RECIPE.toml, and settings laid over it, such as --training.steps 1000.
+    """
+    if not settings or settings[0] in ("--help", "-h"):
+        _explain_settings()
+        return
+    from megainter.config import load_config
+
+    recipe, overrides = _split_config(settings)
+    config = load_config(recipe, overrides)
+    from megainter.training.loop import pretrain as train
+
+    train(config)
+
+
+def _split_config(tokens: Sequence[str]) -> tuple[Path | None, list[str]]:
+    rest, recipe = list(tokens), None
+    for position, token in enumerate(rest):
+        if token == "--config" or token.startswith("--config="):
+            _, equals, value = token.partition("=")
+            taken = rest[position : position + (1 if equals else 2)]
+            if not equals and len(taken) < 2:
+                raise UsageError("--config needs a TOML file")
+            recipe = Path(value if equals else taken[1])
+            rest = rest[:position] + rest[position + len(taken) :]
+            break
+    return recipe, rest
+
+
+def _explain_settings() -> None:
+    """List every setting with its default."""
+    from megainter.config import describe_settings
+
+    print("usage: megainter pretrain --config RECIPE.toml [--section.key value ...]\n\n" + describe_settings())
