@@ -34,8 +34,11 @@ class DataConfig:
     lowercase: bool = True
     max_text_tokens: Annotated[int, Field(ge=4)] = 36  # [CLS] and [SEP] included
     max_regions: Positive = 36  # without the global region
-    masking: Literal["official", "paper"] = "official"
+    masking: Literal["official", "paper", "bert"] = "official"
+    conditional_masking: bool = False  # True: a sample has text or regions masked, never both
     mismatch_probability: Probability = 0.5
+    hard_negatives: Path | None = None  # what `megainter prepare negatives` wrote for these pairs
+    hard_negative_share: Probability = 0.2  # of the mismatched captions, where hard_negatives is given
     gate_msm: bool = False  # True: no masked-segment loss on mismatched captions
     workers: NotNegative = 2  # loader processes of each rank
 

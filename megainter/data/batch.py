@@ -13,6 +13,7 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.loader import StepLoader, make_loader
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts
+from megainter.data.negatives import HardNegatives
 from megainter.data.order import Int64s, share_out
 from megainter.data.sampling import Draws, Sample, Sampler, StreamSettings, drop_missing
 from megainter.data.text import TokenTable
@@ -162,8 +163,9 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
         settings: StreamSettings,
         rank: int = 0,
         world_size: int = 1,
+        hard_negatives: HardNegatives | None = None,
     ) -> None:
-        self.sampler = Sampler(pairs, store, tokens, vocabulary, settings)
+        self.sampler = Sampler(pairs, store, tokens, vocabulary, settings, hard_negatives)
         self.settings, self.rank, self.world_size = settings, rank, world_size
         self.accumulation_steps, left = divmod(settings.global_batch, settings.micro_batch * world_size)
         if left or not self.accumulation_steps:

@@ -124,8 +124,8 @@ def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
             columns = [[getattr(row, name) for row in rows_of_group] for name in PAIRS_SCHEMA.names]
             yield _record_batch(path, columns, PAIRS_SCHEMA)
 
-    with _parquet_aside(path) as aside:
-        _write_batches(path, aside, PAIRS_SCHEMA, batches())
+    with parquet_aside(path) as aside:
+        write_batches(path, aside, PAIRS_SCHEMA, batches())
         _refuse_repeated_hashes(path, aside, np.frombuffer(hashes, np.uint64))
         images = pq.read_table(aside, columns=["image_id", "image"])
         _refuse_missing_values(path, images)
@@ -159,14 +159,14 @@ def write_boxes(path: Path, rows: Iterable[ImageBoxes]) -> int:
             count += len(images)
             yield _record_batch(path, columns, BOXES_SCHEMA)
 
-    with _parquet_aside(path) as aside:
-        _write_batches(path, aside, BOXES_SCHEMA, batches())
+    with parquet_aside(path) as aside:
+        write_batches(path, aside, BOXES_SCHEMA, batches())
     return count
 
 
 def is_boxes_manifest(path: Path) -> bool:
     """True where the Parquet file has box columns, False where it has captions; ``UsageError`` where it is neither."""
-    names = set(_open_parquet(path).schema_arrow.names)
+    names = set(open_parquet(path).schema_arrow.names)
     if not names & {"boxes", "caption"}:
         raise UsageError(f"{path} is no manifest: it has columns {', '.join(sorted(names))}, neither 'caption' nor 'boxes'")
     return "boxes" in names
@@ -179,6 +179,41 @@ def check_relative(relative: str) -> str | None:
     if relative.startswith("/") or ".." in relative.split("/"):
         return "leaves the images folder"
     return None
+
+
+@contextmanager
+def parquet_aside(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place where the block ends well, and vanishes where it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        fsync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_batches(path: Path, aside: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write record batches to ``aside`` as they come. ``UsageError`` that names ``path`` where the disk refuses."""
+    try:
+        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def open_parquet(path: Path, made_by: str = "`megainter prepare` writes manifests") -> pq.ParquetFile:
+    """Open a Parquet file; a ``UsageError`` where it is missing or something else."""
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file; {made_by}")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -206,41 +241,8 @@ def _record_batch(path: Path, columns: list[list], schema: pa.Schema) -> pa.Reco
     return batch
 
 
-@contextmanager
-def _parquet_aside(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place where the block ends well, and vanishes where it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        fsync_folder(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write_batches(path: Path, aside: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    try:
-        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist or is not a file; `megainter prepare` writes manifests")
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
-
-
 def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    file = _open_parquet(path)
+    file = open_parquet(path)
     missing = [name for name in schema.names if name not in file.schema_arrow.names]
     if missing:
         raise UsageError(f"{path} has no column {', '.join(missing)}; a manifest has {', '.join(schema.names)}")

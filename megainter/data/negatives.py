@@ -1,12 +1,97 @@
-"""Negative captions for image-text matching: drawn uniformly from the captions of other images."""
+"""Negative captions for image-text matching: uniform over those of other images, or hard ones found by `megainter prepare negatives`.
+
+A file of hard negatives is Parquet with one column, ``negatives`` (list of int32), whose row i lists rows of the same pairs, most similar
+first. Its metadata holds the digest of those pairs: rows mean nothing for others.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from megainter.data.manifest import Pairs, open_parquet, parquet_aside, write_batches
 from megainter.data.order import Int64s, Purpose, uniform
 from megainter.errors import UsageError
 
+HARD_SCHEMA = pa.schema([("negatives", pa.list_(pa.int32()))])
+HARD_SHARE = 0.2  # of the negatives, as the paper has it
 _ATTEMPTS = 32  # an image that owns half of all captions still fails all of them only once in 2^32 samples
+_AGAIN = "run `megainter prepare negatives` on these pairs again, with --split as in data.split"
+
+
+@dataclass(frozen=True, eq=False)
+class HardNegatives:
+    """Rows of similar captions of other images: those of caption i are ``rows[offsets[i] : offsets[i + 1]]``, most similar first.
+
+    ``offsets`` int64 [captions + 1], ``rows`` int32 [total], ``facts``: how they were found.
+    """
+
+    offsets: Int64s
+    rows: NDArray[np.int32]
+    facts: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def write_hard_negatives(path: Path, lists: Iterable[tuple[NDArray[np.int32], NDArray[np.int32]]], facts: dict[str, Any]) -> None:
+    """Write lists of rows as they come, atomically, as ``(counts, rows)``: int32 [captions of the part] and [their sum].
+
+    ``facts`` become the file's metadata; ``facts["pairs_digest"]`` is the digest of the pairs that the rows are rows of.
+    """
+    schema = HARD_SCHEMA.with_metadata({"megainter": json.dumps(facts)})
+    batches = (pa.record_batch([_as_lists(counts, rows)], schema=schema) for counts, rows in lists)
+    with parquet_aside(path) as aside:
+        write_batches(path, aside, schema, batches)
+
+
+def _as_lists(counts: NDArray[np.int32], rows: NDArray[np.int32]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), pa.array(rows, pa.int32()))
+
+
+def read_hard_negatives(path: Path, pairs: Pairs) -> HardNegatives:
+    """Read hard negatives of ``pairs``.
+
+    ``UsageError`` for a missing or other file, one made from other pairs (or another split of them), and rows that are no caption of
+    another image.
+    """
+    file = open_parquet(path, made_by="`megainter prepare negatives` writes it")
+    facts = json.loads((file.schema_arrow.metadata or {}).get(b"megainter", b"{}"))
+    if file.schema_arrow.names != HARD_SCHEMA.names or "pairs_digest" not in facts:
+        raise UsageError(f"{path} holds no hard negatives; `megainter prepare negatives` writes them")
+    if facts["pairs_digest"] != pairs.digest or file.metadata.num_rows != len(pairs):
+        split = facts.get("split") or "(all)"
+        raise UsageError(
+            f"{path} was made from other pairs ({file.metadata.num_rows:,} captions of split {split}; these are {len(pairs):,}); {_AGAIN}"
+        )
+    parts = [_checked(path, batch.column(0), pairs, start) for start, batch in _with_starts(file)]
+    counts = np.concatenate([np.zeros(1, np.int64), *(counts for counts, _ in parts)])
+    return HardNegatives(np.cumsum(counts), np.concatenate([np.zeros(0, np.int32), *(rows for _, rows in parts)]), facts)
+
+
+def _with_starts(file: pq.ParquetFile) -> Iterable[tuple[int, pa.RecordBatch]]:
+    start = 0
+    for batch in file.iter_batches():
+        yield start, batch
+        start += batch.num_rows
+
+
+def _checked(path: Path, lists: pa.ListArray, pairs: Pairs, start: int) -> tuple[Int64s, NDArray[np.int32]]:
+    """Counts and rows of some captions, from caption ``start`` on."""
+    counts = np.diff(lists.offsets.to_numpy()).astype(np.int64)
+    rows = lists.flatten().to_numpy()
+    if lists.null_count or len(rows) != counts.sum() or (len(rows) and not 0 <= rows.min() <= rows.max() < len(pairs)):
+        raise UsageError(f"{path} is damaged: it lists captions that do not exist; {_AGAIN}")
+    own = np.repeat(pairs.image_numbers[start : start + len(counts)], counts)
+    if (pairs.image_numbers[rows] == own).any():
+        raise UsageError(f"{path} is damaged: it lists captions of the same image as negatives; {_AGAIN}")
+    return counts, rows
 
 
 def require_two_images(image_numbers: NDArray[np.int32], where: str) -> None:
@@ -16,17 +101,42 @@ def require_two_images(image_numbers: NDArray[np.int32], where: str) -> None:
 
 
 def choose_captions(
-    image_numbers: NDArray[np.int32], rows: Int64s, seed: int, epoch: int, n: Int64s, probability: float
+    image_numbers: NDArray[np.int32],
+    rows: Int64s,
+    seed: int,
+    epoch: int,
+    n: Int64s,
+    probability: float,
+    hard: HardNegatives | None = None,
+    hard_share: float = HARD_SHARE,
 ) -> tuple[Int64s, Int64s]:
-    """The caption that each sample is shown: its own, or with ``probability`` a random one of another image.
+    """The caption that each sample is shown: its own, or with ``probability`` one of another image.
 
     ``image_numbers`` int32 [captions] gives the image of every caption; ``rows`` int64 [S] are the captions of samples ``n`` int64 [S] of
-    ``epoch``. Returns caption rows int64 [S] and ITM labels int64 [S] (0 = matched, 1 = mismatched).
+    ``epoch``. Of the others, ``hard_share`` are drawn from ``hard`` (where the caption has any there) and the rest from all captions; which
+    samples are mismatched, and what the rest is shown, does not depend on ``hard``.
+    Returns caption rows int64 [S] and ITM labels int64 [S] (0 = matched, 1 = mismatched).
     """
     mismatched = uniform(seed, epoch, n, Purpose.MISMATCH) < probability
     chosen = np.array(rows, dtype=np.int64)
-    chosen[mismatched] = negative_rows(image_numbers, chosen[mismatched], seed, epoch, np.asarray(n)[mismatched])
+    own, numbers = chosen[mismatched], np.asarray(n)[mismatched]
+    others = negative_rows(image_numbers, own, seed, epoch, numbers)
+    if hard is not None:
+        similar = hard_rows(hard, hard_share, own, seed, epoch, numbers)
+        others = np.where(similar >= 0, similar, others)
+    chosen[mismatched] = others
     return chosen, mismatched.astype(np.int64)
+
+
+def hard_rows(hard: HardNegatives, share: float, rows: Int64s, seed: int, epoch: int, n: Int64s) -> Int64s:
+    """For each caption in ``rows`` a row drawn uniformly from its hard negatives, with probability ``share``; else -1. int64 [S]."""
+    first = hard.offsets[rows]
+    counts = hard.offsets[rows + 1] - first
+    wanted = (uniform(seed, epoch, n, Purpose.HARD_NEGATIVE) < share) & (counts > 0)
+    places = first + (uniform(seed, epoch, n, Purpose.HARD_CHOICE) * counts).astype(np.int64)
+    found = np.full(len(rows), -1, dtype=np.int64)
+    found[wanted] = hard.rows[places[wanted]]
+    return found
 
 
 def negative_rows(image_numbers: NDArray[np.int32], rows: Int64s, seed: int, epoch: int, n: Int64s) -> Int64s:

@@ -24,6 +24,9 @@ class Purpose(IntEnum):
     MISMATCH = 2
     TEXT_MASK = 3
     REGION_MASK = 4
+    HARD_NEGATIVE = 5
+    HARD_CHOICE = 6
+    CONDITION = 7
     NEGATIVE = 16  # the j-th attempt at a negative caption uses NEGATIVE + j
 
 

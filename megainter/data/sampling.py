@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from megainter.data.feature_store import FeatureStore, RegionRecord
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts, mask_regions, mask_text, recipe
-from megainter.data.negatives import choose_captions, require_two_images
-from megainter.data.order import Int64s, Purpose, permuted, sample_generator
+from megainter.data.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images
+from megainter.data.order import Int64s, Purpose, permuted, sample_generator, uniform
 from megainter.data.text import TokenTable
 from megainter.errors import UsageError
 
@@ -21,8 +21,10 @@ from megainter.errors import UsageError
 class StreamSettings:
     """What the stream is made of. ``max_regions`` excludes the global region; regions beyond it are dropped from the end.
 
-    ``gate_msm``: mismatched captions are not scored for masked segments (the official code scores them). ``shuffle`` False: sample n is
-    row n, in every epoch.
+    ``gate_msm``: mismatched captions are not scored for masked segments (the official code scores them). ``conditional_masking``: a sample
+    has either its text or its regions masked, by a fair coin, so that what is masked is predicted beside an intact other side (UNITER;
+    the official code's --cond_mask means that, but shares the zeroed features between both). ``shuffle`` False: sample n is row n, in
+    every epoch.
     """
 
     seed: int
@@ -30,7 +32,9 @@ class StreamSettings:
     micro_batch: int
     max_regions: int = 36
     masking: str = "official"
+    conditional_masking: bool = False
     mismatch_probability: float = 0.5
+    hard_negative_share: float = HARD_SHARE  # of the mismatched captions, where the stream has hard negatives
     region_objective: Literal["class", "feature"] = "class"
     gate_msm: bool = False
     shuffle: bool = True
@@ -83,14 +87,23 @@ class Sampler:
     """
 
     def __init__(
-        self, pairs: Pairs, store: FeatureStore, tokens: TokenTable, vocabulary: VocabularyFacts, settings: StreamSettings
+        self,
+        pairs: Pairs,
+        store: FeatureStore,
+        tokens: TokenTable,
+        vocabulary: VocabularyFacts,
+        settings: StreamSettings,
+        hard_negatives: HardNegatives | None = None,
     ) -> None:
         if len(tokens) != len(pairs):
             raise UsageError(f"token table {tokens.path} holds {len(tokens):,} captions, the pairs {len(pairs):,}: build it again")
         require_images(pairs, store)
         if settings.mismatch_probability > 0:
             require_two_images(pairs.image_numbers, f"the captions of {store.path}")
+        if hard_negatives is not None and len(hard_negatives) != len(pairs):
+            raise UsageError(f"hard negatives are for {len(hard_negatives):,} captions, the pairs are {len(pairs):,}: find them again")
         self.pairs, self.store, self.tokens, self.vocabulary, self.settings = pairs, store, tokens, vocabulary, settings
+        self.hard_negatives = hard_negatives
         self.recipe = recipe(settings.masking)
         self.region_counts = store.region_counts(pairs.image_ids).clip(max=settings.max_regions)
 
@@ -102,9 +115,10 @@ class Sampler:
         return Draws(epochs, numbers, rows[back], captions[back], labels[back])
 
     def _draws_of_epoch(self, epoch: int, n: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-        seed, numbers = self.settings.seed, self.pairs.image_numbers
-        rows = permuted(seed, epoch, n, len(self.pairs)) if self.settings.shuffle else n
-        captions, labels = choose_captions(numbers, rows, seed, epoch, n, self.settings.mismatch_probability)
+        settings, numbers = self.settings, self.pairs.image_numbers
+        rows = permuted(settings.seed, epoch, n, len(self.pairs)) if settings.shuffle else n
+        hard, share = self.hard_negatives, settings.hard_negative_share
+        captions, labels = choose_captions(numbers, rows, settings.seed, epoch, n, settings.mismatch_probability, hard, share)
         return rows, captions, labels
 
     def lengths(self, draws: Draws) -> Int64s:
@@ -116,15 +130,27 @@ class Sampler:
         """Sample ``i`` of ``draws``, read from the store and masked."""
         epoch, n, row, caption_row = int(draws.epochs[i]), int(draws.numbers[i]), int(draws.rows[i]), int(draws.caption_rows[i])
         record = self.store[self.pairs.image_id(row)]
-        ids, positions, labels = self._text(epoch, n, caption_row)
+        in_text, in_regions = self._sides(epoch, n)
+        ids, positions, labels = self._text(epoch, n, caption_row, in_text)
         boxes = record.boxes[: self.settings.max_regions]
         masked, zeroed = mask_regions(boxes, sample_generator(self.settings.seed, epoch, n, Purpose.REGION_MASK), self.recipe)
+        if not in_regions:
+            masked = zeroed = np.zeros(len(boxes), dtype=bool)
         return _sample((epoch, n, row, caption_row, int(draws.itm_labels[i])), (ids, positions, labels), record, boxes, masked, zeroed)
 
-    def _text(self, epoch: int, n: int, caption_row: int) -> tuple[Int64s, Int64s, Int64s]:
+    def _sides(self, epoch: int, n: int) -> tuple[bool, bool]:
+        """Whether text and regions of a sample are masked."""
+        if not self.settings.conditional_masking:
+            return True, True
+        in_text = bool(uniform(self.settings.seed, epoch, np.array([n]), Purpose.CONDITION)[0] < 0.5)
+        return in_text, not in_text
+
+    def _text(self, epoch: int, n: int, caption_row: int, in_text: bool) -> tuple[Int64s, Int64s, Int64s]:
         original = self.tokens[caption_row]
-        rng = sample_generator(self.settings.seed, epoch, n, Purpose.TEXT_MASK)
-        masked, positions = mask_text(original, rng, self.recipe, self.vocabulary)
+        masked, positions = original, np.zeros(0, dtype=np.int64)
+        if in_text:
+            rng = sample_generator(self.settings.seed, epoch, n, Purpose.TEXT_MASK)
+            masked, positions = mask_text(original, rng, self.recipe, self.vocabulary)
         ids = np.empty(len(masked) + 2, dtype=np.int64)
         ids[0], ids[-1] = self.vocabulary.cls_id, self.vocabulary.sep_id
         ids[1:-1] = masked

@@ -8,8 +8,10 @@ from megainter.config import DataConfig, RunConfig
 from megainter.data.batch import PretrainStream, StreamSettings
 from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, read_pairs
+from megainter.data.negatives import HardNegatives, read_hard_negatives
 from megainter.data.text import Vocabulary, build_token_table, load_vocabulary, open_token_table, table_key, train_vocabulary
 from megainter.errors import UsageError
+from megainter.files import sha256_of
 from megainter.model.configuration import InterBertConfig
 from megainter.training.collective import on_first_rank
 
@@ -39,14 +41,18 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
     check_store(config, store)
     vocabulary_path = on_first_rank(lambda: place_vocabulary(data, pairs, config.output))
     vocabulary = load_vocabulary(vocabulary_path, lowercase=data.lowercase)
-    training = _stream(config, "train", pairs, store, vocabulary, rank, world_size)
+    hard_negatives = read_hard_negatives(data.hard_negatives, pairs) if data.hard_negatives is not None else None
+    training = _stream(config, "train", pairs, store, vocabulary, rank, world_size, hard_negatives)
+    digests = {"pairs": pairs.digest, "store": store.digest, "vocabulary": vocabulary.digest}
+    if data.hard_negatives is not None:
+        digests["hard_negatives"] = sha256_of(data.hard_negatives)
     return Sources(
         vocabulary=vocabulary,
         training=training,
         validation=_validation(config, store, vocabulary, rank, world_size),
         store=store,
         samples=len(pairs),
-        digests={"pairs": pairs.digest, "store": store.digest, "vocabulary": vocabulary.digest},
+        digests=digests,
     )
 
 
@@ -65,7 +71,14 @@ def place_vocabulary(data: DataConfig, pairs: Pairs, output: Path) -> Path:
 
 
 def _stream(
-    config: RunConfig, name: str, pairs: Pairs, store: FeatureStore, vocabulary: Vocabulary, rank: int, world_size: int
+    config: RunConfig,
+    name: str,
+    pairs: Pairs,
+    store: FeatureStore,
+    vocabulary: Vocabulary,
+    rank: int,
+    world_size: int,
+    hard_negatives: HardNegatives | None = None,
 ) -> PretrainStream:
     data, training = config.data, config.training
     table = config.output / "cache" / f"tokens-{name}.arrow"
@@ -77,12 +90,14 @@ def _stream(
         micro_batch=training.micro_batch,
         max_regions=data.max_regions,
         masking=data.masking,
+        conditional_masking=data.conditional_masking,
         mismatch_probability=data.mismatch_probability,
+        hard_negative_share=data.hard_negative_share,
         region_objective=config.model.region_objective,
         gate_msm=data.gate_msm,
         shuffle=name == "train",
     )
-    return PretrainStream(pairs, store, tokens, vocabulary.facts, settings, rank=rank, world_size=world_size)
+    return PretrainStream(pairs, store, tokens, vocabulary.facts, settings, rank, world_size, hard_negatives)
 
 
 def _ignore(value: object) -> None:

@@ -28,6 +28,7 @@ from megainter.data.batch import (
 from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
 from megainter.data.manifest import Pair, Pairs, read_pairs, write_pairs
 from megainter.data.masking import VocabularyFacts
+from megainter.data.negatives import HardNegatives
 from megainter.data.text import TokenTable, build_token_table, load_vocabulary, train_vocabulary
 from megainter.errors import DamagedError, UsageError
 
@@ -234,6 +235,48 @@ def test_gate_leaves_mismatched_captions_unscored(data: Data) -> None:
     matched = open_batch.itm_labels[owner] == 0
     assert torch.equal(gated.msm_positions, open_batch.msm_positions[matched])
     assert not matched.all()
+
+
+@pytest.mark.parametrize("masking", ["official", "paper", "bert"])
+def test_conditional_masking_masks_one_side_of_a_sample(data: Data, masking: str) -> None:
+    """The side that is masked is masked as ever, the other is what was read; each has its turn half of the time."""
+    settings = replace(SETTINGS, masking=masking)
+    both, one = data.stream(settings), data.stream(replace(settings, conditional_masking=True))
+    turns = []
+    for n in range(1200):
+        usual, sample = both.sample(n // 62, n % 62), one.sample(n // 62, n % 62)
+        same_text, same_regions = np.array_equal(sample.ids, usual.ids), np.array_equal(sample.zeroed, usual.zeroed)
+        assert (sample.row, sample.caption_row, sample.itm_label) == (usual.row, usual.caption_row, usual.itm_label)
+        assert (same_text and not sample.masked.any()) or (same_regions and not len(sample.msm_positions))
+        if not len(sample.msm_positions):
+            assert sample.ids[1:-1].tolist() == data.tokens[sample.caption_row].tolist()
+        if usual.masked.any() and len(usual.msm_positions):
+            turns.append(bool(sample.masked.any()))
+    assert abs(np.mean(turns) - 0.5) < 5 * 0.5 / np.sqrt(len(turns))
+
+
+def test_a_step_of_conditional_masking_has_counts_and_targets_that_fit(data: Data) -> None:
+    for batch in data.stream(replace(SETTINGS, conditional_masking=True))[0]:
+        assert len(batch.msm_positions) == len(batch.msm_labels)
+        assert len(batch.mrm_positions) == len(batch.mrm_targets)
+        assert batch.counts()[2] == 2
+
+
+def test_hard_negatives_enter_the_stream_by_their_share(data: Data) -> None:
+    size = len(data.pairs)
+    lists = [[(row + 1) % size] for row in range(size)]  # the next image's caption
+    hard = HardNegatives(np.arange(size + 1), np.array(lists, np.int32).ravel(), {})
+    settings = replace(SETTINGS, global_batch=2400, hard_negative_share=0.5)
+    plain, mixed = (PretrainStream(data.pairs, data.store, data.tokens, data.facts, settings, 0, 1, one) for one in (None, hard))
+    usual, draws = plain.draws(0), mixed.draws(0)
+    assert (usual.itm_labels == draws.itm_labels).all()
+    changed = usual.caption_rows != draws.caption_rows
+    assert (draws.caption_rows[changed] == (draws.rows[changed] + 1) % size).all()
+    mismatched = draws.itm_labels.sum()
+    assert abs(changed.sum() / mismatched - 0.5) < 5 * 0.5 / np.sqrt(mismatched) + 2 / size
+    short = HardNegatives(np.arange(3), np.array([1, 0], np.int32), {})
+    with pytest.raises(UsageError, match="hard negatives are for 2 captions, the pairs are 62"):
+        PretrainStream(data.pairs, data.store, data.tokens, data.facts, SETTINGS, 0, 1, short)
 
 
 def test_an_image_without_regions_gives_no_nan(data: Data) -> None:

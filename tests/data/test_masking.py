@@ -2,10 +2,12 @@
 
 import itertools
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megainter.config import load_config
 from megainter.data.masking import BERT, OFFICIAL, PAPER, MaskingRecipe, VocabularyFacts, mask_regions, mask_text, overlaps, recipe
 from megainter.errors import UsageError
 
@@ -214,3 +216,27 @@ def test_masks_are_cheap(masking: MaskingRecipe) -> None:
             mask_regions(boxes, rng, masking)
         best.append((time.perf_counter() - start) / 100)
     assert min(best) < 1e-3  # about 60 microseconds on an idle core; the limit is loose because test machines are not idle
+
+
+@pytest.mark.parametrize("masking", [PAPER, OFFICIAL, BERT])
+def test_every_recipe_is_a_setting(masking: MaskingRecipe, tmp_path: Path) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text('output = "run"\n[data]\npairs = "p"\nstore = "s"\n[training]\nsteps = 1\n')
+    assert recipe(load_config(toml, ["--data.masking", masking.name]).data.masking) is masking
+
+
+def test_the_paper_takes_more_regions_as_anchors_and_fewer_tokens_than_the_released_code() -> None:
+    """The two differ as the paper's text and the code's --span_mask do: 15 % against 10 % of regions, short against long segments."""
+    assert (PAPER.region_probability, OFFICIAL.region_probability) == (0.15, 0.10)
+    ids = np.arange(10, 22, dtype=np.int32)
+    assert chosen_tokens(ids, PAPER, 20_000).mean() < 0.21 < 0.30 < chosen_tokens(ids, OFFICIAL, 20_000).mean()
+
+
+def test_boxes_on_the_threshold_follow_each_recipes_own_rule() -> None:
+    """IoU exactly 0.4 (plain): 20 of 50 pixels; with a pixel more on each side it is above, so the official rule takes both."""
+    boxes = np.array([[0, 0, 5, 7], [0, 3, 5, 10]], np.float32)
+    assert slow_iou(boxes[0].astype(float), boxes[1].astype(float), 0.0) == 0.4
+    for masking, together in ((PAPER, False), (OFFICIAL, True)):
+        rng = np.random.default_rng(0)
+        masks = np.array([mask_regions(boxes, rng, masking)[0] for _ in range(2000)])
+        assert (masks[:, 0] == masks[:, 1]).all() == together

@@ -1,9 +1,23 @@
-"""Negative captions: never of the same image, uniform over all others, half of the samples."""
+"""Negative captions: never of the same image, uniform over all others or over the hard ones, half of the samples."""
+
+import hashlib
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from megainter.data.negatives import choose_captions, negative_rows, require_two_images
+from megainter.data.manifest import Pair, Pairs, read_pairs, write_pairs
+from megainter.data.negatives import (
+    HardNegatives,
+    choose_captions,
+    hard_rows,
+    negative_rows,
+    read_hard_negatives,
+    require_two_images,
+    write_hard_negatives,
+)
 from megainter.errors import UsageError
 
 
@@ -67,3 +81,102 @@ def test_one_image_is_refused(images: np.ndarray) -> None:
     with pytest.raises(UsageError, match="at least two images"):
         require_two_images(images, "pairs.parquet")
     require_two_images(np.array([0, 0, 1], np.int32), "pairs.parquet")
+
+
+def test_without_hard_negatives_the_stream_is_the_one_it_always_was() -> None:
+    """Runs that were started before hard negatives existed have to go on with the same samples."""
+    captions, labels = choose_captions(captions_of_images([3] * 700), (np.arange(2100) * 11) % 2100, 7, 2, np.arange(2100), 0.5)
+    digest = hashlib.sha256(captions.tobytes() + labels.tobytes()).hexdigest()
+    assert digest == "dc6f8b723fbc9e52f6b95708801f79f4643c4a559a47fb7171adb127762c370f"
+
+
+LISTS = [[5, 9], [], [0], [7, 8, 0, 1], [9], [0, 1, 2, 3], [9], [0], [1], [4, 5, 6]]
+TEN_IMAGES = captions_of_images([1] * 10)
+
+
+def flat(lists: list[list[int]]) -> np.ndarray:
+    return np.array([row for one in lists for row in one], np.int32)
+
+
+def hard_of(lists: list[list[int]]) -> HardNegatives:
+    return HardNegatives(np.cumsum([0, *map(len, lists)]), flat(lists), {})
+
+
+def test_a_fifth_of_the_negatives_are_hard_and_uniform_over_their_list() -> None:
+    draws, row = 100_000, 3
+    found = hard_rows(hard_of(LISTS), 0.2, np.full(draws, row), 1, 2, np.arange(draws))
+    counts = np.array([(found == other).sum() for other in LISTS[row]])
+    assert counts.sum() == (found >= 0).sum()
+    assert abs(counts.sum() / draws - 0.2) < 5 * np.sqrt(0.2 * 0.8 / draws)
+    expected = counts.sum() / 4
+    assert ((counts - expected) ** 2 / expected).sum() < 25  # 3 degrees of freedom, P < 2e-5
+
+
+def test_hard_negatives_change_only_the_samples_that_get_them() -> None:
+    n = np.arange(50_000)
+    rows = n % 10
+    plain = choose_captions(TEN_IMAGES, rows, 0, 1, n, 0.5)
+    mixed = choose_captions(TEN_IMAGES, rows, 0, 1, n, 0.5, hard_of(LISTS), 0.2)
+    assert (plain[1] == mixed[1]).all()
+    hard = hard_rows(hard_of(LISTS), 0.2, rows, 0, 1, n)
+    assert (mixed[0] == np.where((hard >= 0) & (mixed[1] == 1), hard, plain[0])).all()
+    with_any = np.array([bool(LISTS[row]) for row in rows]) & (mixed[1] == 1)
+    assert abs((hard[with_any] >= 0).mean() - 0.2) < 5 * np.sqrt(0.16 / with_any.sum())
+    assert (TEN_IMAGES[mixed[0][mixed[1] == 1]] != TEN_IMAGES[rows[mixed[1] == 1]]).all()
+
+
+@pytest.mark.parametrize(("share", "hard"), [(0.0, 0.0), (1.0, 0.9)])
+def test_no_and_all_negatives_hard(share: float, hard: float) -> None:
+    rows = np.arange(1000) % 10
+    assert (hard_rows(hard_of(LISTS), share, rows, 0, 0, np.arange(1000)) >= 0).mean() == hard  # one of ten has no similar caption
+
+
+def test_a_hard_choice_depends_on_the_sample_alone() -> None:
+    n = np.arange(500)
+    hard = hard_of(LISTS)
+    whole = hard_rows(hard, 0.5, n % 10, 3, 4, n)
+    some = np.array([499, 0, 77])
+    assert (hard_rows(hard, 0.5, some % 10, 3, 4, some) == whole[some]).all()
+    assert (hard_rows(hard, 0.5, n % 10, 3, 5, n) != whole).mean() > 0.2
+
+
+def ten_pairs(folder: Path, change: str = "") -> Pairs:
+    write_pairs(folder / "pairs.parquet", [Pair(f"p{i}", f"i{i}", f"{i}.jpg", f"caption {i}{change}", "train") for i in range(10)])
+    return read_pairs(folder / "pairs.parquet", "train")
+
+
+def written(folder: Path, pairs: Pairs, lists: list[list[int]] = LISTS) -> Path:
+    parts = [lists[:4], lists[4:]]
+    arrays = [(np.array([len(one) for one in part], np.int32), flat(part)) for part in parts]
+    write_hard_negatives(folder / "hard.parquet", arrays, {"pairs_digest": pairs.digest, "split": "train"})
+    return folder / "hard.parquet"
+
+
+def test_hard_negatives_come_back_as_written(tmp_path: Path) -> None:
+    pairs = ten_pairs(tmp_path)
+    hard = read_hard_negatives(written(tmp_path, pairs), pairs)
+    assert [hard.rows[a:b].tolist() for a, b in zip(hard.offsets[:-1], hard.offsets[1:], strict=True)] == LISTS
+    assert pq.read_table(tmp_path / "hard.parquet").column("negatives").to_pylist() == LISTS
+    assert hard.facts["split"] == "train"
+
+
+def test_hard_negatives_of_other_pairs_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, ten_pairs(tmp_path))
+    with pytest.raises(UsageError, match=r"was made from other pairs \(10 captions of split train; these are 10\); run `megainter"):
+        read_hard_negatives(path, ten_pairs(tmp_path, "!"))
+
+
+@pytest.mark.parametrize(("entry", "message"), [(10, "that do not exist"), (-1, "that do not exist"), (3, "of the same image")])
+def test_hard_negatives_with_impossible_rows_are_refused(tmp_path: Path, entry: int, message: str) -> None:
+    pairs = ten_pairs(tmp_path)
+    path = written(tmp_path, pairs, [*LISTS[:3], [entry], *LISTS[4:]])
+    with pytest.raises(UsageError, match=message):
+        read_hard_negatives(path, pairs)
+
+
+def test_another_file_is_no_file_of_hard_negatives(tmp_path: Path) -> None:
+    pairs = ten_pairs(tmp_path)
+    pq.write_table(pa.table({"negatives": [[1]]}), tmp_path / "x.parquet")
+    for path, message in (("x.parquet", "holds no hard negatives"), ("pairs.parquet", "holds no hard"), ("none", "does not exist")):
+        with pytest.raises(UsageError, match=message):
+            read_hard_negatives(tmp_path / path, pairs)
