@@ -90,13 +90,23 @@ class FeatureStore:
 
     def __getitem__(self, image_id: str) -> RegionRecord:
         """The record of one image; ``UsageError`` where there is none, ``DamagedError`` naming it where it is not as it was written."""
+        return self._verified(image_id, self._existing_row(image_id))[1]
+
+    def encoded(self, image_id: str) -> tuple[bytes, int, int]:
+        """A record's bytes, CRC-32 and region count, verified; for copying it to another store of the same schema."""
         row = self._existing_row(image_id)
-        shard = int(self._column["shard"][row])
-        data = self._read(image_id, shard, int(self._column["offset"][row]), int(self._column["length"][row]))
-        record = decode(data, image_id, self.schema, self._shards[shard][0])
-        if len(record) != self._column["regions"][row]:
-            raise DamagedError(f"record {image_id!r} in {self._shards[shard][0]} is not the one of the index; seal the store again")
-        return record
+        data, record = self._verified(image_id, row)
+        return data, int(self._column["crc"][row]), len(record)
+
+    def in_storage_order(self) -> Iterator[str]:
+        """All ids in the order in which their records lie on the disk: the order to read everything in."""
+        for row in np.lexsort((self._column["offset"], self._column["shard"])).tolist():
+            yield self.ids[row]
+
+    def checksums(self, image_ids: Sequence[str]) -> np.ndarray:
+        """int64 [len(image_ids)]: CRC-32 of each record by the index, -1 where the store lacks the image."""
+        rows = self.find(image_ids)
+        return np.where(rows < 0, -1, self._column["crc"][rows].astype(np.int64))
 
     def region_count(self, image_id: str) -> int:
         """Regions of one image, without reading its record."""
@@ -151,6 +161,14 @@ class FeatureStore:
         if row < 0:
             raise UsageError(f"{self.path} has no regions for image {image_id!r}; extract it, or leave its captions out")
         return row
+
+    def _verified(self, image_id: str, row: int) -> tuple[bytes, RegionRecord]:
+        shard, offset, length = (int(self._column[name][row]) for name in ("shard", "offset", "length"))
+        data, where = self._read(image_id, shard, offset, length), self._shards[shard][0]
+        record = decode(data, image_id, self.schema, where)
+        if len(record) != self._column["regions"][row]:
+            raise DamagedError(f"record {image_id!r} in {where} is not the one of the index; seal the store again")
+        return data, record
 
     def _check_shard(self, number: int) -> None:
         shard, size = self._shards[number]

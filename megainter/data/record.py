@@ -1,12 +1,14 @@
 """One image's regions as bytes: a fixed little-endian header, the image id, raw arrays, a CRC-32 over all of it.
 
-Layout: header (48 bytes), id in UTF-8 padded to 16 bytes, boxes float32 [n, 4], features float16 [n, F], then class probabilities:
-dense float16 [n, C], or the k likeliest classes as uint16 ids [n, k] and float16 values [n, k], whose missing mass is spread evenly
-over the other classes when read. Nothing is unpickled and no length is believed before it is checked.
+Layout: header (48 bytes), id in UTF-8 padded to 16 bytes, boxes float32 [n, 4], features float16 or float32 [n, F], then class
+probabilities: dense float16 [n, C], or the k likeliest classes as uint16 ids [n, k] and float16 values [n, k], whose missing mass is
+spread evenly over the other classes when read; then the schema's extras, one number per region each. Nothing is unpickled and no
+length is believed before it is checked.
 """
 
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,9 +16,12 @@ import numpy as np
 
 from megainter.errors import DamagedError, UsageError
 
-HEADER = struct.Struct("<4sHBB10I")  # magic, version, probs kind, 0, n, width, height, F, C, k, id bytes, 0, 0, CRC-32
+# magic, version, probs kind, features kind, n, width, height, F, C, k, id bytes, extras' bytes per region, 0, CRC-32
+HEADER = struct.Struct("<4sHBB10I")
 MAGIC, VERSION, ALIGNMENT = b"MIRR", 1, 16
 PROBS_KINDS = {"dense": 0, "top-k": 1}
+FEATURE_KINDS = {"float16": 0, "float32": 1}
+EXTRA_DTYPES = ("int64", "float32", "float16")
 MAX_ID_BYTES = 4096
 BOX_TOLERANCE = 1.0  # pixels: rounding and the inclusive last pixel of some detectors; clipped when written
 HALF_TO_FLOAT = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)  # a table is 3x as fast as NumPy's cast
@@ -27,8 +32,9 @@ PROBS_TOLERANCE = 0.02  # float16 sums of some thousand classes stay well inside
 class RegionRecord:
     """Regions of one image.
 
-    ``boxes`` float32 [n, 4], xyxy in original pixels; ``features`` float16 [n, F]; ``class_probs`` float32 [n, C], background first;
-    ``width`` and ``height`` of the image in pixels. Arrays that come out of a store are read-only.
+    ``boxes`` float32 [n, 4], xyxy in original pixels; ``features`` float16 or float32 [n, F]; ``class_probs`` float32 [n, C], background
+    first; ``width`` and ``height`` of the image in pixels; ``extras`` what else the schema names, [n] each. Arrays that come out of a
+    store are read-only.
     """
 
     boxes: np.ndarray
@@ -36,6 +42,7 @@ class RegionRecord:
     class_probs: np.ndarray
     width: int
     height: int
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -46,7 +53,8 @@ class StoreSchema:
     """What every record of a store looks like and what made it.
 
     ``num_classes`` C counts the background, which is class 0; ``class_names`` has C names; ``detector`` is the detector's fingerprint;
-    ``probs`` is "dense" or "top-k" (then ``top_k`` of the C probabilities are kept); ``settings`` are those of the extraction.
+    ``probs`` is "dense" or "top-k" (then ``top_k`` of the C probabilities are kept); ``settings`` are those of the extraction;
+    ``feature_dtype`` is float16 or float32; ``extras`` names further numbers of each region and their dtypes.
     """
 
     feature_size: int
@@ -56,6 +64,8 @@ class StoreSchema:
     probs: str = "dense"
     top_k: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    feature_dtype: str = "float16"
+    extras: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.feature_size <= 0 or not 2 <= self.num_classes <= 65536:
@@ -66,9 +76,16 @@ class StoreSchema:
             raise UsageError(f"class 0 of a store is '__background__', not {self.class_names[0]!r}")
         if self.probs not in PROBS_KINDS or (self.probs == "top-k") != (0 < self.top_k < self.num_classes):
             raise UsageError(f"probs={self.probs!r} with top_k={self.top_k} is not possible: 'dense' with 0, or 'top-k' with 1 to C - 1")
+        if self.feature_dtype not in FEATURE_KINDS:
+            raise UsageError(f"features of a store are float16 or float32, not {self.feature_dtype!r}")
+        if any(dtype not in EXTRA_DTYPES or not name.isidentifier() for name, dtype in self.extras.items()):
+            raise UsageError(f"extras {self.extras!r} of a store are not names with one of {', '.join(EXTRA_DTYPES)}")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"class_names": list(self.class_names)}
+        """As store.json holds it; what came later is left out where it is the default, so that earlier versions read such stores."""
+        value = asdict(self) | {"class_names": list(self.class_names)}
+        later = {"feature_dtype": "float16", "extras": {}}
+        return {name: item for name, item in value.items() if name not in later or item != later[name]}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "StoreSchema":
@@ -88,10 +105,11 @@ def encode(image_id: str, record: RegionRecord, schema: StoreSchema) -> tuple[by
     """A record's bytes and their CRC-32. ``UsageError`` naming the id for shapes, boxes or numbers that may not enter a store."""
     name = encode_id(image_id)
     boxes, features, probs = _checked_arrays(image_id, record, schema)
+    extras = _checked_extras(image_id, record, schema)
     n, width, height = len(boxes), int(record.width), int(record.height)
-    numbers = (n, width, height, schema.feature_size, schema.num_classes, schema.top_k, len(name), 0, 0)
-    header = HEADER.pack(MAGIC, VERSION, PROBS_KINDS[schema.probs], 0, *numbers, 0)[:-4]
-    body = b"".join([_padded(name), boxes.tobytes(), features.tobytes(), _encode_probs(probs, schema)])
+    numbers = (n, width, height, schema.feature_size, schema.num_classes, schema.top_k, len(name), _extra_bytes(schema), 0)
+    header = HEADER.pack(MAGIC, VERSION, PROBS_KINDS[schema.probs], FEATURE_KINDS[schema.feature_dtype], *numbers, 0)[:-4]
+    body = b"".join([_padded(name), boxes.tobytes(), features.tobytes(), _encode_probs(probs, schema), *(e.tobytes() for e in extras)])
     crc = zlib.crc32(body, zlib.crc32(header))
     return b"".join([header, crc.to_bytes(4, "little"), body]), crc
 
@@ -103,22 +121,24 @@ def decode(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: 
     at = HEADER.size + len(_padded(name))
     boxes = np.frombuffer(data, "<f4", n * 4, at).reshape(n, 4)
     at += boxes.nbytes
-    features = np.frombuffer(data, "<f2", n * schema.feature_size, at).reshape(n, schema.feature_size)
+    features = np.frombuffer(data, _little(schema.feature_dtype), n * schema.feature_size, at).reshape(n, schema.feature_size)
     probs = _decode_probs(data, at + features.nbytes, n, schema)
-    if (features.view(np.uint16) & 0x7C00 == 0x7C00).any() or not np.isfinite(boxes).all() or not np.isfinite(probs).all():
+    if not _all_finite(features) or not np.isfinite(boxes).all() or not np.isfinite(probs).all():
         raise DamagedError(f"record {image_id!r} in {where} holds NaN or Inf; extract the image again")
-    return RegionRecord(boxes, features, probs, width, height)
+    return RegionRecord(boxes, features, probs, width, height, _decode_extras(data, n, schema))
 
 
 def check_record(image_id: str, record: RegionRecord, schema: StoreSchema) -> None:
     """``UsageError`` naming the id where ``encode`` would refuse the record."""
     encode_id(image_id)
     _checked_arrays(image_id, record, schema)
+    _checked_extras(image_id, record, schema)
 
 
 def record_size(n: int, id_bytes: int, schema: StoreSchema) -> int:
     """Bytes of a record of ``n`` regions."""
-    per_region = 16 + 2 * schema.feature_size + (2 * schema.num_classes if schema.probs == "dense" else 4 * schema.top_k)
+    probs = 2 * schema.num_classes if schema.probs == "dense" else 4 * schema.top_k
+    per_region = 16 + np.dtype(schema.feature_dtype).itemsize * schema.feature_size + probs + _extra_bytes(schema)
     return HEADER.size + -(-id_bytes // ALIGNMENT) * ALIGNMENT + n * per_region
 
 
@@ -133,6 +153,20 @@ def encode_id(image_id: str) -> bytes:
     return name
 
 
+def _little(dtype: str) -> np.dtype:
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def _extra_bytes(schema: StoreSchema) -> int:
+    return sum(np.dtype(dtype).itemsize for dtype in schema.extras.values())
+
+
+def _all_finite(features: np.ndarray) -> bool:
+    if features.dtype.itemsize == 2:  # the exponent's bits are several times as fast as NumPy's isfinite in half precision
+        return not (features.view(np.uint16) & 0x7C00 == 0x7C00).any()
+    return bool(np.isfinite(features).all())
+
+
 def _padded(name: bytes) -> bytes:
     return name + bytes(-len(name) % ALIGNMENT)
 
@@ -145,13 +179,24 @@ def _checked_arrays(image_id: str, record: RegionRecord, schema: StoreSchema) ->
         raise UsageError(f"image {image_id!r}: boxes, features, class_probs have shapes {shapes}; the store takes {wanted}")
     boxes = _checked_boxes(image_id, np.asarray(record.boxes, "<f4"), record.width, record.height)
     with np.errstate(over="ignore"):
-        features = np.asarray(record.features, "<f2")
+        features = np.asarray(record.features, _little(schema.feature_dtype))
     if not np.isfinite(features).all():
-        raise UsageError(f"image {image_id!r}: features hold NaN, Inf or values beyond float16")
+        raise UsageError(f"image {image_id!r}: features hold NaN, Inf or values beyond {schema.feature_dtype}")
     probs = np.asarray(record.class_probs, np.float32)
     if not np.isfinite(probs).all() or probs.min() < 0 or np.abs(probs.sum(1) - 1).max() > PROBS_TOLERANCE:
         raise UsageError(f"image {image_id!r}: class_probs are not probabilities (each row sums to 1, none below 0)")
     return boxes, features, probs
+
+
+def _checked_extras(image_id: str, record: RegionRecord, schema: StoreSchema) -> list[np.ndarray]:
+    """The extras in the schema's order and dtypes."""
+    shapes = {name: np.shape(value) for name, value in record.extras.items()}
+    if shapes != {name: (len(record),) for name in schema.extras}:
+        raise UsageError(f"image {image_id!r}: extras have shapes {shapes}; the store takes {[*schema.extras]}, [{len(record)}] each")
+    extras = [np.asarray(record.extras[name]).astype(_little(dtype), casting="same_kind") for name, dtype in schema.extras.items()]
+    if not all(np.isfinite(value).all() for value in extras):
+        raise UsageError(f"image {image_id!r}: extras hold NaN or Inf")
+    return extras
 
 
 def _checked_boxes(image_id: str, boxes: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -186,16 +231,26 @@ def _decode_probs(data: bytes | memoryview, at: int, n: int, schema: StoreSchema
     return probs
 
 
+def _decode_extras(data: bytes | memoryview, n: int, schema: StoreSchema) -> dict[str, np.ndarray]:
+    at, extras = len(data) - n * _extra_bytes(schema), {}
+    for name, dtype in schema.extras.items():
+        extras[name] = np.frombuffer(data, _little(dtype), n, at)
+        at += extras[name].nbytes
+    return extras
+
+
 def _checked_header(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object) -> tuple[int, int, int]:
     def damaged(what: str) -> DamagedError:
         return DamagedError(f"record {image_id!r} in {where} is damaged ({what}); extract the image again")
 
     if len(data) < HEADER.size:
         raise damaged(f"only {len(data)} bytes")
-    magic, version, kind, _, n, width, height, features, classes, top_k, id_bytes, _, _, crc = HEADER.unpack_from(data)
+    magic, version, probs, features, n, width, height, size, classes, top_k, id_bytes, extras, _, crc = HEADER.unpack_from(data)
     if (magic, version) != (MAGIC, VERSION):
         raise damaged("no record stands there")
-    if (kind, features, classes, top_k) != (PROBS_KINDS[schema.probs], schema.feature_size, schema.num_classes, schema.top_k):
+    kinds = PROBS_KINDS[schema.probs], FEATURE_KINDS[schema.feature_dtype]
+    sizes = schema.feature_size, schema.num_classes, schema.top_k, _extra_bytes(schema)
+    if (probs, features, size, classes, top_k, extras) != kinds + sizes:
         raise damaged("its sizes are not the store's")
     if n == 0 or len(data) != record_size(n, id_bytes, schema):
         raise damaged(f"{len(data)} bytes for {n} regions")

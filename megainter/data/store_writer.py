@@ -101,8 +101,11 @@ class FeatureStoreWriter:
 
     def add_all(self, records: Iterable[tuple[str, RegionRecord]]) -> None:
         """Store records that end in one transaction: after a kill all of them are there or none."""
-        encoded = [(image_id, *encode(image_id, record, self.schema), len(record)) for image_id, record in records]
-        for image_id, data, crc, regions in encoded:
+        self.add_encoded([(image_id, *encode(image_id, record, self.schema), len(record)) for image_id, record in records])
+
+    def add_encoded(self, records: Iterable[tuple[str, bytes, int, int]]) -> None:
+        """``add_all`` for records that are bytes of this schema already: (id, bytes, CRC-32, region count) each."""
+        for image_id, data, crc, regions in records:
             known = self.pending[image_id][1] if image_id in self.pending else self.done.get(image_id)
             if known is None:
                 self.oldest_pending = self.oldest_pending if self.pending else time.monotonic()
