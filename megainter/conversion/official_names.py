@@ -3,6 +3,8 @@
 The official code keeps interaction and text layers in one list, ``bert.encoder.layer``: the interaction layers first.
 """
 
+import re
+
 from megainter.model.configuration import InterBertConfig
 
 _MODULES = {
@@ -35,6 +37,9 @@ _LAYER_MODULES = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
+_OUR_MODULES = {theirs: ours for ours, theirs in _MODULES.items()}
+_OUR_LAYER_MODULES = {theirs: ours for ours, theirs in _LAYER_MODULES.items()}
+_LAYER = re.compile(r"bert\.encoder\.(layer|v_layer)\.(\d{1,4})\.(.+)")
 # The official decoder has no bias of its own: the head adds one that sits beside it.
 _MSM_BIAS = ("msm_head.decoder.bias", "cls.predictions.bias")
 
@@ -50,6 +55,22 @@ def official_name(name: str, config: InterBertConfig) -> str:
         stack = "v_layer" if stream == "region" else "layer"
         return f"bert.encoder.{stack}.{number}.{_LAYER_MODULES[rest]}.{kind}"
     return f"{_MODULES[module]}.{kind}"
+
+
+def our_name(name: str, interaction_layers: int) -> str | None:
+    """Our parameter name of an official state-dict key, where the first ``interaction_layers`` layers interact; None if there is none."""
+    if name == _MSM_BIAS[1]:
+        return _MSM_BIAS[0]
+    module, _, kind = name.rpartition(".")
+    layer = _LAYER.fullmatch(module)
+    if layer is None:
+        ours = _OUR_MODULES.get(module)
+        return f"{ours}.{kind}" if ours is not None else None
+    rest, number = _OUR_LAYER_MODULES.get(layer[3]), int(layer[2])
+    if rest is None:
+        return None
+    stream = "region" if layer[1] == "v_layer" else "interaction" if number < interaction_layers else "text"
+    return f"interbert.encoder.{stream}.{number - (interaction_layers if stream == 'text' else 0)}.{rest}.{kind}"
 
 
 def official_names(names: list[str], config: InterBertConfig) -> dict[str, str]:

@@ -1,48 +1,102 @@
-"""From a training run (any world size, any ZeRO stage) to a Hugging Face folder, bit-equal to the fp32 master weights."""
+"""From a training run (any world size, any ZeRO stage) to a Hugging Face folder, bit-equal to the fp32 master weights.
 
-import os
-import shutil
+Ours or DeepSpeed's own files; tensor by tensor, so that memory holds little more than the largest one.
+"""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
+from megainter.conversion.architecture import make_config, region_target, sizes_in_shapes, stated_sizes
+from megainter.conversion.deepspeed_files import find_deepspeed_folder, open_deepspeed
+from megainter.conversion.folder import Output, finish, refuse_existing
+from megainter.conversion.foreign_files import LazyTensor, without_prefix
+from megainter.conversion.official import bert_names, plan_official
+from megainter.conversion.plan import HEADS, Origin, Plan, make_plan
+from megainter.conversion.vocabulary import find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
-from megainter.files import fsync_folder, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint
 
 PREFIX = "model."  # of the trained module's parameter names
+TIED = "msm_head.decoder.weight"
 
 
-def convert(run: Path, destination: Path) -> InterBertForPreTraining:
+def convert(
+    run: Path,
+    destination: Path,
+    *,
+    ema: bool = False,
+    config_file: Path | None = None,
+    vocabulary: Path | None = None,
+    cased: bool | None = None,
+    allow_partial: bool = False,
+    verify: bool = False,
+) -> Plan:
     """Write the Hugging Face folder ``destination`` from a run folder's newest whole checkpoint, or from one checkpoint folder.
 
-    The folder holds config.json, model.safetensors (fp32), vocab.txt and tokenizer_config.json; it appears whole or not at all.
+    ``ema`` takes the averaged weights instead. A folder of DeepSpeed's own files (any stage, or universal) does as well; its model may
+    bear our names or the official ones, and its sizes come from the tensors and ``config_file``.
     Raises ``UsageError`` where there is no checkpoint or ``destination`` exists, ``DamagedError`` where files or tensors are wrong.
     """
-    if destination.exists():
-        raise UsageError(f"{destination} exists; give a new folder or remove it")
-    saved = find_checkpoint(run)
-    model = load_model(saved)
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
-        shutil.copyfile(saved.folder / "vocab.txt", partial / "vocab.txt")
-        settings = {
-            "do_lower_case": bool(saved.state["lowercase"]),
-            "tokenizer_class": "BertTokenizer",
-            "model_max_length": model.config.max_position_embeddings,
-        }
-        write_json(partial / "tokenizer_config.json", settings)
-        os.rename(partial, destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    fsync_folder(destination.absolute().parent)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{saved.folder} -> {destination}: step {saved.step:,}, {parameters:,} parameters, fp32")
-    return model
+    refuse_existing(destination)
+    folder = find_deepspeed_folder(run)
+    if folder is None:
+        saved = find_checkpoint(run)
+        files, _ = find_vocabulary(vocabulary or saved.folder / "vocab.txt", not saved.state["lowercase"] if cased is None else cased)
+        return _convert_ours(saved, "ema" if ema else "weights", Output(destination, files, allow_partial, verify=verify))
+    if ema:
+        raise UsageError(f"{folder} is a checkpoint of DeepSpeed's own, which holds no averaged weights; leave --ema out")
+    plan = plan_deepspeed(folder, config_file)
+    files, _ = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [])
+    require_room(files, plan.config.vocab_size)
+    finish(plan, folder, Output(destination, files, allow_partial, verify=verify))
+    return plan
+
+
+def _convert_ours(saved: checkpoint.Checkpoint, kind: str, output: Output) -> Plan:
+    with ExitStack() as stack:
+        tensors = _tensors(saved, kind, stack)
+        config = InterBertConfig.from_json_file(saved.folder / "config.json")
+        plan = _plan_ours(config, without_prefix(tensors, (PREFIX,)), [f"step {saved.step:,}"])
+        finish(plan, saved.folder, output)
+    return plan
+
+
+def _tensors(saved: checkpoint.Checkpoint, kind: str, stack: ExitStack) -> dict[str, LazyTensor]:
+    tensors = {}
+    for path in sorted(saved.folder.glob(f"{kind}-*.safetensors")):
+        file = stack.enter_context(safe_open(path, framework="pt"))
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            shape = tuple(file.get_slice(name).get_shape())
+            tensors[name] = LazyTensor(shape, torch.float32, lambda file=file, name=name: file.get_tensor(name))  # type: ignore[misc]
+    if not tensors:
+        raise UsageError(f"{saved.folder} has no {kind}-*.safetensors" + ("; leave --ema out" if kind == "ema" else ""))
+    return tensors
+
+
+def plan_deepspeed(folder: Path, config_file: Path | None) -> Plan:
+    """What a checkpoint of DeepSpeed's becomes; the model's names are ours or the official ones."""
+    state = open_deepspeed(folder)
+    tensors = without_prefix(state.tensors)
+    if not any(name.startswith("interbert.") for name in tensors):
+        plan = plan_official(bert_names(tensors, folder), folder, config_file, {})
+        return Plan(**{**vars(plan), "notes": (*state.notes, *plan.notes)})
+    stated = stated_sizes(config_file)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    target, notes = region_target(shapes, stated.get("region_objective"))
+    config, assumed = make_config(stated, sizes_in_shapes(shapes) | target, {})
+    return _plan_ours(config, tensors, [*state.notes, *notes, *assumed])
+
+
+def _plan_ours(config: InterBertConfig, tensors: dict[str, LazyTensor], notes: Iterable[str]) -> Plan:
+    heads = [head for head in HEADS if f"{head}.weight" in tensors]
+    found = {name: Origin(name, tensor) for name, tensor in tensors.items()}
+    return make_plan(config, found, [name for name in tensors if name != TIED], heads=heads, notes=notes)
 
 
 def find_checkpoint(run: Path) -> checkpoint.Checkpoint:

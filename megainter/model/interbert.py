@@ -101,6 +101,8 @@ class InterBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "interbert"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 - Hugging Face's name and form
+    # One folder may hold the heads of several models; each model takes its own.
+    _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|choice)_head\.", r"^classifier\."]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -274,8 +276,6 @@ def _mrm_targets(
 class InterBertForRetrieval(InterBertPreTrainedModel):
     """Scores how well caption and image match, with the matching head of pretraining (zero-shot as it comes, or fine-tuned)."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^msm_head\.", r"^mrm_head\."]  # noqa: RUF012 - a pretraining checkpoint has them
-
     def __init__(self, config: InterBertConfig) -> None:
         super().__init__(config)
         self.interbert = InterBertModel(config)
@@ -315,8 +315,6 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
 
 class InterBertForMultipleChoice(InterBertPreTrainedModel):
     """One score per choice of text for an image (VCR: question and answer, or question, answer and rationale)."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^msm_head\.", r"^mrm_head\.", r"^itm_head\."]  # noqa: RUF012
 
     def __init__(self, config: InterBertConfig) -> None:
         super().__init__(config)
@@ -361,8 +359,6 @@ def _per_choice(tensor: torch.Tensor | None, choices: int, shared_dims: int) -> 
 
 class InterBertForSequenceClassification(InterBertPreTrainedModel):
     """``config.num_labels`` classes for a caption and an image, or for a text or an image alone; one label means regression."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^msm_head\.", r"^mrm_head\.", r"^itm_head\."]  # noqa: RUF012
 
     def __init__(self, config: InterBertConfig) -> None:
         super().__init__(config)

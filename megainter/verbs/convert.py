@@ -1,23 +1,223 @@
 """`megainter convert`: checkpoints in and out."""
 
 from pathlib import Path
+from typing import Literal
 
 from cyclopts import App
 
 convert_app = App(name="convert", help="Move checkpoints in and out.")
 
 
+@convert_app.command(name="official")
+def convert_official(
+    src: Path,
+    dst: Path,
+    /,
+    *,
+    to: Literal["folder", "official"] = "folder",
+    config: Path | None = None,
+    fusion: Literal["mul", "sum"] | None = None,
+    region_objective: Literal["class", "feature"] | None = None,
+    interaction_layers: int | None = None,
+    vocabulary: Path | None = None,
+    cased: bool | None = None,
+    allow_partial: bool = False,
+    verify: bool = False,
+) -> None:
+    """Turn a released InterBERT checkpoint into a Hugging Face folder, or back.
+
+    Parameters
+    ----------
+    src
+        Official file (pytorch_model_N.bin, pytorch_model_N_ema.bin); with --to official, a folder of ours.
+    dst
+        Folder to write, with --to official the .bin; must not exist.
+    to
+        "official" writes the official file from a folder, and its settings beside it as NAME.json.
+    config
+        The official JSON of the checkpoint; what it does not say is read from the tensors, or taken from the released model and said.
+    fusion
+        How the pooled vectors are joined; it cannot be read from the file. Default: the JSON's, else mul.
+    region_objective
+        What the region head predicts. Default: features where it is as wide as they are, else classes.
+    interaction_layers
+        How many of the file's layers are interaction layers. Default: the JSON's, else half.
+    vocabulary
+        vocab.txt to put beside the model.
+    cased
+        The vocabulary keeps upper case. Default: as its folder or its entries tell.
+    allow_partial
+        Convert what fits: what is missing begins anew. Otherwise an incomplete checkpoint ends with exit code 4 and writes nothing.
+    verify
+        Run source and result on the same input and compare.
+    """
+    from megainter.conversion import official
+
+    if to == "official":
+        official.to_official(src, dst, verify=verify)
+        return
+    choices = {"fusion": fusion, "region_objective": region_objective, "num_interaction_layers": interaction_layers}
+    official.convert_official(
+        src, dst, config_file=config, choices=choices, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify
+    )
+
+
+@convert_app.command(name="bert")
+def convert_bert(
+    src: Path,
+    dst: Path,
+    /,
+    *,
+    config: Path | None = None,
+    interaction_layers: int | None = None,
+    region_layers: Literal["fresh", "text"] = "fresh",
+    num_region_layers: int | None = None,
+    num_region_attention_heads: int | None = None,
+    region_feature_size: int = 2048,
+    num_region_classes: int = 1601,
+    pooler_size: int = 1024,
+    fusion: Literal["mul", "sum"] = "mul",
+    region_objective: Literal["class", "feature"] = "class",
+    seed: int = 0,
+    vocabulary: Path | None = None,
+    cased: bool | None = None,
+    allow_partial: bool = False,
+    verify: bool = False,
+) -> None:
+    """Start an InterBERT from a BERT of any size and language, or from a UNITER.
+
+    Parameters
+    ----------
+    src
+        Hugging Face folder, or a .bin or .safetensors file.
+    dst
+        Folder to write; must not exist.
+    config
+        BERT's config.json. Default: the one in the folder.
+    interaction_layers
+        How many of BERT's layers become interaction layers; the others become the text stream. Default: half.
+    region_layers
+        The region stream begins anew ("fresh"), or as copies of the text stream's layers ("text").
+    num_region_layers
+        Region layers. Default: as many as text layers.
+    num_region_attention_heads
+        Heads of a region layer. Default: 8 where that divides the width, else BERT's; BERT's with --region-layers text.
+    region_feature_size
+        Width of a region's feature.
+    num_region_classes
+        Classes of the detector, background included.
+    pooler_size
+        Width of the pooled vectors.
+    fusion
+        How the pooled vectors are joined.
+    region_objective
+        What the region head predicts.
+    seed
+        Draws everything that begins anew.
+    vocabulary
+        vocab.txt. Default: the one in the folder.
+    cased
+        The vocabulary keeps upper case. Default: as its folder or its entries tell.
+    allow_partial
+        Convert what fits: what is missing begins anew. Otherwise an incomplete checkpoint ends with exit code 4 and writes nothing.
+    verify
+        Run BERT and the result on the same text and compare.
+    """
+    from megainter.conversion import bert
+
+    start = bert.Start(
+        interaction_layers=interaction_layers, region_layers=region_layers, num_region_layers=num_region_layers,
+        num_region_attention_heads=num_region_attention_heads, region_feature_size=region_feature_size,
+        num_region_classes=num_region_classes, pooler_size=pooler_size, fusion=fusion, region_objective=region_objective, seed=seed,
+    )  # fmt: skip
+    bert.convert_bert(src, dst, start, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify)
+
+
 @convert_app.command(name="zero")
-def convert_zero(run: Path, dst: Path, /) -> None:
-    """Export a training run to a Hugging Face folder.
+def convert_zero(
+    run: Path,
+    dst: Path,
+    /,
+    *,
+    ema: bool = False,
+    config: Path | None = None,
+    vocabulary: Path | None = None,
+    cased: bool | None = None,
+    allow_partial: bool = False,
+    verify: bool = False,
+) -> None:
+    """Export a training run to a Hugging Face folder, in fp32.
 
     Parameters
     ----------
     run
-        Run folder (its newest whole checkpoint is taken) or one checkpoint folder.
+        Run folder (its newest whole checkpoint is taken) or one checkpoint folder; or a folder of DeepSpeed's own checkpoints.
     dst
         Folder to write; must not exist.
+    ema
+        Take the averaged weights.
+    config
+        For DeepSpeed's own checkpoints: the model's JSON, ours or official.
+    vocabulary
+        vocab.txt. Default: the run's.
+    cased
+        The vocabulary keeps upper case. Default: the run's.
+    allow_partial
+        Convert what fits: what is missing begins anew. Otherwise an incomplete checkpoint ends with exit code 4 and writes nothing.
+    verify
+        Read the written folder again and compare every tensor.
     """
     from megainter.conversion.zero import convert
 
-    convert(run, dst)
+    convert(run, dst, ema=ema, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify)
+
+
+@convert_app.command(name="hf")
+def convert_hf(
+    src: Path,
+    dst: Path,
+    /,
+    *,
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    resize_vocabulary: int | None = None,
+    vocabulary: Path | None = None,
+    cased: bool | None = None,
+    head: Literal["retrieval", "choice", "classification"] | None = None,
+    num_labels: int = 2,
+    seed: int = 0,
+    allow_partial: bool = False,
+    verify: bool = False,
+) -> None:
+    """Change a folder of ours: dtype, vocabulary, heads.
+
+    Parameters
+    ----------
+    src
+        Hugging Face folder of InterBERT.
+    dst
+        Folder to write; must not exist.
+    dtype
+        Of the written weights.
+    resize_vocabulary
+        Number of word embeddings; the first ones are kept, new ones drawn.
+    vocabulary
+        New vocab.txt: entries that the old one has keep their embedding, the others are drawn.
+    cased
+        The new vocabulary keeps upper case. Default: as its folder or its entries tell.
+    head
+        Add this head where it is not there, and name the model that reads it.
+    num_labels
+        Classes of a new classification head.
+    seed
+        Draws everything that begins anew.
+    allow_partial
+        Convert what fits: what is missing begins anew. Otherwise an incomplete folder ends with exit code 4 and writes nothing.
+    verify
+        Read the written folder again and compare every tensor.
+    """
+    from megainter.conversion.hugging_face import convert_hugging_face
+
+    convert_hugging_face(
+        src, dst, dtype=dtype, resize_vocabulary=resize_vocabulary, vocabulary=vocabulary, cased=cased, head=head,
+        num_labels=num_labels, seed=seed, allow_partial=allow_partial, verify=verify,
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Writing a Hugging Face folder: tensor by tensor, so that memory holds one of them, and whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megainter.conversion.foreign_files import LazyTensor, open_tensors
+from megainter.conversion.plan import Plan, print_table, require_complete, tensors_of
+from megainter.conversion.vocabulary import VocabularyFiles, write_vocabulary
+from megainter.errors import DamagedError, UsageError
+from megainter.files import fsync_folder
+from megainter.model.configuration import InterBertConfig
+from megainter.progress import Progress
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a conversion goes, and how: ``seed`` draws what is newly initialised."""
+
+    destination: Path
+    vocabulary: VocabularyFiles | None = None
+    allow_partial: bool = False
+    seed: int = 0
+    dtype: str = "fp32"
+    architecture: str = "InterBertForPreTraining"
+    verify: bool = False
+
+
+def finish(plan: Plan, source: object, output: Output, compare: Callable[[Path], str] | None = None) -> None:
+    """Print the plan's table and write its folder; ``output.verify`` compares it before it appears, by ``compare`` or by reading it again.
+
+    Raises ``DamagedError`` where the plan is incomplete and that is not allowed, or a tensor is not finite; nothing is left then.
+    """
+    print_table(plan)
+    require_complete(plan, source, output.allow_partial)
+    with new_folder(output.destination) as partial:
+        tensors = tensors_of(plan, output.seed)
+        write_folder(partial, plan.config, tensors, output)
+        if output.verify:
+            print(compare(partial) if compare is not None else reread(partial, tensors, DTYPES[output.dtype]))
+    print(f"{source} -> {output.destination}: {plan.parameters:,} parameters, {output.dtype}")
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to fill beside ``destination``, which it becomes at the end; after an exception nothing is left of it."""
+    refuse_existing(destination)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.iterdir():
+            _fsync(path)
+        fsync_folder(partial)
+        os.rename(partial, destination)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    fsync_folder(destination.absolute().parent)
+
+
+def refuse_existing(destination: Path) -> None:
+    """``UsageError`` where ``destination`` exists: a conversion never writes over something."""
+    if destination.exists():
+        raise UsageError(f"{destination} exists; give a new name or remove it")
+
+
+def _fsync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_folder(folder: Path, config: InterBertConfig, tensors: Mapping[str, LazyTensor], output: Output) -> None:
+    """config.json, model.safetensors, and the vocabulary's files where there is one."""
+    config.architectures = [output.architecture]
+    config.dtype = DTYPES[output.dtype]
+    config.save_pretrained(folder)
+    write_tensors(folder / "model.safetensors", tensors, DTYPES[output.dtype])
+    if output.vocabulary is not None:
+        write_vocabulary(folder, output.vocabulary, config.max_position_embeddings)
+
+
+def reread(written: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> str:
+    """Compare what was ``written`` (a folder or a file) with its source, bit by bit; ``DamagedError`` names a tensor that differs."""
+    again = open_tensors(written)
+    for name, tensor in tensors.items():
+        if name not in again or not torch.equal(again[name].read(), tensor.read().to(dtype)):
+            raise DamagedError(f"{name} was not written as it was read: nothing is left; is the disk sound?")
+    return f"verified: {len(tensors)} tensors read again, bit-equal"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> None:
+    """Write a safetensors file of ``dtype``, reading one tensor at a time. ``DamagedError`` for NaN, infinity, or a shape that changed."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        end = offset + torch.Size(tensor.shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}  # type: ignore[dict-item]
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file, Progress(f"writing {path.name}", len(tensors), "tensors") as progress:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            file.write(_bytes(name, tensor, dtype))
+            progress.update()
+
+
+def _bytes(name: str, lazy: LazyTensor, dtype: torch.dtype) -> memoryview:
+    tensor = lazy.read()
+    if tuple(tensor.shape) != lazy.shape:
+        raise DamagedError(f"{name} is {list(tensor.shape)} instead of {list(lazy.shape)}; the checkpoint changed while it was read")
+    finite = bool(torch.isfinite(tensor).all())
+    tensor = tensor.to(dtype).contiguous()
+    if not finite:
+        raise DamagedError(f"{name} holds NaN or infinite values: the training that wrote it had diverged; take an earlier checkpoint")
+    if dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
+        raise DamagedError(f"{name} holds values beyond fp16's largest, 65504; convert to bf16 or fp32 instead")
+    return tensor.view(-1).view(torch.uint8).numpy().data

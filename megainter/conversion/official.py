@@ -1,0 +1,171 @@
+"""The released InterBERT's checkpoints: into a Hugging Face folder, and back, bit-equal.
+
+The official ``pytorch_model_N.bin`` and ``_ema.bin`` are plain dictionaries of tensors, pretraining and VL-task models alike. What they do
+not tell (attention heads, fusion, where the interaction layers end) comes from the JSON, from options, or from the released model.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megainter.conversion.architecture import layer_count, make_config, official_settings, region_target, sizes_in_shapes, stated_sizes
+from megainter.conversion.folder import Output, finish, refuse_existing, reread
+from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
+from megainter.conversion.official_names import official_name, our_name
+from megainter.conversion.plan import HEADS, Origin, Plan, expected_shapes, make_plan, require_complete
+from megainter.conversion.vocabulary import find_vocabulary, require_room
+from megainter.errors import DamagedError, UsageError
+from megainter.files import fsync_folder, write_json
+from megainter.model.configuration import InterBertConfig
+
+WORD, TIED = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+# Two heads of the official VL-task model that none of its tasks trains, and the buffer of token positions newer tools add.
+LEFT_OVER = r"(vision_logit|linguisic_logit)\.|bert\.embeddings\.position_ids$"
+CHOICES = ("fusion", "region_objective", "num_interaction_layers")
+
+
+def convert_official(
+    source: Path,
+    destination: Path,
+    *,
+    config_file: Path | None = None,
+    choices: Mapping[str, Any] | None = None,
+    vocabulary: Path | None = None,
+    cased: bool | None = None,
+    allow_partial: bool = False,
+    verify: bool = False,
+) -> Plan:
+    """Write the Hugging Face folder ``destination`` from an official checkpoint.
+
+    ``choices`` may name "fusion", "region_objective" and "num_interaction_layers" (None: not chosen). With ``verify`` the source runs
+    through a plain reading of the official forward, the target through its own, on the same input.
+    Raises ``DamagedError`` for a file that is damaged, hostile or incomplete, ``UsageError`` for one of another model.
+    """
+    refuse_existing(destination)
+    tensors = bert_names(without_prefix(open_tensors(source)), source)
+    plan = plan_official(tensors, source, config_file, choices or {})
+    files, _ = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [])
+    require_room(files, plan.config.vocab_size)
+    finish(plan, source, Output(destination, files, allow_partial, verify=verify), lambda folder: compare(tensors, plan, folder))
+    return plan
+
+
+def bert_names(tensors: dict[str, LazyTensor], source: object) -> dict[str, LazyTensor]:
+    """The tensors under the names of a model with heads: a bare one's get the prefix ``bert.``; ``UsageError`` for another model."""
+    if any(".c_layer." in name for name in tensors):
+        count = sum(".c_layer." in name for name in tensors)
+        raise UsageError(
+            f"{source} is a ViLBERT: its {count} co-attention tensors (encoder.c_layer.*) have no place in an InterBERT, and without them "
+            "its two streams mean nothing; start from the BERT it started from (convert bert)"
+        )
+    if "embeddings.word_embeddings.weight" in tensors:
+        tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()}
+    if WORD not in tensors:
+        raise UsageError(f"{source} has no {WORD}: it is neither an InterBERT nor a BERT (it begins with {next(iter(tensors), 'nothing')})")
+    return tensors
+
+
+def plan_official(tensors: Mapping[str, LazyTensor], source: object, config_file: Path | None, choices: Mapping[str, Any]) -> Plan:
+    """What an official checkpoint becomes. ``tensors`` by official names."""
+    if not any(name.startswith("bert.v_embeddings.") for name in tensors):
+        raise UsageError(f"{source} has no bert.v_embeddings.*: it is a BERT, not an InterBERT; use convert bert")
+    stated = stated_sizes(config_file)
+    interaction, notes = _interaction_layers(tensors, stated, choices.get("num_interaction_layers"))
+    found = {}
+    for name, tensor in tensors.items():
+        ours = our_name(name, interaction)
+        if ours is not None and name != TIED:
+            found[ours] = Origin(name, tensor)
+    shapes = {name: origin.tensor.shape for name, origin in found.items()}
+    target, more = region_target(shapes, choices.get("region_objective") or stated.get("region_objective"))
+    config, assumed = make_config(stated, sizes_in_shapes(shapes) | target, {"fusion": choices.get("fusion")})
+    heads = [head for head in HEADS if f"{head}.weight" in found]
+    require_tied(tensors, source)
+    names = [name for name in tensors if name != TIED]  # the same tensor as the word embeddings
+    return make_plan(config, found, names, heads=heads, left_over=LEFT_OVER, notes=[*notes, *more, *assumed, *_casts(found)])
+
+
+def _interaction_layers(tensors: Mapping[str, LazyTensor], stated: Mapping[str, Any], chosen: int | None) -> tuple[int, list[str]]:
+    """How many of ``bert.encoder.layer`` are interaction layers; the rest are the text stream's."""
+    total = layer_count({name: tensor.shape for name, tensor in tensors.items()}, "bert.encoder.layer.")
+    count = chosen if chosen is not None else stated.get("num_interaction_layers")
+    if count is None:
+        return total // 2, [f"layers 0-{total // 2 - 1} of {total} are taken for the interaction module, as in the released model"]
+    if not isinstance(count, int) or not 0 <= count <= total:
+        raise UsageError(f"{count} interaction layers are asked for, the checkpoint has {total} layers of text in all")
+    return count, []
+
+
+def require_tied(tensors: Mapping[str, LazyTensor], source: object) -> None:
+    """``DamagedError`` where the decoder's weight is there and is not the word embeddings."""
+    if TIED in tensors and tensors[TIED].shape != tensors[WORD].shape:
+        raise DamagedError(f"{source}: {TIED} has another shape than the word embeddings, with which it is one tensor in an InterBERT")
+    if TIED in tensors and not torch.equal(tensors[TIED].read(), tensors[WORD].read()):
+        raise DamagedError(f"{source}: {TIED} differs from the word embeddings, with which it is one tensor in an InterBERT")
+
+
+def _casts(found: Mapping[str, Origin]) -> list[str]:
+    others = {str(origin.tensor.dtype).removeprefix("torch.") for origin in found.values()} - {"float32"}
+    return [f"{', '.join(sorted(others))} tensors are written as fp32"] if others else []
+
+
+def compare(tensors: Mapping[str, LazyTensor], plan: Plan, folder: Path) -> str:
+    """Run source and target on one drawn input; ``DamagedError`` where their logits differ by more than rounding."""
+    from megainter.conversion.plain_official import difference
+
+    worst = difference({name: tensor.read().float() for name, tensor in tensors.items()}, plan.config, folder)
+    if not worst <= 1e-4:
+        raise DamagedError(f"the converted model's logits differ from the source's by {worst:.1e}: nothing was written; please report it")
+    return f"verified: all logits equal to those of the official forward within {worst:.1e} of the largest"
+
+
+def to_official(source: Path, destination: Path, *, verify: bool = False) -> None:
+    """Write a folder of ours as an official ``.bin``, the tied decoder included, and its JSON beside it (``NAME.json``).
+
+    fp32 tensors arrive bit-equal. ``UsageError`` where files exist or the source is not a pretraining folder of ours.
+    """
+    settings = destination.with_suffix(".json")
+    for path in (destination, settings):
+        refuse_existing(path)
+    config, tensors = open_ours(source)
+    heads = [head for head in HEADS if f"{head}.weight" in tensors]
+    plan = make_plan(config, {name: Origin(name, tensor) for name, tensor in tensors.items()}, tensors, heads=heads)
+    require_complete(plan, source, allow_partial=False)
+    state = official_state({name: tensors[name].read().float() for name in expected_shapes(config, heads)}, config)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if verify:
+            print(reread(partial, {name: LazyTensor.of(tensor) for name, tensor in state.items()}, torch.float32))
+        write_json(settings, official_settings(config))
+        os.rename(partial, destination)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_folder(destination.absolute().parent)
+    print(f"{source} -> {destination}: {len(state)} tensors, and its settings in {settings.name}")
+
+
+def open_ours(source: Path) -> tuple[InterBertConfig, dict[str, LazyTensor]]:
+    """Configuration and tensors of a Hugging Face folder of ours; ``UsageError`` where it is another model's."""
+    if not (source / "config.json").is_file():
+        raise UsageError(f"{source} has no config.json; give a Hugging Face folder of InterBERT")
+    stated = stated_sizes(source / "config.json")
+    if stated.get("model_type") != InterBertConfig.model_type:
+        raise UsageError(f"{source} is not an InterBERT's folder; use convert bert or convert official")
+    return InterBertConfig(**stated), open_tensors(source)
+
+
+def official_state(tensors: Mapping[str, Tensor], config: InterBertConfig) -> "OrderedDict[str, Tensor]":
+    """Our tensors under the official names, the decoder's tied weight under both of its own."""
+    state = OrderedDict((official_name(name, config), tensor) for name, tensor in tensors.items())
+    state[TIED] = state[WORD]
+    return state
