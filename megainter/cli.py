@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from megainter.errors import STOPPED_EARLY, MegainterError, UsageError
-from megainter.training.process import end_with_launcher
+from megainter.training.process import adopt_rank, end_with_launcher, record_exit
 from megainter.verbs.convert import convert_app
 from megainter.verbs.demo import demo
 from megainter.verbs.evaluate import evaluate_app
 from megainter.verbs.extract import extract
+from megainter.verbs.launch import launch
+from megainter.verbs.plan import plan
 from megainter.verbs.prepare import prepare
 from megainter.verbs.pretrain import pretrain
 from megainter.verbs.view import view
@@ -27,6 +29,8 @@ app.command(demo)
 app.command(prepare)
 app.command(extract)
 app.command(pretrain, help_flags=[])
+app.command(launch)
+app.command(plan)
 app.command(evaluate_app)
 app.command(convert_app)
 app.command(view)
@@ -34,9 +38,11 @@ app.command(view)
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Run one verb; a user's mistake ends in one line and its exit code, without a traceback."""
+    adopt_rank()
     end_with_launcher()
     try:
-        app(tokens, exit_on_error=False, print_error=False)
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        record_exit(0)
     except CycloptsError as error:
         _end(f"{' '.join(str(error).split())} (see megainter --help)", UsageError.exit_code)
     except MegainterError as error:
@@ -49,6 +55,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
 
 def _end(text: str, code: int, told: bool = True) -> None:
     """Print one line (from the first rank where all say the same) and leave at once, without waiting for other ranks."""
+    record_exit(code)
     rank = int(os.environ.get("RANK", "0"))
     if text and not (told and rank > 0):
         print(f"megainter: {text}" if rank == 0 else f"megainter: rank {rank}: {text}", file=sys.stderr, flush=True)

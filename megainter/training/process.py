@@ -1,5 +1,6 @@
 """This process among the others: world, signals, the lock of a run folder, and not outliving the launcher."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -7,15 +8,26 @@ import signal
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from megainter.errors import LockedError
+from megainter.files import write_atomically
 
 WATCH_VARIABLE = "MEGAINTER_WATCH_PID"  # a process whose end must end this one too
+STOP_VARIABLE = "MEGAINTER_STOP_FILE"  # a file; when it appears, this process treats it as SIGTERM
+PULSE_VARIABLE = "MEGAINTER_PULSE_FILE"  # a file that a launcher on another host rewrites while it lives
+OUTCOME_VARIABLE = "MEGAINTER_OUTCOME_FOLDER"  # where exit codes are left: launchers turn them into their own
+RANKS_VARIABLE = "MEGAINTER_RANKS_FROM"  # "slurm": srun started the ranks
+PULSE_LIMIT = 60.0  # seconds without a new pulse after which the launcher counts as dead
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+RANK_SOURCES = {  # rank, world size, local rank, local world size
+    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+}
 
 
 def launched() -> bool:
@@ -29,6 +41,32 @@ def become_single_process() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def adopt_rank() -> None:
+    """Take rank and world size from Open MPI or, where ``RANKS_VARIABLE`` says so, from srun, into the names PyTorch reads.
+
+    Without MASTER_ADDR this is done on one machine only: there the address is known, and the port follows from the job's name.
+    """
+    source = RANK_SOURCES["slurm" if os.environ.get(RANKS_VARIABLE) == "slurm" else "openmpi"]
+    if "RANK" in os.environ or not all(name in os.environ for name in source[:3]):
+        return
+    rank, size, local_rank, local_size = (os.environ.get(name, "") for name in source)
+    if "MASTER_ADDR" not in os.environ:
+        if local_size != size:
+            return
+        job = os.environ.get("PMIX_NAMESPACE", "") or os.environ.get("OMPI_MCA_ess_base_jobid", "")  # noqa: SIM112 - its name
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 10000))
+    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank)
+
+
+def record_exit(code: int) -> None:
+    """Leave the exit code for a supervising launcher: rank 0 always, other ranks where they fail."""
+    folder, rank = os.environ.get(OUTCOME_VARIABLE), int(os.environ.get("RANK", "0"))
+    if folder and (rank == 0 or code):
+        with contextlib.suppress(OSError):
+            write_atomically(Path(folder) / f"rank-{rank:05d}", f"{code}\n")
 
 
 class StopRequest:
@@ -77,19 +115,43 @@ def _alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def end_with_launcher(interval: float = 1.0) -> None:
-    """Start a thread that ends this process within seconds of its launcher's death.
+class _Pulse:
+    """A launcher's file on a shared disk: alive as long as its text changes, by this host's clock; an unreadable file says nothing."""
 
-    DeepSpeed's launcher, when killed, leaves its ranks running; they would go on writing to the run folder.
+    def __init__(self, path: str | None) -> None:
+        self.path, self.text, self.changed = path, "", time.monotonic()
+
+    def beats(self) -> bool:
+        if self.path is None:
+            return True
+        with contextlib.suppress(OSError):
+            text = Path(self.path).read_text()
+            if text != self.text:
+                self.text, self.changed = text, time.monotonic()
+            return time.monotonic() - self.changed < PULSE_LIMIT
+        self.changed = time.monotonic()
+        return True
+
+
+def end_with_launcher(interval: float = 0.5) -> None:
+    """Start a thread that ends this process within seconds of its launcher's death, and passes on the launcher's wish to stop.
+
+    DeepSpeed's launcher, when killed, leaves its ranks running; they would go on writing to the run folder. Signals do not reach ranks
+    on other hosts, and launchers kill where they should ask: a file on the shared disk reaches every rank under each of them.
     """
-    watched = _launchers()
+    watched, stop = _launchers(), os.environ.get(STOP_VARIABLE)
+    pulse = _Pulse(os.environ.get(PULSE_VARIABLE))
 
     def watch() -> None:
-        while all(_alive(pid) for pid in watched):
+        asked = False
+        while all(_alive(pid) for pid in watched) and pulse.beats():
+            if stop is not None and not asked and os.path.exists(stop):
+                asked = True
+                os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(interval)
         os._exit(143)
 
-    if watched and Path("/proc/self/stat").exists():
+    if (watched or stop or pulse.path) and Path("/proc/self/stat").exists():
         threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
 
 

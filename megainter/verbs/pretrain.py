@@ -24,14 +24,15 @@ def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
         return
     from megainter.config import load_config
 
-    recipe, overrides = _split_config(settings)
+    recipe, overrides = split_config(settings)
     config = load_config(recipe, overrides)
     from megainter.training.loop import pretrain as train
 
     train(config)
 
 
-def _split_config(tokens: Sequence[str]) -> tuple[Path | None, list[str]]:
+def split_config(tokens: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The recipe that --config names, and the settings without it; ``UsageError`` where the name is missing."""
     rest, recipe = list(tokens), None
     for position, token in enumerate(rest):
         if token == "--config" or token.startswith("--config="):

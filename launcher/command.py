@@ -1,0 +1,164 @@
+"""The exact command that hands a job to an existing engine: DeepSpeed's launcher, torchrun, mpirun or srun. Lists of words, no shell."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launcher.hostfile import Host
+from megainter.errors import UsageError
+
+Engine = Literal["deepspeed", "torchrun", "mpirun", "srun"]
+RemoteShell = Literal["pdsh", "openmpi", "mpich", "slurm"]
+MODULE = "megainter.pretrain"
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+# What no shell reads as anything but text, and pdsh (which expands %) neither. DeepSpeed's pdsh runner quotes nothing.
+PLAIN = re.compile(r"[A-Za-z0-9_./:,=@+~-]*")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Variables that run or load code of their own, or that the engines set themselves.
+FORBIDDEN = re.compile(
+    r"LD_(?!LIBRARY_PATH$).*|BASH_.*|ENV|IFS|PS4|PROMPT_COMMAND|SHELLOPTS|PYTHON(STARTUP|INSPECT|HOME|BREAKPOINT|WARNINGS)|PERL5.*|"
+    r"DS_ENV_FILE|PDSH_.*|SBATCH_.*|SLURM_.*|OMPI_.*|PMIX_.*|PMI_.*|(LOCAL_|CROSS_)?(RANK|SIZE)|WORLD_SIZE|MASTER_(ADDR|PORT)|MEGAINTER_.*|GIT_.*"
+)
+# What ranks on other hosts get from here without being asked, where it is set.
+PASSED_ON = re.compile(
+    r"PATH|PYTHONPATH|LD_LIBRARY_PATH|DS_ACCELERATOR|OMP_NUM_THREADS|CUDA_HOME|TORCH_EXTENSIONS_DIR|HF_HOME|"
+    r"(NCCL|GLOO|UCX)_.*"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is started: ``arguments`` of the pretraining command on every device of ``hosts`` (empty: ``processes`` on this machine)."""
+
+    engine: Engine
+    arguments: tuple[str, ...]
+    hosts: tuple[Host, ...]
+    processes: int
+    environment: Mapping[str, str]  # given to every rank, on every host
+    folder: Path  # of the attempt: hostfile, environment file
+    master: str
+    port: int
+    remote_shell: RemoteShell = "pdsh"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return sum(host.slots for host in self.hosts) if self.hosts else self.processes
+
+
+def check_arguments(arguments: Sequence[str], remote: bool) -> None:
+    """``UsageError`` for an argument with control characters, or (``remote``) one that a shell on the way would not take literally."""
+    for argument in arguments:
+        if CONTROL.search(argument):
+            raise UsageError(f"argument {argument!a} contains control characters")
+        if remote and PLAIN.fullmatch(argument) is None:
+            raise UsageError(f"argument {argument!a} would pass through shells on other hosts; use letters, digits and _./:,=@+~- only")
+
+
+def check_environment(given: Sequence[str], remote: bool) -> dict[str, str]:
+    """``NAME=VALUE`` words as a dictionary; ``UsageError`` where one loads code, is set by the engines, or does not survive a shell."""
+    environment = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not equals or NAME.fullmatch(name) is None:
+            raise UsageError(f"--env {word!a} is not of the form NAME=VALUE")
+        if FORBIDDEN.fullmatch(name):
+            raise UsageError(f"--env {name} is not passed on: it is the launcher's own, or makes programs load code")
+        _check_value(f"--env {name}", value, remote)
+        environment[name] = value
+    return environment
+
+
+def inherited_environment(source: Mapping[str, str]) -> dict[str, str]:
+    """What ranks on other hosts take over from this environment (``PASSED_ON``), checked likewise."""
+    found = {name: value for name, value in source.items() if PASSED_ON.fullmatch(name)}
+    for name, value in found.items():
+        _check_value(f"environment variable {name}", value, remote=True)
+    return found
+
+
+def _check_value(what: str, value: str, remote: bool) -> None:
+    if CONTROL.search(value):
+        raise UsageError(f"{what} contains control characters")
+    if remote and PLAIN.fullmatch(value) is None:
+        raise UsageError(f"{what} is {value!a}; for other hosts use letters, digits and _./:,=@+~- only")
+
+
+def build(job: Job) -> list[str]:
+    """The command line that starts ``job``; ``UsageError`` where the engine cannot do it, with the one that can."""
+    makers = {"deepspeed": _deepspeed, "torchrun": _torchrun, "mpirun": _mpirun, "srun": _srun}
+    return makers[job.engine](job)
+
+
+def _deepspeed(job: Job) -> list[str]:
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(job.port)]
+    if not job.hosts:
+        # A hostfile that is not there: otherwise the runner would take /job/hostfile.
+        return [*runner, "--hostfile", str(job.folder / "none"), "--num_gpus", str(job.processes), "--module", MODULE, *job.arguments]
+    for path in (Path.cwd(), Path(sys.executable)):
+        if PLAIN.fullmatch(str(path)) is None:
+            raise UsageError(f"{str(path)!a} would pass through shells on other hosts; move to a path without special characters")
+    chosen = "@".join(f"{host.name}:{','.join(map(str, host.devices))}" for host in job.hosts)
+    return [
+        *runner, "--hostfile", str(job.folder / "hostfile"), "--include", chosen, "--master_addr", job.master, "--launcher",
+        job.remote_shell, "--force_multi", "--module", MODULE, *job.arguments,
+    ]  # fmt: skip
+
+
+def _torchrun(job: Job) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    if not job.hosts:
+        return [*torchrun, str(job.processes), "--standalone", "--module", MODULE, *job.arguments]
+    raise UsageError("torchrun starts the processes of one machine only; for a hostfile use --engine deepspeed or --engine mpirun")
+
+
+def _mpirun(job: Job) -> list[str]:
+    _require_whole_hosts(job)
+    program = shutil.which("mpirun") or "mpirun"
+    words = [program, "-n", str(job.world_size)]
+    words += ["--host", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)] if job.hosts else ["--oversubscribe"]
+    if os.getuid() == 0:
+        words.append("--allow-run-as-root")
+    environment = {**job.environment, "MASTER_ADDR": job.master, "MASTER_PORT": str(job.port)}
+    exported = [word for name in sorted(environment) for word in ("-x", f"{name}={environment[name]}")]
+    return [*words, *exported, sys.executable, "-m", MODULE, *job.arguments]
+
+
+def _srun(job: Job) -> list[str]:
+    _require_whole_hosts(job)
+    slots = {host.slots for host in job.hosts}
+    if not job.hosts or len(slots) > 1:
+        raise UsageError("srun needs hosts with the same number of slots each")
+    environment = {**job.environment, "MASTER_ADDR": job.master, "MASTER_PORT": str(job.port), "MEGAINTER_RANKS_FROM": "slurm"}
+    exported = ",".join(["ALL", *(f"{name}={value}" for name, value in sorted(environment.items()) if "," not in value)])
+    return [
+        "srun", "--nodes", str(len(job.hosts)), "--ntasks", str(job.world_size), "--ntasks-per-node", str(slots.pop()), "--nodelist",
+        ",".join(host.name for host in job.hosts), "--kill-on-bad-exit=1", f"--export={exported}", sys.executable, "-m", MODULE,
+        *job.arguments,
+    ]  # fmt: skip
+
+
+def _require_whole_hosts(job: Job) -> None:
+    for host in job.hosts:
+        if host.devices != tuple(range(host.slots)):
+            raise UsageError(f"{job.engine} numbers the devices of {host.name} from 0; choosing others needs --engine deepspeed")
+
+
+def require_programs(job: Job) -> None:
+    """``UsageError`` naming the package where a program of the engine is not installed, or is not the one this speaks to."""
+    needed = {"mpirun": "mpirun", "srun": "srun"}.get(job.engine)
+    if job.engine == "deepspeed" and job.hosts:
+        needed = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "slurm": "srun"}[job.remote_shell]
+    if needed is not None and shutil.which(needed) is None:
+        raise UsageError(f"{needed} is not installed here; {job.engine} needs it (Debian: pdsh, openmpi-bin, slurm-client)")
+    if job.engine == "mpirun":
+        answer = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False)
+        if "Open MPI" not in answer.stdout and "open-mpi" not in answer.stdout:
+            raise UsageError("this mpirun is not Open MPI; for MPICH use --engine deepspeed --remote-shell mpich")

@@ -1,0 +1,264 @@
+"""From the words of ``megainter launch`` to a supervised job: which hosts, how many ranks, which batch, which command."""
+
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launcher import slurm
+from launcher.command import (
+    PASSED_ON,
+    Engine,
+    Job,
+    RemoteShell,
+    build,
+    check_arguments,
+    check_environment,
+    inherited_environment,
+    require_programs,
+)
+from launcher.hostfile import HOST, Host, format_hostfile, read_hostfile, select
+from launcher.supervise import Requests, adopt_orphans, control_variables, run_attempt, supervise
+from megainter.config import TrainingConfig, accumulation_steps
+from megainter.errors import STOPPED_EARLY, MegainterError, UsageError
+from megainter.files import write_atomically
+
+WAIT_FOR_HOSTS = 600.0  # seconds, after a failure
+ENGINE_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # prefixes that DeepSpeed's runner passes on unquoted
+
+
+class JobFailedError(MegainterError):
+    """The job ended otherwise than done; ``exit_code`` is the job's."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.exit_code = code
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """What the command line says about the job. ``arguments`` are those of the pretraining command, ``training`` its batch."""
+
+    arguments: tuple[str, ...]
+    training: TrainingConfig
+    output: Path
+    hostfile: Path | None = None
+    include: str = ""
+    exclude: str = ""
+    processes: int | None = None  # on this machine, or per Slurm node
+    engine: Engine | None = None
+    remote_shell: RemoteShell = "pdsh"
+    master: str | None = None
+    port: int | None = None
+    environment: tuple[str, ...] = ()
+    restarts: int = 0
+    min_nodes: int | None = None
+    grace: float = 120.0
+    request: slurm.SlurmRequest | None = None  # for Slurm
+
+
+def launch(settings: LaunchSettings, own_words: tuple[str, ...], dry_run: bool) -> None:
+    """Write the job into ``output``/launch and run it to its end, or (``dry_run``) print it.
+
+    ``own_words``: the launch command as it was typed, for the batch file. Raises ``UsageError`` before anything runs, and
+    ``JobFailedError`` with the job's exit code where it did not end with 0.
+    """
+    folder = (settings.output / "launch").resolve()
+    if settings.request is not None and "SLURM_JOB_ID" not in os.environ:
+        _submit(settings, settings.request, own_words, folder, dry_run)
+        return
+    hosts = hosts_of(settings)
+    job = _job(settings, hosts, folder / "attempt-1")
+    accumulation_steps(settings.training, job.world_size)
+    if dry_run:
+        print(describe(job, settings))
+        return
+    require_programs(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "command.txt", describe(job, settings) + "\n")
+    code = _supervised(settings, hosts, folder)
+    if code == STOPPED_EARLY and settings.request is not None:
+        slurm.requeue()
+    if code:
+        raise JobFailedError(f"the job ended with {code}; see {folder / 'attempts.jsonl'} and docs/exit-codes.md", code)
+
+
+def hosts_of(settings: LaunchSettings) -> tuple[Host, ...]:
+    """The hosts of the job, () for this machine alone; ``UsageError`` for settings that contradict each other."""
+    if settings.request is not None:
+        return slurm.allocated_hosts(os.environ, settings.request.processes)
+    if settings.hostfile is None:
+        if settings.include or settings.exclude:
+            raise UsageError("--include and --exclude choose among the hosts of a --hostfile")
+        return ()
+    hosts = select(read_hostfile(settings.hostfile), settings.include, settings.exclude)
+    if settings.processes is not None:
+        raise UsageError("--processes is for one machine; a hostfile gives slots, --include chooses among them")
+    if not 1 <= (settings.min_nodes or 1) <= len(hosts):
+        raise UsageError(f"--min-nodes {settings.min_nodes} does not fit the {len(hosts)} hosts that are chosen")
+    return hosts
+
+
+def fit_batch(global_batch: int, micro_batch: int, slots: int) -> tuple[int, int]:
+    """Most ranks, at most ``slots``, that share a global batch out evenly, and the largest micro-batch up to ``micro_batch`` for them.
+
+    >>> fit_batch(512, 64, 24)
+    (16, 32)
+    """
+    ranks = max(number for number in range(1, slots + 1) if global_batch % number == 0)
+    share = global_batch // ranks
+    return ranks, max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+
+
+def reduced(hosts: tuple[Host, ...], ranks: int) -> tuple[Host, ...]:
+    """The first hosts with ``ranks`` devices between them."""
+    kept: list[Host] = []
+    for host in hosts:
+        room = ranks - sum(other.slots for other in kept)
+        if room > 0:
+            kept.append(replace(host, devices=host.devices[:room]))
+    return tuple(kept)
+
+
+def visible_devices(environment: Mapping[str, str]) -> int:
+    """GPUs of this machine: those of CUDA_VISIBLE_DEVICES, else those nvidia-smi lists; 0 without any."""
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        return len([name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=60)
+    return sum(line.startswith("GPU ") for line in answer.stdout.splitlines())
+
+
+def _job(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> Job:
+    remote = bool(hosts)
+    check_arguments(settings.arguments, remote)
+    given = check_environment(settings.environment, remote)
+    if settings.master is not None and HOST.fullmatch(settings.master) is None:
+        raise UsageError(f"--master-addr {settings.master!a} is not a host name")
+    processes = settings.processes or visible_devices(os.environ) or 1
+    environment = (inherited_environment(os.environ) if remote else {}) | given | control_variables(folder, remote)
+    if not remote and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(os.environ["CUDA_VISIBLE_DEVICES"].split(",")[:processes])
+    master = settings.master or (hosts[0].name if hosts else "127.0.0.1")
+    engine = settings.engine or ("srun" if settings.request is not None else "deepspeed")
+    port = settings.port or (20000 + secrets.randbelow(10000) if remote else _free_port())
+    return Job(engine, settings.arguments, hosts, processes, environment, folder, master, port, settings.remote_shell)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def describe(job: Job, settings: LaunchSettings) -> str:
+    """What would run, as text: the command and what is set for every rank."""
+    names = [f"{name}={shlex.quote(value)}" for name, value in sorted(job.environment.items())]
+    where = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts) or f"this machine x {job.processes}"
+    return "\n".join(
+        [
+            f"# {job.world_size} processes: {where}; global batch {settings.training.global_batch}",
+            shlex.join(build(job)),
+            "# for every rank:",
+            *names,
+        ]
+    )
+
+
+def _write_attempt(job: Job) -> None:
+    """What the engine reads: our own copy of the hosts, and the environment of ranks on other hosts (DeepSpeed's file)."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if job.hosts:
+        write_atomically(job.folder / "hostfile", format_hostfile(job.hosts))
+        write_atomically(job.folder / "environment", "".join(f"{name}={value}\n" for name, value in sorted(job.environment.items())))
+
+
+def engine_environment(job: Job, source: Mapping[str, str]) -> dict[str, str]:
+    """The engine's own environment: this one, without what it would pass on unchecked, and with what ranks get."""
+    kept = dict(source)
+    if job.hosts:
+        kept = {name: value for name, value in source.items() if not name.startswith(ENGINE_EXPORTS) or PASSED_ON.fullmatch(name)}
+        kept["DS_ENV_FILE"] = str(job.folder / "environment")
+    return kept | dict(job.environment)
+
+
+def _supervised(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> int:
+    requests = Requests()
+    adopt_orphans()
+
+    def attempt(number: int) -> int:
+        job = _job_of_attempt(settings, hosts, folder / f"attempt-{number}", first=number == 1, requests=requests)
+        if requests.count:
+            return STOPPED_EARLY
+        _write_attempt(job)
+        return run_attempt(build(job), engine_environment(job, os.environ), job.folder, requests, settings.grace, remote=bool(job.hosts))
+
+    return supervise(attempt, settings.restarts, requests, folder / "attempts.jsonl")
+
+
+def _job_of_attempt(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path, first: bool, requests: Requests) -> Job:
+    """The job on the hosts that answer now; with fewer ranks the global batch stays and the micro-batch follows."""
+    if first or not hosts:
+        return _job(settings, hosts, folder)
+    alive = _wait_for(settings, hosts, requests)
+    if len(alive) == len(hosts):
+        return _job(settings, hosts, folder)
+    ranks, micro = fit_batch(settings.training.global_batch, settings.training.micro_batch, sum(host.slots for host in alive))
+    print(f"launch: going on with {len(alive)} of {len(hosts)} hosts, {ranks} ranks, micro-batch {micro}", flush=True)
+    arguments = (*settings.arguments, "--training.micro_batch", str(micro))
+    return _job(replace(settings, arguments=arguments), reduced(alive, ranks), folder)
+
+
+def _wait_for(settings: LaunchSettings, hosts: tuple[Host, ...], requests: Requests) -> tuple[Host, ...]:
+    """The hosts that answer, at least ``min_nodes`` (default: all); ``UsageError`` where they stay away for ten minutes."""
+    least = settings.min_nodes or len(hosts)
+    deadline = time.monotonic() + WAIT_FOR_HOSTS
+    while True:
+        alive = answering(hosts) if settings.request is None else hosts_of(settings)
+        if len(alive) >= least or requests.count:
+            return alive
+        missing = ", ".join(host.name for host in hosts if host not in alive)
+        if time.monotonic() > deadline:
+            raise UsageError(f"{missing} did not answer for {WAIT_FOR_HOSTS / 60:.0f} minutes, and --min-nodes is {least}")
+        print(f"launch: waiting for {missing}", flush=True)
+        time.sleep(10)
+
+
+def answering(hosts: tuple[Host, ...], seconds: int = 10) -> tuple[Host, ...]:
+    """The hosts on which ssh runs a command without asking for anything."""
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={seconds}", "-o", "StrictHostKeyChecking=yes"]
+    quiet = subprocess.DEVNULL
+    probes = [
+        subprocess.Popen(["ssh", *options, "--", host.name, "true"], stdin=quiet, stdout=quiet, stderr=quiet)
+        for host in hosts
+    ]  # fmt: skip
+    deadline = time.monotonic() + 2 * seconds
+    for probe in probes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            probe.wait(timeout=max(deadline - time.monotonic(), 0.1))
+        if probe.returncode is None:
+            probe.kill()
+            probe.wait()
+    return tuple(host for host, probe in zip(hosts, probes, strict=True) if probe.returncode == 0)
+
+
+def _submit(settings: LaunchSettings, request: slurm.SlurmRequest, own_words: tuple[str, ...], folder: Path, dry_run: bool) -> None:
+    check_arguments(own_words, remote=False)
+    check_environment(settings.environment, remote=True)
+    text = slurm.sbatch_file(request, own_words, folder, Path.cwd())
+    accumulation_steps(settings.training, request.nodes * request.processes)
+    slurm.parse_sbatch(text)
+    if dry_run:
+        print(text)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "job.sbatch", text)
+    print(f"launch: submitted as job {slurm.submit(folder / 'job.sbatch')}; its log: {folder}/slurm-JOB.log")

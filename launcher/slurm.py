@@ -1,0 +1,122 @@
+"""Slurm: the batch file of a job, and the hosts of an allocation. The batch file runs this same launcher inside the allocation."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.hostfile import HOST, Host
+from megainter.errors import UsageError
+
+TIME = re.compile(r"(?:[0-9]{1,3}-)?[0-9]{1,3}(?::[0-9]{2}){0,2}")
+WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:=+-]{0,127}")
+DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(\S+))?")
+WARNING_SECONDS = 300  # before its time limit, Slurm tells the job to save
+
+
+@dataclass(frozen=True)
+class SlurmRequest:
+    """What is asked of Slurm: ``nodes`` with ``processes`` ranks each, for ``time`` (days-hours:minutes:seconds)."""
+
+    nodes: int
+    processes: int
+    time: str
+    min_nodes: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    gpus: bool = True  # one per rank
+
+
+def sbatch_file(request: SlurmRequest, launch: Sequence[str], folder: Path, cwd: Path) -> str:
+    """The text of the batch file. ``launch``: the words of the launch command to run inside; ``folder``: where its log goes.
+
+    Slurm sends SIGUSR1 to the launcher ahead of the time limit; the run saves, ends with 75, and the launcher puts the job back in line.
+    """
+    _check(request)
+    least = request.min_nodes or request.nodes
+    directives = {
+        "job-name": "megainter",
+        "nodes": str(request.nodes) if least == request.nodes else f"{least}-{request.nodes}",
+        "ntasks-per-node": str(request.processes),
+        "time": request.time,
+        "signal": f"B:USR1@{WARNING_SECONDS}",
+        "open-mode": "append",
+        "output": f"{_plain(folder)}/slurm-%j.log",
+        "chdir": _plain(cwd),
+    }
+    optional = {"partition": request.partition, "account": request.account}
+    directives |= {name: value for name, value in optional.items() if value is not None}
+    if request.gpus:
+        directives["gpus-per-node"] = str(request.processes)
+    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items()]
+    flags = ["#SBATCH --requeue", *(["#SBATCH --no-kill"] if least < request.nodes else [])]
+    return "\n".join(["#!/bin/bash", *lines, *flags, "", f"exec {shlex.join([sys.executable, '-m', 'megainter', *launch])}", ""])
+
+
+def _check(request: SlurmRequest) -> None:
+    if TIME.fullmatch(request.time) is None:
+        raise UsageError(f"--time {request.time!a} is not of the form days-hours:minutes:seconds")
+    for name in ("partition", "account"):
+        value = getattr(request, name)
+        if value is not None and WORD.fullmatch(value) is None:
+            raise UsageError(f"--{name} {value!a} is not a Slurm name")
+    if not 1 <= (request.min_nodes or request.nodes) <= request.nodes or request.processes < 1:
+        raise UsageError("nodes, processes and min-nodes must be at least 1, and min-nodes no more than nodes")
+
+
+def _plain(path: Path) -> str:
+    """A path that a #SBATCH line takes literally."""
+    text = str(path.resolve())
+    if re.fullmatch(r"[A-Za-z0-9_./:,=@+~-]+", text) is None:
+        raise UsageError(f"path {text!a} cannot stand in an sbatch file; use letters, digits and _./:,=@+~- only")
+    return text
+
+
+def parse_sbatch(text: str) -> dict[str, str]:
+    """The directives of a batch file by name, "" for flags; ``UsageError`` for a #SBATCH line that Slurm would not understand."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("#SBATCH"):
+            directive = DIRECTIVE.fullmatch(line)
+            if directive is None:
+                raise UsageError(f"line {line!a} is not of the form: #SBATCH --name=value")
+            found[directive[1]] = directive[2] or ""
+    return found
+
+
+def submit(path: Path) -> str:
+    """Hand the batch file to Slurm; returns the job's number."""
+    answer = _ask("sbatch", "--parsable", str(path))
+    return answer.strip().partition(";")[0]
+
+
+def requeue() -> None:
+    """Put the job this runs in back in line, to go on after its time limit or its pre-emption."""
+    _ask("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+
+
+def allocated_hosts(environment: Mapping[str, str], processes: int) -> tuple[Host, ...]:
+    """The hosts of the allocation this runs in that Slurm calls usable, ``processes`` ranks on each."""
+    nodes = environment.get("SLURM_JOB_NODELIST", "")
+    names = _ask("scontrol", "show", "hostnames", nodes).split()
+    down = set(_ask("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--states=down,drain,fail,no_respond", "--format=%N").split())
+    for name in names:
+        if HOST.fullmatch(name) is None:
+            raise UsageError(f"Slurm names a host {name!a}, which is not a host name")
+    return tuple(Host(name, tuple(range(processes))) for name in names if name not in down)
+
+
+def _ask(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    except FileNotFoundError:
+        raise UsageError(f"{words[0]} is not installed here; --slurm needs Slurm's client programs") from None
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"{words[0]} did not answer within 60 s") from None
+    if done.returncode:
+        raise UsageError(f"{words[0]} refused: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
+    return done.stdout

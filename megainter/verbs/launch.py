@@ -1,0 +1,111 @@
+"""`megainter launch`: pretraining on many devices or machines, supervised."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from megainter.errors import UsageError
+
+
+def launch(
+    *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    hostfile: Path | None = None,
+    slurm: bool = False,
+    include: str = "",
+    exclude: str = "",
+    processes: int | None = None,
+    engine: Literal["deepspeed", "torchrun", "mpirun", "srun"] | None = None,
+    remote_shell: Literal["pdsh", "openmpi", "mpich", "slurm"] = "pdsh",
+    master_addr: str | None = None,
+    port: int | None = None,
+    env: list[str] | None = None,
+    restarts: int = 0,
+    min_nodes: int | None = None,
+    grace: float = 120.0,
+    nodes: int = 1,
+    time: str = "24:00:00",
+    partition: str | None = None,
+    account: str | None = None,
+    gpus: bool = True,
+    dry_run: bool = False,
+) -> None:
+    """Start pretraining on the devices of this machine, of a hostfile's or of a Slurm job, and stay with it until it is done.
+
+    megainter launch --hostfile hosts --restarts 3 -- pretrain --config base --output run. The exact command is written to
+    RUN/launch. SIGTERM or Ctrl-C saves a checkpoint and ends with 75; a second one ends at once.
+
+    Parameters
+    ----------
+    command
+        After "--": pretrain and its settings.
+    hostfile
+        Lines of "host slots=8".
+    slurm
+        Write and submit a batch job; inside a job, run it there.
+    include
+        Hosts and devices to use: "a@b:0,2" is all of host a and two devices of b.
+    exclude
+        Hosts and devices to leave out.
+    processes
+        Processes on this machine, or on each Slurm node; default one per GPU.
+    engine
+        What starts the processes; default deepspeed, and srun in Slurm jobs.
+    remote_shell
+        How the deepspeed engine reaches other hosts.
+    master_addr
+        Host where ranks meet; default the first.
+    port
+        Port where ranks meet; default a free one.
+    env
+        NAME=VALUE for every rank; may be repeated.
+    restarts
+        Starts again after a failure, from the newest whole checkpoint, at most so many times.
+    min_nodes
+        Go on with so few hosts where others stay away; the global batch stays. Default: all.
+    grace
+        Seconds that a stopped job gets to save.
+    nodes
+        Slurm nodes.
+    time
+        Slurm time limit, days-hours:minutes:seconds.
+    partition
+        Slurm partition.
+    account
+        Slurm account.
+    gpus
+        Ask Slurm for a GPU per process.
+    dry_run
+        Print what would run, and run nothing.
+    """
+    from launcher.command import check_arguments
+    from launcher.launch import LaunchSettings, visible_devices
+    from launcher.launch import launch as run
+    from launcher.slurm import SlurmRequest
+    from megainter.config import load_config
+    from megainter.verbs.pretrain import split_config
+
+    if not command or command[0] != "pretrain":
+        raise UsageError('say what to launch: megainter launch [options] -- pretrain --config RECIPE.toml ... (only "pretrain" can be)')
+    if hostfile is not None and slurm:
+        raise UsageError("give --hostfile or --slurm, not both: Slurm chooses the hosts")
+    for name, value, least, most in (("restarts", restarts, 0, 1000), ("grace", grace, 1, 86400), ("port", port, 1024, 65535)):
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"--{name} is {value}; give {least} to {most}")
+    if processes is not None and not 1 <= processes <= 1024:
+        raise UsageError(f"--processes is {processes}; give 1 to 1024")
+    arguments = command[1:]
+    check_arguments([*arguments, *map(str, (hostfile, include, exclude))], remote=False)
+    config = load_config(*split_config(arguments))
+    request = None
+    if slurm:
+        import os
+
+        per_node = processes or visible_devices(os.environ) or 1
+        request = SlurmRequest(nodes, per_node, time, min_nodes, partition, account, gpus)
+    settings = LaunchSettings(
+        arguments, config.training, config.output, hostfile, include, exclude, processes, engine, remote_shell, master_addr, port,
+        tuple(env or ()), restarts, min_nodes, grace, request,
+    )  # fmt: skip
+    run(settings, tuple(sys.argv[1:]), dry_run)
