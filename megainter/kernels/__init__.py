@@ -7,7 +7,7 @@ the same name in the same file, and `choices` says which form will run and why, 
 from megainter.kernels.activation import linear_gelu
 from megainter.kernels.attention import SequenceLayout, attention_choice, varlen_attention
 from megainter.kernels.choice import KernelChoice
-from megainter.kernels.cross_entropy import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
+from megainter.kernels.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.kernels.dropout import dropout
 from megainter.kernels.layer_norm import dropout_add_layer_norm
 from megainter.kernels.report import choices
@@ -20,6 +20,7 @@ __all__ = [
     "cross_entropy_sum",
     "dropout",
     "dropout_add_layer_norm",
+    "linear_cross_entropy_sum",
     "linear_gelu",
     "soft_label_kl_sum",
     "squared_error_sum",

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from megainter.kernels import (
+    cross_entropy,
     cross_entropy_sum,
     dropout,
     dropout_add_layer_norm,
+    linear_cross_entropy_sum,
     linear_gelu,
     soft_label_kl_sum,
     squared_error_sum,
@@ -115,3 +117,25 @@ def test_losses_over_no_rows_are_zero_with_a_zero_gradient(dtype: torch.dtype) -
     assert all(loss.dtype == torch.float32 and float(loss.detach()) == 0 for loss in losses)
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 11])
+def test_linear_cross_entropy_in_chunks_equals_the_loss_over_all_logits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 4)
+    leaves = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((rows, 6), (9, 6), (9,))]
+    labels = torch.randint(0, 9, (rows,))
+    loss, right = linear_cross_entropy_sum(*leaves, labels)
+    logits = torch.nn.functional.linear(*leaves)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    assert float(right) == float((logits.argmax(1) == labels).sum()) if rows else float(right) == 0
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_linear_cross_entropy_refuses_a_second_derivation() -> None:
+    x, weight, bias = (torch.randn(*size, requires_grad=True) for size in ((3, 6), (9, 6), (9,)))
+    loss, _ = linear_cross_entropy_sum(x, weight, bias, torch.tensor([1, 2, 3]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once only"):
+        loss.backward()
