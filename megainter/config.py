@@ -95,11 +95,15 @@ class TrainingConfig:
     msm_weight: Annotated[float, Field(ge=0)] = 1.0
     mrm_weight: Annotated[float, Field(ge=0)] = 1.0
     itm_weight: Annotated[float, Field(ge=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of a moving average of the weights, in the checkpoints; 0: none
 
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay, none on biases and norms; linear warmup, then linear decay to ``final_fraction``."""
+    """AdamW with decoupled weight decay; linear warmup, then linear decay to ``final_fraction``.
+
+    ``optimizer.compat = "official"`` in a recipe or on the command line stands for the released code's choices (``COMPAT``).
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -108,7 +112,12 @@ class OptimizerConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup: Probability = 0.1  # share of all steps
     final_fraction: Probability = 0.0  # of the peak learning rate, at the last step
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # of the global gradient; 0: no clipping
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # largest norm of what ``clip`` says; 0: no clipping
+    clip: Literal["global", "tensor"] = "global"  # the gradient as one vector, or each parameter's for itself
+    decay_groups: Literal["right", "swapped"] = "right"  # decay on matrices and embeddings, or on biases and norms (released code)
+    bias_correction: bool = True  # Adam's; the released code has none
+    start_rate: Annotated[float, Field(gt=0)] = 1.0  # times the rate, for what a BERT gives: text embeddings, interaction, text layers
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # times the rate, per layer below the heads
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -144,6 +153,13 @@ class RunConfig:
     tensorboard: bool = True
 
 
+# What ``optimizer.compat`` stands for. The last two act in the released code only where training starts from pretrained weights.
+COMPAT: dict[str, dict[str, Any]] = {
+    "official": {"bias_correction": False, "clip": "tensor", "decay_groups": "swapped", "start_rate": 0.1},
+}
+_COMPAT_OF_A_START = ("decay_groups", "start_rate")
+
+
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and lay ``--section.key value`` (or ``--section.key=value``) tokens over it.
 
@@ -155,6 +171,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     _let_length_replace(settings, [key for key, _ in given])
     for key, value in given:
         _assign(settings, key, value)
+    _spell_out_compat(settings)
     try:
         config = TypeAdapter(RunConfig).validate_python(settings)
     except ValidationError as error:
@@ -220,6 +237,19 @@ def _let_length_replace(settings: dict[str, Any], keys: list[str]) -> None:
         training.pop("epochs", None)
 
 
+def _spell_out_compat(settings: dict[str, Any]) -> None:
+    """Replace ``optimizer.compat`` by the settings it stands for, so that the run records these; what is given for itself stays."""
+    optimizer, model = settings.get("optimizer"), settings.get("model")
+    if not isinstance(optimizer, dict) or optimizer.get("compat") is None:
+        return
+    name = str(optimizer.pop("compat"))
+    if name not in COMPAT:
+        raise UsageError(f"setting optimizer.compat: {name!r} is unknown; choose {', '.join(COMPAT)} or leave it out")
+    started = isinstance(model, dict) and model.get("start_from") is not None
+    stands_for = {key: value for key, value in COMPAT[name].items() if started or key not in _COMPAT_OF_A_START}
+    settings["optimizer"] = stands_for | optimizer
+
+
 def _assign(settings: dict[str, Any], key: str, value: str) -> None:
     *sections, name = key.split(".")
     place = settings
@@ -268,6 +298,8 @@ def _check(config: RunConfig) -> None:
         )
     if config.engine.precision == "fp16" and config.engine.zero_stage == 0:
         raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")
+    if config.optimizer.start_rate != 1 and model.start_from is None:
+        raise UsageError("optimizer.start_rate is for weights that are there already; give model.start_from, or leave it out")
     if config.engine.offload_optimizer and config.engine.zero_stage == 0:
         raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
 
@@ -282,6 +314,8 @@ def describe_settings() -> str:
         summary = (field.type.__doc__ or "").split("\n")[0]
         lines += ["", f"[{field.name}] {summary}"]
         lines += [f"  --{field.name}.{key.name} {_type_name(key.type)}{_default_of(key)}" for key in dataclasses.fields(field.type)]
+        if field.type is OptimizerConfig:
+            lines += [f"  --optimizer.compat {'|'.join(COMPAT)}  (stands for several of the above: docs/fidelity.md)"]
     return "\n".join(lines)
 
 

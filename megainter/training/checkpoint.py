@@ -1,9 +1,9 @@
 """Checkpoints: published whole or not at all, verified when read, the same at every world size and ZeRO stage.
 
-A checkpoint is a folder ``checkpoints/step_0000100``: ``weights-*``, ``exp_avg-*`` and ``exp_avg_sq-*`` safetensors with fp32
-tensors by parameter name, shared out over the ranks that wrote them; ``trainer.json``; ``config.json`` and ``vocab.txt`` of the
-model; and ``manifest.json`` with size and SHA-256 of each file, written last. The folder is made aside, fsynced and renamed;
-then ``latest`` names it.
+A checkpoint is a folder ``checkpoints/step_0000100``: ``weights-*``, ``exp_avg-*`` and ``exp_avg_sq-*`` safetensors, and ``ema-*``
+where the run averages its weights, with fp32 tensors by parameter name, shared out over the ranks that wrote them;
+``trainer.json``; ``config.json`` and ``vocab.txt`` of the model; and ``manifest.json`` with size and SHA-256 of each file,
+written last. The folder is made aside, fsynced and renamed; then ``latest`` names it.
 """
 
 import os
@@ -189,10 +189,10 @@ def reader(checkpoint: Checkpoint) -> Iterator[Callable[[str, str], Tensor]]:
         yield read
 
 
-def weight_names(checkpoint: Checkpoint) -> list[str]:
-    """Names of all parameters in the checkpoint."""
+def weight_names(checkpoint: Checkpoint, kind: str = "weights") -> list[str]:
+    """Names of all parameters in the checkpoint, or of those it holds something of another ``kind`` of ("ema"; none: an empty list)."""
     names: list[str] = []
-    for path in sorted(checkpoint.folder.glob("weights-*.safetensors")):
+    for path in sorted(checkpoint.folder.glob(f"{kind}-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names += file.keys()
     return names

@@ -21,7 +21,9 @@ from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig, accu
 from megainter.errors import UsageError
 from megainter.files import read_json
 from megainter.training import process
-from megainter.training.optimizer import build_adamw
+from megainter.training.clipping import clip_each
+from megainter.training.ema import EMA, update_average
+from megainter.training.optimizer import build_adamw, first_step_count
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -82,7 +84,7 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, training:
         "train_batch_size": training.global_batch,
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(training, world_size),
-        "gradient_clipping": optimizer.clip_norm,
+        "gradient_clipping": optimizer.clip_norm if optimizer.clip == "global" else 0.0,
         "steps_per_print": 10**9,
         "communication_data_type": "fp32",
         "zero_force_ds_cpu_optimizer": False,
@@ -129,7 +131,7 @@ def _refuse(given: dict[str, Any], settings: dict[str, Any], engine: EngineConfi
 
 
 def build_engine(module: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world: World) -> Any:
-    """The DeepSpeed engine over ``module`` with our AdamW, its state present and zero."""
+    """The DeepSpeed engine over ``module`` with our AdamW: its moments present and zero, the moving average at the weights."""
     if engine.precision == "fp16" and world.device.type == "cpu":
         raise UsageError("engine.precision fp16 needs a CUDA device; use bf16 or fp32 on CPU")
     config = deepspeed_config(engine, optimizer, training, world.size)
@@ -137,14 +139,41 @@ def build_engine(module: nn.Module, engine: EngineConfig, optimizer: OptimizerCo
     adamw = build_adamw(module, optimizer, torch.device("cpu") if on_cpu else world.device)
     with contextlib.redirect_stdout(None):
         built = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)[0]
-    _start_optimizer_state(built)
+    _start_optimizer_state(built, first_step_count(optimizer), averaged=training.ema_decay > 0)
+    if optimizer.clip == "tensor" and optimizer.clip_norm > 0:
+        _clip_each_before_steps(built, optimizer.clip_norm, world)
     return built
 
 
+def _clip_each_before_steps(engine: Any, max_norm: float, world: World) -> None:
+    """Clip in torch's hook before each step of AdamW: there every wrapper has put the reduced, unscaled fp32 gradients in place.
+
+    Some wrappers step one parameter group at a time, all ranks the same one, so that the hook's collectives match.
+    """
+    everything = pieces(engine)
+    by_flat: dict[int, list[tuple[int, Piece]]] = {}
+    for number, piece in enumerate(everything):
+        if piece.numel:
+            by_flat.setdefault(id(piece.flat), []).append((number, piece))
+
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        flats = [flat for group in optimizer.param_groups for flat in group["params"] if flat.grad is not None]
+        held = {number: piece.view(flat.grad) for flat in flats for number, piece in by_flat.get(id(flat), ())}
+        clip_each(held, len(everything), max_norm, world.device, sharded=world.size > 1 and engine.zero_optimization())
+
+    inner_optimizer(engine).register_step_pre_hook(clip)
+
+
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """Give every parameter group the rate of the coming update."""
+    """Give every parameter group the rate of the coming update, times its own factor."""
     for group in inner_optimizer(engine).param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_factor"]
+
+
+def average_weights(engine: Any, decay: float) -> None:
+    """Move the average of the weights after a step that was not skipped; nothing to do where ``decay`` is 0."""
+    if decay > 0 and engine.was_step_applied():
+        update_average(inner_optimizer(engine), decay)
 
 
 def loss_scale(engine: Any) -> float:
@@ -177,7 +206,8 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 class Piece:
     """The part of one parameter whose fp32 state this rank holds: elements [start, start + numel) of the flattened parameter.
 
-    It lies at ``offset`` of ``flat``, the fp32 tensor that the optimiser updates and keys its state by.
+    It lies at ``offset`` of ``flat``, the fp32 tensor that the optimiser updates and keys its state by. ``speaks`` is False where
+    another rank holds the same elements and answers for them (stage 0).
     """
 
     name: str
@@ -186,6 +216,7 @@ class Piece:
     numel: int
     flat: Tensor
     offset: int
+    speaks: bool = True
 
     def view(self, state: Tensor) -> Tensor:
         """The piece's elements in ``state``, a tensor laid out like ``flat``."""
@@ -206,8 +237,7 @@ def _piece(engine: Any, name: str, parameter: Tensor) -> Piece:
         return _stage3_piece(engine.optimizer, name, parameter)
     if hasattr(parameter, "_hp_mapping"):
         return _stage12_piece(engine.optimizer, name, parameter)
-    mine = engine.global_rank == 0  # stage 0: all ranks hold the same state, one of them speaks for it
-    return Piece(name, tuple(parameter.shape), 0, parameter.numel() if mine else 0, parameter, 0)
+    return Piece(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, speaks=engine.global_rank == 0)
 
 
 def _stage12_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
@@ -231,23 +261,32 @@ def _stage3_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
 
 
 def flat_state(engine: Any, flat: Tensor) -> dict[str, Tensor]:
-    """The optimiser's state of one flat tensor: ``step``, ``exp_avg``, ``exp_avg_sq``."""
+    """The optimiser's state of one flat tensor: ``step``, ``exp_avg``, ``exp_avg_sq``, and ``ema`` where there is one."""
     return inner_optimizer(engine).state[flat]
 
 
-def _start_optimizer_state(engine: Any) -> None:
-    """Create the Adam state as zeros at step 0: some stages have run an empty step by now, which shifts the bias correction."""
+def _kept(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint keeps of one flat tensor, by kind: the weights themselves and the state that is laid out like them."""
+    return {WEIGHTS: flat, **{kind: state for kind, state in flat_state(engine, flat).items() if kind != "step"}}
+
+
+def _start_optimizer_state(engine: Any, step_count: float, averaged: bool) -> None:
+    """Create the Adam state as zeros at its first step: some stages have run an empty step by now, which shifts the bias correction."""
     optimizer = inner_optimizer(engine)
     flats = [flat for group in optimizer.param_groups for flat in group["params"]] + [piece.flat for piece in pieces(engine)]
     for flat in {id(flat): flat for flat in flats}.values():
-        step = torch.zeros((), dtype=torch.float32, device=flat.device)
+        step = torch.full((), step_count, dtype=torch.float32, device=flat.device)
         optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}}
+        if averaged:
+            optimizer.state[flat][EMA] = flat.detach().clone()
 
 
 def _set_step_count(engine: Any, step: int) -> None:
-    """Set the number of updates behind every Adam state, each in its own tensor (a shared one would be counted per group)."""
+    """Set the number of updates, for each Adam state in its own tensor (a shared one would be counted per group)."""
+    engine.global_steps = step
     for state in inner_optimizer(engine).state.values():
-        state["step"] = torch.full_like(state["step"], float(step))
+        if math.isfinite(float(state["step"])):  # infinite: no bias correction
+            state["step"] = torch.full_like(state["step"], float(step))
 
 
 def _assembled(piece: Piece, local: Tensor, owner: int, world: World) -> Tensor | None:
@@ -256,38 +295,38 @@ def _assembled(piece: Piece, local: Tensor, owner: int, world: World) -> Tensor 
     Added up as integers over zeros, so that every bit arrives as it left.
     """
     buffer = torch.zeros(math.prod(piece.shape), dtype=torch.float32, device=world.device)
-    buffer.narrow(0, piece.start, piece.numel).copy_(piece.view(local))
+    if piece.speaks:
+        buffer.narrow(0, piece.start, piece.numel).copy_(piece.view(local))
     if world.size > 1:
         dist.reduce(buffer.view(torch.int32), dst=owner)
     return buffer.view(piece.shape).cpu() if world.rank == owner else None
 
 
 def owned_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:
-    """This rank's share of the whole fp32 state: {"weights" | "exp_avg" | "exp_avg_sq": {parameter name: tensor}}. Collective.
+    """This rank's share of the whole fp32 state: {"weights" | "exp_avg" | "exp_avg_sq" | "ema": {parameter name: tensor}}. Collective.
 
     Parameters are dealt to ranks so that each writes about as many bytes. Names are those of ``engine.module``.
     """
-    shares: dict[str, dict[str, Tensor]] = {kind: {} for kind in (WEIGHTS, *MOMENTS)}
+    shares: dict[str, dict[str, Tensor]] = {}
     load = [0] * world.size
     for piece in pieces(engine):
         owner = load.index(min(load))
         load[owner] += math.prod(piece.shape)
-        state = flat_state(engine, piece.flat)
-        for kind, local in ((WEIGHTS, piece.flat), *((key, state[key]) for key in MOMENTS)):
+        for kind, local in _kept(engine, piece.flat).items():
             tensor = _assembled(piece, local, owner, world)
+            share = shares.setdefault(kind, {})
             if tensor is not None:
-                shares[kind][piece.name] = tensor
+                share[piece.name] = tensor
     return shares
 
 
 def restore_state(engine: Any, read: Callable[[str, str], Tensor], step: int) -> None:
-    """Put the fp32 weights, moments and step count of a checkpoint in place; ``read(kind, name)`` gives a whole tensor.
+    """Put fp32 weights, moments, moving average and step count of a checkpoint in place; ``read(kind, name)`` gives a whole tensor.
 
     The module's working weights must hold the same weights already (they were loaded before the engine was built).
     """
     for piece in pieces(engine):
-        state = flat_state(engine, piece.flat)
-        for kind, local in ((WEIGHTS, piece.flat), *((key, state[key]) for key in MOMENTS)):
+        for kind, local in _kept(engine, piece.flat).items():
             if piece.numel:
                 piece.view(local).copy_(read(kind, piece.name).view(-1).narrow(0, piece.start, piece.numel))
     _set_step_count(engine, step)
@@ -295,10 +334,10 @@ def restore_state(engine: Any, read: Callable[[str, str], Tensor], step: int) ->
 
 def update_count(engine: Any) -> int:
     """Updates the optimiser has made: fewer than the finished steps where fp16 skipped some."""
-    states = inner_optimizer(engine).state.values()
-    return int(max((float(state["step"]) for state in states), default=0.0))
+    return int(engine.global_steps - engine.skipped_steps)
 
 
 def current_learning_rate(engine: Any) -> float:
-    """Rate of the last update."""
-    return float(inner_optimizer(engine).param_groups[0]["lr"])
+    """The schedule's rate of the last update, before the groups' factors."""
+    group = inner_optimizer(engine).param_groups[0]
+    return float(group["lr"]) / float(group["rate_factor"])

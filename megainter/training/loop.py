@@ -21,7 +21,7 @@ from megainter.training import checkpoint, engine
 from megainter.training.collective import on_first_rank, summed
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
 from megainter.training.objectives import ObjectiveWeights, PretrainingStep, summarise
-from megainter.training.optimizer import learning_rate
+from megainter.training.optimizer import describe, learning_rate
 from megainter.training.process import StopRequest, folder_lock
 from megainter.training.run_folder import open_run_folder, start_log
 from megainter.training.sources import Sources, model_configuration, open_sources
@@ -58,6 +58,7 @@ def pretrain(config: RunConfig) -> Path:
         train = engine.build_engine(PretrainingStep(model, weights), config.engine, config.optimizer, config.training, world)
         start = _resume(train, saved)
         _describe(config, sources, world, start, total_steps)
+        log.info("%s", describe(config.optimizer, engine.inner_optimizer(train).param_groups))
         metrics = MetricsLog(config.output, start, config.tensorboard) if first else None
         steps = stack.enter_context(make_loader(sources.training, start, total_steps, workers=config.data.workers))
         peak = peak_flops(world.device, config.engine.precision)
@@ -82,6 +83,7 @@ def pretrain(config: RunConfig) -> Path:
                 meter.tokens += batch.tokens()
                 meter.samples += len(batch.inputs)
                 meter.flops += 3 * _forward_flops(architecture, batch)
+            engine.average_weights(train, config.training.ema_decay)
             counts += agreed[:3]
             finished = step + 1
             if finished % config.training.log_every == 0 or finished == total_steps:

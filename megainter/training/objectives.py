@@ -56,7 +56,7 @@ class PretrainingStep(nn.Module):
 
     def _region_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.model.config.region_objective == "feature":
-            return (logits.float() - targets.float()).square().sum()
+            return kernels.squared_error_sum(logits, targets)
         return kernels.soft_label_kl_sum(logits, targets)
 
     @torch.no_grad()
