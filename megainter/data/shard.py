@@ -1,28 +1,25 @@
-"""One shard of a feature store: its LMDB file, its lock, and where in the file each record lies.
+"""One shard of a feature store: its LMDB file, and where in the file each record lies.
 
 A shard has two LMDB tables under the same 16-byte hashed keys, so that ids may have any length and characters: ``records`` (the bytes of
 `megainter.data.record`) and ``ids`` (region count, CRC-32, id), small enough to be read whole when a run is taken up again.
 """
 
 import ctypes
-import fcntl
 import hashlib
-import json
 import mmap
 import os
-import socket
 import struct
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import lmdb
 import numpy as np
 import pyarrow as pa
 
-from megainter.errors import DamagedError, LockedError, UsageError
+from megainter.data.writer_lock import WriterLock
+from megainter.errors import DamagedError, UsageError
 from megainter.files import read_json
 
 FORMAT = {"format": "megainter feature store", "version": 1}
@@ -39,7 +36,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 FIRST_MAP_BYTES = 64 << 20  # grows when full; on Linux the file itself is only as large as its content
-LOCK_PATIENCE = 1.0  # seconds to wait for a writer that is just ending
+LOCKS_AT_ONCE = 64  # on a network disk each lock of a dead writer on another host is watched for seconds
 ROWS_AT_ONCE = 65536
 
 
@@ -65,56 +62,6 @@ def read_store_json(store: Path) -> dict[str, Any]:
     return description
 
 
-class WriterLock:
-    """A lock file held while its owner writes; it is freed by the kernel when the owner dies, however it dies."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UsageError(f"{path.parent} cannot be written to: {error.strerror}") from None
-        try:
-            self._acquire()
-        except BaseException:
-            os.close(self.descriptor)
-            raise
-        os.ftruncate(self.descriptor, 0)
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.pwrite(self.descriptor, json.dumps(owner).encode(), 0)
-
-    def _acquire(self) -> None:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                return fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise LockedError(f"{self.path.with_suffix('')} is in use by {self._owner()}; wait for it or stop it") from None
-                time.sleep(0.05)
-            except OSError as error:
-                raise UsageError(f"{self.path.parent} cannot be locked ({error.strerror}); write to a local disk") from None
-
-    def _owner(self) -> str:
-        try:
-            owner = json.loads(os.pread(self.descriptor, 4096, 0))
-            return f"pid {owner['pid']} on {owner['host']} since {owner['since']}"
-        except (ValueError, KeyError, TypeError):
-            return "another process"
-
-    def release(self) -> None:
-        """Free the lock; the file stays, since removing it would let two writers lock two files of one name."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.release()
-
-
 def open_for_writing(path: Path) -> lmdb.Environment:
     """The shard's environment, created where absent. Locking stays on and ``writemap`` off: a full disk is then an error, not SIGBUS."""
     return _open(path, map_size=max(FIRST_MAP_BYTES, 2 * path.stat().st_size if path.exists() else 0), metasync=True, sync=True)
@@ -132,11 +79,16 @@ def _open(path: Path, **options: Any) -> lmdb.Environment:
         raise DamagedError(f"{path} is not a readable shard ({error}); {_way_out(path)}") from None
     except lmdb.Error as error:
         raise UsageError(f"{path} cannot be opened: {error}") from None
-    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if needed > path.stat().st_size:  # reading the missing pages would be SIGBUS
+    needed = needed_bytes(environment)
+    if needed > path.stat().st_size:
         environment.close()
         raise DamagedError(f"{path} is truncated: it has {path.stat().st_size:,} bytes of {needed:,}; {_way_out(path)}")
     return environment
+
+
+def needed_bytes(environment: lmdb.Environment) -> int:
+    """How long the file of an environment must be; reading pages that are missing would be SIGBUS."""
+    return (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
 
 
 def _way_out(path: Path) -> str:
@@ -226,6 +178,6 @@ def _bytes_at(path: Path, offset: int, length: int) -> bytes:
 
 def refuse_live_writers(store: Path) -> None:
     """``LockedError`` where a process is writing one of the shards."""
-    for lock in sorted(store.glob("shard-*.lmdb.lock")):
-        if os.access(lock, os.W_OK):  # nobody writes to a store that is read-only
-            WriterLock(lock).release()
+    locks = [lock for lock in sorted(store.glob("shard-*.lmdb.lock")) if os.access(lock, os.W_OK)]  # nobody writes to a read-only store
+    with ThreadPoolExecutor(LOCKS_AT_ONCE) as pool:
+        list(pool.map(lambda lock: WriterLock(lock).release(), locks))

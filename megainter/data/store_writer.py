@@ -49,7 +49,17 @@ def create_store(path: Path, schema: StoreSchema) -> None:
     with WriterLock(path / "store.lock"):
         if (path / "store.json").exists():
             return _check_schema(path, schema)
-        write_json(path / "store.json", FORMAT | {"schema": schema.to_json(), "sealed": False})
+        _describe(path, schema, {"sealed": False})
+
+
+def _describe(path: Path, schema: StoreSchema, state: dict[str, Any]) -> None:
+    """Write store.json. ``NoSpaceError`` where it cannot be written: the old one, if any, is still there."""
+    try:
+        write_json(path / "store.json", FORMAT | {"schema": schema.to_json()} | state)
+    except OSError as error:
+        raise NoSpaceError(
+            f"no space left for {path / 'store.json'} ({error.strerror}); free space and run the same command again"
+        ) from None
 
 
 def _check_schema(path: Path, schema: StoreSchema) -> None:
@@ -174,7 +184,7 @@ class FeatureStoreWriter:
             return
         with WriterLock(self.path / "store.lock"):
             if read_store_json(self.path)["sealed"]:
-                write_json(self.path / "store.json", FORMAT | {"schema": self.schema.to_json(), "sealed": False})
+                _describe(self.path, self.schema, {"sealed": False})
         self.unsealed = True
 
 
@@ -236,7 +246,7 @@ def _publish(path: Path, schema: StoreSchema, shards: list[Path], index: pa.Tabl
             os.fsync(file.fileno())
         os.replace(aside, path / "index.arrow")
         fsync_folder(path)
-        write_json(path / "store.json", FORMAT | {"schema": schema.to_json(), "sealed": True} | _summary(path, shards, index))
+        _describe(path, schema, {"sealed": True} | _summary(path, shards, index))
     except OSError as error:
         raise NoSpaceError(f"the index of {path} cannot be written ({error.strerror or error}); free space and run again") from None
     finally:
