@@ -1,4 +1,7 @@
-"""One process of an extraction: it receives batches of images over a pipe, runs its own detector on them and fills its own shard."""
+"""One process of an extraction: it receives batches of images over a link, runs its own detector on them and fills its own shard.
+
+The link is a pipe to the parent process or an MPI rank's link to rank 0.
+"""
 
 import ctypes
 import os
@@ -7,32 +10,40 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
 from megainter.data.feature_store import FeatureStoreWriter, RegionRecord, StoreSchema
+from megainter.data.manifest import ImageBoxes
 from megainter.data.record import check_record
 from megainter.errors import MegainterError, UsageError
-from preprocessing.detector import load_detector
-from preprocessing.images import UnreadableImageError, confined, load_image, silence_pillow
+from preprocessing.detector import Detector, Precision, load_detector
+from preprocessing.images import Part, UnreadableImageError, confined, load_image, silence_pillow
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+FRAME_TOLERANCE = 0.02  # relative difference in aspect between an image and the frame in which its boxes were drawn
+STOP = "stop"  # sent instead of a batch: keep what is finished and end
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image to extract; ``size`` (width, height) from its header, None where that could not be read."""
+    """One image to extract: all of the file ``path`` or the ``part`` of it.
+
+    ``size`` (width, height) from its header, None where that could not be read; ``given`` boxes replace the detector's proposals.
+    """
 
     image_id: str
     path: str
     size: tuple[int, int] | None
+    part: Part | None = None
+    given: ImageBoxes | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know. ``options`` are keyword arguments of ``Detector.extract_batch``."""
+    """What a worker needs to know. ``options`` are keyword arguments of ``Detector.extract_batch``, or of ``extract_at`` for given boxes.
+
+    ``parent`` is the process with which the worker ends.
+    """
 
     number: int
     images: Path
@@ -54,41 +68,59 @@ class Job:
     schema: StoreSchema
     weights: Path
     device: str
+    precision: Precision
     options: dict[str, Any]
     parent: int
 
 
-# Messages to the parent: ("done", images, [Failure]) per batch, ("closed",) at the end, or ("error", MegainterError), ("crash", traceback).
+class Link(Protocol):
+    """What a ``multiprocessing`` connection and an MPI link have in common; ``recv`` raises EOFError where the other side is gone.
+
+    Messages from a worker: ("done", images, [Failure]) per batch, ("closed",) at the end, ("stopped",) on request, ("alive",) now and
+    then, or ("error", MegainterError), ("crash", traceback). To a worker: a batch, None for no more, or ``STOP``.
+    """
+
+    def send(self, message: Any, /) -> None: ...
+    def recv(self) -> Any: ...
+    def poll(self) -> bool: ...
+    def close(self) -> None: ...
+
+
 Decoded = list[tuple[Task, Image.Image | Failure]]
-ExtractBatch = Callable[[list[Image.Image]], list[RegionRecord]]
+Readable = list[tuple[Task, Image.Image]]
+ExtractBatch = Callable[[Readable], list[RegionRecord]]
 
 
 class _Terminated(Exception):
-    """SIGTERM from the parent: keep what is finished and end."""
+    """SIGTERM or ``STOP``: keep what is finished and end."""
 
 
-def work(connection: Connection, job: Job) -> None:
+def work(link: Link, job: Job) -> None:
     """The worker's whole life; the shard's writer commits what is finished however it ends, SIGKILL apart."""
     _end_with_parent(job.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _terminate)
     silence_pillow()
     torch.set_num_threads(1)
+    with suppress(BrokenPipeError):  # the parent is gone; nobody is left to tell
+        link.send(_work(link, job))
+
+
+def _work(link: Link, job: Job) -> tuple[Any, ...]:
+    """Extract until there is no more; returns the last message."""
     try:
         with FeatureStoreWriter(job.store, job.schema, f"shard-{job.number:05d}") as writer:
-            detector = load_detector(job.weights, job.device)
-            for batch in _decoded_batches(connection, job.images):
-                failures = _store_batch(batch, lambda images: detector.extract_batch(images, **job.options), writer)
-                connection.send(("done", len(batch), failures))
-        connection.send(("closed",))
-    except _Terminated:
-        pass
+            extract = extractor(load_detector(job.weights, job.device, job.precision), job.options)
+            for batch in _decoded_batches(link, job.images):
+                failures = store_batch(batch, extract, writer)
+                link.send(("done", len(batch), failures))
+        return ("closed",)
+    except (_Terminated, BrokenPipeError):
+        return ("stopped",)
     except MegainterError as error:
-        connection.send(("error", error))
-    except BrokenPipeError:
-        pass  # the parent is gone; nobody is left to tell
+        return ("error", error)
     except Exception:
-        connection.send(("crash", traceback.format_exc()))
+        return ("crash", traceback.format_exc())
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -104,16 +136,17 @@ def _end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _decoded_batches(connection: Connection, images: Path) -> Iterator[Decoded]:
+def _decoded_batches(link: Link, images: Path) -> Iterator[Decoded]:
     """Batches as they are sent, decoded one ahead in a thread; ends with the None that the parent sends, or with the parent."""
     ready: queue.Queue[Decoded | None] = queue.Queue(maxsize=1)
 
     def decode() -> None:
-        try:
-            while (tasks := connection.recv()) is not None:
-                ready.put([(task, _decode(images, task)) for task in tasks])
-        except (EOFError, OSError):
-            pass
+        with suppress(EOFError, OSError):
+            while (tasks := link.recv()) is not None:
+                if tasks == STOP:
+                    os.kill(os.getpid(), signal.SIGTERM)  # the main thread is at work or waits for the next batch
+                    return
+                ready.put([(task, decoded(images, task)) for task in tasks])
         ready.put(None)
 
     threading.Thread(target=decode, daemon=True).start()
@@ -121,29 +154,54 @@ def _decoded_batches(connection: Connection, images: Path) -> Iterator[Decoded]:
         yield batch
 
 
-def _decode(images: Path, task: Task) -> Image.Image | Failure:
+def decoded(images: Path, task: Task) -> Image.Image | Failure:
+    """The picture of a task, or why there is none."""
     try:
-        return load_image(confined(images, task.path), draft=True)
+        return load_image(confined(images, task.path), draft=True, part=task.part)
     except UnreadableImageError as error:
         return Failure(task.image_id, task.path, error.reason)
 
 
-def _store_batch(batch: Decoded, extract: ExtractBatch, writer: FeatureStoreWriter) -> list[Failure]:
+def extractor(detector: Detector, options: dict[str, Any]) -> ExtractBatch:
+    """Regions of pictures, at their tasks' boxes where they have some, else at the detector's proposals."""
+
+    def extract(batch: Readable) -> list[RegionRecord]:
+        images = [image for _, image in batch]
+        if batch[0][0].given is None:
+            return detector.extract_batch(images, **options)
+        return detector.extract_at(images, [_given_boxes(task, image) for task, image in batch], **options)
+
+    return extract
+
+
+def _given_boxes(task: Task, image: Image.Image) -> np.ndarray:
+    """A task's boxes, float32 [n, 4] xyxy, in the pixels of the picture; the whole picture where it has none."""
+    frame = task.given
+    assert frame is not None
+    scale = np.array([image.width / frame.width, image.height / frame.height] * 2, np.float32)
+    if abs(scale[0] / scale[1] - 1) > FRAME_TOLERANCE + 1 / min(frame.width, frame.height, image.width, image.height):
+        width, height = task.size or image.size
+        raise UsageError(f"its boxes were drawn in {frame.width} x {frame.height}, but the image is {width} x {height}")
+    if not len(frame.boxes):
+        return np.array([[0, 0, image.width, image.height]], np.float32)
+    return frame.boxes * scale
+
+
+def store_batch(batch: Decoded, extract: ExtractBatch, writer: FeatureStoreWriter) -> list[Failure]:
     """Extract and store a batch in one transaction; returns the images that failed."""
     failures = [image for _, image in batch if isinstance(image, Failure)]
-    readable = [(task, image) for task, image in batch if not isinstance(image, Failure)]
-    records = _records(readable, extract, writer.schema, failures) if readable else []
-    writer.add_all(records)
+    by_size: dict[tuple[int, int], Readable] = {}
+    for task, image in batch:
+        if not isinstance(image, Failure):
+            by_size.setdefault(image.size, []).append((task, image))
+    writer.add_all([pair for part in by_size.values() for pair in _records(part, extract, writer.schema, failures)])
     return failures
 
 
-def _records(
-    batch: Sequence[tuple[Task, Image.Image]], extract: ExtractBatch, schema: StoreSchema, failures: list[Failure]
-) -> list[tuple[str, RegionRecord]]:
+def _records(batch: Readable, extract: ExtractBatch, schema: StoreSchema, failures: list[Failure]) -> list[tuple[str, RegionRecord]]:
     """Records of a batch. A batch that fails (memory of the device, an odd image) is halved until the one image at fault is known."""
     try:
-        records = extract([image for _, image in batch])
-        pairs = [(task.image_id, _in_file_pixels(record, task)) for (task, _), record in zip(batch, records, strict=True)]
+        pairs = [(task.image_id, _in_file_pixels(record, task)) for (task, _), record in zip(batch, extract(batch), strict=True)]
         for image_id, record in pairs:
             check_record(image_id, record, schema)
         return pairs

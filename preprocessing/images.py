@@ -2,8 +2,10 @@
 
 Every picture comes out the same way whatever it was stored as: turned as its EXIF says, the first frame of an animation, 16-bit grey
 scaled to 8 bits, transparency over white. ICC profiles are ignored, as in the detectors' own training.
+An image may also be a part of a larger file, a member of a tar: it is read where it stands.
 """
 
+import io
 import os
 import stat
 import struct
@@ -12,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,9 +26,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format that runs an outsid
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
 OTHER_SUFFIXES = {".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".svg", ".eps", ".tga", ".psd"}
 MAX_PIXELS = 100_000_000  # decoded that is 300 MB
-DRAFT_PIXELS = 16_000_000  # a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at no fewer pixels than a quarter of this
+DRAFT_PIXELS = 16_000_000  # with draft, a larger image comes at 1/2, 1/4 or 1/8 of its size, but at no fewer pixels than a quarter of this
+BAND_ROWS = 64  # rows of the smaller picture that are made at once
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 EXIF_ORIENTATION, FIRST_TURNED_ORIENTATION = 0x0112, 5  # orientations 5 to 8 swap width and height
+Part = tuple[int, int]  # where an image stands inside a larger file: offset and length in bytes
 
 
 class UnreadableImageError(UsageError):
@@ -39,22 +44,46 @@ class UnreadableImageError(UsageError):
         return type(self), (self.path, self.reason)
 
 
-def load_image(path: Path, draft: bool = False) -> Image.Image:
+class _FilePart(io.RawIOBase):
+    """``length`` bytes of a file from ``offset`` on, as a file of its own."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self.file, self.offset, self.length, self.at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        data = os.pread(self.file.fileno(), max(0, min(len(buffer), self.length - self.at)), self.offset + self.at)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
+def load_image(path: Path, draft: bool = False, part: Part | None = None) -> Image.Image:
     """The image as RGB, 8 bits. ``UnreadableImageError`` for anything but a whole JPEG, PNG, WebP, GIF or BMP up to 100 megapixels.
 
-    With ``draft`` a JPEG above 16 megapixels comes smaller than it is (``image_size`` tells its true size), at a fraction of the memory.
+    With ``draft`` an image above 16 megapixels comes smaller than it is (``image_size`` tells its true size), at a fraction of the memory.
     """
-    with _opened(path) as image:
-        if draft and image.format == "JPEG" and image.width * image.height > DRAFT_PIXELS:
+    with _opened(path, part) as image:
+        large = draft and image.width * image.height > DRAFT_PIXELS
+        if large and image.format == "JPEG":
             scale = (DRAFT_PIXELS / 4 / (image.width * image.height)) ** 0.5
             image.draft("RGB", (round(image.width * scale), round(image.height * scale)))
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _reduced(image) if large and image.format != "JPEG" else _to_rgb(ImageOps.exif_transpose(image))
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, part: Part | None = None) -> tuple[int, int]:
     """(width, height) in pixels as ``load_image`` gives them without ``draft``, from the header alone."""
-    with _opened(path) as image:
+    with _opened(path, part) as image:
         turned = image.getexif().get(EXIF_ORIENTATION, 1) in range(FIRST_TURNED_ORIENTATION, 9)
         return (image.height, image.width) if turned else (image.width, image.height)
 
@@ -101,12 +130,12 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, part: Part | None) -> Iterator[Image.Image]:
     """The file as a Pillow image whose header is read and whose size is allowed; whatever fails inside becomes one kind of error."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UnreadableImageError(path, "not a regular file")
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        with open(path, "rb") as file, Image.open(_within(file, part), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             yield image
@@ -115,17 +144,25 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except MemoryError:
         raise UnreadableImageError(path, "out of memory") from None
     except Exception as error:  # a parser fed with hostile bytes may raise anything
-        raise UnreadableImageError(path, _reason(path, error)) from None
+        raise UnreadableImageError(path, _reason(path, part, error)) from None
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _within(file: BinaryIO, part: Part | None) -> BinaryIO:
+    return file if part is None else io.BufferedReader(_FilePart(file, *part))
+
+
+def _reason(path: Path, part: Part | None, error: Exception) -> str:
     match error:
         case FileNotFoundError():
             return "no such file"
         case Image.DecompressionBombError():
             return f"more than {MAX_PIXELS // 10**6} megapixels"
         case UnidentifiedImageError():
-            return "empty file" if path.stat().st_size == 0 else f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, whatever its name"
+            return (
+                "empty file"
+                if (part[1] if part else path.stat().st_size) == 0
+                else f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, whatever its name"
+            )
         case OSError() if error.errno is not None:
             return error.strerror or str(error)
         case OSError() | SyntaxError() | ValueError() | EOFError() | struct.error() | zlib.error():
@@ -138,6 +175,17 @@ def silence_pillow() -> None:
     """No warnings from Pillow in this process: its 89-megapixel warning is an error of our own here, broken metadata is of no interest."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    """``image`` at the largest of 1/2, 1/4, 1/8 that has at most 16 megapixels, made band by band: one RGB copy of it would be 300 MB."""
+    factor = next(f for f in (2, 4, 8) if image.width * image.height <= DRAFT_PIXELS * f * f)
+    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, small.height, BAND_ROWS):
+        rows = (top * factor, min(image.height, (top + BAND_ROWS) * factor))
+        small.paste(_to_rgb(image.crop((0, rows[0], image.width, rows[1]))).reduce(factor), (0, top))
+    small.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
+    return ImageOps.exif_transpose(small)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

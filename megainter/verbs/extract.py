@@ -1,7 +1,7 @@
 """`megainter extract`: images into a feature store."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def extract(
@@ -19,19 +19,23 @@ def extract(
     max_size: int | None = None,
     max_bad: float = 0.01,
     device: str | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    boxes: Path | None = None,
+    network_disk: bool = False,
 ) -> None:
-    """Extract region features of images into a feature store. The same command resumes.
+    """Extract region features of images into a feature store. The same command resumes; alone or under mpirun, one worker per rank.
 
     Parameters
     ----------
     images
-        Folder of images.
+        Folder of images, or of tar files (WebDataset); also one tar file, or a glob such as 'shards/*.tar'.
     output
         Feature store to write.
     weights
         Detector weights (safetensors).
     manifest
-        Take the images named in this Parquet manifest (pairs or boxes) instead of all in the folder.
+        Take the images named here instead of all in the folder: a Parquet manifest (pairs or boxes), or a CSV or TSV file with a column
+        "image" and, if ids are not to be the paths, "image_id".
     min_boxes
         Keep at least this many regions of an image, where the detector proposes as many.
     max_boxes
@@ -50,10 +54,23 @@ def extract(
         Share of unreadable images above which the command ends with exit code 3.
     device
         Torch device; default CUDA where there is one.
+    precision
+        Of the larger part of the detector's arithmetic; proposals stay those of fp32.
+    boxes
+        Take the regions from this manifest of boxes (Parquet) instead of the detector's proposals.
+    network_disk
+        Allow a store on NFS and the like, where a crash can damage what is being written.
     """
     from preprocessing.extract import extract as extract_regions
+    from preprocessing.extract_mpi import extract_on_ranks, launched_rank
 
-    extract_regions(
-        images, output, weights, manifest=manifest, min_boxes=min_boxes, max_boxes=max_boxes, selection=selection, workers=workers,
-        batch_size=batch_size, min_size=min_size, max_size=max_size, max_bad=max_bad, device=device,
-    )  # fmt: skip
+    arguments: dict[str, Any] = {
+        "images": images, "output": output, "weights": weights, "manifest": manifest, "min_boxes": min_boxes, "max_boxes": max_boxes,
+        "selection": selection, "workers": workers, "batch_size": batch_size, "min_size": min_size, "max_size": max_size,
+        "max_bad": max_bad, "device": device, "precision": precision, "boxes": boxes,
+        "network_disk": network_disk,
+    }  # fmt: skip
+    if launched_rank() is None:
+        extract_regions(**arguments)
+    else:
+        extract_on_ranks(extract_regions, **arguments)

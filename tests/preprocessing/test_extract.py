@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, RegionRecord, stored_ids
-from megainter.data.manifest import ImageBoxes, Pair, write_boxes, write_pairs
 from megainter.data.shard import count_records
 from megainter.errors import LockedError, MegainterError, TooManyBadInputsError, UsageError
 from preprocessing.detector import DetectorConfig, build_model, load_detector, save_detector
-from preprocessing.extract import Extraction, _batches, _devices, extract, list_images
-from preprocessing.extract_worker import Failure, Task, _decode, _store_batch
+from preprocessing.extract import Extraction, _batches, _devices, extract
+from preprocessing.extract_worker import Failure, Task, decoded, extractor, store_batch
+from preprocessing.sources import list_images
 
 IMAGES = 150  # more than two transactions of 64
 SIZES = ((64, 64), (96, 64), (64, 80))
@@ -217,25 +217,14 @@ def test_a_second_extraction_into_one_store_is_refused(folder: Path, finished: E
         extract(folder / "images", folder / "whole", folder / "detector.safetensors", min_boxes=3, max_boxes=9)
 
 
-def test_images_of_a_manifest(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    pairs = [Pair(f"{n}", f"id-{n // 2}", f"{n // 2}.jpg", "x", "") for n in (5, 4, 1, 0)]
-    write_pairs(tmp_path / "pairs.parquet", pairs)
-    assert list_images(tmp_path / "images", tmp_path / "pairs.parquet") == [("id-0", "0.jpg"), ("id-2", "2.jpg")]
-    write_boxes(tmp_path / "boxes.parquet", [ImageBoxes("b", "d/b.jpg", 9, 9, np.zeros((0, 4), np.float32), [])])
-    assert list_images(tmp_path / "images", tmp_path / "boxes.parquet") == [("b", "d/b.jpg")]
-    with pytest.raises(UsageError, match="does not exist"):
-        list_images(tmp_path / "absent", tmp_path / "pairs.parquet")
-
-
 def test_batches_hold_one_size_and_do_not_depend_on_what_is_done(folder: Path) -> None:
-    images, listing = folder / "images", list_images(folder / "images")
-    batches = list(_batches(images, listing, set(), 8))
-    assert sorted(task.image_id for batch in batches for task in batch) == [image_id for image_id, _ in listing]
+    source = list_images(folder / "images")
+    batches = list(_batches(source, {}, set(), 8))
+    assert sorted(task.image_id for batch in batches for task in batch) == [item.image_id for item in source.items]
     assert all(len({task.size for task in batch}) == 1 and len(batch) <= 8 for batch in batches)
     assert sum(len(batch) == 8 for batch in batches) > len(batches) / 2
     done = {task.image_id for batch in batches[::2] for task in batch}
-    assert list(_batches(images, listing, done, 8)) == batches[1::2]
+    assert list(_batches(source, {}, done, 8)) == batches[1::2]
 
 
 def test_workers_share_devices_and_are_no_more_than_batches() -> None:
@@ -249,29 +238,29 @@ def test_an_image_that_breaks_the_detector_is_found_by_halving_and_the_others_ar
     detector = load_detector(folder / "detector.safetensors")
     calls: list[int] = []
 
-    def breaking(images: list[Image.Image]) -> list[RegionRecord]:
-        calls.append(len(images))
-        if any(image.size == (96, 64) for image in images):
+    def breaking(batch: list[tuple[Task, Image.Image]]) -> list[RegionRecord]:
+        calls.append(len(batch))
+        if any(task.image_id == "0006" for task, _ in batch):
             raise torch.OutOfMemoryError("out of memory\nwith details")
-        return detector.extract_batch(images)
+        return detector.extract_batch([image for _, image in batch])
 
-    tasks = [Task(f"{number:04d}", f"{number:04d}.jpg", SIZES[number % 3]) for number in (0, 3, 1, 6)]
+    tasks = [Task(f"{number:04d}", f"{number:04d}.jpg", SIZES[0]) for number in (0, 3, 6, 9)]
     with FeatureStoreWriter(tmp_path / "store", detector.schema()) as writer:
-        failures = _store_batch([(task, _decode(folder / "images", task)) for task in tasks], breaking, writer)
-    assert failures == [Failure("0001", "0001.jpg", "out of memory")]
-    assert stored_ids(tmp_path / "store") == {"0000", "0003", "0006"}
+        failures = store_batch([(task, decoded(folder / "images", task)) for task in tasks], breaking, writer)
+    assert failures == [Failure("0006", "0006.jpg", "out of memory")]
+    assert stored_ids(tmp_path / "store") == {"0000", "0003", "0009"}
     assert calls == [4, 2, 2, 1, 1]
 
 
 def test_boxes_of_an_image_decoded_smaller_are_in_its_own_pixels(folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (6000, 3000), (200, 30, 30)).save(tmp_path / "large.jpg")
     task = Task("large", "large.jpg", (6000, 3000))
-    decoded = _decode(tmp_path, task)
-    assert isinstance(decoded, Image.Image)
-    assert decoded.size == (3000, 1500)
+    picture = decoded(tmp_path, task)
+    assert isinstance(picture, Image.Image)
+    assert picture.size == (3000, 1500)
     detector = load_detector(folder / "detector.safetensors")
     with FeatureStoreWriter(tmp_path / "store", detector.schema()) as writer:
-        assert _store_batch([(task, decoded)], detector.extract_batch, writer) == []
-    record, small = FeatureStore(tmp_path / "store", allow_partial=True)["large"], detector.extract(decoded)
+        assert store_batch([(task, picture)], extractor(detector, {}), writer) == []
+    record, small = FeatureStore(tmp_path / "store", allow_partial=True)["large"], detector.extract(picture)
     assert (record.width, record.height) == (6000, 3000)
     np.testing.assert_allclose(record.boxes, small.boxes * 2, rtol=1e-5)
