@@ -103,6 +103,10 @@ class FeatureStore:
         for row in np.lexsort((self._column["offset"], self._column["shard"])).tolist():
             yield self.ids[row]
 
+    def shard_sizes(self) -> dict[str, int]:
+        """Bytes of each shard's file."""
+        return {shard.name: shard.stat().st_size for shard, _ in self._shards}
+
     def checksums(self, image_ids: Sequence[str]) -> np.ndarray:
         """int64 [len(image_ids)]: CRC-32 of each record by the index, -1 where the store lacks the image."""
         rows = self.find(image_ids)

@@ -1,0 +1,139 @@
+"""`megainter features`: feature stores looked at, checked, merged, and exchanged with other programs."""
+
+import signal
+from pathlib import Path
+from typing import Any, Literal
+
+from cyclopts import App
+
+from megainter.errors import StoppedEarly
+
+features_app = App(name="features", help="Show, check, merge, import and export feature stores.")
+
+
+@features_app.command(name="show")
+def show(store: Path, /, *, image: str | None = None) -> None:
+    """Print what a feature store holds, or one of its records.
+
+    Parameters
+    ----------
+    store
+        Feature store.
+    image
+        Print the regions of the image with this id instead.
+    """
+    from preprocessing.store_report import describe_record, describe_store
+
+    print(describe_store(store) if image is None else describe_record(store, image))
+
+
+@features_app.command(name="check")
+def check(store: Path, /) -> None:
+    """Verify every record of a feature store; exit code 4 where one is wrong.
+
+    Parameters
+    ----------
+    store
+        Feature store.
+    """
+    from preprocessing.store_report import check_store
+
+    print(f"{store}: all {check_store(store):,} records are as they were written")
+
+
+@features_app.command(name="merge")
+def merge(*stores: Path, output: Path) -> None:
+    """Merge feature stores of the same detector and settings into one. The same command goes on after a stop.
+
+    Parameters
+    ----------
+    stores
+        Two or more feature stores. Equal records of one image are merged, different ones refused.
+    output
+        Feature store to write.
+    """
+    from preprocessing.transfer import merge_stores
+
+    _stop_on_signals()
+    print(f"{output}: digest {merge_stores(list(stores), output)}")
+
+
+@features_app.command(name="import")
+def import_(
+    src: Path,
+    dst: Path,
+    /,
+    *,
+    format: str | None = None,
+    features: Literal["float16", "float32"] = "float16",
+    classes: Path | None = None,
+    sizes: Path | None = None,
+    background: Literal["first", "last", "none"] | None = None,
+    top_k: int = 0,
+    detector: str | None = None,
+    max_bad: float = 0.01,
+) -> None:
+    """Import another program's region features into a feature store. The same command goes on after a stop.
+
+    Parameters
+    ----------
+    src
+        A TSV, an LMDB (file or folder) or a folder of .npz files.
+    dst
+        Feature store to write; what could not be used is listed in DST/failed.tsv.
+    format
+        lxmert-tsv, butd-tsv, vilbert-tsv, vinvl-tsv, vilbert-lmdb, tensorpack-lmdb, uniter-lmdb, mmf-lmdb, uniter-npz or milvlg-npz;
+        default: recognised by content.
+    features
+        Precision to keep. float32 keeps what came in to the bit, in twice the space.
+    classes
+        Names of the detector's classes without background, one per line (or VinVL's labelmap); default "class 1" and so on.
+    sizes
+        Image sizes where the format has none: CSV or Parquet with image_id, width, height, or VinVL's hw.tsv.
+    background
+        Which class probability is the background's, where it is not where the format usually has it.
+    top_k
+        Keep only so many class probabilities of a region; default all.
+    detector
+        What made the features; stores merge where this is the same.
+    max_bad
+        Share of unusable entries above which the command ends with exit code 3.
+    """
+    from preprocessing.transfer import import_features
+
+    _stop_on_signals()
+    done = import_features(
+        src, dst, format=format, features=features, classes=classes, sizes=sizes, background=background, top_k=top_k, detector=detector,
+        max_bad=max_bad,
+    )  # fmt: skip
+    print(f"{dst}: {done.stored:,} images, digest {done.digest}")
+
+
+@features_app.command(name="export")
+def export(store: Path, dst: Path, /, *, format: Literal["lxmert-tsv", "vilbert-lmdb", "uniter-lmdb", "parquet"]) -> None:
+    """Write a feature store in another program's format.
+
+    Parameters
+    ----------
+    store
+        Feature store.
+    dst
+        File or folder to write; must not exist.
+    format
+        What to write.
+    """
+    from preprocessing.transfer import export_features
+
+    _stop_on_signals()
+    print(f"{dst}: {export_features(store, dst, format):,} images")
+
+
+def _stop_on_signals() -> None:
+    """On SIGTERM and SIGINT, what is finished is committed and what is half exported removed; a second one ends the process at once."""
+
+    def stop(number: int, frame: object) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        raise StoppedEarly("stopped on request; what was stored is kept, run the same command again")
+
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,0 +1,117 @@
+"""Region features in other programs' formats: which there are, and which one a file has."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from megainter.data.record import RegionRecord, StoreSchema
+from megainter.errors import UsageError
+from preprocessing.formats import milvlg, mmf, parquet, tensorpack, tsv, uniter, vilbert_lmdb, vinvl
+from preprocessing.formats.entry import BadEntryError, Source
+from preprocessing.formats.lmdb_file import is_lmdb, keys, opened, value_of
+from preprocessing.formats.npz import read_npz
+
+Records = Iterator[tuple[str, RegionRecord]]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes records to a path that does not exist yet, and says why an id cannot stand in the format ("" where it can)."""
+
+    write: Callable[[Records, StoreSchema, Path], None]
+    id_problem: Callable[[str], str]
+
+
+READERS: Mapping[str, Callable[[Path], Source]] = MappingProxyType(
+    {
+        "lxmert-tsv": tsv.read_lxmert,
+        "butd-tsv": tsv.read_butd,
+        "vilbert-tsv": tsv.read_vilbert,
+        "vinvl-tsv": vinvl.read,
+        "vilbert-lmdb": vilbert_lmdb.read,
+        "tensorpack-lmdb": tensorpack.read,
+        "uniter-lmdb": uniter.read_lmdb,
+        "mmf-lmdb": mmf.read,
+        "uniter-npz": uniter.read_npz_folder,
+        "milvlg-npz": milvlg.read,
+    }
+)
+WRITERS: Mapping[str, Writer] = MappingProxyType(
+    {
+        "lxmert-tsv": Writer(tsv.write_lxmert, tsv.id_problem),
+        "vilbert-lmdb": Writer(vilbert_lmdb.write, vilbert_lmdb.id_problem),
+        "uniter-lmdb": Writer(uniter.write_lmdb, uniter.id_problem),
+        "parquet": Writer(parquet.write, parquet.id_problem),
+    }
+)
+COLUMNS = MappingProxyType({len(tsv.BUTD): "butd-tsv", len(tsv.VILBERT): "vilbert-tsv", len(tsv.LXMERT): "lxmert-tsv", 2: "vinvl-tsv"})
+ENTRIES_LOOKED_AT = 20  # the first ones may be damaged
+
+
+def recognise(path: Path) -> str:
+    """The format of ``path`` by its content; ``UsageError`` where it is none that is known."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
+    if is_lmdb(path):
+        found = _of_lmdb(path)
+    elif path.is_dir():
+        found = _of_npz(path)
+    else:
+        found = _of_lines(path)
+    if not found:
+        raise UsageError(f"{path} has no format that is known ({', '.join(READERS)}); name it with --format if it is one of them")
+    return found
+
+
+def _of_lines(path: Path) -> str:
+    with open(path, "rb") as file:
+        if b"\0" in file.read(1 << 16):
+            return ""
+    for place, (_, _, line) in enumerate(tsv.lines(path)):
+        found = COLUMNS.get(len(line.split(b"\t")), "") if line is not None else ""
+        if found and (found != "vinvl-tsv" or line.partition(b"\t")[2].lstrip()[:1] == b"{"):  # type: ignore[union-attr]
+            return found
+        if place == ENTRIES_LOOKED_AT:
+            break
+    return ""
+
+
+def _of_npz(path: Path) -> str:
+    for place, file in enumerate(path.rglob("*.npz")):
+        try:
+            with open(file, "rb") as stream:
+                names = read_npz(stream, ("norm_bb", "num_bbox"))
+        except (BadEntryError, OSError):
+            names = {}
+        if names:
+            return "uniter-npz" if "norm_bb" in names else "milvlg-npz"
+        if place == ENTRIES_LOOKED_AT:
+            break
+    return ""
+
+
+def _of_lmdb(path: Path) -> str:
+    with opened(path) as transaction:
+        index = value_of(transaction, tensorpack.INDEX_KEY)
+    if index:
+        return "uniter-lmdb" if index.lstrip().startswith(b"[") else "tensorpack-lmdb"
+    for place, (transaction, key) in enumerate(keys(path)):
+        if key == vilbert_lmdb.INDEX_KEY:
+            continue
+        if found := _of_value(value_of(transaction, key)):
+            return found
+        if place == ENTRIES_LOOKED_AT:
+            break
+    return ""
+
+
+def _of_value(value: bytes) -> str:
+    """The format of an LMDB without list of keys by one of its values."""
+    if value.startswith(b"PK"):
+        return "uniter-lmdb"
+    try:
+        row = vilbert_lmdb.unpickled_dict(value)
+    except BadEntryError:
+        return ""
+    return "mmf-lmdb" if "bbox" in row or "feature_path" in row else "vilbert-lmdb" if "features" in row else ""

@@ -1,0 +1,53 @@
+"""ViLBERT's and InterBERT's Conceptual Captions LMDB, as tensorpack's LMDBSerializer wrote it: numbered lists, pickled or in msgpack.
+
+A list is [features, cls_prob, boxes, num_boxes, image_h, image_w, image_id, caption], arrays with or without their shape, background first.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from preprocessing.formats.entry import BadEntryError, Entry, Regions, Source, integer, region_count, rows, unusable
+from preprocessing.formats.lmdb_file import keys, opened, value_of
+from preprocessing.formats.msgpack_arrays import unpack
+from preprocessing.formats.vilbert_lmdb import unpickled
+
+INDEX_KEY = b"__keys__"
+
+
+def read(path: Path) -> Source:
+    """A ``training_feat_*.lmdb`` or ``validation_*.lmdb``; its captions are not read."""
+    with opened(path) as transaction:
+        total = transaction.stat()["entries"] - (transaction.get(INDEX_KEY) is not None)
+    return Source(total, "images", partial(_entries, path))
+
+
+def _entries(path: Path) -> Iterator[Entry]:
+    for transaction, key in keys(path):
+        if key == INDEX_KEY:
+            continue
+        where = f"key {key.decode(errors='backslashreplace')!r}"
+        try:
+            row = datapoint(value_of(transaction, key))
+            yield Entry(where, _text(row[6]), 1, partial(_regions, row))
+        except BadEntryError as error:
+            yield unusable(where, 1, str(error))
+
+
+def datapoint(data: bytes) -> list[Any]:
+    """The list of eight in ``data``; pickles of protocol 2 and later begin with a byte that no list in msgpack begins with."""
+    value = unpickled(data) if data[:1] == b"\x80" else unpack(data)
+    if not isinstance(value, list | tuple) or len(value) != 8:
+        raise BadEntryError("it is not a list of eight")
+    return list(value)
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _regions(row: list[Any]) -> Regions:
+    n = region_count(row[3])
+    features, probs, boxes = (rows(row[at], n, what) for at, what in enumerate(("features", "cls_prob", "boxes")))
+    return Regions(boxes, features, integer(row[5], "image_w"), integer(row[4], "image_h"), probs)
