@@ -46,6 +46,7 @@ class Job:
     master: str
     port: int
     remote_shell: RemoteShell = "pdsh"
+    module: str = MODULE
 
     @property
     def world_size(self) -> int:
@@ -101,21 +102,21 @@ def _deepspeed(job: Job) -> list[str]:
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(job.port)]
     if not job.hosts:
         # A hostfile that is not there: otherwise the runner would take /job/hostfile.
-        return [*runner, "--hostfile", str(job.folder / "none"), "--num_gpus", str(job.processes), "--module", MODULE, *job.arguments]
+        return [*runner, "--hostfile", str(job.folder / "none"), "--num_gpus", str(job.processes), "--module", job.module, *job.arguments]
     for path in (Path.cwd(), Path(sys.executable)):
         if PLAIN.fullmatch(str(path)) is None:
             raise UsageError(f"{str(path)!a} would pass through shells on other hosts; move to a path without special characters")
     chosen = "@".join(f"{host.name}:{','.join(map(str, host.devices))}" for host in job.hosts)
     return [
         *runner, "--hostfile", str(job.folder / "hostfile"), "--include", chosen, "--master_addr", job.master, "--launcher",
-        job.remote_shell, "--force_multi", "--module", MODULE, *job.arguments,
+        job.remote_shell, "--force_multi", "--module", job.module, *job.arguments,
     ]  # fmt: skip
 
 
 def _torchrun(job: Job) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
     if not job.hosts:
-        return [*torchrun, str(job.processes), "--standalone", "--module", MODULE, *job.arguments]
+        return [*torchrun, str(job.processes), "--standalone", "--module", job.module, *job.arguments]
     raise UsageError("torchrun starts the processes of one machine only; for a hostfile use --engine deepspeed or --engine mpirun")
 
 
@@ -128,7 +129,7 @@ def _mpirun(job: Job) -> list[str]:
         words.append("--allow-run-as-root")
     environment = {**job.environment, "MASTER_ADDR": job.master, "MASTER_PORT": str(job.port)}
     exported = [word for name in sorted(environment) for word in ("-x", f"{name}={environment[name]}")]
-    return [*words, *exported, sys.executable, "-m", MODULE, *job.arguments]
+    return [*words, *exported, sys.executable, "-m", job.module, *job.arguments]
 
 
 def _srun(job: Job) -> list[str]:
@@ -140,7 +141,7 @@ def _srun(job: Job) -> list[str]:
     exported = ",".join(["ALL", *(f"{name}={value}" for name, value in sorted(environment.items()) if "," not in value)])
     return [
         "srun", "--nodes", str(len(job.hosts)), "--ntasks", str(job.world_size), "--ntasks-per-node", str(slots.pop()), "--nodelist",
-        ",".join(host.name for host in job.hosts), "--kill-on-bad-exit=1", f"--export={exported}", sys.executable, "-m", MODULE,
+        ",".join(host.name for host in job.hosts), "--kill-on-bad-exit=1", f"--export={exported}", sys.executable, "-m", job.module,
         *job.arguments,
     ]  # fmt: skip
 

@@ -75,7 +75,7 @@ def launch(settings: LaunchSettings, own_words: tuple[str, ...], dry_run: bool) 
         _submit(settings, settings.request, own_words, folder, dry_run)
         return
     hosts = hosts_of(settings)
-    job = _job(settings, hosts, folder / "attempt-1")
+    job = job_of(settings, hosts, folder / "attempt-1")
     accumulation_steps(settings.training, job.world_size)
     if dry_run:
         print(describe(job, settings))
@@ -137,7 +137,8 @@ def visible_devices(environment: Mapping[str, str]) -> int:
     return sum(line.startswith("GPU ") for line in answer.stdout.splitlines())
 
 
-def _job(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> Job:
+def job_of(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> Job:
+    """The job on these hosts; ``UsageError`` for arguments or variables that do not travel safely."""
     remote = bool(hosts)
     check_arguments(settings.arguments, remote)
     given = check_environment(settings.environment, remote)
@@ -173,7 +174,7 @@ def describe(job: Job, settings: LaunchSettings) -> str:
     )
 
 
-def _write_attempt(job: Job) -> None:
+def write_attempt(job: Job) -> None:
     """What the engine reads: our own copy of the hosts, and the environment of ranks on other hosts (DeepSpeed's file)."""
     job.folder.mkdir(parents=True, exist_ok=True)
     if job.hosts:
@@ -198,7 +199,7 @@ def _supervised(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path)
         job = _job_of_attempt(settings, hosts, folder / f"attempt-{number}", first=number == 1, requests=requests)
         if requests.count:
             return STOPPED_EARLY
-        _write_attempt(job)
+        write_attempt(job)
         return run_attempt(build(job), engine_environment(job, os.environ), job.folder, requests, settings.grace, remote=bool(job.hosts))
 
     return supervise(attempt, settings.restarts, requests, folder / "attempts.jsonl")
@@ -207,14 +208,14 @@ def _supervised(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path)
 def _job_of_attempt(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path, first: bool, requests: Requests) -> Job:
     """The job on the hosts that answer now; with fewer ranks the global batch stays and the micro-batch follows."""
     if first or not hosts:
-        return _job(settings, hosts, folder)
+        return job_of(settings, hosts, folder)
     alive = _wait_for(settings, hosts, requests)
     if len(alive) == len(hosts):
-        return _job(settings, hosts, folder)
+        return job_of(settings, hosts, folder)
     ranks, micro = fit_batch(settings.training.global_batch, settings.training.micro_batch, sum(host.slots for host in alive))
     print(f"launch: going on with {len(alive)} of {len(hosts)} hosts, {ranks} ranks, micro-batch {micro}", flush=True)
     arguments = (*settings.arguments, "--training.micro_batch", str(micro))
-    return _job(replace(settings, arguments=arguments), reduced(alive, ranks), folder)
+    return job_of(replace(settings, arguments=arguments), reduced(alive, ranks), folder)
 
 
 def _wait_for(settings: LaunchSettings, hosts: tuple[Host, ...], requests: Requests) -> tuple[Host, ...]:

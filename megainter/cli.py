@@ -14,6 +14,7 @@ from megainter.verbs.evaluate import evaluate_app
 from megainter.verbs.extract import extract
 from megainter.verbs.launch import launch
 from megainter.verbs.plan import plan
+from megainter.verbs.preflight import preflight
 from megainter.verbs.prepare import prepare
 from megainter.verbs.pretrain import pretrain
 from megainter.verbs.view import view
@@ -31,6 +32,7 @@ app.command(extract)
 app.command(pretrain, help_flags=[])
 app.command(launch)
 app.command(plan)
+app.command(preflight)
 app.command(evaluate_app)
 app.command(convert_app)
 app.command(view)

@@ -1,0 +1,329 @@
+"""Before a long run: numbered checks of settings, hosts, data, memory, disk and network, each with what to do where it fails."""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.command import Job, build
+from launcher.hostfile import Host
+from launcher.launch import LaunchSettings, answering, engine_environment, hosts_of, job_of, write_attempt
+from launcher.memory import Layout, checkpoint_bytes, memory
+from launcher.shape import Shape, load_of, shape_of
+from megainter.config import RunConfig
+from megainter.errors import MegainterError
+
+PROBE = "megainter.preflight_probe"
+MARK = "megainter-probe: "
+SLOW_DISK = 50e6  # bytes/s of a synced write below which checkpoints would hurt
+UNKNOWN_SHARE = 0.2  # of tokens that the vocabulary does not know: it is another language's
+WRITTEN = 64 * 2**20  # bytes, to time the disk
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the list: what was looked at, what was found, and for a failure what to do and the exit code it ends with."""
+
+    name: str
+    passed: bool
+    found: str
+    remedy: str = ""
+    code: int = 2
+
+
+class PreflightFailedError(MegainterError):
+    """At least one check failed; the exit code is the first one's."""
+
+    def __init__(self, failed: list[Check]) -> None:
+        names = ", ".join(check.name for check in failed)
+        super().__init__(f"preflight: {len(failed)} of the checks failed: {names}; the lines above say what to do")
+        self.exit_code = failed[0].code
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the checks work on: the run, its ranks, and what the probe said on each host ("" is this machine)."""
+
+    config: RunConfig
+    settings: LaunchSettings
+    hosts: tuple[Host, ...]
+    job: Job
+    folder: Path
+    answers: dict[str, dict[str, Any]]
+
+    @property
+    def here(self) -> dict[str, Any]:
+        """The first host's answer."""
+        return next(iter(self.answers.values()), {})
+
+    def part(self, name: str) -> dict[str, Any]:
+        """One part of the first host's answer; ``{"error": ...}`` where there is none."""
+        return self.here.get(name, {"error": "the probe gave no answer", "code": 1})
+
+
+def preflight(config: RunConfig, settings: LaunchSettings, dry_run_step: bool = True) -> None:
+    """Run all checks, printing each as it is done; ``PreflightFailedError`` at the end where some failed."""
+    hosts = hosts_of(settings)
+    folder = (settings.output / "preflight").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    job = job_of(settings, hosts, folder)
+    reachable = answering(hosts)
+    facts = Facts(config, settings, hosts, job, folder, _ask_all(reachable, settings, job))
+    failed = []
+    try:
+        for number, check in enumerate(_checks(facts, reachable, dry_run_step), start=1):
+            _print(number, check)
+            failed += [] if check.passed else [check]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if failed:
+        raise PreflightFailedError(failed)
+
+
+def _print(number: int, check: Check) -> None:
+    marks = ("\u2713", "\u2717") if (sys.stdout.encoding or "").lower().startswith("utf") else ("ok", "FAILED")
+    print(f"{number:2} {marks[0] if check.passed else marks[1]} {check.name}: {check.found}", flush=True)
+    if not check.passed and check.remedy:
+        print(f"     -> {check.remedy}", flush=True)
+
+
+def _checks(facts: Facts, reachable: tuple[Host, ...], dry_run_step: bool) -> Iterator[Check]:
+    yield engine_check(facts.part("engine"))
+    if facts.hosts:
+        yield hosts_check(facts.hosts, reachable)
+    yield versions_check({name: answer.get("versions", {}) for name, answer in facts.answers.items()})
+    yield devices_check(facts)
+    yield data_check({name: answer.get("data", {}) for name, answer in facts.answers.items()})
+    yield vocabulary_check(facts.part("vocabulary"))
+    shape = _shape(facts)
+    yield memory_check(facts, shape)
+    yield from disk_checks(facts.folder, (facts.config.checkpoint.keep + 1) * checkpoint_bytes(shape))
+    yield collective_check(facts)
+    if dry_run_step:
+        yield from step_checks(facts)
+
+
+def engine_check(answer: dict[str, Any]) -> Check:
+    """Settings and the DeepSpeed JSON agree, and DeepSpeed knows every key."""
+    if "error" in answer:
+        return Check("settings and DeepSpeed configuration", False, answer["error"], "mend the setting it names", answer["code"])
+    found = (
+        f"ZeRO stage {answer['zero_optimization']['stage']}, {answer['train_batch_size']} = {answer['train_micro_batch_size_per_gpu']} x "
+        f"{answer['gradient_accumulation_steps']} x ranks"
+    )
+    return Check("settings and DeepSpeed configuration", True, found)
+
+
+def hosts_check(hosts: tuple[Host, ...], reachable: tuple[Host, ...]) -> Check:
+    """Every host runs a command over ssh without a question."""
+    missing = [host.name for host in hosts if host not in reachable]
+    found = f"{len(reachable)} of {len(hosts)} answer" + (f"; not {', '.join(missing)}" if missing else "")
+    return Check("hosts", not missing, found, "set up keys without a passphrase: ssh-copy-id HOST; and accept each host's key once")
+
+
+def versions_check(versions: dict[str, dict[str, str]]) -> Check:
+    """Python, packages and commit are the same everywhere."""
+    name = "versions"
+    broken = [f"{host or 'here'}: {found.get('error', 'no answer')}" for host, found in versions.items() if not found or "error" in found]
+    if broken or not versions:
+        return Check(name, False, "; ".join(broken) or "no host answered", "install the same environment on every host")
+    first_host, first = next(iter(versions.items()))
+    unlike = [
+        f"{package} {first.get(package)} on {first_host or 'here'}, {found.get(package)} on {host}"
+        for host, found in versions.items()
+        for package in first
+        if found.get(package) != first[package]
+    ]
+    told = ", ".join(f"{package} {first[package]}" for package in ("python", "torch", "deepspeed") if package in first)
+    return Check(name, not unlike, "; ".join(unlike) or told, "install the same versions on every host (constraints.txt)")
+
+
+def devices_check(facts: Facts) -> Check:
+    """Each host has a device for every rank; on the CPU there is nothing to count."""
+    name, short, told = "devices", [], []
+    for host, answer in facts.answers.items():
+        devices = answer.get("devices", {})
+        if "names" not in devices:
+            return Check(name, False, devices.get("error", "no answer"), "look at nvidia-smi on that host", 1)
+        wanted = next((other.slots for other in facts.hosts if other.name == host), facts.job.processes)
+        told.append(f"{len(devices['names'])} x {devices['names'][0]}" if devices["names"] else f"CPU, {devices['cores']} cores")
+        if devices["names"] and len(devices["names"]) < wanted:
+            short.append(f"{host or 'here'} has {len(devices['names'])} devices for {wanted} ranks")
+    return Check(name, not short, "; ".join(short) or ", ".join(sorted(set(told))), "lower the slots, or --processes")
+
+
+def data_check(answers: dict[str, dict[str, Any]]) -> Check:
+    """Captions and features are there on every host, and have the same digests."""
+    name = "data"
+    for host, answer in answers.items():
+        if "store" not in answer:
+            where = f" on {host}" if host else ""
+            return Check(
+                name, False, f"{answer.get('error', 'no answer')}{where}", "mount the data there under the same path", answer.get("code", 2)
+            )
+    if not answers:
+        return Check(name, False, "no host answered")
+    digests = {(answer["pairs"], answer["store"]) for answer in answers.values()}
+    first = next(iter(answers.values()))
+    found = f"{first['captions']:,} captions, {first['images']:,} images, store {first['store'][:12]}"
+    return Check(
+        name, len(digests) == 1, found if len(digests) == 1 else "digests differ between hosts", "copy the same files everywhere", 4
+    )
+
+
+def vocabulary_check(answer: dict[str, Any]) -> Check:
+    """Captions survive encoding and decoding, and the vocabulary knows their words."""
+    name = "vocabulary"
+    if "error" in answer:
+        return Check(name, False, answer["error"], "see data.vocabulary", answer["code"])
+    good = answer["changed"] == 0 and answer["unknown"] <= UNKNOWN_SHARE
+    found = (
+        f"{answer['size']:,} entries, {answer['mean_tokens']:.1f} tokens a caption, {answer['unknown']:.1%} unknown, "
+        f"{answer['changed']} of {answer['captions']} captions change in a round trip"
+    )
+    return Check(name, good, found, "give the vocabulary of the captions' language (data.vocabulary), and see data.lowercase")
+
+
+def _shape(facts: Facts) -> Shape:
+    data, vocabulary = facts.part("data"), facts.part("vocabulary")
+    return shape_of(facts.config, vocabulary.get("size"), data.get("feature_size"), data.get("num_classes"))
+
+
+def memory_check(facts: Facts, shape: Shape) -> Check:
+    """The plan's estimate fits the smallest device (or this machine's free memory, shared by its ranks)."""
+    engine, devices = facts.config.engine, facts.part("devices")
+    on_cpu = not devices.get("names")
+    layout = Layout(
+        engine.zero_stage, facts.job.world_size, engine.precision, engine.offload_optimizer, facts.config.model.gradient_checkpointing
+    )
+    need = memory(shape, load_of(facts.config, facts.config.training.micro_batch), layout, cpu=on_cpu).device
+    room = devices.get("host_memory_free", 0) / max(facts.job.processes, 1) if on_cpu else min(devices["memory"])
+    found = f"{need / 2**30:.2f} GiB a rank by estimate, {room / 2**30:.1f} GiB there"
+    remedy = "lower training.micro_batch, raise engine.zero_stage, or set model.gradient_checkpointing; `megainter plan` compares them"
+    return Check("memory", need <= room, found, remedy)
+
+
+def disk_checks(folder: Path, need: float) -> Iterator[Check]:
+    """Room for the checkpoints that are kept and the one being written; the speed of a synced write."""
+    free = shutil.disk_usage(folder).free
+    found = f"{free / 1e9:.1f} GB free, checkpoints take {need / 1e9:.1f} GB"
+    yield Check("disk space", free > need, found, "free space, lower checkpoint.keep, or choose another output", 5)
+    try:
+        speed = _write_speed(folder / "speed")
+    except OSError as error:
+        yield Check("disk speed", False, f"cannot write: {error.strerror}", "choose another output", 5)
+        return
+    yield Check("disk speed", speed > SLOW_DISK, f"{speed / 1e6:.0f} MB/s", "a checkpoint stalls training: use a faster disk for output", 5)
+
+
+def _write_speed(path: Path) -> float:
+    block = os.urandom(2**20)
+    start = time.perf_counter()
+    with open(path, "wb") as file:
+        for _ in range(WRITTEN // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return WRITTEN / seconds
+
+
+def collective_check(facts: Facts) -> Check:
+    """All ranks meet, add up right, and how fast."""
+    answer = facts.folder / "collective.json"
+    job = replace(facts.job, arguments=("collective", str(answer)), module=PROBE, port=facts.job.port + 1)
+    remedy = "see whether ranks reach --master-addr (firewall, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+    ended = _run(job, facts.folder / "collective.log", seconds=300)
+    if ended or not answer.exists():
+        return Check(
+            "all-reduce", False, f"{facts.job.world_size} ranks did not meet ({_last_line(facts.folder / 'collective.log')})", remedy, 1
+        )
+    found = json.loads(answer.read_text())
+    told = f"{found['ranks']} ranks over {found['backend']}, {found['gigabytes_per_second']:.2f} GB/s"
+    return Check("all-reduce", found["right"], told if found["right"] else f"{told}, but a WRONG sum", remedy, 1)
+
+
+def step_checks(facts: Facts) -> Iterator[Check]:
+    """Two steps of the run itself in a folder of their own, and the time an epoch takes at their pace."""
+    run = facts.folder / "run"
+    short = {
+        "output": run, "training.steps": 3, "training.log_every": 1, "validation.every_steps": 0, "validation.samples": 1,
+        "checkpoint.every_steps": 1000, "tensorboard": "false",
+    }  # fmt: skip
+    words = [word for key, value in short.items() for word in (f"--{key}", str(value))]
+    job = replace(facts.job, arguments=(*facts.settings.arguments, *words), port=facts.job.port + 2)
+    ended = _run(job, facts.folder / "steps.log", seconds=1800)
+    if ended:
+        yield Check("three steps", False, _last_line(facts.folder / "steps.log"), "mend what the line says", 1)
+        return
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = min(record["step_seconds"] for record in records if record["kind"] == "train")
+    yield Check("three steps", True, f"loss {records[0]['loss']:.3f}, {seconds:.2f} s a step, checkpoint written")
+    samples = facts.part("data").get("captions", 0)
+    epoch = samples / facts.config.training.global_batch * seconds
+    yield Check("time", True, f"{epoch / 3600:.2f} h an epoch of {samples:,} captions at this pace")
+
+
+def _run(job: Job, log: Path, seconds: float) -> int:
+    """The exit code of a job that is killed, with all of it, after ``seconds``; its output goes to ``log``."""
+    write_attempt(job)
+    with open(log, "wb") as file:
+        child = subprocess.Popen(
+            build(job), env=engine_environment(job, os.environ), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            return child.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return 1
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("megainter:")] or [line for line in lines if "Error" in line] or lines
+    return told[-1].strip()[:300] if told else "no output"
+
+
+def _ask_all(hosts: tuple[Host, ...], settings: LaunchSettings, job: Job) -> dict[str, dict[str, Any]]:
+    """The probe's answers by host name, asked at the same time; "" is this machine, asked where there is no hostfile."""
+    words = [sys.executable, "-m", PROBE, "host", *settings.arguments]
+    ranks = {"MEGAINTER_PREFLIGHT_RANKS": str(job.world_size)}
+    if not hosts:
+        return {} if job.hosts else {"": _answer(words, dict(os.environ) | ranks)}
+    environment = [f"{name}={value}" for name, value in {**job.environment, **ranks}.items() if not name.startswith("MEGAINTER_PULSE")]
+    inner = f"cd {shlex.quote(os.getcwd())} && {shlex.join(['env', *environment, *words])}"
+
+    def ask(host: Host) -> dict[str, Any]:
+        return _answer(["ssh", "-o", "BatchMode=yes", "--", host.name, inner], dict(os.environ))
+
+    with ThreadPoolExecutor(max_workers=min(len(hosts), 64)) as pool:
+        return dict(zip((host.name for host in hosts), pool.map(ask, hosts), strict=True))
+
+
+def _answer(words: list[str], environment: dict[str, str], seconds: float = 300) -> dict[str, Any]:
+    try:
+        done = subprocess.run(
+            words, env=environment, capture_output=True, text=True, check=False, timeout=seconds, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return {}
+    line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
+    if line is None:
+        text = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        return {part: {"error": text, "code": 1} for part in ("versions", "devices", "data", "vocabulary", "engine")}
+    return json.loads(line[len(MARK) :])

@@ -1,0 +1,62 @@
+"""`megainter preflight`: is everything there that a long run needs?"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+
+def preflight(
+    *settings: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    hostfile: Path | None = None,
+    include: str = "",
+    exclude: str = "",
+    processes: int | None = None,
+    engine: Literal["deepspeed", "torchrun", "mpirun", "srun"] | None = None,
+    remote_shell: Literal["pdsh", "openmpi", "mpich", "slurm"] = "pdsh",
+    master_addr: str | None = None,
+    env: list[str] | None = None,
+    steps: bool = True,
+) -> None:
+    """Check settings, hosts, versions, devices, data, memory, disk, network and three steps before a long run.
+
+    megainter preflight --hostfile hosts --config base --output run: takes the settings of pretrain. Ends with 0 where all checks
+    pass, else with the exit code of the first that failed.
+
+    Parameters
+    ----------
+    settings
+        --config RECIPE.toml, and settings laid over it.
+    hostfile
+        Lines of "host slots=8".
+    include
+        Hosts and devices to use: "a@b:0,2".
+    exclude
+        Hosts and devices to leave out.
+    processes
+        Processes on this machine; default one per GPU.
+    engine
+        What starts the processes; default deepspeed.
+    remote_shell
+        How the deepspeed engine reaches other hosts.
+    master_addr
+        Host where ranks meet; default the first.
+    env
+        NAME=VALUE for every rank; may be repeated.
+    steps
+        Also run three steps of the run itself.
+    """
+    from launcher.launch import LaunchSettings
+    from launcher.preflight import preflight as check
+    from megainter.config import load_config
+    from megainter.verbs.pretrain import split_config
+
+    config = load_config(*split_config(settings))
+    check(
+        config,
+        LaunchSettings(
+            settings, config.training, config.output, hostfile, include, exclude, processes, engine, remote_shell, master_addr,
+            environment=tuple(env or ()),
+        ),
+        dry_run_step=steps,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Preflight: each check by itself, and the whole list for real on this machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.hostfile import Host
+from launcher.preflight import data_check, disk_checks, engine_check, hosts_check, versions_check, vocabulary_check
+from tests.synthetic import environment, settings, write_data
+
+SAME = {"python": "3.12", "torch": "2.14", "commit": "abc"}
+
+
+def test_equal_versions_pass_and_unlike_ones_are_named() -> None:
+    assert versions_check({"a": SAME, "b": SAME}).passed
+    unlike = versions_check({"a": SAME, "b": SAME | {"torch": "2.13"}})
+    assert not unlike.passed
+    assert unlike.found == "torch 2.14 on a, 2.13 on b"
+    assert not versions_check({}).passed
+    assert not versions_check({"a": SAME, "b": {"error": "no python"}}).passed
+
+
+def test_unlike_data_is_damage() -> None:
+    here = {"captions": 5, "images": 3, "pairs": "p" * 64, "store": "s" * 64}
+    assert data_check({"a": here, "b": dict(here)}).passed
+    unlike = data_check({"a": here, "b": here | {"store": "t" * 64}})
+    assert (unlike.passed, unlike.code) == (False, 4)
+    missing = data_check({"a": here, "b": {"error": "regions.store does not exist", "code": 2}})
+    assert "on b" in missing.found
+
+
+@pytest.mark.parametrize(("changed", "unknown", "passes"), [(0, 0.0, True), (1, 0.0, False), (0, 0.3, False)])
+def test_a_vocabulary_of_another_language_fails(changed: int, unknown: float, passes: bool) -> None:
+    answer = {"size": 100, "captions": 10, "changed": changed, "mean_tokens": 9.0, "unknown": unknown}
+    assert vocabulary_check(answer).passed == passes
+
+
+def test_a_silent_host_is_named() -> None:
+    hosts = (Host("a", (0,)), Host("b", (0,)))
+    check = hosts_check(hosts, hosts[:1])
+    assert not check.passed
+    assert "not b" in check.found
+
+
+def test_disk_space_counts_the_checkpoints(tmp_path: Path) -> None:
+    assert [check.passed for check in disk_checks(tmp_path, 1.0)][0]
+    full = next(disk_checks(tmp_path, 1e18))
+    assert (full.passed, full.code) == (False, 5)
+
+
+def test_an_engine_error_keeps_its_code() -> None:
+    check = engine_check({"error": "unknown DeepSpeed setting", "code": 2})
+    assert (check.passed, check.code, check.found) == (False, 2, "unknown DeepSpeed setting")
+
+
+def run(arguments: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+    """``megainter preflight`` in a process of its own."""
+    command = [sys.executable, "-m", "megainter", "preflight", *options, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment() | {"PYTHONIOENCODING": "utf-8"}, check=False, timeout=900
+    )
+
+
+def test_what_is_missing_is_crossed_and_decides_the_exit_code(tmp_path: Path) -> None:
+    """A misspelt DeepSpeed setting and no data: the rest of the list is still checked."""
+    (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
+    arguments = settings(tmp_path / "no.parquet", tmp_path / "no.store", tmp_path / "run", engine__deepspeed=tmp_path / "ds.json")
+    done = run(arguments, "--processes", "1", "--engine", "torchrun", "--no-steps")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "\u2717 settings and DeepSpeed configuration" in done.stdout
+    assert "did you mean 'gradient_clipping'" in done.stdout or "gradient_cliping" in done.stdout
+    assert "\u2717 data: " in done.stdout
+    assert "\u2713 all-reduce: 1 ranks" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "preflight").exists()
+
+
+@pytest.mark.slow
+def test_all_is_well(tmp_path: Path) -> None:
+    done = run(settings(*write_data(tmp_path), tmp_path / "run"), "--processes", "2", "--engine", "torchrun")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if "\u2713" in line]
+    assert len(lines) == 11
+    assert "\u2713 all-reduce: 2 ranks over gloo" in done.stdout
