@@ -12,6 +12,7 @@ from megainter.verbs.convert import convert_app
 from megainter.verbs.demo import demo
 from megainter.verbs.evaluate import evaluate_app
 from megainter.verbs.extract import extract
+from megainter.verbs.features import features_app
 from megainter.verbs.launch import launch
 from megainter.verbs.plan import plan
 from megainter.verbs.preflight import preflight
@@ -25,10 +26,12 @@ app = App(
     help_epilogue="Exit codes: 0 done, 2 usage, 3 too many bad inputs, 4 damage, 5 disk full, 6 in use, 7 diverged, 75 stopped early.",
     help_format="plaintext",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
 )
 app.command(demo)
 app.command(prepare)
 app.command(extract)
+app.command(features_app)
 app.command(pretrain, help_flags=[])
 app.command(launch)
 app.command(plan)
