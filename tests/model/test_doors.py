@@ -64,6 +64,17 @@ def test_padding_on_the_left_is_padding_too() -> None:
     assert torch.equal(a.text_logits[batch["attention_mask"].bool()], b.text_logits[flipped["attention_mask"].bool()])
 
 
+def test_regions_alone_are_a_set() -> None:
+    """Through both doors; a region has no position, so that its state goes where it goes."""
+    model, inputs = tiny_model(), packed_batch(text=(0,), regions=(6,))
+    order = torch.tensor([0, 4, 2, 5, 1, 3])
+    alone = {name: tensor for name, tensor in padded(inputs, extra=2).items() if name.startswith("region")}
+    moved = alone | {name: alone[name][:, torch.cat([order, torch.tensor([6, 7])])] for name in ("region_features", "region_locations")}
+    states = model.interbert.encode(inputs).region_states
+    torch.testing.assert_close(model.interbert(**alone).region_states[0, :6], states, **CLOSE)
+    torch.testing.assert_close(model.interbert(**moved).region_states[0, :6], states[order], **CLOSE)
+
+
 def test_omitted_masks_and_token_types() -> None:
     model, inputs = tiny_model(), packed_batch(text=(4, 4), regions=(3, 3))
     batch = padded(inputs) | {"token_type_ids": torch.zeros(2, 4, dtype=torch.int64)}
