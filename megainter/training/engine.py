@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig, accumulation_steps
 from megainter.errors import UsageError
 from megainter.files import read_json
+from megainter.memory import keep_freed_memory
 from megainter.training import process
 from megainter.training.clipping import clip_each
 from megainter.training.ema import EMA, update_average
@@ -69,6 +70,7 @@ def distributed() -> Iterator[World]:
     else:
         # Otherwise DeepSpeed builds a C++ extension for 30 s that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        keep_freed_memory()
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=30), verbose=False,
                                distributed_port=int(os.environ.get("MASTER_PORT", "29500")))  # fmt: skip
     yield World(dist.get_rank(), dist.get_world_size(), device)
