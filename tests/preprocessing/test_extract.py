@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from PIL import Image
 
 from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, RegionRecord, stored_ids
+from megainter.data.manifest import ImageBoxes, write_boxes
 from megainter.data.shard import count_records
 from megainter.errors import LockedError, MegainterError, TooManyBadInputsError, UsageError
 from preprocessing.detector import DetectorConfig, build_model, load_detector, save_detector
-from preprocessing.extract import Extraction, _batches, _devices, extract
+from preprocessing.extract import Extraction, _batches, _check_disk, _devices, _source, extract
 from preprocessing.extract_worker import Failure, Task, decoded, extractor, store_batch
 from preprocessing.sources import list_images
 
@@ -34,11 +36,9 @@ def write_images(folder: Path, count: int, seed: int = 0) -> None:
         Image.fromarray(blocks).resize((width, height)).save(folder / f"{number:04d}.jpg")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images/ (150 readable ones and one HTML page) and detector.safetensors, randomly initialised."""
-    folder = tmp_path_factory.mktemp("extract")
-    write_images(folder / "images", IMAGES)
+def make_folder(folder: Path, images: int = IMAGES) -> Path:
+    """Fill a folder with images/ (readable ones and one HTML page) and detector.safetensors, randomly initialised."""
+    write_images(folder / "images", images)
     (folder / "images" / "page.jpg").write_text("<html>404</html>")
     names = ("__background__", "red", "green", "blue")
     config = DetectorConfig(
@@ -47,6 +47,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_detector(folder / "detector.safetensors", config, build_model(config))
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("extract"))
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +269,111 @@ def test_boxes_of_an_image_decoded_smaller_are_in_its_own_pixels(folder: Path, t
     record, small = FeatureStore(tmp_path / "store", allow_partial=True)["large"], detector.extract(picture)
     assert (record.width, record.height) == (6000, 3000)
     np.testing.assert_allclose(record.boxes, small.boxes * 2, rtol=1e-5)
+
+
+def test_batching_changes_no_region(folder: Path) -> None:
+    """Sizes mixed in one batch are told apart by the worker, so that nothing is padded to another image's size."""
+    detector, source = load_detector(folder / "detector.safetensors"), list_images(folder / "images")
+    extract_all = extractor(detector, {"min_boxes": 3, "max_boxes": 9})
+    batch = [
+        (task, picture)
+        for task in (Task(item.image_id, item.path, None) for item in source.items[:12])
+        if isinstance(picture := decoded(source.root, task), Image.Image)
+    ]
+    for size in SIZES:
+        part = [(task, picture) for task, picture in batch if picture.size == size]
+        assert len(part) == 4
+        for (_, picture), record in zip(part, extract_all(part), strict=True):
+            alone = detector.extract(picture, min_boxes=3, max_boxes=9)
+            np.testing.assert_allclose(record.boxes, alone.boxes, atol=1e-3)
+            np.testing.assert_allclose(record.features.astype(np.float32), alone.features.astype(np.float32), rtol=2e-3, atol=1e-3)
+            np.testing.assert_allclose(record.class_probs, alone.class_probs, atol=1e-4)
+
+
+def test_a_batch_of_several_sizes_is_split_before_the_detector_sees_it(folder: Path, tmp_path: Path) -> None:
+    detector, seen = load_detector(folder / "detector.safetensors"), []
+
+    def watching(batch: list[tuple[Task, Image.Image]]) -> list[RegionRecord]:
+        seen.append({image.size for _, image in batch})
+        return detector.extract_batch([image for _, image in batch])
+
+    tasks = [Task(f"{number:04d}", f"{number:04d}.jpg", None) for number in range(6)]
+    with FeatureStoreWriter(tmp_path / "store", detector.schema()) as writer:
+        assert store_batch([(task, decoded(folder / "images", task)) for task in tasks], watching, writer) == []
+    assert seen == [{size} for size in SIZES]
+    assert len(stored_ids(tmp_path / "store")) == 6
+
+
+def test_large_images_make_small_batches(folder: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        Image.new("1", (5000, 3000)).save(tmp_path / f"{number}.png")
+    assert [len(batch) for batch in _batches(list_images(tmp_path), {}, set(), 8)] == [2, 2]
+
+
+def given(image_id: str, width: int, height: int, boxes: list[list[float]]) -> ImageBoxes:
+    return ImageBoxes(image_id, f"{image_id}.jpg", width, height, np.array(boxes, np.float32).reshape(-1, 4), ["x"] * len(boxes))
+
+
+def test_given_boxes_take_the_place_of_proposals_in_their_order(folder: Path, tmp_path: Path) -> None:
+    detector = load_detector(folder / "detector.safetensors")
+    boxes = [[32, 0, 96, 128], [0, 0, 128, 128], [10, 20, 50, 60]]  # drawn in a frame of twice the size
+    tasks = [
+        Task("0000", "0000.jpg", SIZES[0], given=given("0000", 128, 128, boxes)),
+        Task("0003", "0003.jpg", SIZES[0], given=given("0003", 64, 64, [])),
+        Task("0006", "0006.jpg", SIZES[0], given=given("0006", 64, 40, [[0, 0, 9, 9]])),
+    ]
+    with FeatureStoreWriter(tmp_path / "store", detector.schema()) as writer:
+        failures = store_batch([(task, decoded(folder / "images", task)) for task in tasks], extractor(detector, {}), writer)
+    assert failures == [Failure("0006", "0006.jpg", "its boxes were drawn in 64 x 40, but the image is 64 x 64")]
+    store = FeatureStore(tmp_path / "store", allow_partial=True)
+    record = store["0000"]
+    np.testing.assert_array_equal(record.boxes, np.array(boxes, np.float32) / 2)
+    alone = detector.extract_at([Image.open(folder / "images" / "0000.jpg").convert("RGB")], [record.boxes[::-1].copy()])[0]
+    np.testing.assert_allclose(record.features.astype(np.float32), alone.features[::-1].astype(np.float32), rtol=2e-3, atol=1e-3)
+    assert np.abs(np.diff(record.features.astype(np.float32), axis=0)).max() > 1e-3
+    np.testing.assert_array_equal(store["0003"].boxes, [[0, 0, 64, 64]])
+
+
+def test_given_boxes_name_the_images_and_every_image_must_be_there(folder: Path, tmp_path: Path) -> None:
+    rows = [given("0000", 64, 64, [[0, 0, 9, 9]]), given("0001", 96, 64, [])]
+    write_boxes(tmp_path / "boxes.parquet", rows)
+    source, found = _source(folder / "images", None, tmp_path / "boxes.parquet")
+    assert [item.image_id for item in source.items] == list(found) == ["0000", "0001"]
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for name in ("0000.jpg", "0002.jpg"):
+            archive.add(folder / "images" / name, name)
+    with pytest.raises(UsageError, match=r"1 of 2 images of .*boxes\.parquet are not in .*images\.tar, first '0001'"):
+        _source(tmp_path / "images.tar", None, tmp_path / "boxes.parquet")
+    write_boxes(tmp_path / "boxes.parquet", rows[:1])
+    source, _ = _source(tmp_path / "images.tar", None, tmp_path / "boxes.parquet")
+    assert [item.image_id for item in source.items] == ["0000"]
+    with pytest.raises(UsageError, match="leave the manifest"):
+        _source(folder / "images", tmp_path / "pairs.parquet", tmp_path / "boxes.parquet")
+
+
+def test_a_store_on_nfs_is_refused_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preprocessing.extract.network_filesystem", lambda path: "nfs4")
+    with pytest.raises(UsageError, match=r"is on a network disk \(nfs4\).*rsync.*--network-disk"):
+        _check_disk(tmp_path / "store", network_disk=False)
+    _check_disk(tmp_path / "store", network_disk=True)
+
+
+@pytest.mark.slow  # two more runs
+def test_tar_files_tables_and_boxes_are_extracted_like_a_folder(folder: Path, finished: Extraction, tmp_path: Path) -> None:
+    """From a tar file that lists the images in another order, at half precision and at given boxes: each store by its own settings."""
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for number in range(9):
+            archive.add(folder / "images" / f"{number:04d}.jpg", f"{number:04d}.jpg")
+    write_boxes(tmp_path / "boxes.parquet", [given("0000", 64, 64, [[0, 0, 9, 9], [5, 5, 60, 60]])])
+    run = {"weights": folder / "detector.safetensors", "workers": 1, "min_boxes": 3, "max_boxes": 9}
+    assert extract(tmp_path / "images.tar", tmp_path / "a", **run).stored == 9
+    whole, tar = FeatureStore(folder / "whole"), FeatureStore(tmp_path / "a")
+    for image_id in tar.ids:
+        np.testing.assert_allclose(tar[image_id].boxes, whole[image_id].boxes, atol=1e-3)
+    assert extract(tmp_path / "images.tar", tmp_path / "b", boxes=tmp_path / "boxes.parquet", precision="bf16", **run).stored == 1
+    store = FeatureStore(tmp_path / "b")
+    assert store["0000"].boxes.tolist() == [[0, 0, 9, 9], [5, 5, 60, 60]]
+    assert store.schema.settings["precision"] == "bf16"
+    write_boxes(tmp_path / "boxes.parquet", [given("0000", 64, 64, [[0, 0, 9, 8], [5, 5, 60, 60]])])
+    with pytest.raises(UsageError, match="boxes is"):
+        extract(tmp_path / "images.tar", tmp_path / "b", boxes=tmp_path / "boxes.parquet", precision="bf16", **run)
