@@ -104,7 +104,7 @@ def test_sigterm_to_mpirun_keeps_what_is_finished(folder: Path, digest: str, tmp
 
 
 @pytest.mark.slow
-def test_sigterm_to_a_rank_ends_all_with_75(folder: Path, digest: str, tmp_path: Path) -> None:
+def test_sigterm_to_a_rank_ends_all_with_75(folder: Path, tmp_path: Path) -> None:
     for number in (0, 1):
         store = tmp_path / f"store-{number}"
         with start(2, folder, store) as job:
