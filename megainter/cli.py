@@ -16,7 +16,7 @@ from megainter.verbs.features import features_app
 from megainter.verbs.launch import launch
 from megainter.verbs.plan import plan
 from megainter.verbs.preflight import preflight
-from megainter.verbs.prepare import prepare
+from megainter.verbs.prepare import prepare_app
 from megainter.verbs.pretrain import pretrain
 from megainter.verbs.view import view
 
@@ -29,7 +29,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.command(demo)
-app.command(prepare)
+app.command(prepare_app)
 app.command(extract)
 app.command(features_app)
 app.command(pretrain, help_flags=[])

@@ -170,7 +170,7 @@ def _part(
     least = np.zeros(count, np.float32)  # what a similarity must exceed to enter a row's list
     for (first, _), column in zip(edges, columns, strict=True):
         found = _candidates(rows @ column, start, first, images, least, below)
-        best = _best(tuple(np.concatenate(both) for both in zip(best, found, strict=True)), top)
+        best = _best((np.concatenate([best[0], found[0]]), np.concatenate([best[1], found[1]]), np.concatenate([best[2], found[2]])), top)
         counts = np.bincount(best[0], minlength=count)
         full = np.flatnonzero(counts == top)
         least[full] = best[2][np.cumsum(counts)[full] - 1]
@@ -187,11 +187,11 @@ def _candidates(products: sparse.csr_array, start: int, first: int, images: Ints
     return row[apart], other[apart], data[near[apart]]
 
 
-def _best(found: tuple[Ints, ...], top: int) -> tuple[Ints, Ints, Floats]:
+def _best(found: tuple[Ints, Ints, Floats], top: int) -> tuple[Ints, Ints, Floats]:
     """The ``top`` of each row, rows ascending, most similar first."""
     row, other, similarity = found
     order = np.lexsort((other, -similarity, row))
     row = row[order]
     place = np.arange(len(row)) - np.searchsorted(row, row, side="left")
     kept = order[place < top]
-    return found[0][kept], other[kept], similarity[kept]
+    return found[0][kept], found[1][kept], found[2][kept]

@@ -104,7 +104,7 @@ def read_pairs(path: Path, split: str | None = None) -> Pairs:
     ``UsageError`` for a missing file, another schema, missing values, an unknown split, a duplicate pair id, an image id with two
     paths, a path that leaves the images folder, or a split without rows.
     """
-    table = _keep_split(path, _read_table(path, PAIRS_SCHEMA), split)
+    table = keep_split(path, read_table(path, PAIRS_SCHEMA), split)
     _refuse_duplicate_pairs(path, table)
     numbers, ids = _numbered(table.column("image_id"))
     _refuse_two_paths(path, table, numbers, ids)
@@ -119,10 +119,10 @@ def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
     hashes = array("Q")
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for rows_of_group in _groups(rows):
+        for rows_of_group in groups(rows):
             hashes.extend(_hash64(row.pair_id) for row in rows_of_group)
             columns = [[getattr(row, name) for row in rows_of_group] for name in PAIRS_SCHEMA.names]
-            yield _record_batch(path, columns, PAIRS_SCHEMA)
+            yield record_batch(path, columns, PAIRS_SCHEMA)
 
     with parquet_aside(path) as aside:
         write_batches(path, aside, PAIRS_SCHEMA, batches())
@@ -135,7 +135,7 @@ def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
 
 def read_boxes(path: Path, split: str | None = None) -> list[ImageBoxes]:
     """Read a manifest of boxes, or its rows of one split. ``UsageError`` as for pairs, and for boxes outside their image or reversed."""
-    table = _keep_split(path, _read_table(path, BOXES_SCHEMA), split)
+    table = keep_split(path, read_table(path, BOXES_SCHEMA), split)
     _refuse_escaping_paths(path, table)
     images = [_image_boxes(path, row) for batch in table.to_batches() for row in batch.to_pylist()]
     seen: set[str] = set()
@@ -152,12 +152,12 @@ def write_boxes(path: Path, rows: Iterable[ImageBoxes]) -> int:
 
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal count
-        for images in _groups(rows):
+        for images in groups(rows):
             for image in images:
                 _check_boxes(path, image)
             columns = [[_cell(image, name) for image in images] for name in BOXES_SCHEMA.names]
             count += len(images)
-            yield _record_batch(path, columns, BOXES_SCHEMA)
+            yield record_batch(path, columns, BOXES_SCHEMA)
 
     with parquet_aside(path) as aside:
         write_batches(path, aside, BOXES_SCHEMA, batches())
@@ -216,7 +216,8 @@ def open_parquet(path: Path, made_by: str = "`megainter prepare` writes manifest
         raise UsageError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Lists of up to ``ROWS_PER_GROUP`` rows, as they come."""
     iterator = iter(rows)
     while group := list(islice(iterator, ROWS_PER_GROUP)):
         yield group
@@ -231,7 +232,8 @@ def _cell(image: ImageBoxes, name: str) -> object:
     return value.astype(np.float32).tolist() if name == "boxes" else value
 
 
-def _record_batch(path: Path, columns: list[list], schema: pa.Schema) -> pa.RecordBatch:
+def record_batch(path: Path, columns: list[list], schema: pa.Schema) -> pa.RecordBatch:
+    """Columns of Python values as Arrow; ``UsageError`` where they do not fit or a split is unknown."""
     try:
         batch = pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
@@ -241,7 +243,8 @@ def _record_batch(path: Path, columns: list[list], schema: pa.Schema) -> pa.Reco
     return batch
 
 
-def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """A Parquet file's columns of ``schema``; ``UsageError`` for another file, other columns and missing values."""
     file = open_parquet(path)
     missing = [name for name in schema.names if name not in file.schema_arrow.names]
     if missing:
@@ -259,13 +262,14 @@ def _refuse_missing_values(path: Path, table: pa.Table) -> None:
         if table.column(name).null_count:
             row = pc.index(pc.is_null(table.column(name)), True).as_py()
             raise UsageError(f"{path}: row {row + 1} has no {name}")
-    for name in {"pair_id", "image_id", "image"} & set(table.schema.names):
+    for name in {"pair_id", "question_id", "image_id", "image"} & set(table.schema.names):
         row = pc.index(table.column(name), "").as_py()
         if row >= 0:
             raise UsageError(f"{path}: row {row + 1} has an empty {name}")
 
 
-def _keep_split(path: Path, table: pa.Table, split: str | None) -> pa.Table:
+def keep_split(path: Path, table: pa.Table, split: str | None) -> pa.Table:
+    """The rows of one split, or all; ``UsageError`` where there are none."""
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(table.column("split")).to_pylist()}
     for name in set(counts) - set(SPLITS):
         raise UsageError(f"{path}: split {name!r} is not one of 'train', 'val', 'test' or empty")

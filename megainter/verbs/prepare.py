@@ -1,11 +1,16 @@
-"""`megainter prepare`: captions into a manifest."""
+"""`megainter prepare`: captions into a manifest, and what else is made of captions before training."""
 
 from pathlib import Path
 from typing import Literal
 
+from cyclopts import App
 
+prepare_app = App(name="prepare", help="Turn captions into a pairs manifest (Parquet), VCR into questions, pairs into hard negatives.")
+
+
+@prepare_app.default
 def prepare(
-    source: Literal["jsonl", "coco", "flickr30k"],
+    source: Literal["coco", "flickr30k", "conceptual-captions", "sbu", "visual-genome", "jsonl", "csv", "parquet"],
     src: Path,
     /,
     *,
@@ -13,6 +18,10 @@ def prepare(
     images: Path | None = None,
     split: str | None = None,
     captions: str | None = None,
+    image_field: str | None = None,
+    split_field: str | None = None,
+    id_field: str | None = None,
+    image_names: str | None = None,
     max_bad: float = 0.01,
 ) -> None:
     """Turn captions into a pairs manifest (Parquet).
@@ -22,7 +31,8 @@ def prepare(
     source
         Format of the captions.
     src
-        The caption file.
+        The caption file; for sbu also the folder of its two text files; for conceptual-captions, sbu and parquet also the file or folder of
+        tables that img2dataset wrote.
     output
         Parquet file to write; what was dropped and why goes to OUTPUT.report.json.
     images
@@ -30,10 +40,74 @@ def prepare(
     split
         Keep captions of this split, and give it to those whose source names none.
     captions
-        Field that holds the captions, for JSON Lines with other names than "caption" or "captions".
+        Field or column that holds the captions (jsonl, csv, parquet), where it is not "caption" or "captions".
+    image_field
+        Field or column that holds the image's path (jsonl, csv, parquet), where it is not "image".
+    split_field
+        Field or column that holds the split (jsonl, csv, parquet), where it is not "split".
+    id_field
+        Field or column that holds the pair's id (jsonl, csv, parquet), where it is not "pair_id".
+    image_names
+        How the images of a list of addresses were named, such as "{crc32}.jpg", "{row:09d}.jpg" (rows from 0), "{line}.jpg" (from 1),
+        "{name}" (the last part of the address), "{stem}.png", "{md5}.jpg", or for img2dataset "{shard}/{key}.jpg". Several, apart by
+        commas, are tried in turn.
     max_bad
         Share of unusable captions above which the command ends with exit code 3.
     """
+    from preprocessing.captions import Fields
     from preprocessing.captions import prepare as prepare_captions
 
-    prepare_captions(source, src, output, images=images, split=split, captions=captions, max_bad=max_bad)
+    fields = Fields(captions, image_field, split_field, id_field, image_names)
+    prepare_captions(source, src, output, images=images, split=split, fields=fields, max_bad=max_bad)
+
+
+@prepare_app.command
+def vcr(
+    src: Path, /, *, output: Path, images: Path | None = None, boxes: Path | None = None, split: str | None = None, max_bad: float = 0.01
+) -> None:
+    """Turn VCR's train.jsonl, val.jsonl or test.jsonl into a table of questions (Parquet).
+
+    Parameters
+    ----------
+    src
+        The JSON Lines file of one split.
+    output
+        Parquet file to write; what was dropped and why goes to OUTPUT.report.json.
+    images
+        Folder vcr1images; questions whose image or metadata is missing there are dropped and counted.
+    boxes
+        Parquet file to write the annotated boxes of the images to, for `megainter extract --boxes`; needs --images.
+    split
+        Split of the questions, where the file's name does not tell it.
+    max_bad
+        Share of unusable questions above which the command ends with exit code 3.
+    """
+    from preprocessing.vcr import prepare_vcr
+
+    prepare_vcr(src, output, images=images, boxes=boxes, split=split, max_bad=max_bad)
+
+
+@prepare_app.command
+def negatives(pairs: Path, /, *, output: Path, split: str = "train", top: int = 30, below: float = 0.5, threads: int | None = None) -> None:
+    """Find hard negatives for image-text matching: for each caption the most similar ones of other images, by TF-IDF.
+
+    Parameters
+    ----------
+    pairs
+        Pairs manifest.
+    output
+        Parquet file to write, for the setting data.hard_negatives; it goes with exactly these pairs and this split.
+    split
+        Split of the pairs, as in data.split.
+    top
+        Hard negatives of a caption.
+    below
+        Cosine similarity that a hard negative stays below.
+    threads
+        Threads that compare (default: one per core).
+    """
+    import os
+
+    from preprocessing.hard_negatives import mine
+
+    mine(pairs, output, split=split, top=top, below=below, threads=threads or len(os.sched_getaffinity(0)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megainter.data.manifest import read_pairs
 from megainter.errors import TooManyBadInputsError, UsageError
-from preprocessing.captions import normalise, prepare
+from preprocessing.captions import Fields, normalise, prepare
 
 FLICKR8K = Path(__file__).parents[2].parent / "shared" / "data" / "flickr8k"
 
@@ -61,11 +61,11 @@ def test_another_caption_field_and_a_split(tmp_path: Path) -> None:
         {"image": "b.jpg", "en": ["cat"], "zh": ["猫"], "split": "val"},
         {"image": "c.jpg", "en": ["cow"], "zh": ["牛"]},
     )
-    report = prepare("jsonl", src, tmp_path / "p.parquet", captions="zh", split="train")
+    report = prepare("jsonl", src, tmp_path / "p.parquet", fields=Fields(captions="zh"), split="train")
     assert rows(tmp_path / "p.parquet") == [("a#0", "a", "a.jpg", "狗", "train"), ("c#0", "c", "c.jpg", "牛", "train")]
     assert report.dropped == {"another split": 1}
     with pytest.raises(TooManyBadInputsError, match=r"1: no field 'fr'; there are 'image', 'en', 'zh', 'split'"):
-        prepare("jsonl", src, tmp_path / "q.parquet", captions="fr")
+        prepare("jsonl", src, tmp_path / "q.parquet", fields=Fields(captions="fr"))
 
 
 COCO = {
@@ -238,7 +238,9 @@ def test_terminal_escapes_do_not_survive() -> None:
 @pytest.mark.skipif(not FLICKR8K.exists(), reason="the Flickr8k captions (shared/data) are not beside the repository")
 def test_flickr8k_val_in_both_languages(tmp_path: Path) -> None:
     for language in ("en", "zh"):
-        report = prepare("jsonl", FLICKR8K / "val.jsonl", tmp_path / "p.parquet", captions=language, images=FLICKR8K / "images")
+        report = prepare(
+            "jsonl", FLICKR8K / "val.jsonl", tmp_path / "p.parquet", fields=Fields(captions=language), images=FLICKR8K / "images"
+        )
         assert (report.kept, report.images, report.splits, report.dropped) == (5000, 1000, {"val": 5000}, {})
         first = json.loads((FLICKR8K / "val.jsonl").open(encoding="utf-8").readline())
         assert read_pairs(tmp_path / "p.parquet", "val").caption(0) == normalise(first[language][0])

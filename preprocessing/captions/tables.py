@@ -1,0 +1,129 @@
+"""Caption tables with named columns: CSV, Parquet, and what img2dataset writes beside the images it downloads."""
+
+import csv
+from collections.abc import Iterator
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megainter.data.manifest import open_parquet
+from megainter.errors import UsageError
+from preprocessing.captions.addresses import Address, names_of
+from preprocessing.captions.items import NOT_DOWNLOADED, Fields, Item, Items, Reading, Unusable, record_item, text
+
+DELIMITERS = (",", "\t", ";", "|")
+DOWNLOADED = {"key", "url", "caption", "status"}  # columns of img2dataset's tables
+
+
+def table_of_csv(src: Path, fields: Fields) -> Reading[Item]:
+    """A header line, then a row for each caption; the delimiter is the one that the header has most of."""
+    raw = open(src, "rb")  # noqa: SIM115 (closed by the generator)
+    file = TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    header = file.readline()
+    delimiter = max(DELIMITERS, key=header.count)
+    columns = next(csv.reader([header], delimiter=delimiter), [])
+    _refuse_missing(src, columns, fields)
+    return Reading(_csv_items(file, columns, delimiter, fields), src.stat().st_size, "bytes", raw.tell)
+
+
+def _csv_items(file: TextIO, columns: list[str], delimiter: str, fields: Fields) -> Items:
+    with file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        while True:
+            try:
+                row = next(rows, None)
+                if row is None:
+                    return
+                if row:
+                    yield _csv_item(rows.line_num + 1, row, columns, fields)
+            except (csv.Error, ValueError) as error:
+                yield Unusable(rows.line_num + 1, str(error))
+
+
+def _csv_item(number: int, row: list[str], columns: list[str], fields: Fields) -> Item:
+    if len(row) != len(columns):
+        raise ValueError(f"{len(row)} columns, the header has {len(columns)}")
+    if any("\udc80" <= character <= "\udcff" for cell in row if not cell.isascii() for character in cell):
+        raise ValueError("not UTF-8")
+    return record_item(number, {name: cell for name, cell in zip(columns, row, strict=True) if cell or name != "image_id"}, fields)
+
+
+def table_of_parquet(src: Path, fields: Fields) -> Reading[Item]:
+    """A Parquet file, or a folder of them in the order of their names; img2dataset's are known by their columns."""
+    files = sorted(src.glob("*.parquet")) if src.is_dir() else [src]
+    if not files:
+        raise UsageError(f"folder {src} has no *.parquet")
+    opened = [open_parquet(file, made_by="give a Parquet file or a folder of them") for file in files]
+    columns = opened[0].schema_arrow.names
+    downloaded = set(columns) >= DOWNLOADED and fields.image is None
+    if not downloaded:
+        if fields.image_names is not None:
+            raise UsageError(f"{src}: image names are for tables of img2dataset, which have columns {', '.join(sorted(DOWNLOADED))}")
+        _refuse_missing(src, columns, fields)
+    total = sum(file.metadata.num_rows for file in opened)
+    items = _downloaded_items(files, fields) if downloaded else _parquet_items(files, fields)
+    return Reading(items, total, "rows", place="row")
+
+
+def is_download(src: Path) -> bool:
+    """True for a folder or file that img2dataset can have written: Parquet."""
+    return src.suffix == ".parquet" or (src.is_dir() and any(src.glob("*.parquet")))
+
+
+def _parquet_items(files: list[Path], fields: Fields) -> Items:
+    wanted = {fields.captions, fields.image or "image", fields.split or "split", fields.pair_id or "pair_id", "image_id"}
+    wanted |= set() if fields.captions else {"caption", "captions"}
+    for number, _, row in _rows(files, {name for name in wanted if name}):
+        try:
+            yield record_item(number, row, fields, "row")
+        except ValueError as error:
+            yield Unusable(number, str(error))
+
+
+def _downloaded_items(files: list[Path], fields: Fields) -> Items:
+    """Images lie in SHARD/KEY.jpg beside SHARD.parquet (output format "files"); keys are unique over all shards."""
+    paths = names_of(fields.image_names or "{shard}/{key}.jpg,{shard}/{key}.png,{shard}/{key}.webp")
+    caption = fields.captions or "caption"
+    for number, file, row in _rows(files, DOWNLOADED | {caption}):
+        try:
+            if row["status"] != "success":
+                yield Unusable(number, f"{row['url']!r} {row['status']}", NOT_DOWNLOADED)
+                continue
+            key = text(row, "key")
+            address = Address(number, row["url"] or "", shard=file.stem, key=key)
+            yield Item(number, paths(address), [text(row, caption, "")], [f"{file.stem}/{key}"])
+        except ValueError as error:
+            yield Unusable(number, str(error))
+
+
+def _rows(files: list[Path], columns: set[str]) -> Iterator[tuple[int, Path, dict[str, Any]]]:
+    """(number from 1 over all files, file, row) of those columns that are there."""
+    number = 0
+    for path in files:
+        file = open_parquet(path, made_by="give a Parquet file or a folder of them")
+        for batch in _batches(path, file, [name for name in file.schema_arrow.names if name in columns]):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, path, row
+
+
+def _batches(path: Path, file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(batch_size=8192, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_missing(src: Path, columns: list[str], fields: Fields) -> None:
+    captions = {fields.captions} if fields.captions else {"caption", "captions"}
+    given = {fields.image or "image", fields.split, fields.pair_id} - {None}
+    missing = sorted(str(name) for name in given - set(columns)) + (
+        [] if captions & set(columns) else [" or ".join(sorted(map(str, captions)))]
+    )
+    if missing:
+        raise UsageError(
+            f"{src} has no column {', '.join(missing)}; it has {', '.join(columns)}: name yours with --captions, --image-field"
+        )
