@@ -26,14 +26,14 @@ from tests.preprocessing.test_extract import make_folder
 ROOT = Path(__file__).parents[2]
 KILLS, SCENES, SEED = 200, 240, 20260101
 GROUND = """
-    import os, sys
+    import os, signal, sys, time
     sys.path.insert(0, {root!r})
     from pathlib import Path
     from preprocessing import extract_crew
     from preprocessing.extract import extract
     extract_crew.START_METHOD = "fork"  # workers need no new interpreter
     for line in sys.stdin:
-        workers, store = line.split(maxsplit=1)
+        workers, seconds, store = line.split(maxsplit=2)
         pid = os.fork()
         if pid == 0:
             os.setsid()
@@ -46,8 +46,14 @@ GROUND = """
                 code = 0
             finally:
                 os._exit(code)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        deadline, ended = time.monotonic() + float(seconds), (0, 0)
+        while not ended[0] and time.monotonic() < deadline:
+            time.sleep(0.002)
+            ended = os.waitpid(pid, os.WNOHANG)
+        if not ended[0]:
+            os.kill(pid, signal.SIGKILL)
+            ended = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(ended[1]), flush=True)
 """
 
 
@@ -60,14 +66,10 @@ class Ground:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen([sys.executable, "-c", script], text=True, env=environment, **pipes)  # type: ignore[call-overload]
 
-    def run(self, store: Path, workers: int, seconds: float | None) -> bool:
+    def run(self, store: Path, workers: int, seconds: float = 3600) -> bool:
         """One run, killed after so many seconds; whether it had ended well by then."""
-        self.process.stdin.write(f"{workers} {store}\n")
+        self.process.stdin.write(f"{workers} {seconds} {store}\n")
         self.process.stdin.flush()
-        pid = int(self._line())
-        if seconds is not None:
-            time.sleep(seconds)
-            os.kill(pid, signal.SIGKILL)  # a zombie until waited for, so the number is still its own
         code = int(self._line())
         assert code in (0, -signal.SIGKILL), self.process.stderr.read()
         return code == 0
@@ -119,7 +121,7 @@ def test_200_random_kills_lose_double_and_damage_nothing(tmp_path: Path) -> None
     write_scenes(tmp_path, {"train": SCENES}, progress=False)
     shutil.copy(ROOT / "preprocessing/assets/demo_detector.safetensors", weights)
     rng, ground = np.random.default_rng(SEED), Ground(images, weights)
-    assert ground.run(tmp_path / "whole", 2, None)
+    assert ground.run(tmp_path / "whole", 2)
     whole = FeatureStore(tmp_path / "whole").digest
     kills, finished, store, ids = 0, 0, tmp_path / "store-0", set()
     while kills < KILLS:
@@ -136,7 +138,7 @@ def test_200_random_kills_lose_double_and_damage_nothing(tmp_path: Path) -> None
             assert FeatureStore(store).digest == whole
             finished += 1
             store, ids = tmp_path / f"store-{finished}", set()
-    assert ground.run(store, 2, None)
+    assert ground.run(store, 2)
     assert FeatureStore(store).digest == whole
     assert stored_ids(store) == set(FeatureStore(tmp_path / "whole").ids)
     ground.process.stdin.close()
