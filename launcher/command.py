@@ -12,6 +12,7 @@ from typing import Literal
 
 from launcher.hostfile import Host
 from megainter.errors import UsageError
+from megainter.training.process import RANKS_VARIABLE
 
 Engine = Literal["deepspeed", "torchrun", "mpirun", "srun"]
 RemoteShell = Literal["pdsh", "openmpi", "mpich", "slurm"]
@@ -127,9 +128,15 @@ def _mpirun(job: Job) -> list[str]:
     words += ["--host", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)] if job.hosts else ["--oversubscribe"]
     if os.getuid() == 0:
         words.append("--allow-run-as-root")
-    environment = {**job.environment, "MASTER_ADDR": job.master, "MASTER_PORT": str(job.port)}
+    environment = {**job.environment, **rendezvous(job)}
     exported = [word for name in sorted(environment) for word in ("-x", f"{name}={environment[name]}")]
     return [*words, *exported, sys.executable, "-m", job.module, *job.arguments]
+
+
+def rendezvous(job: Job) -> dict[str, str]:
+    """Where ranks meet, for engines that do not tell them: mpirun and srun."""
+    meeting = {"MASTER_ADDR": job.master, "MASTER_PORT": str(job.port)}
+    return meeting | ({RANKS_VARIABLE: "slurm"} if job.engine == "srun" else {})
 
 
 def _srun(job: Job) -> list[str]:
@@ -137,11 +144,9 @@ def _srun(job: Job) -> list[str]:
     slots = {host.slots for host in job.hosts}
     if not job.hosts or len(slots) > 1:
         raise UsageError("srun needs hosts with the same number of slots each")
-    environment = {**job.environment, "MASTER_ADDR": job.master, "MASTER_PORT": str(job.port), "MEGAINTER_RANKS_FROM": "slurm"}
-    exported = ",".join(["ALL", *(f"{name}={value}" for name, value in sorted(environment.items()) if "," not in value)])
     return [
         "srun", "--nodes", str(len(job.hosts)), "--ntasks", str(job.world_size), "--ntasks-per-node", str(slots.pop()), "--nodelist",
-        ",".join(host.name for host in job.hosts), "--kill-on-bad-exit=1", f"--export={exported}", sys.executable, "-m", job.module,
+        ",".join(host.name for host in job.hosts), "--kill-on-bad-exit=1", "--export=ALL", sys.executable, "-m", job.module,
         *job.arguments,
     ]  # fmt: skip
 

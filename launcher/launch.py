@@ -22,6 +22,7 @@ from launcher.command import (
     check_arguments,
     check_environment,
     inherited_environment,
+    rendezvous,
     require_programs,
 )
 from launcher.hostfile import HOST, Host, format_hostfile, read_hostfile, select
@@ -188,7 +189,7 @@ def engine_environment(job: Job, source: Mapping[str, str]) -> dict[str, str]:
     if job.hosts:
         kept = {name: value for name, value in source.items() if not name.startswith(ENGINE_EXPORTS) or PASSED_ON.fullmatch(name)}
         kept["DS_ENV_FILE"] = str(job.folder / "environment")
-    return kept | dict(job.environment)
+    return kept | dict(job.environment) | (rendezvous(job) if job.engine == "srun" else {})
 
 
 def _supervised(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> int:

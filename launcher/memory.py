@@ -58,7 +58,7 @@ def memory(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> Memor
         optimizer=0.0 if layout.offload else optimizer,
         activations=activations(shape, load, layout, cpu),
         logits=logits(shape, load, layout.width),
-        buffers=_buffers(count, layout),
+        buffers=_buffers(count, layout, cpu),
         overhead=0.0 if cpu else CUDA_CONTEXT,
         host=host,
     )
@@ -81,13 +81,15 @@ def _states(count: int, layout: Layout) -> tuple[float, float, float]:
     return weights, gradients, 12.0 * share
 
 
-def _buffers(count: int, layout: Layout) -> float:
-    """Buckets of the reductions (two where communication overlaps), and the fp32 share of gradients in hand during the update."""
+def _buffers(count: int, layout: Layout, cpu: bool) -> float:
+    """Buckets of the reductions (two on CUDA, where communication overlaps), and the fp32 share of gradients in hand at the update."""
     if layout.stage == 0:
         return 0.0
-    bucket = min(BUCKET, count)
     share = 4.0 * count / layout.ranks
-    return share + (bucket * layout.width * 2 if layout.stage > 1 and layout.ranks > 1 else bucket * layout.width)
+    if cpu:  # pages that are never touched take no memory
+        return share + min(BUCKET, count) * layout.width
+    width = 4 if layout.stage == 1 else layout.width  # stage 1 stages its fp32 accumulator
+    return share + BUCKET * width * 2
 
 
 def activations(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> float:

@@ -78,12 +78,12 @@ def simulate(reliability: Reliability, ranks: int, interval: float, work: float,
 def curve(reliability: Reliability, ranks: Sequence[int], failures: int = 400, seed: int = 0) -> list[dict[str, float]]:
     """For each number of ranks: Young's interval, goodput by the closed form (times the mean pace) and by simulation.
 
-    Each history is long enough for about ``failures`` failures.
+    Each history holds about ``failures`` failures, or 20,000 intervals where failures are rare.
     """
     rows = []
     for count in ranks:
         interval = best_interval(reliability, count)
-        work = max(failures * reliability.job_mtbf(count), 100 * interval)
+        work = max(min(failures * reliability.job_mtbf(count), 20_000 * interval), 100 * interval)
         formula = goodput(reliability, count, interval) / _mean_pace(reliability, count)
         drawn = simulate(reliability, count, interval, work, seed=seed + count, limit=50)
         rows.append({"ranks": count, "interval": interval, "formula": formula, "simulated": drawn})

@@ -15,8 +15,11 @@ from tests.synthetic import environment
 def start_launch(options: list[str], arguments: list[str], log: Path, extra: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """``megainter launch OPTIONS -- pretrain ARGUMENTS`` in a session of its own, its output appended to ``log``."""
     command = [sys.executable, "-m", "megainter", "launch", *options, "--", "pretrain", *arguments]
+    ends_with_the_test = {"MEGAINTER_WATCH_PID": str(os.getpid())}
     with open(log, "ab") as file:
-        return subprocess.Popen(command, env=environment() | (extra or {}), stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment() | ends_with_the_test | (extra or {}), stdout=file, stderr=file, start_new_session=True
+        )
 
 
 def last_step(run: Path) -> int:

@@ -45,7 +45,7 @@ def test_a_silent_host_is_named() -> None:
 
 
 def test_disk_space_counts_the_checkpoints(tmp_path: Path) -> None:
-    assert [check.passed for check in disk_checks(tmp_path, 1.0)][0]
+    assert next(disk_checks(tmp_path, 1.0)).passed
     full = next(disk_checks(tmp_path, 1e18))
     assert (full.passed, full.code) == (False, 5)
 

@@ -1,0 +1,152 @@
+"""The batch file: what Slurm's own parser makes of it where Slurm can be started, else our reading of it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.hostfile import Host
+from launcher.launch import fit_batch, reduced
+from launcher.slurm import SlurmRequest, parse_sbatch, sbatch_file
+from megainter.errors import UsageError
+from tests.launcher.jobs import last_step
+from tests.launcher.slurm_here import slurm
+from tests.synthetic import environment as quiet
+from tests.synthetic import losses, settings, train, write_data
+
+WORDS = ["launch", "--slurm", "--nodes", "4", "--", "pretrain", "--config", "base", "--data.split", "a b $(x)"]
+
+
+def text(tmp_path: Path, **changes: object) -> str:
+    """A batch file for four nodes."""
+    request = SlurmRequest(**{"nodes": 4, "processes": 8, "time": "2-00:00:00", **changes})  # type: ignore[arg-type]
+    return sbatch_file(request, WORDS, tmp_path, tmp_path)
+
+
+def test_directives(tmp_path: Path) -> None:
+    found = parse_sbatch(text(tmp_path, partition="gpu", account="team-1"))
+    assert found["nodes"] == "4"
+    assert found["ntasks-per-node"] == found["gpus-per-node"] == "8"
+    assert found["signal"] == "B:USR1@300"
+    assert (found["partition"], found["account"]) == ("gpu", "team-1")
+    assert "requeue" in found
+    assert "no-kill" not in found
+
+
+def test_fewer_nodes_may_do(tmp_path: Path) -> None:
+    found = parse_sbatch(text(tmp_path, min_nodes=2))
+    assert found["nodes"] == "2-4"
+    assert "no-kill" in found
+
+
+def test_the_command_comes_out_of_a_shell_as_it_went_in(tmp_path: Path) -> None:
+    last = text(tmp_path).strip().splitlines()[-1]
+    assert last.startswith("exec ")
+    printed = subprocess.run(["bash", "-c", f"printf '%s\\n' {last[5:]}"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed == [sys.executable, "-m", "megainter", *WORDS]
+
+
+WRONG = [
+    {"time": "soon"},
+    {"time": "1:00\n"},
+    {"partition": "-x"},
+    {"account": "a b"},
+    {"account": "a\n#SBATCH"},
+    {"nodes": 0},
+    {"processes": 0},
+    {"min_nodes": 5},
+]
+
+
+@pytest.mark.parametrize("changes", WRONG)
+def test_refused(changes: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        text(tmp_path, **changes)
+
+
+def test_a_folder_with_a_space_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    with pytest.raises(UsageError, match="sbatch"):
+        text(tmp_path / "a b")
+
+
+def test_a_malformed_directive_is_seen() -> None:
+    with pytest.raises(UsageError):
+        parse_sbatch("#!/bin/bash\n#SBATCH --time = 1\n")
+
+
+@pytest.mark.parametrize("slots", range(1, 40))
+def test_the_global_batch_is_kept_on_any_number_of_devices(slots: int) -> None:
+    """By brute force: no larger number of ranks divides the batch, and no larger micro-batch fits."""
+    for global_batch, micro_batch in ((512, 64), (96, 10), (7, 7)):
+        ranks, micro = fit_batch(global_batch, micro_batch, slots)
+        assert global_batch % (ranks * micro) == 0
+        assert not any(global_batch % more == 0 for more in range(ranks + 1, slots + 1))
+        assert not any(global_batch // ranks % more == 0 for more in range(micro + 1, min(micro_batch, global_batch // ranks) + 1))
+
+
+def test_the_first_hosts_are_kept() -> None:
+    hosts = (Host("a", (0, 1, 2, 3)), Host("b", (0, 1, 2, 3)), Host("c", (0, 1)))
+    assert reduced(hosts, 6) == (Host("a", (0, 1, 2, 3)), Host("b", (0, 1)))
+
+
+@pytest.mark.slow
+def test_slurm_takes_it(tmp_path: Path) -> None:
+    """sbatch --test-only against a controller started here."""
+    with slurm(tmp_path) as environment:
+        path = tmp_path / "job.sbatch"
+        path.write_text(text(tmp_path, nodes=1, processes=1, gpus=False))
+        done = subprocess.run(["sbatch", "--test-only", str(path)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "to start at" in done.stderr
+
+
+def submit(run: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    """``megainter launch --slurm`` from outside a job: one node, two ranks."""
+    options = ["--slurm", "--processes", "2", "--no-gpus", "--time", "30:00"]
+    command = [sys.executable, "-m", "megainter", "launch", *options, "--", "pretrain", *arguments]
+    done = subprocess.run(command, env=quiet() | environment, capture_output=True, text=True, cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    assert "submitted as job 1" in done.stdout
+
+
+def wait_for_attempt(run: Path, seconds: float = 400) -> int:
+    """The exit code of the first attempt, once it has ended."""
+    deadline = time.monotonic() + seconds
+    while not (run / "launch" / "attempts.jsonl").exists():
+        logs = "".join(path.read_text() for path in (run / "launch").glob("slurm-*.log"))
+        assert time.monotonic() < deadline, logs
+        time.sleep(0.5)
+    return json.loads((run / "launch" / "attempts.jsonl").read_text().splitlines()[0])["code"]
+
+
+@pytest.mark.slow
+def test_a_slurm_job_trains_as_one_machine_does(tmp_path: Path) -> None:
+    data, run = write_data(tmp_path), tmp_path / "run"
+    with slurm(tmp_path) as environment:
+        submit(run, settings(*data, run), environment)
+        assert wait_for_attempt(run) == 0
+    local = train(settings(*data, tmp_path / "local"), processes=2)
+    assert local.returncode == 0
+    assert losses(run) == losses(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_a_time_limit_saves_and_queues_again(tmp_path: Path) -> None:
+    """The signal that Slurm sends ahead of the limit, sent by hand."""
+    data, run = write_data(tmp_path), tmp_path / "run"
+    with slurm(tmp_path) as environment:
+        submit(run, settings(*data, run, training__steps=100000), environment)
+        deadline = time.monotonic() + 400
+        while last_step(run) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        subprocess.run(["scancel", "--batch", "--signal=USR1", "1"], env=environment, check=True)
+        assert wait_for_attempt(run) == 75
+        time.sleep(3)
+        state = subprocess.run(["squeue", "--noheader", "--format=%T", "--jobs=1"], env=environment, capture_output=True, text=True).stdout
+        assert state.strip() in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        subprocess.run(["scancel", "1"], env=environment, check=True)
