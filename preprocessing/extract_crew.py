@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -26,7 +26,7 @@ class Worker:
     name: str
     link: Link
     process: BaseProcess | None = None
-    batches: int = 0  # sent and not answered
+    batches: list[list[Task]] = field(default_factory=list)  # sent and not answered
     closed: bool = False
     told_to_end: bool = False
 
@@ -44,10 +44,10 @@ def start_child(job: Job) -> Worker:
 def feed(worker: Worker, batches: Iterator[list[Task]]) -> None:
     """Send a worker what it has room for."""
     try:
-        while worker.batches < BATCHES_AHEAD and not worker.told_to_end:
+        while len(worker.batches) < BATCHES_AHEAD and not worker.told_to_end:
             batch = next(batches, None)
             worker.link.send(batch)
-            worker.batches += batch is not None
+            worker.batches += [batch] if batch else []
             worker.told_to_end = batch is None
     except (BrokenPipeError, ConnectionResetError):
         worker.told_to_end = True  # it is dead; receive says so
@@ -71,7 +71,7 @@ def receive(worker: Worker, failures: list[Failure], progress: Progress) -> int:
     worker.closed = message[0] not in ("done", "alive")
     match message:
         case ("done", int(count), list(failed)):
-            worker.batches -= 1
+            worker.batches.pop(0)
             failures.extend(failed)
             progress.update(count, f"{len(failures)} failed" if failures else "")
             return count
@@ -93,7 +93,9 @@ def _death(worker: Worker) -> MegainterError:
     code = worker.process.exitcode
     how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with exit code {code}"
     hint = "often memory ran out: try fewer workers; " if code == -signal.SIGKILL else ""
-    return MegainterError(f"{worker.name} {how}; {hint}{kept}")
+    ids = [task.image_id for batch in worker.batches[:1] for task in batch]
+    place = f" at images {ids[0]!r} to {ids[-1]!r}" if ids else ""
+    return MegainterError(f"{worker.name} {how}{place}; {hint}{kept}")
 
 
 def end(workers: list[Worker]) -> None:

@@ -157,7 +157,7 @@ def test_a_worker_that_dies_is_told_and_the_others_end(folder: Path, tmp_path: P
         os.kill(workers[0], signal.SIGKILL)
         _, error = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert f"(pid {workers[0]}) was killed by SIGKILL" in error
+    assert f"(pid {workers[0]}) was killed by SIGKILL at images '00" in error
     assert "run the same command to go on" in error
     assert error.count("\n") == 1
     assert not Path(f"/proc/{workers[1]}").exists()
