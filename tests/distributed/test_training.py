@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megainter.conversion.zero import find_checkpoint, load_model
+from megainter.conversion.zero import convert, find_checkpoint, load_model
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint
 from tests.synthetic import NO_DROPOUT, environment, losses, settings, train, write_data
@@ -120,6 +120,30 @@ def test_export_is_bit_equal_to_the_trained_weights(stage: int, data: tuple[Path
         assert torch.equal(parameter, model.get_parameter(f"{model.base_model_prefix}.{name}")), name
     fresh = load_model(find_checkpoint(tmp_path / "run"))
     assert any(not torch.equal(parameter, parameter.bfloat16().float()) for parameter in fresh.parameters()), "master weights are not fp32"
+
+
+def test_the_official_optimiser_and_the_average_go_on_bit_equal_and_are_exported(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """The whole command, with dropout: 6 of 12 steps, all again, and the averaged weights as a model."""
+    choices = {"optimizer__compat": "official", "optimizer__layer_decay": 0.8, "training__ema_decay": 0.9, "engine__zero_stage": 2}
+    arguments = settings(*data, tmp_path / "run", checkpoint__every_steps=6, training__steps=12, **choices)
+    assert train(arguments).returncode == 0
+    whole = digests(tmp_path / "run", 12)
+    forget_after(tmp_path / "run", 6)
+    again = train(arguments)
+    assert "BertAdam" in again.stdout, again.stdout + again.stderr
+    assert "ema-00000-of-00001.safetensors" in whole
+    assert digests(tmp_path / "run", 12) == whole
+    convert(tmp_path / "run", tmp_path / "averaged", ema=True)
+    model = InterBertForPreTraining.from_pretrained(tmp_path / "averaged")
+    with checkpoint.reader(find_checkpoint(tmp_path / "run")) as read:
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, read("ema", "model." + name)), name
+
+
+def digests(run: Path, step: int) -> dict[str, str]:
+    """SHA-256 of every file of tensors of a checkpoint."""
+    manifest = json.loads((run / "checkpoints" / checkpoint.step_name(step) / checkpoint.MANIFEST).read_text())
+    return {entry["file"]: entry["sha256"] for entry in manifest["files"] if entry["file"].endswith(".safetensors")}
 
 
 def run_and_kill(arguments: list[str], run: Path, after_step: int, number: int = signal.SIGKILL) -> int:
