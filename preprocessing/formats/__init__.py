@@ -1,5 +1,6 @@
 """Region features in other programs' formats: which there are, and which one a file has."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from megainter.data.record import RegionRecord, StoreSchema
 from megainter.errors import UsageError
 from preprocessing.formats import milvlg, mmf, parquet, tensorpack, tsv, uniter, vilbert_lmdb, vinvl
 from preprocessing.formats.entry import BadEntryError, Source
-from preprocessing.formats.lmdb_file import is_lmdb, keys, opened, value_of
+from preprocessing.formats.lmdb_file import ForeignLmdb, is_lmdb
 from preprocessing.formats.npz import read_npz
 
 Records = Iterator[tuple[str, RegionRecord]]
@@ -92,18 +93,20 @@ def _of_npz(path: Path) -> str:
 
 
 def _of_lmdb(path: Path) -> str:
-    with opened(path) as transaction:
-        index = value_of(transaction, tensorpack.INDEX_KEY)
-    if index:
-        return "uniter-lmdb" if index.lstrip().startswith(b"[") else "tensorpack-lmdb"
-    for place, (transaction, key) in enumerate(keys(path)):
-        if key == vilbert_lmdb.INDEX_KEY:
-            continue
-        if found := _of_value(value_of(transaction, key)):
-            return found
-        if place == ENTRIES_LOOKED_AT:
-            break
+    with ForeignLmdb(path) as source:
+        if index := _value(source, tensorpack.INDEX_KEY):
+            return "uniter-lmdb" if index.lstrip().startswith(b"[") else "tensorpack-lmdb"
+        for key in itertools.islice(source.all_keys(), ENTRIES_LOOKED_AT):
+            if key != vilbert_lmdb.INDEX_KEY and (found := _of_value(_value(source, key))):
+                return found
     return ""
+
+
+def _value(source: ForeignLmdb, key: bytes) -> bytes:
+    try:
+        return source.get(key)
+    except BadEntryError:
+        return b""
 
 
 def _of_value(value: bytes) -> str:

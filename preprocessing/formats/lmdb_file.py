@@ -1,15 +1,20 @@
-"""LMDB files of other programs: opened read-only after a look at their length, and written so that no batch is lost when the map grows."""
+"""LMDB files of other programs: read where a damaged one can do no harm, and written so that no batch is lost when the map grows."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import lmdb
 
-from megainter.data.shard import needed_bytes
 from megainter.errors import DamagedError, NoSpaceError, UsageError
+from preprocessing.formats import lmdb_server
 from preprocessing.formats.entry import BadEntryError, Entry, Regions, Source
 
 MAX_KEY_BYTES = 511  # LMDB's limit as it is usually built
@@ -21,60 +26,111 @@ def data_file(path: Path) -> Path:
     return path / "data.mdb" if path.is_dir() else path
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[lmdb.Transaction]:
-    """A read transaction on a foreign LMDB. ``DamagedError`` where it is truncated or unreadable."""
-    file = data_file(path)
+class ForeignLmdb:
+    """A foreign LMDB, read by a process of its own. ``DamagedError`` where it is truncated or unreadable, or ends its reader."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = data_file(path)
+        self._start()
+
+    def _start(self) -> None:
+        command = [sys.executable, "-P", lmdb_server.__file__, str(self.file)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests = Connection(os.dup(self._process.stdin.fileno()), readable=False)
+        self._answers = Connection(os.dup(self._process.stdout.fileno()), writable=False)
+        try:
+            (self.total,) = lmdb_server.COUNT.unpack(self._answer())
+        except (BadEntryError, EOFError, OSError) as error:
+            self.close()
+            raise self._damaged(str(error) or self._death()) from None
+
+    def get(self, key: bytes) -> bytes:
+        """The value of ``key``; ``BadEntryError`` where there is none or it cannot be read."""
+        try:
+            self._requests.send_bytes(b"V" + key)
+            return self._answer()
+        except (EOFError, OSError):
+            self.close()
+            death = self._death()
+            self._start()
+            raise BadEntryError(f"LMDB cannot read it: {death}") from None
+
+    def all_keys(self) -> Iterator[bytes]:
+        """Every key in order."""
+        last = b""
+        while True:
+            try:
+                self._requests.send_bytes(b"K" + last)
+                answer = self._answer()
+            except (BadEntryError, EOFError, OSError) as error:
+                self.close()
+                raise self._damaged(str(error) or self._death()) from None
+            if not answer:
+                return
+            at = 0
+            while at < len(answer):
+                (length,) = lmdb_server.LENGTH.unpack_from(answer, at)
+                at += lmdb_server.LENGTH.size + length
+                last = answer[at - length : at]
+                yield last
+
+    def _answer(self) -> bytes:
+        answer = self._answers.recv_bytes()
+        if answer[:1] != b"+":
+            raise BadEntryError(answer[1:].decode(errors="replace"))
+        return answer[1:]
+
+    def _death(self) -> str:
+        code = self._process.wait()
+        return f"its reader was ended by {signal.Signals(-code).name}" if code < 0 else f"its reader ended with exit code {code}"
+
+    def _damaged(self, reason: str) -> DamagedError:
+        return DamagedError(f"{self.file} is damaged: {reason}; fetch or copy it again")
+
+    def close(self) -> None:
+        """End the reader."""
+        for connection in (self._requests, self._answers):
+            connection.close()
+        with self._process:  # closes its pipes, at whose end it ends
+            pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _has(source: ForeignLmdb, key: bytes) -> bool:
     try:
-        environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, create=False)
-    except lmdb.Error as error:
-        raise DamagedError(f"{file} is not a readable LMDB file ({error}); fetch or copy it again") from None
-    with environment:
-        needed, there = needed_bytes(environment), file.stat().st_size
-        if needed > there:
-            raise DamagedError(f"{file} is truncated: it has {there:,} bytes of {needed:,}; fetch or copy it again")
-        with environment.begin() as transaction:
-            yield transaction
+        return bool(source.get(key))
+    except BadEntryError:
+        return False
+
+
+def image_count(path: Path, index_key: bytes) -> int:
+    """The number of entries without the one that lists the others."""
+    with ForeignLmdb(path) as source:
+        return source.total - _has(source, index_key)
 
 
 def lmdb_source(path: Path, index_key: bytes, decode: Callable[[bytes], Regions]) -> Source:
     """All entries of an LMDB whose keys are the image ids, but the one that lists the others."""
-    with opened(path) as transaction:
-        total = transaction.stat()["entries"] - (transaction.get(index_key) is not None)
-    return Source(total, "images", partial(_entries, path, index_key, decode))
+    return Source(image_count(path, index_key), "images", partial(_entries, path, index_key, decode))
 
 
 def _entries(path: Path, index_key: bytes, decode: Callable[[bytes], Regions]) -> Iterator[Entry]:
-    for transaction, key in keys(path):
-        if key != index_key:
-            load = partial(_load, transaction, key, decode)
-            yield Entry(f"key {key.decode(errors='backslashreplace')!r}", key.decode(errors="surrogateescape"), 1, load)
+    with ForeignLmdb(path) as source:
+        for key in source.all_keys():
+            if key != index_key:
+                load = partial(_load, source, key, decode)
+                yield Entry(f"key {key.decode(errors='backslashreplace')!r}", key.decode(errors="surrogateescape"), 1, load)
 
 
-def keys(path: Path) -> Iterator[tuple[lmdb.Transaction, bytes]]:
-    """Every key in order, with the transaction to read its value from. ``DamagedError`` where the file's tree is damaged."""
-    with opened(path) as transaction:
-        cursor = transaction.cursor().iternext(keys=True, values=False)
-        while True:
-            try:
-                key = next(cursor)
-            except StopIteration:
-                return
-            except lmdb.Error as error:
-                raise DamagedError(f"{data_file(path)} is damaged ({error}); fetch or copy it again") from None
-            yield transaction, bytes(key)
-
-
-def value_of(transaction: lmdb.Transaction, key: bytes) -> bytes:
-    """The value of ``key``; ``BadEntryError`` where it cannot be read."""
-    try:
-        return bytes(transaction.get(key, b""))
-    except lmdb.Error as error:
-        raise BadEntryError(f"LMDB cannot read it: {error}") from None
-
-
-def _load(transaction: lmdb.Transaction, key: bytes, decode: Callable[[bytes], Regions]) -> Regions:
-    return decode(value_of(transaction, key))
+def _load(source: ForeignLmdb, key: bytes, decode: Callable[[bytes], Regions]) -> Regions:
+    return decode(source.get(key))
 
 
 def id_problem(image_id: str, suffix: str = "", reserved: str = "keys") -> str:

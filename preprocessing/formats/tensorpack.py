@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.formats.entry import BadEntryError, Entry, Regions, Source, integer, region_count, rows, unusable
-from preprocessing.formats.lmdb_file import keys, opened, value_of
+from preprocessing.formats.lmdb_file import ForeignLmdb, image_count
 from preprocessing.formats.msgpack_arrays import unpack
 from preprocessing.formats.vilbert_lmdb import unpickled
 
@@ -18,21 +18,19 @@ INDEX_KEY = b"__keys__"
 
 def read(path: Path) -> Source:
     """A ``training_feat_*.lmdb`` or ``validation_*.lmdb``; its captions are not read."""
-    with opened(path) as transaction:
-        total = transaction.stat()["entries"] - (transaction.get(INDEX_KEY) is not None)
-    return Source(total, "images", partial(_entries, path))
+    return Source(image_count(path, INDEX_KEY), "images", partial(_entries, path))
 
 
 def _entries(path: Path) -> Iterator[Entry]:
-    for transaction, key in keys(path):
-        if key == INDEX_KEY:
-            continue
-        where = f"key {key.decode(errors='backslashreplace')!r}"
-        try:
-            row = datapoint(value_of(transaction, key))
-            yield Entry(where, _text(row[6]), 1, partial(_regions, row))
-        except BadEntryError as error:
-            yield unusable(where, 1, str(error))
+    with ForeignLmdb(path) as source:
+        for key in source.all_keys():
+            where = f"key {key.decode(errors='backslashreplace')!r}"
+            try:
+                row = datapoint(source.get(key)) if key != INDEX_KEY else []
+                if row:
+                    yield Entry(where, _text(row[6]), 1, partial(_regions, row))
+            except BadEntryError as error:
+                yield unusable(where, 1, str(error))
 
 
 def datapoint(data: bytes) -> list[Any]:

@@ -270,6 +270,26 @@ def test_a_truncated_lmdb_is_an_error_and_no_crash(tmp_path: Path) -> None:
             import_features(tmp_path / "x", tmp_path / "t")
 
 
+def test_damaged_pages_of_a_foreign_lmdb_end_its_reader_and_not_the_import(tmp_path: Path) -> None:
+    """Pages of the tree overwritten at random: LMDB itself may die of them (SIGBUS, SIGSEGV)."""
+    store = make_store(tmp_path / "s", range(60))
+    export_features(store.path, tmp_path / "x", "uniter-lmdb")
+    data = next((tmp_path / "x").glob("feat_*")) / "data.mdb"
+    whole, rng, told = data.read_bytes(), np.random.default_rng(0), 0
+    tree = [page for page in range(2, len(whole) // 4096) if whole[page * 4096 + 10] & 3]  # branch and leaf pages, by their flags
+    for number in range(6):
+        content = bytearray(whole)
+        for _ in range(30):
+            content[int(rng.choice(tree)) * 4096 + int(rng.integers(16, 4096))] = int(rng.integers(256))
+        data.write_bytes(content)
+        try:
+            done = import_features(data, tmp_path / f"t{number}", format="uniter-lmdb", max_bad=1)
+            told += done.bad > 0
+        except (DamagedError, UsageError):
+            told += 1
+    assert told > 0
+
+
 def test_the_verbs_do_what_their_functions_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tsv(tmp_path / "x.tsv", [make_image(seed, f"{seed:03}") for seed in range(4)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
