@@ -79,8 +79,8 @@ print("ratio", (peak() - before) / (4 * plan.parameters))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
 def test_memory_stays_near_the_models_size(tmp_path: Path) -> None:
     """At most 1.3 times the fp32 model above what the imports take, the files' memory-mapped pages counted."""
-    layers = {f"num_{stream}_layers": 2 for stream in ("interaction", "text", "region")}
-    config = InterBertConfig(vocab_size=8000, hidden_size=384, intermediate_size=1536, **layers)
+    layers = {f"num_{stream}_layers": 3 for stream in ("interaction", "text", "region")}
+    config = InterBertConfig(vocab_size=2000, hidden_size=384, intermediate_size=1536, **layers)
     write_checkpoint(tmp_path / "run", config, ("weights",))
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "run"), str(tmp_path / "hf")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
