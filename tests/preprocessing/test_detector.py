@@ -28,7 +28,9 @@ from preprocessing.detector import (
     save_detector,
     to_input,
 )
+from preprocessing.regions import Input
 from preprocessing.selection import confidence_after_nms, pairwise_iou, select_caffe, select_d2
+from preprocessing.torchvision_model import TorchvisionDetection
 from preprocessing.train_detector import DEFAULTS
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "frcnn_small.npz"
@@ -134,7 +136,7 @@ def make(config: DetectorConfig = TINY) -> Detector:
         model.roi_heads.box_predictor.cls_score.weight.mul_(40)
         model.roi_heads.box_predictor.bbox_pred.weight.mul_(10)
         model.rpn.head.cls_logits.weight.mul_(20)
-    return Detector(config, model, "test")
+    return Detector(TorchvisionDetection(config, model), "test")
 
 
 def picture(seed: int, width: int = 90, height: int = 70) -> Image.Image:
@@ -170,7 +172,7 @@ def test_the_feature_is_what_the_classifier_sees_of_the_stored_proposal() -> Non
     """Pool the stored boxes again, independently of the extraction: same features, same probabilities."""
     detector, image = make(), picture(3, 128, 64)
     record = detector.extract(image, 5, 30)
-    model = detector.model
+    model = detector.network.model
     with torch.inference_mode():
         tensor = to_input(image, 64, 128)
         images, _ = model.transform([tensor])
@@ -186,8 +188,8 @@ def test_the_network_in_eval_mode_detects_what_its_regions_say() -> None:
     detector, image = make(), picture(4)
     tensor = to_input(image, 64, 128)
     with torch.inference_mode():
-        found: Regions = detector.forward([tensor])[0]
-        detections = detector.model([tensor])[0]
+        found: Regions = detector.forward([Input(tensor, (1.0, 1.0))])[0]
+        detections = detector.network.model([tensor])[0]
     assert len(detections["scores"]) > 0
     for score, label in zip(detections["scores"], detections["labels"], strict=True):
         assert (found.class_probs[:, label] - score).abs().min() < 1e-4
@@ -195,7 +197,7 @@ def test_the_network_in_eval_mode_detects_what_its_regions_say() -> None:
 
 def test_without_proposals_the_whole_image_is_the_region() -> None:
     detector = make()
-    detector.model.rpn.score_thresh = 2.0  # no objectness reaches it
+    detector.network.model.rpn.score_thresh = 2.0  # no objectness reaches it
     for selection in ("caffe", "d2"):
         record = detector.extract(picture(0), 1, 10, selection)  # type: ignore[arg-type]
         assert len(record.boxes) == 1
@@ -213,17 +215,17 @@ def test_sizes_follow_the_shorter_side_unless_the_longer_would_exceed_its_limit(
 
 def test_a_whole_file_loads_to_the_same_detector(tmp_path: Path) -> None:
     detector, path = make(), tmp_path / "detector.safetensors"
-    fingerprint = save_detector(path, TINY, detector.model)
+    fingerprint = save_detector(path, TINY, detector.network.model)
     loaded = load_detector(path)
     assert (loaded.fingerprint, loaded.config) == (fingerprint, TINY)
     assert (loaded.schema().class_names, loaded.schema().feature_size) == (TINY.class_names, 32)
     np.testing.assert_array_equal(loaded.extract(picture(2)).features, detector.extract(picture(2)).features)
-    half = save_detector(tmp_path / "half.safetensors", TINY, detector.model, half=True)
+    half = save_detector(tmp_path / "half.safetensors", TINY, detector.network.model, half=True)
     assert half != fingerprint
     assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * path.stat().st_size
     near = load_detector(tmp_path / "half.safetensors")
     assert near.fingerprint == half
-    assert all(value.dtype != torch.float16 for value in near.model.state_dict().values())
+    assert all(value.dtype != torch.float16 for value in near.network.model.state_dict().values())
 
 
 def test_a_file_that_is_no_detector_or_not_whole_says_so_in_one_line(tmp_path: Path) -> None:
@@ -234,9 +236,9 @@ def test_a_file_that_is_no_detector_or_not_whole_says_so_in_one_line(tmp_path: P
     with pytest.raises(DamagedError, match="not a whole safetensors file"):
         load_detector(path)
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(UsageError, match="no megainter detector"):
+    with pytest.raises(UsageError, match="holds no detector known here"):
         load_detector(path)
-    save_detector(path, TINY, make().model)
+    save_detector(path, TINY, make().network.model)
     content = path.read_bytes()
     path.write_bytes(content[:-100])
     with pytest.raises(DamagedError):

@@ -147,7 +147,7 @@ def test_the_demo_detector_knows_scenes_it_has_not_seen(tmp_path: Path) -> None:
     assert set(detector.config.class_names[1:]) == {glyph.singular for glyph in glyphs()}
     files = write_scenes(tmp_path, {"test": 40}, seed=424242, progress=False)
     data = BoxesDataset(read_boxes(files.boxes), files.images, detector.config.class_names, 160, 160)
-    scores = evaluate(detector.model, data)
+    scores = evaluate(detector.network.model, data)
     assert scores["map_50"] >= 0.97
     assert scores["map_50_95"] >= 0.85
 
