@@ -185,6 +185,13 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
     return TypeAdapter(RunConfig).dump_python(config, mode="json")
 
 
+def section_defaults(section: str) -> dict[str, Any]:
+    """Default of every setting of a section that has one, as JSON types: what a run recorded before the setting existed had."""
+    kind = next((field.type for field in dataclasses.fields(RunConfig) if field.name == section), None)
+    known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return {field.name: field.default for field in known if isinstance(field.default, bool | int | float | str | None)}
+
+
 def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
     """Micro-batches that each rank runs per optimiser step; a ``UsageError`` where the batch does not divide."""
     portion = training.micro_batch * world_size

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megainter.config import RunConfig, as_dict
+from megainter.config import RunConfig, as_dict, section_defaults
 from megainter.errors import UsageError
 from megainter.files import read_json, write_json
 
@@ -51,7 +51,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for section in new:
         if section in FREE_SECTIONS:
             continue
-        before = old.get(section, {})
+        before = section_defaults(section) | old.get(section, {})
         for key, value in new[section].items():
             if key not in FREE_KEYS.get(section, ()) and before.get(key) != value:
                 found.append(f"{section}.{key}: {before.get(key)} -> {value}")
