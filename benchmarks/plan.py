@@ -150,14 +150,16 @@ def run(folder: Path, numbers: tuple[int, int], ranks: int) -> Measured:
 def launch(command: list[str], arguments: list[str], metrics: Path | None = None) -> float:
     """Run it to its end; the largest resident memory of any rank until ``metrics`` holds all steps but the last."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    child = subprocess.Popen([sys.executable, *command, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    errors = tempfile.TemporaryFile()
+    child = subprocess.Popen([sys.executable, *command, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=errors)
     largest = 0.0
     while child.poll() is None:
         if metrics is not None and (not metrics.exists() or metrics.read_text().count("\n") < STEPS):
             largest = max([largest, *map(peak_memory, children_of(child.pid))])
         time.sleep(0.01)
     if child.returncode:
-        raise SystemExit(f"a run ended with {child.returncode}: {' '.join(command)}")
+        errors.seek(0)
+        raise SystemExit(f"a run ended with {child.returncode}:\n{errors.read().decode(errors='replace')}")
     return largest
 
 
@@ -179,7 +181,8 @@ def peak_memory(pid: int) -> float:
 def write_data(folder: Path, images: int = 64) -> None:
     """Captions and regions that are all equally long, so that a batch is what the plan supposes."""
     rng = np.random.default_rng(0)
-    schema = StoreSchema(FEATURES, CLASSES, tuple(f"class {number}" for number in range(CLASSES)), "benchmark")
+    names = ("__background__", *(f"class {number}" for number in range(1, CLASSES)))
+    schema = StoreSchema(FEATURES, CLASSES, names, "benchmark")
     vocabulary = [f"{a}{b}" for a in "bdfg" for b in "aeiou"]
     rows = []
     with FeatureStoreWriter(folder / "regions.store", schema) as writer:
@@ -190,7 +193,7 @@ def write_data(folder: Path, images: int = 64) -> None:
             features = rng.standard_normal((REGIONS, FEATURES)).astype(np.float16)
             writer.add(f"i{number}", RegionRecord(boxes=boxes, features=features, class_probs=probs, width=100, height=100))
             caption = " ".join(rng.choice(vocabulary, WORDS))
-            rows.append(Pair(f"i{number}#0", f"i{number}", f"i{number}.jpg", caption, "train"))
+            rows.append(Pair(f"i{number}#0", f"i{number}", f"i{number}.jpg", caption, "val" if number < 8 else "train"))
     seal_store(folder / "regions.store")
     write_pairs(folder / "pairs.parquet", rows)
 

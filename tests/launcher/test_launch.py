@@ -13,6 +13,7 @@ import pytest
 from tests.launcher.jobs import agents_of, assert_no_orphan, last_step, ranks_of, start_launch, wait_for_step, whole_checkpoints
 from tests.synthetic import NO_DROPOUT, environment, losses, settings, train, write_data
 
+TURNS = int(os.environ.get("MEGAINTER_TEST_KILLS", "60"))
 LOCAL = ["--processes", "2", "--engine", "torchrun"]
 
 
@@ -84,7 +85,7 @@ def test_sixty_random_kills(data: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = settings(*data, run, training__steps=100000, checkpoint__every_steps=3)
     blows = [(number, target) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL) for target in ("launcher", "agent", "rank")]
-    for turn in range(60):
+    for turn in range(TURNS):
         number, target = blows[turn % len(blows)]
         engine = ("deepspeed", "torchrun")[turn // len(blows) % 2]
         job = start_launch(["--processes", "2", "--engine", engine], arguments, tmp_path / "log")
