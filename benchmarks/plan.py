@@ -150,7 +150,7 @@ def run(folder: Path, numbers: tuple[int, int], ranks: int) -> Measured:
 def launch(command: list[str], arguments: list[str], metrics: Path | None = None) -> float:
     """Run it to its end; the largest resident memory of any rank until ``metrics`` holds all steps but the last."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    errors = tempfile.TemporaryFile()
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
     child = subprocess.Popen([sys.executable, *command, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=errors)
     largest = 0.0
     while child.poll() is None:
