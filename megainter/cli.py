@@ -1,12 +1,13 @@
 """The command line: one verb table. The verbs stand in `megainter.verbs`; help answers at once, since only a verb imports what it runs."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
 
-from megainter.errors import STOPPED_EARLY, MegainterError, UsageError
+from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError
 from megainter.training.process import adopt_rank, end_with_launcher, record_exit
 from megainter.verbs.convert import convert_app
 from megainter.verbs.demo import demo
@@ -19,6 +20,11 @@ from megainter.verbs.preflight import preflight
 from megainter.verbs.prepare import prepare_app
 from megainter.verbs.pretrain import pretrain
 from megainter.verbs.view import view
+
+# What the user can mend: a full or read-only disk, a path of the wrong kind or without permission.
+CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY,
+)  # fmt: skip
 
 app = App(
     name="megainter",
@@ -56,6 +62,11 @@ def main(tokens: Sequence[str] | None = None) -> None:
         _end("interrupted; the same command goes on where it stopped", STOPPED_EARLY)
     except BrokenPipeError:
         _end("", 1)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        _end(f"{error.filename or 'output'}: {error.strerror}", NoSpaceError.exit_code if full else UsageError.exit_code)
 
 
 def _end(text: str, code: int, told: bool = True) -> None:

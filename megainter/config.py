@@ -40,6 +40,7 @@ class DataConfig:
     hard_negatives: Path | None = None  # what `megainter prepare negatives` wrote for these pairs
     hard_negative_share: Probability = 0.2  # of the mismatched captions, where hard_negatives is given
     gate_msm: bool = False  # True: no masked-segment loss on mismatched captions
+    max_missing: Probability = 0.01  # share of captions that may be left out because their image has no regions in the store
     workers: NotNegative = 2  # loader processes of each rank
 
 

@@ -111,6 +111,12 @@ def read_pairs(path: Path, split: str | None = None) -> Pairs:
     return Pairs(table, numbers, ids.to_pylist(), _content_digest(table))
 
 
+def has_split(path: Path, split: str) -> bool:
+    """Whether a manifest of pairs has rows of ``split``. ``UsageError`` as for reading it."""
+    table = read_table(path, PAIRS_SCHEMA)
+    return bool(pc.any(pc.equal(table.column("split"), split)).as_py())
+
+
 def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
     """Write pairs as they come, atomically, and return how many.
 
@@ -279,7 +285,8 @@ def keep_split(path: Path, table: pa.Table, split: str | None) -> pa.Table:
         return table
     if split not in counts:
         has = ", ".join(f"{name or '(none)'} {count:,}" for name, count in sorted(counts.items()))
-        raise UsageError(f"{path} has no rows of split {split!r}; it has {has}")
+        given = "; `prepare --split train` gives captions without a split one" if "" in counts else ""
+        raise UsageError(f"{path} has no rows of split {split!r}; it has {has}{given}")
     return table.filter(pc.equal(table.column("split"), split)).combine_chunks()
 
 

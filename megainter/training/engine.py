@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig, accumulation_steps
-from megainter.errors import UsageError
+from megainter.errors import MegainterError, UsageError
 from megainter.files import read_json
 from megainter.memory import keep_freed_memory
 from megainter.training import process
@@ -42,6 +42,10 @@ KNOWN = (
     "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "aio", "activation_checkpointing", "memory_breakdown",
     "disable_allgather", "communication_bucket_size", "seq_parallel_communication_data_type", "timers", "compile",
 )  # fmt: skip
+
+
+# What gloo and NCCL say when the other end of a connection has died.
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,13 @@ def distributed() -> Iterator[World]:
         keep_freed_memory()
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=30), verbose=False,
                                distributed_port=int(os.environ.get("MASTER_PORT", "29500")))  # fmt: skip
-    yield World(dist.get_rank(), dist.get_world_size(), device)
-    dist.barrier()
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in PEER_LOST):
+            raise MegainterError("another process of this run is gone; the same command goes on from the last checkpoint") from error
+        raise
     dist.destroy_process_group()
 
 

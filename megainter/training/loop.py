@@ -62,7 +62,7 @@ def pretrain(config: RunConfig) -> Path:
         metrics = MetricsLog(config.output, start, config.tensorboard) if first else None
         steps = stack.enter_context(make_loader(sources.training, start, total_steps, workers=config.data.workers))
         peak = peak_flops(world.device, config.engine.precision)
-        meter, tallies, counts = Throughput(), torch.zeros(2, 3, device=world.device), torch.zeros(3, device=world.device)
+        meter, (tallies, counts) = Throughput(), _interval(saved, world)
         failed_saves = 0
         finished = start
         for step in range(start, total_steps):
@@ -86,6 +86,7 @@ def pretrain(config: RunConfig) -> Path:
             engine.average_weights(train, config.training.ema_decay)
             counts += agreed[:3]
             finished = step + 1
+            meter.steps += 1
             if finished % config.training.log_every == 0 or finished == total_steps:
                 _report(config, train, metrics, meter, summarise(summed(tallies), counts, weights), finished, total_steps, world, peak)
                 tallies, counts = torch.zeros_like(tallies), torch.zeros_like(counts)
@@ -94,13 +95,13 @@ def pretrain(config: RunConfig) -> Path:
                 _validate(config, train, sources, weights, world, metrics, finished)
                 meter.reset()
             if finished % config.checkpoint.every_steps == 0 and finished < total_steps:
-                failed_saves = 0 if _save(config, train, sources, finished, world) else failed_saves + 1
+                failed_saves = 0 if _save(config, train, sources, finished, world, summed(tallies), counts) else failed_saves + 1
                 if failed_saves >= FAILED_SAVES:
                     raise NoSpaceError(
                         f"{failed_saves} checkpoints in a row could not be written to {config.output}; free space and run the same command"
                     )
                 meter.reset()
-        if finished > start and not _save(config, train, sources, finished, world):
+        if finished > start and not _save(config, train, sources, finished, world, summed(tallies), counts):
             raise NoSpaceError(f"the last checkpoint could not be written to {config.output}; free space and run the same command")
         if metrics is not None:
             metrics.close()
@@ -181,11 +182,22 @@ def _resume(train: Any, saved: checkpoint.Checkpoint | None) -> int:
     return saved.step
 
 
-def _save(config: RunConfig, train: Any, sources: Sources, finished: int, world: engine.World) -> bool:
+def _interval(saved: checkpoint.Checkpoint | None, world: engine.World) -> tuple[Tensor, Tensor]:
+    """Tallies [2, 3] (this rank's) and counts [3] since the last record of the metrics, as the checkpoint has them."""
+    tallies, counts = torch.zeros(2, 3), torch.zeros(3)
+    since = saved.state.get("since_record") if saved is not None else None
+    if since is not None:
+        counts = torch.tensor(since["counts"])
+        tallies = torch.tensor(since["tallies"]) if world.rank == 0 else tallies
+    return tallies.to(world.device), counts.to(world.device)
+
+
+def _save(config: RunConfig, train: Any, sources: Sources, finished: int, world: engine.World, tallies: Tensor, counts: Tensor) -> bool:
     """Publish a checkpoint on all ranks; False (and a loud line) where it could not be written."""
     began = time.perf_counter()
     state = {"step": finished, "updates": engine.update_count(train), "samples": finished * config.training.global_batch,
-             "loss_scale": engine.loss_scale(train), "digests": sources.digests, "lowercase": config.data.lowercase}  # fmt: skip
+             "loss_scale": engine.loss_scale(train), "digests": sources.digests, "lowercase": config.data.lowercase,
+             "since_record": {"tallies": tallies.tolist(), "counts": counts.tolist()}}  # fmt: skip
     files = {
         "config.json": train.module.model.config.to_json_string(use_diff=False).encode(),
         "vocab.txt": (config.output / "vocab.txt").read_bytes(),
@@ -240,7 +252,7 @@ def _report(
     values = values | {"learning_rate": rate, "gradient_norm": engine.gradient_norm(train), "loss_scale": engine.loss_scale(train)} | rates
     if metrics is not None:
         metrics.write("train", finished, values)
-    left = (total - finished) * values["step_seconds"] / config.training.log_every
+    left = (total - finished) * values["step_seconds"]
     utilisation = f", MFU {values['model_flop_utilisation']:.1%}" if "model_flop_utilisation" in values else ""
     log.info(
         "step %d/%d loss %.3f (msm %.3f mrm %.3f itm %.3f) lr %.2e, %.0f samples/s, %.0f tokens/s, "

@@ -82,7 +82,7 @@ def _step_of(line: str) -> float:
 
 
 class Throughput:
-    """Counts work between two log lines: samples, real tokens, FLOPs, and seconds spent waiting for data."""
+    """Counts work between two log lines: steps, samples, real tokens, FLOPs, and seconds spent waiting for data."""
 
     def __init__(self) -> None:
         self.reset()
@@ -90,17 +90,17 @@ class Throughput:
     def reset(self) -> None:
         """Start a new interval."""
         self.start = time.perf_counter()
-        self.samples = self.tokens = self.flops = 0
+        self.steps = self.samples = self.tokens = self.flops = 0
         self.waited = 0.0
 
     def rates(self, world_size: int, peak: float | None) -> dict[str, float]:
-        """Samples/s and real tokens/s of all ranks, share of time waiting for data, and MFU where ``peak`` is known."""
+        """Samples/s and real tokens/s of all ranks, share of time waiting for data, seconds of a step, and MFU where ``peak`` is known."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         rates = {
             "samples_per_second": self.samples / seconds,
             "tokens_per_second": self.tokens / seconds,
             "data_wait_share": self.waited / seconds,
-            "step_seconds": seconds,
+            "step_seconds": seconds / max(self.steps, 1),
         }
         if peak is not None:
             rates["model_flop_utilisation"] = self.flops / seconds / (peak * world_size)

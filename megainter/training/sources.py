@@ -1,19 +1,23 @@
 """What a run reads: captions, regions, vocabulary, as the streams of training and validation."""
 
-import shutil
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from megainter.config import DataConfig, RunConfig
-from megainter.data.batch import PretrainStream, StreamSettings
+from megainter.data.batch import PretrainStream, StreamSettings, drop_missing
 from megainter.data.feature_store import FeatureStore
-from megainter.data.manifest import Pairs, read_pairs
+from megainter.data.manifest import Pairs, has_split, read_pairs
 from megainter.data.negatives import HardNegatives, read_hard_negatives
+from megainter.data.sampling import missing_images
 from megainter.data.text import Vocabulary, build_token_table, load_vocabulary, open_token_table, table_key, train_vocabulary
-from megainter.errors import UsageError
-from megainter.files import sha256_of
+from megainter.errors import TooManyBadInputsError, UsageError
+from megainter.files import sha256_of, write_atomically
 from megainter.model.configuration import InterBertConfig
 from megainter.training.collective import on_first_rank
+
+log = logging.getLogger("megainter")
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,9 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
     """
     data = config.data
     pairs = read_pairs(data.pairs, split=data.split)
-    if not len(pairs):
-        raise UsageError(f"{data.pairs} has no captions of split {data.split!r}; see data.split")
     store = FeatureStore(data.store)
     check_store(config, store)
+    pairs = _with_regions(pairs, store, data.max_missing, data.pairs)
     vocabulary_path = on_first_rank(lambda: place_vocabulary(data, pairs, config.output))
     vocabulary = load_vocabulary(vocabulary_path, lowercase=data.lowercase)
     hard_negatives = read_hard_negatives(data.hard_negatives, pairs) if data.hard_negatives is not None else None
@@ -57,17 +60,41 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
 
 
 def place_vocabulary(data: DataConfig, pairs: Pairs, output: Path) -> Path:
-    """Put the run's ``vocab.txt`` into its folder: a copy of the given one, or one trained on the captions. Kept if there."""
+    """The run's ``vocab.txt``: a copy of the given one, or one trained on the captions.
+
+    A run with checkpoints keeps the vocabulary it has; ``UsageError`` where another one is given for it. Before the first checkpoint
+    what an earlier attempt left is made anew, since that may have read other captions.
+    """
     path = output / "vocab.txt"
     output.mkdir(parents=True, exist_ok=True)
-    if data.vocabulary is not None:
-        if not data.vocabulary.is_file():
-            raise UsageError(f"vocabulary {data.vocabulary} does not exist; leave data.vocabulary out to train one on the captions")
-        shutil.copyfile(data.vocabulary, path)
-    elif not path.exists():
+    if data.vocabulary is not None and not data.vocabulary.is_file():
+        raise UsageError(f"vocabulary {data.vocabulary} does not exist; leave data.vocabulary out to train one on the captions")
+    kept = sorted((output / "checkpoints").glob("step_*/vocab.txt"))
+    if kept:
+        if data.vocabulary is not None and data.vocabulary.read_bytes() != kept[-1].read_bytes():
+            raise UsageError(f"{output} holds a run with another vocabulary than {data.vocabulary}; start in another output folder")
+        write_atomically(path, kept[-1].read_bytes())
+    elif data.vocabulary is not None:
+        write_atomically(path, data.vocabulary.read_bytes())
+    else:
         captions = (text for text in pairs.table.column("caption").to_pylist())
         train_vocabulary(captions, data.vocabulary_size, path, lowercase=data.lowercase)
     return path
+
+
+def _with_regions(pairs: Pairs, store: FeatureStore, limit: float, where: Path) -> Pairs:
+    """The pairs whose images have regions; ``TooManyBadInputsError`` where more than ``limit`` of the captions have none."""
+    missing = missing_images(pairs, store)
+    captions = int(missing[pairs.image_numbers].sum())
+    if not captions:
+        return pairs
+    first = pairs.image_ids[int(missing.argmax())]
+    told = f"{where}: {captions:,} of {len(pairs):,} captions are of images without regions in {store.path}, first {first!r}"
+    if captions > limit * len(pairs):
+        share = math.ceil(1000 * captions / len(pairs)) / 1000
+        raise TooManyBadInputsError(f"{told}: extract these images, or leave their captions out with --data.max_missing {share}")
+    log.warning("%s: left out", told)
+    return drop_missing(pairs, store)
 
 
 def _stream(
@@ -107,12 +134,10 @@ def _ignore(value: object) -> None:
 def _validation(config: RunConfig, store: FeatureStore, vocabulary: Vocabulary, rank: int, world_size: int) -> PretrainStream | None:
     settings = config.validation
     path = settings.pairs or config.data.pairs
-    pairs = read_pairs(path, split=settings.split)
-    if not len(pairs):
-        if settings.pairs is not None:
-            raise UsageError(f"{path} has no captions of split {settings.split!r}; see validation.split")
+    if settings.pairs is None and not has_split(path, settings.split):
         return None
     own = FeatureStore(settings.store) if settings.store is not None else store
+    pairs = _with_regions(read_pairs(path, split=settings.split), own, config.data.max_missing, path)
     return _stream(config, "validation", pairs, own, vocabulary, rank, world_size)
 
 

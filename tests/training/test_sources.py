@@ -1,0 +1,58 @@
+"""What a run reads: its vocabulary, and captions whose images have no regions."""
+
+from pathlib import Path
+
+import pytest
+
+from megainter.config import DataConfig
+from megainter.data.manifest import has_split, read_pairs
+from megainter.errors import TooManyBadInputsError, UsageError
+from megainter.training.sources import _with_regions, place_vocabulary
+from tests.synthetic import open_store, write_data
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[Path, Path]:
+    return write_data(tmp_path / "data")
+
+
+def settings(data: tuple[Path, Path], vocabulary: Path | None = None) -> DataConfig:
+    return DataConfig(pairs=data[0], store=data[1], vocabulary=vocabulary, vocabulary_size=60)
+
+
+def test_a_vocabulary_left_by_a_failed_start_is_made_anew(data: tuple[Path, Path], tmp_path: Path) -> None:
+    run, pairs = tmp_path / "run", read_pairs(data[0])
+    fresh = place_vocabulary(settings(data), pairs, run).read_text()
+    (run / "vocab.txt").write_text("of other captions")
+    assert place_vocabulary(settings(data), pairs, run).read_text() == fresh
+
+
+def test_a_run_with_checkpoints_keeps_its_vocabulary(data: tuple[Path, Path], tmp_path: Path) -> None:
+    run, pairs, other = tmp_path / "run", read_pairs(data[0]), tmp_path / "other.txt"
+    saved = run / "checkpoints" / "step_0000001" / "vocab.txt"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("of the run")
+    other.write_text("another")
+    with pytest.raises(UsageError, match="another vocabulary"):
+        place_vocabulary(settings(data, other), pairs, run)
+    assert not (run / "vocab.txt").exists()
+    assert place_vocabulary(settings(data), pairs, run).read_text() == "of the run"
+    assert place_vocabulary(settings(data, run / "vocab.txt"), pairs, run).read_text() == "of the run"
+
+
+def test_captions_without_regions_are_left_out_up_to_the_limit(data: tuple[Path, Path], tmp_path: Path) -> None:
+    pairs = read_pairs(data[0])
+    with open_store(data[1]) as store:
+        assert _with_regions(pairs, store, 0.0, data[0]) is pairs
+    fewer = write_data(tmp_path / "fewer", images=38)
+    with open_store(fewer[1]) as store:
+        kept = _with_regions(pairs, store, 0.1, data[0])
+        assert 0 < len(kept) < len(pairs)
+        assert set(kept.image_ids) == set(pairs.image_ids) & set(store.ids)
+        with pytest.raises(TooManyBadInputsError, match=r"--data.max_missing 0\.\d+"):
+            _with_regions(pairs, store, 0.01, data[0])
+
+
+def test_whether_a_split_is_there(data: tuple[Path, Path]) -> None:
+    assert has_split(data[0], "train")
+    assert not has_split(data[0], "test")
