@@ -221,3 +221,21 @@ def convert_hf(
         src, dst, dtype=dtype, resize_vocabulary=resize_vocabulary, vocabulary=vocabulary, cased=cased, head=head,
         num_labels=num_labels, seed=seed, allow_partial=allow_partial, verify=verify,
     )  # fmt: skip
+
+
+@convert_app.command(name="detector")
+def convert_detector(src: Path, dst: Path, /, *, class_names: Path | None = None) -> None:
+    """Turn detector weights of any known kind into one safetensors file of ours, and list what was taken and left over.
+
+    Parameters
+    ----------
+    src
+        A Visual Genome Faster R-CNN (Hugging Face, airsplay's pickles, MILVLG's .pth), torchvision's Faster R-CNN, or a file of ours.
+    dst
+        File to write; must not exist.
+    class_names
+        Text file, one class name per line without the background. Default: objects_vocab.txt beside SRC, else "class 1", "class 2", ...
+    """
+    from preprocessing.convert_detector import convert_detector as convert
+
+    convert(src, dst, class_names)
