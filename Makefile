@@ -27,7 +27,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== tests, real processes for distributed ones"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)
 	@echo "== soak and fault suites (an hour and more)"
