@@ -24,15 +24,18 @@ from megainter.data.manifest import ImageBoxes, read_boxes
 from megainter.data.shard import read_store_json, refuse_live_writers
 from megainter.data.store_writer import create_store
 from megainter.data.writer_lock import LOOSE, WriterLock, network_filesystem
+from megainter.devices import torch_device
 from megainter.errors import StoppedEarly, TooManyBadInputsError, UsageError
-from megainter.files import sha256_of, write_atomically
+from megainter.files import sha256_of
 from megainter.progress import Progress
 from preprocessing.detector import Precision, load_detector
 from preprocessing.extract_crew import Worker, end, feed, receive, start_child, with_news
 from preprocessing.extract_worker import Failure, Job, Task
+from preprocessing.failures import write_failures
 from preprocessing.images import DRAFT_PIXELS, UnreadableImageError, confined, image_size, silence_pillow
 from preprocessing.sources import Item, Source, list_images
 
+SMALLEST_SIDE = 32  # pixels
 WINDOW_BATCHES = 8  # images of one size are looked for among this many batches' worth of neighbours in the list
 WORKERS_PER_GPU = 2  # one computes while the other prepares its batch
 BATCH_PIXELS = 32_000_000  # of a batch decoded, 100 MB; a worker holds three
@@ -86,6 +89,9 @@ def extract(
     ``MegainterError`` where a worker died.
     """
     _check_settings(min_boxes, max_boxes, selection, workers, batch_size, max_bad)
+    _check_sizes(min_size, max_size)
+    if device is not None:
+        torch_device(device)
     _check_disk(output, network_disk)
     silence_pillow()
     source, given = _source(images, manifest, boxes)
@@ -149,6 +155,15 @@ def _check_settings(min_boxes: int, max_boxes: int, selection: str, workers: int
         raise UsageError(f"selection {selection!r} is not 'caffe' or 'd2'")
     if (workers is not None and workers < 1) or batch_size < 1 or not 0 <= max_bad <= 1:
         raise UsageError(f"workers {workers} and batch_size {batch_size} must be at least 1, max_bad {max_bad} between 0 and 1")
+
+
+def _check_sizes(min_size: int | None, max_size: int | None) -> None:
+    """Sizes in pixels of the network's input; what is smaller than its coarsest stride shows it nothing."""
+    for name, size in (("min_size", min_size), ("max_size", max_size)):
+        if size is not None and size < SMALLEST_SIDE:
+            raise UsageError(f"{name} {size} is too small: images are brought to at least {SMALLEST_SIDE} pixels a side")
+    if min_size is not None and max_size is not None and min_size > max_size:
+        raise UsageError(f"min_size {min_size} must be at most max_size {max_size}")
 
 
 def _devices(device: str | None, workers: int | None, batches: int) -> list[str]:
@@ -231,24 +246,23 @@ def _stop_on_signals() -> Iterator[_Stop]:
 
 
 def _list_failures(output: Path, failures: list[Failure]) -> None:
-    """``failed.tsv``: id, path, reason. Tabs and newlines in names are escaped, bytes that are not UTF-8 too."""
-    path = output / "failed.tsv"
-    if not failures:
-        return path.unlink(missing_ok=True)
-    escape = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+    """``failed.tsv``: id, path, reason."""
     rows = sorted((failure.image_id, failure.path, failure.reason) for failure in failures)
-    lines = ["\t".join(cell.translate(escape) for cell in row) for row in [("image_id", "path", "reason"), *rows]]
-    write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+    write_failures(output / "failed.tsv", ("image_id", "path", "reason"), rows)
 
 
 def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failure], max_bad: float, changed: bool) -> Extraction:
     """Seal, unless too many failed."""
     listed = f"{len(failures):,} of {total:,} images failed, listed in {output / 'failed.tsv'}"
-    if len(failures) > max_bad * total:
-        raise TooManyBadInputsError(f"{listed}: more than {max_bad:.1%}; the others are kept: repair them, or allow more, and run again")
+    if len(failures) > max(max_bad * total, 1 if max_bad and total > 1 else 0):  # one bad file of a few is no sign of a bad collection
+        raise TooManyBadInputsError(
+            f"{listed}: more than --max-bad {max_bad:g} of them; the others are kept: repair them, or allow more, and run again"
+        )
     if failures:
         print(listed, flush=True)
     if changed or not read_store_json(output)["sealed"]:
         seal_store(output)
     with FeatureStore(output) as store:
+        state = "sealed" if changed else "complete before"
+        print(f"{output}: regions of {len(store):,} images, {state}, digest {store.digest[:16]}", flush=True)
         return Extraction(len(store), len(failures), store.digest)

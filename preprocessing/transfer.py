@@ -188,7 +188,7 @@ def _finish(output: Path, account: _Account, max_bad: float, changed: bool) -> I
     """Seal, unless too many were bad."""
     listed = f"{account.bad:,} of {account.entries:,} entries cannot be used, listed in {output / 'failed.tsv'}"
     if account.bad > max_bad * account.entries:
-        raise TooManyBadInputsError(f"{listed}: more than {max_bad:.1%}; the others are kept: repair them, or allow more, and run again")
+        raise TooManyBadInputsError(f"{listed}: more than --max-bad {max_bad:g}; the others are kept: repair or allow more, and run again")
     if account.bad:
         print(listed, flush=True)
     if account.repeated:

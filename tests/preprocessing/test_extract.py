@@ -188,7 +188,7 @@ def test_too_many_bad_images_keep_the_good_ones_unsealed(folder: Path, tmp_path:
     (tmp_path / "images" / "tab\there.jpg").write_bytes(b"")
     (tmp_path / "images" / os.fsdecode(b"latin-\xe9.jpg")).write_bytes((tmp_path / "images" / "0000.jpg").read_bytes())
     run = {"weights": folder / "detector.safetensors", "workers": 1}
-    with pytest.raises(TooManyBadInputsError, match=r"2 of 8 images failed, listed in .*failed\.tsv: more than 1\.0%"):
+    with pytest.raises(TooManyBadInputsError, match=r"2 of 8 images failed, listed in .*failed\.tsv: more than --max-bad 0\.01"):
         extract(tmp_path / "images", tmp_path / "store", **run)
     assert stored_ids(tmp_path / "store") == {f"{number:04d}" for number in range(6)}
     text = (tmp_path / "store" / "failed.tsv").read_text()
@@ -377,3 +377,29 @@ def test_tar_files_tables_and_boxes_are_extracted_like_a_folder(folder: Path, fi
     write_boxes(tmp_path / "boxes.parquet", [given("0000", 64, 64, [[0, 0, 9, 8], [5, 5, 60, 60]])])
     with pytest.raises(UsageError, match="boxes is"):
         extract(tmp_path / "images.tar", tmp_path / "b", boxes=tmp_path / "boxes.parquet", precision="bf16", **run)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"min_size": -5}, "min_size -5 is too small"),
+        ({"min_size": 96, "max_size": 64}, "min_size 96"),
+        ({"device": "gpu"}, "--device gpu"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, given: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        extract(folder / "images", tmp_path / "store", folder / "detector.safetensors", **given)  # type: ignore[arg-type]
+    assert not (tmp_path / "store").exists()
+
+
+def test_one_bad_file_of_a_few_is_listed_and_no_reason_to_stop(folder: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 5)
+    (tmp_path / "images" / "0003.jpg").write_text("no image")
+    done = extract(tmp_path / "images", tmp_path / "store", folder / "detector.safetensors", workers=1, min_boxes=3, max_boxes=9)
+    assert (done.stored, done.failed) == (4, 1)
+    (tmp_path / "images" / "0004.jpg").write_text("no image either")
+    with pytest.raises(TooManyBadInputsError, match="--max-bad"):
+        extract(tmp_path / "images", tmp_path / "other", folder / "detector.safetensors", workers=1, min_boxes=3, max_boxes=9)
