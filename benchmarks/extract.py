@@ -1,0 +1,177 @@
+"""``python -m benchmarks.extract``: the Visual Genome detector on one 600 x 800 image, ours against a plain fp32 program, A B A B, medians.
+
+Weights are drawn (no public ones are shipped), so boxes mean nothing, but the arithmetic is that of the real ones. Prints seconds, the
+agreement of features and of the 36 chosen boxes, a breakdown by stage with each one's share of what the matrix products could
+reach, and the peak memory of ours, measured in a process of its own (``--memory``).
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import plain_detector
+from benchmarks.pretrain import product_rate
+from megainter.data.record import encode
+from preprocessing.detector import Detector, _record
+from preprocessing.selection import select_caffe
+from preprocessing.vg_model import build_vg_network
+from preprocessing.vg_regions import REGIONS_AT_ONCE, VgDetection
+from tests.preprocessing.vg_weights import FULL, drawn_state
+
+CONFIG = replace(FULL, proposals=300)
+# 10^9 operations (a multiply and an add are two) at 600 x 800, of the real network: backbone, region proposals, one region in res5.
+BACKBONE_GFLOP, RPN_GFLOP, REGION_GFLOP = 132.0, 18.0, 5.86
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--memory", action="store_true")
+    given = options.parse_args()
+    state = drawn_state(CONFIG)
+    if given.memory:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        ours(state, torch.bfloat16).extract(photo(), 36, 36)
+        print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "before_mib": before}))
+        return
+    half, full = ours(state, torch.bfloat16), ours(state, None)
+    image = photo()
+    pixels = half.inputs([image])[0].pixels
+    programs: dict[str, Callable[[], Any]] = {
+        "plain-fp32": lambda: plain(state, pixels),
+        "ours-bf16": lambda: half.extract(image, 36, 36),
+        "ours-fp32": lambda: full.extract(image, 36, 36),
+    }
+    seconds = alternated(programs, given.rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = {"bf16": product_rate(torch.bfloat16), "fp32": product_rate(torch.float32)}
+    memory = subprocess.run([sys.executable, "-m", "benchmarks.extract", "--memory"], capture_output=True, text=True, check=True)
+    print(json.dumps({
+        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+        "input": list(pixels.shape), "seconds": seconds, "median_seconds": medians,
+        "speedup": {name: medians["plain-fp32"] / medians[name] for name in ("ours-bf16", "ours-fp32")},
+        "agreement": agreement(half, state, image, pixels), "matrix_product_gflop_per_s": rates,
+        "breakdown_bf16": breakdown(half, image, rates), "selection_milliseconds": selection_milliseconds(),
+        "memory": json.loads(memory.stdout.splitlines()[-1]),
+    }, indent=2))  # fmt: skip
+
+
+def photo() -> Image.Image:
+    """640 x 480 with shapes of many sizes, so that proposals differ."""
+    rng = np.random.default_rng(0)
+    pixels = np.zeros((480, 640, 3), np.float32)
+    for side in (4, 8, 16, 32, 64, 160):
+        blocks = rng.random((-(-480 // side), -(-640 // side), 3), dtype=np.float32)
+        pixels += np.kron(blocks, np.ones((side, side, 1), np.float32))[:480, :640]
+    return Image.fromarray((pixels / pixels.max() * 255).astype(np.uint8))
+
+
+def ours(state: dict[str, Tensor], dtype: torch.dtype | None) -> Detector:
+    """Our detector with these weights."""
+    return Detector(VgDetection(CONFIG, build_vg_network(CONFIG, state), dtype=dtype), "drawn")
+
+
+def plain(state: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain program from the network's input to the chosen rows: (rows, boxes, features)."""
+    boxes, features, probs = plain_detector.detect(state, CONFIG, pixels)
+    return plain_detector.select(boxes * 0.8, probs, 36, 36), boxes, features
+
+
+def alternated(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every program, one after the other in each round; the first round is warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for number in range(rounds + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def agreement(half: Detector, state: dict[str, Tensor], image: Image.Image, pixels: Tensor) -> dict[str, float]:
+    """Cosine of the features of equal proposals, and the share of the plain program's 36 boxes that ours chose too."""
+    rows, boxes, features = plain(state, pixels)
+    inputs = half.inputs([image])
+    found = half.forward(inputs)[0]
+    choice = half.choose(found, image, inputs[0], 36, 36, "caffe")
+    distance = (boxes[:, None] - found.proposals[None]).abs().amax(2)
+    nearest = distance.argmin(1)
+    same = distance.amin(1) < 0.05
+    cosine = torch.cosine_similarity(features[same], found.features[nearest[same]])
+    chosen = set(choice.rows.tolist())
+    shared = sum(bool(same[row]) and int(nearest[row]) in chosen for row in rows.tolist())
+    return {"proposals": len(boxes), "equal_proposals": int(same.sum()), "lowest_cosine": float(cosine.min()),
+            "mean_cosine": float(cosine.mean()), "same_boxes_of_36": shared / len(rows)}  # fmt: skip
+
+
+@torch.inference_mode()
+def breakdown(detector: Detector, image: Image.Image, rates: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Seconds of each stage, and the share of the product rate that the arithmetic ones reach."""
+    network, clock = detector.network, _Clock()
+    assert isinstance(network, VgDetection)
+    inputs = clock("decode and resize", lambda: detector.inputs([image]))
+    maps = clock("backbone", lambda: network.maps(inputs))
+    clock("region proposals (convolutions)", lambda: network.network.rpn(maps[0]))
+    boxes = clock("region proposals (with NMS)", lambda: network.propose(maps, inputs))[0]
+    pooled = clock("RoIPool", lambda: [network.pool(maps[0], part) for part in boxes.split(REGIONS_AT_ONCE)])
+    features = clock("res5", lambda: torch.cat([network.network.res5_mean(part) for part in pooled]))
+    probs = clock("classes", lambda: network.network.class_probs(features))
+    clock("selection", lambda: select_caffe(boxes * 0.8, probs, 36, 36, 1.0))
+    found = detector.forward(inputs)[0]
+    record = _record(image, found, detector.choose(found, image, inputs[0], 36, 36, "caffe"))
+    clock("record", lambda: encode("image", record, detector.schema()))
+    gflop = {"backbone": (BACKBONE_GFLOP, "fp32"), "region proposals (convolutions)": (RPN_GFLOP, "fp32"),
+             "res5": (REGION_GFLOP * len(boxes), "bf16")}  # fmt: skip
+    return {
+        name: {"seconds": spent} | ({"share_of_product_rate": gflop[name][0] / spent / rates[gflop[name][1]]} if name in gflop else {})
+        for name, spent in clock.seconds.items()
+    }
+
+
+class _Clock:
+    """Runs a stage three times and keeps the median."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, stage: Callable[[], Any]) -> Any:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            result = stage()
+            times.append(time.perf_counter() - start)
+        self.seconds[name] = statistics.median(times)
+        return result
+
+
+def selection_milliseconds() -> float:
+    """The caffe rule over 300 boxes and 1,601 classes, the median of 20."""
+    torch.manual_seed(0)
+    corners, sides = torch.rand(300, 2) * 500, torch.rand(300, 2) * 250
+    boxes, probs = torch.cat([corners, corners + sides], 1), torch.randn(300, 1601).mul(3).softmax(1)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        select_caffe(boxes, probs, 10, 100, 1.0)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
