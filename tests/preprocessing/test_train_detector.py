@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from megainter.data.manifest import ImageBoxes, write_boxes
-from megainter.errors import DamagedError, NumericsError, StoppedEarly, UsageError
+from megainter.data.writer_lock import WriterLock
+from megainter.errors import DamagedError, LockedError, NumericsError, StoppedEarly, UsageError
 from megainter.files import read_json
 from preprocessing.detector import DetectorConfig, load_detector
 from preprocessing.detector_data import BoxesDataset, batches_from, class_names_of, epoch_order, repeat_factors
@@ -57,8 +58,8 @@ TRAINING = DetectorTraining(epochs=2, batch_size=4, regions_per_image=8, anchors
 
 
 def train(squares: Path, output: Path, **wishes: object) -> TrainedDetector:
-    arguments = {"configure": small, "training": TRAINING, "checkpoint_every": 2, **wishes}
-    return train_detector(boxes=squares / "boxes.parquet", images=squares, output=output, **arguments)  # type: ignore[arg-type]
+    arguments = {"images": squares, "configure": small, "training": TRAINING, "checkpoint_every": 2, **wishes}
+    return train_detector(boxes=squares / "boxes.parquet", output=output, **arguments)  # type: ignore[arg-type]
 
 
 # --- the stream --------------------------------------------------------------------------------------------------------------------
@@ -224,6 +225,39 @@ def test_mistakes_are_one_line_each(squares: Path, tmp_path: Path) -> None:
     assert class_names_of(rows) == ("__background__", "a", "b", "c")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_one_line(squares: Path, tmp_path: Path, device: str) -> None:
+    with pytest.raises(UsageError, match=rf"--device {device}: PyTorch finds no such device"):
+        train(squares, tmp_path / "run", device=device)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_leaves_the_output_free_for_other_settings(squares: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UsageError, match=r"\.png"):
+        train(squares, tmp_path / "run", images=tmp_path / "nothing")
+    assert not (tmp_path / "run" / "config.json").exists()
+    train(squares, tmp_path / "run", training=replace(TRAINING, epochs=0.34))
+    with pytest.raises(UsageError, match=r"other settings \(training\.epochs\)"):
+        train(squares, tmp_path / "run")
+
+
+def test_a_second_writer_is_refused(squares: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with WriterLock(tmp_path / "run" / "detector.lock"), pytest.raises(LockedError, match=f"in use by pid {os.getpid()}"):
+        train(squares, tmp_path / "run")
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(squares: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        train(squares, tmp_path / "run", training=replace(TRAINING, epochs=0.34))
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "run").rglob("*.safetensors")}
+    assert modes == dict.fromkeys(("detector.safetensors", "model.safetensors", "optimizer.safetensors"), "0o640")
+
+
 def command(squares: Path, output: Path) -> list[str]:
     flags = "--backbone tiny --feature-size 16 --min-size 64 --max-size 64 --proposals 8 --epochs 16 --batch-size 4 --checkpoint-every 5"
     paths = ["--boxes", str(squares / "boxes.parquet"), "--images", str(squares), "--output", str(output)]
@@ -254,6 +288,14 @@ def test_the_command_survives_sigterm_and_sigkill(squares: Path, tmp_path: Path)
     assert "resuming" in run_to_the_end(squares, tmp_path / "run")
     run_to_the_end(squares, tmp_path / "whole")
     assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_mistyped_command_is_one_line(squares: Path, tmp_path: Path) -> None:
+    wrong = [*command(squares, tmp_path / "run"), "--epoch", "3"]
+    done = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "--epoch" in done.stderr
 
 
 def checkpoints(run: Path) -> set[str]:

@@ -1,0 +1,28 @@
+"""Every option of every verb says what it does."""
+
+import pytest
+from cyclopts import App
+
+from megainter.cli import app
+from preprocessing.train_detector import app as train_detector_app
+
+
+def verbs_of(group: App, name: str) -> list[tuple[str, App]]:
+    """(words, app) of every command below ``group`` that runs something."""
+    below = [(word, group[word]) for word in group if not word.startswith("-")]
+    here = [(name, group)] if group.default_command is not None else []
+    return here + [found for word, sub in below for found in verbs_of(sub, f"{name} {word}")]
+
+
+VERBS = [*verbs_of(app, "megainter"), *verbs_of(train_detector_app, "train_detector")]
+
+
+def test_all_verbs_are_found() -> None:
+    names = {name for name, _ in VERBS}
+    assert {"megainter extract", "megainter evaluate retrieval", "megainter convert zero", "train_detector"} <= names
+
+
+@pytest.mark.parametrize(("name", "verb"), VERBS, ids=[name for name, _ in VERBS])
+def test_every_option_is_explained(name: str, verb: App) -> None:
+    arguments = [argument for argument in verb.assemble_argument_collection(parse_docstring=True) if argument.parameter.name]
+    assert [argument.name for argument in arguments if not argument.parameter.help] == [], f"{name} --help leaves these unexplained"
