@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import numpy as np
 
 from megainter.data.manifest import SPLITS, ImageBoxes, check_relative, write_boxes
 from megainter.data.questions import CHOICES, Question, Tokens, check_question, write_questions
-from megainter.errors import TooManyBadInputsError, UsageError
-from megainter.files import inside, read_json, write_json
+from megainter.errors import UsageError
+from megainter.files import inside, read_json
 from megainter.progress import Progress
-from preprocessing.captions.items import MALFORMED, MISSING_IMAGE, Report, Unusable, json_object, read_lines, text, texts
-
-MISSING_METADATA = "metadata file missing"
+from preprocessing.captions.items import Unusable, json_object, read_lines, shown, text, texts
+from preprocessing.captions.report import MALFORMED, MISSING_IMAGE, MISSING_METADATA, Report, checked, publish, refuse_overwriting
 
 
 def prepare_vcr(
@@ -26,7 +24,7 @@ def prepare_vcr(
 
     ``images`` (vcr1images): drop questions whose image or metadata is not there. ``boxes``: a manifest of the annotated boxes of those
     images, in the order of the questions' objects. Raises ``UsageError`` (missing file, unknown split, nothing kept) and
-    ``TooManyBadInputsError`` where more than ``max_bad`` of the questions cannot be used.
+    ``TooManyBadInputsError`` where more than ``max_bad`` of the questions, and more than one, cannot be used.
     """
     split = split if split is not None else _split_of(src)
     if split not in SPLITS[:-1]:
@@ -37,14 +35,15 @@ def prepare_vcr(
         raise UsageError("boxes are read from the metadata in the images folder; give --images")
     if images is not None and not images.is_dir():
         raise UsageError(f"images folder {images} does not exist or is not a folder")
+    if boxes is not None and boxes.resolve() == output.resolve():
+        raise UsageError(f"--output and --boxes are both {output}; questions and boxes are two files")
+    refuse_overwriting(output, src)
     report, sources = Report(), dict[str, tuple[str, str]]()
-    report_path = output.with_name(output.name + ".report.json")
-    write_questions(output, _checked_at_the_end(_questions(src, split, images, report, sources), report, src, report_path, max_bad))
+    write_questions(output, checked(_questions(src, split, images, report, sources), report, src, output, max_bad, "questions"))
     if boxes is not None and images is not None:
         write_boxes(boxes, _boxes(images, sources, split))
     report.images = len(sources)
-    write_json(report_path, asdict(report))
-    print(f"{src} -> {output}", *report.lines("questions"), sep="\n  ", flush=True)
+    publish(report, src, output, "questions")
     return report
 
 
@@ -55,23 +54,17 @@ def _split_of(src: Path) -> str:
 
 def _questions(src: Path, split: str, images: Path | None, report: Report, sources: dict[str, tuple[str, str]]) -> Iterator[Question]:
     """Questions that can be used; ``sources`` takes image id -> (image, metadata)."""
-    reading = read_lines(src, lambda number, line: (number, _question(json_object(line), split)))
-    with Progress("questions", reading.total, reading.unit) as progress:
-        for item in reading.items:
-            if isinstance(item, Unusable):
-                report.drop(MALFORMED, f"{item.where}: {item.reason}")
-                continue
-            number, question = item
-            if reason := _missing(question, images):
-                report.drop(reason, f"{number}: {question.image!r}")
-                continue
-            report.kept += 1
-            report.splits[split] = report.splits.get(split, 0) + 1
-            sources[question.image_id] = (question.image, question.metadata)
-            if report.kept % 1000 == 0 and reading.position:
-                progress.update(reading.position() - progress.done)
-            yield question
-        progress.update(reading.total - progress.done)
+    for item in shown(read_lines(src, lambda number, line: (number, _question(json_object(line), split))), "questions"):
+        if isinstance(item, Unusable):
+            report.drop(MALFORMED, f"{item.where}: {item.reason}")
+            continue
+        number, question = item
+        if reason := _missing(question, images):
+            report.drop(reason, f"{number}: {question.image!r}")
+            continue
+        report.keep(split)
+        sources[question.image_id] = (question.image, question.metadata)
+        yield question
 
 
 def _question(value: dict[str, Any], split: str) -> Question:
@@ -128,22 +121,6 @@ def _missing(question: Question, images: Path | None) -> str | None:
         except (UsageError, OSError):
             return reason
     return None
-
-
-def _checked_at_the_end(questions: Iterator[Question], report: Report, src: Path, report_path: Path, max_bad: float) -> Iterator[Question]:
-    """Passes questions on; at the end, with the counts known and nothing published, refuses what may not become a table."""
-    yield from questions
-    bad = sum(report.dropped.values())
-    if report.kept and bad <= max_bad * (report.kept + bad):
-        return
-    report_path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(report_path, asdict(report))
-    what = "; ".join(report.lines("questions")[1:]) or "it holds none"
-    if not bad:
-        raise UsageError(f"{src}: no question is left: {what}")
-    raise TooManyBadInputsError(
-        f"{src}: {bad:,} of {report.kept + bad:,} questions cannot be used, more than {max_bad:.1%}: {what}; see {report_path}"
-    )
 
 
 def _boxes(images: Path, sources: dict[str, tuple[str, str]], split: str) -> Iterator[ImageBoxes]:

@@ -4,6 +4,7 @@ Two schemas. ``PAIRS_SCHEMA`` has one row per (image, caption) pair, ``BOXES_SCH
 Image paths are relative to the images folder and use forward slashes; ids are data and are never used to build a path.
 """
 
+import errno
 import hashlib
 import os
 from array import array
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megainter.errors import UsageError
+from megainter.errors import NoSpaceError, UsageError
 from megainter.files import fsync_folder
 
 SPLITS = ("train", "val", "test", "")
@@ -130,7 +131,7 @@ def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
             columns = [[getattr(row, name) for row in rows_of_group] for name in PAIRS_SCHEMA.names]
             yield record_batch(path, columns, PAIRS_SCHEMA)
 
-    with parquet_aside(path) as aside:
+    with parquet_aside(path, PAIRS_SCHEMA) as aside:
         write_batches(path, aside, PAIRS_SCHEMA, batches())
         _refuse_repeated_hashes(path, aside, np.frombuffer(hashes, np.uint64))
         images = pq.read_table(aside, columns=["image_id", "image"])
@@ -165,7 +166,7 @@ def write_boxes(path: Path, rows: Iterable[ImageBoxes]) -> int:
             count += len(images)
             yield record_batch(path, columns, BOXES_SCHEMA)
 
-    with parquet_aside(path) as aside:
+    with parquet_aside(path, BOXES_SCHEMA) as aside:
         write_batches(path, aside, BOXES_SCHEMA, batches())
     return count
 
@@ -188,8 +189,12 @@ def check_relative(relative: str) -> str | None:
 
 
 @contextmanager
-def parquet_aside(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place where the block ends well, and vanishes where it does not."""
+def parquet_aside(path: Path, schema: pa.Schema) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place where the block ends well, and vanishes where it does not.
+
+    ``UsageError`` at once where ``path`` is there and is something else than a table with the columns of ``schema``.
+    """
+    _refuse_another_file(path, schema)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -202,13 +207,27 @@ def parquet_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def _refuse_another_file(path: Path, schema: pa.Schema) -> None:
+    if not path.exists():
+        return
+    try:
+        names = open_parquet(path).schema_arrow.names
+    except UsageError:
+        names = []
+    if names != schema.names:
+        what = "a folder" if path.is_dir() else "another file than this command writes"
+        raise UsageError(f"{path} is there, and is {what}; give another name, or remove it first")
+
+
 def write_batches(path: Path, aside: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write record batches to ``aside`` as they come. ``UsageError`` that names ``path`` where the disk refuses."""
+    """Write record batches to ``aside`` as they come. ``NoSpaceError`` or ``UsageError`` that names ``path`` where the disk refuses."""
     try:
         with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
             for batch in batches:
                 writer.write_batch(batch)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(f"{path} cannot be written: no space left; free space and run the same command") from None
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
@@ -364,14 +383,20 @@ def _image_boxes(path: Path, row: dict) -> ImageBoxes:
 
 
 def _check_boxes(path: Path, image: ImageBoxes) -> None:
-    """``UsageError`` where boxes and labels differ in number or a box is not xyxy inside its image (often xywh taken for xyxy)."""
-    where, boxes = f"{path}: image {image.image_id!r}", image.boxes
+    if problem := box_problem(image):
+        raise UsageError(f"{path}: {problem}")
+
+
+def box_problem(image: ImageBoxes) -> str | None:
+    """What is wrong: boxes and labels differ in number, or a box is not xyxy inside its image (often xywh taken for xyxy). Else None."""
+    where, boxes = f"image {image.image_id!r}", image.boxes
     if image.width <= 0 or image.height <= 0:
-        raise UsageError(f"{where} has size {image.width} x {image.height}")
+        return f"{where} has size {image.width} x {image.height}"
     if len(boxes) != len(image.labels) or boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise UsageError(f"{where} has boxes of shape {boxes.shape} for {len(image.labels)} labels")
+        return f"{where} has boxes of shape {boxes.shape} for {len(image.labels)} labels"
     limit = np.array([image.width, image.height] * 2, np.float32) + BOX_TOLERANCE
     bad = ~(np.isfinite(boxes) & (boxes >= -BOX_TOLERANCE) & (boxes <= limit)).all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
     if bad.any():
         box = boxes[int(np.argmax(bad))].tolist()
-        raise UsageError(f"{where} ({image.width} x {image.height}) has box {box}, which is not x1, y1, x2, y2 inside it")
+        return f"{where} ({image.width} x {image.height}) has box {box}, which is not x1, y1, x2, y2 inside it"
+    return None

@@ -1,11 +1,13 @@
 """`megainter prepare`: captions into a manifest, and what else is made of captions before training."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
-prepare_app = App(name="prepare", help="Turn captions into a pairs manifest (Parquet), VCR into questions, pairs into hard negatives.")
+prepare_app = App(
+    name="prepare", help="Turn captions into a pairs manifest (Parquet), boxes into another, VCR into questions, pairs into hard negatives."
+)
 
 
 @prepare_app.default
@@ -22,6 +24,9 @@ def prepare(
     split_field: str | None = None,
     id_field: str | None = None,
     image_names: str | None = None,
+    val_share: float = 0.0,
+    test_share: float = 0.0,
+    seed: int = 0,
     max_bad: float = 0.01,
 ) -> None:
     """Turn captions into a pairs manifest (Parquet).
@@ -51,14 +56,65 @@ def prepare(
         How the images of a list of addresses were named, such as "{crc32}.jpg", "{row:09d}.jpg" (rows from 0), "{line}.jpg" (from 1),
         "{name}" (the last part of the address), "{stem}.png", "{md5}.jpg", or for img2dataset "{shard}/{key}.jpg". Several, apart by
         commas, are tried in turn.
+    val_share
+        Share of the images for validation, drawn by a hash of the image's id, where the source names no splits; the rest is for training.
+    test_share
+        The same for test.
+    seed
+        Of that draw.
     max_bad
-        Share of unusable captions above which the command ends with exit code 3.
+        Share of unusable captions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """
-    from preprocessing.captions import Fields
+    from preprocessing.captions import Fields, Shares
     from preprocessing.captions import prepare as prepare_captions
 
     fields = Fields(captions, image_field, split_field, id_field, image_names)
-    prepare_captions(source, src, output, images=images, split=split, fields=fields, max_bad=max_bad)
+    shares = Shares(val_share, test_share, seed) if val_share or test_share else None
+    prepare_captions(source, src, output, images=images, split=split, shares=shares, fields=fields, max_bad=max_bad)
+
+
+@prepare_app.command
+def boxes(
+    src: Path,
+    /,
+    *,
+    output: Path,
+    source: Annotated[Literal["coco", "jsonl"], Parameter(name="--format")] = "coco",
+    images: Path | None = None,
+    split: str | None = None,
+    val_share: float = 0.0,
+    test_share: float = 0.0,
+    seed: int = 0,
+    max_bad: float = 0.01,
+) -> None:
+    """Turn labelled boxes into a manifest of boxes (Parquet), to train a detector on or to extract features at.
+
+    Parameters
+    ----------
+    src
+        COCO's instances (one JSON document), or JSON Lines of {"image", "width", "height", "boxes": [[x1, y1, x2, y2]], "labels"}.
+    output
+        Parquet file to write; what was dropped and why goes to OUTPUT.report.json.
+    source
+        Format of the boxes.
+    images
+        Folder of the images; those missing there are dropped and counted.
+    split
+        Keep images of this split, and give it to those whose source names none.
+    val_share
+        Share of the images for validation, drawn by a hash of the image's id, where the source names no splits; the rest is for training.
+    test_share
+        The same for test.
+    seed
+        Of that draw.
+    max_bad
+        Share of unusable boxes above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
+    """
+    from preprocessing.boxes import prepare_boxes
+    from preprocessing.captions import Shares
+
+    shares = Shares(val_share, test_share, seed) if val_share or test_share else None
+    prepare_boxes(src, output, source=source, images=images, split=split, shares=shares, max_bad=max_bad)
 
 
 @prepare_app.command
@@ -80,7 +136,7 @@ def vcr(
     split
         Split of the questions, where the file's name does not tell it.
     max_bad
-        Share of unusable questions above which the command ends with exit code 3.
+        Share of unusable questions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """
     from preprocessing.vcr import prepare_vcr
 

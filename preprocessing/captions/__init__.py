@@ -1,6 +1,8 @@
 """Caption files that people have, as one manifest of pairs: `prepare` is the door."""
 
-from preprocessing.captions.items import Fields, Report
+from preprocessing.captions.items import Fields
+from preprocessing.captions.report import Report
+from preprocessing.captions.splits import Shares
 from preprocessing.captions.writing import normalise, prepare
 
-__all__ = ["Fields", "Report", "normalise", "prepare"]
+__all__ = ["Fields", "Report", "Shares", "normalise", "prepare"]

@@ -99,16 +99,20 @@ def _json_document(src: Path) -> Reading[Item]:
 
 def _coco_parser(src: Path, images: list[Any]) -> Callable[[int, dict[str, Any]], Item]:
     names = {image["id"]: image["file_name"] for image in images if isinstance(image, dict) and {"id", "file_name"} <= set(image)}
-    split, folder = split_in_name(src), re.search(r"(train|val|test)\d{4}", src.name)
+    split = split_in_name(src)
 
     def parse(number: int, entry: dict[str, Any]) -> Item:
         if entry["image_id"] not in names:
             raise ValueError(f"image_id {entry['image_id']!r} is not among the images")
-        name = names[entry["image_id"]]
-        paths = (name, f"{folder[0]}/{name}") if folder else (name,)
-        return Item(number, paths, [text(entry, "caption", "")], [text(entry, "id")], split=split)
+        return Item(number, coco_paths(src, names[entry["image_id"]]), [text(entry, "caption", "")], [text(entry, "id")], split=split)
 
     return parse
+
+
+def coco_paths(src: Path, name: str) -> tuple[str, ...]:
+    """Where COCO's image may lie: in the images folder, or in the folder below it that the annotation file's name tells."""
+    folder = re.search(r"(train|val|test)\d{4}", src.name)
+    return (name, f"{folder[0]}/{name}") if folder else (name,)
 
 
 def _karpathy_item(number: int, entry: dict[str, Any]) -> Item:

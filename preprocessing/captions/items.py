@@ -4,15 +4,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megainter.errors import UsageError
+from megainter.progress import Progress
+from preprocessing.captions.report import MALFORMED
 
-MALFORMED, MISSING_IMAGE, BLANK, OTHER_SPLIT = "malformed", "image file missing", "blank caption", "another split"
 NOT_DOWNLOADED, SHARED_NAME = "not downloaded", "file name shared by several addresses"
-EXAMPLES_KEPT = 20  # per reason, in the report
+AT_ONCE = 1000  # items between two looks at the progress
 SPLIT_NAMES = {
     "restval": "train",
     "validation": "val",
@@ -71,28 +72,14 @@ class Reading(Generic[Entry]):
     place: str = "line"  # what an item's number counts
 
 
-@dataclass
-class Report:
-    """What became of a caption file. ``dropped`` and ``examples`` are by reason; the others count captions, ``images`` images."""
-
-    kept: int = 0
-    images: int = 0
-    splits: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def drop(self, reason: str, example: str, count: int = 1) -> None:
-        """Count what is left out, and keep the first examples."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES_KEPT:
-            examples.append(example)
-
-    def lines(self, what: str = "captions") -> list[str]:
-        """The report for people."""
-        splits = ", ".join(f"{name or 'no split'} {count:,}" for name, count in sorted(self.splits.items()))
-        kept = f"kept {self.kept:,} {what} of {self.images:,} images ({splits})"
-        return [kept, *(f"dropped {n:,}: {reason}, first {self.examples[reason][0]}" for reason, n in sorted(self.dropped.items()))]
+def shown(reading: Reading[Entry], label: str) -> Iterator[Entry | Unusable]:
+    """The items of a source, with progress."""
+    with Progress(label, reading.total, reading.unit) as progress:
+        for count, item in enumerate(reading.items, 1):
+            if count % AT_ONCE == 0:
+                progress.update((reading.position() if reading.position else count) - progress.done)
+            yield item
+        progress.update(reading.total - progress.done)
 
 
 def read_lines(src: Path, parse: Callable[[int, str], Entry]) -> Reading[Entry]:
@@ -120,7 +107,7 @@ def read_entries(entries: list[Any], parse: Callable[[int, dict[str, Any]], Item
     return Reading(parsed(iter(entries), parse), len(entries), "entries", place="entry")
 
 
-def parsed(entries: Iterator[Any], parse: Callable[[int, dict[str, Any]], Item]) -> Items:
+def parsed(entries: Iterator[Any], parse: Callable[[int, dict[str, Any]], Entry]) -> Iterator[Entry | Unusable]:
     """What ``parse`` makes of each entry, or why it cannot."""
     for number, entry in enumerate(entries, 1):
         try:

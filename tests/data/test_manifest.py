@@ -17,10 +17,12 @@ from megainter.data.manifest import (
     is_boxes_manifest,
     read_boxes,
     read_pairs,
+    record_batch,
+    write_batches,
     write_boxes,
     write_pairs,
 )
-from megainter.errors import UsageError
+from megainter.errors import NoSpaceError, UsageError
 
 
 def some_pairs(count: int = 50) -> list[Pair]:
@@ -158,3 +160,18 @@ def test_boxes_without_labels_and_images_twice_are_refused(tmp_path: Path) -> No
     write_boxes(tmp_path / "b.parquet", [box_row(), box_row()])
     with pytest.raises(UsageError, match="image id 'a' stands in two rows"):
         read_boxes(tmp_path / "b.parquet")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
+    columns = [[getattr(row, name) for row in some_pairs()] for name in PAIRS_SCHEMA.names]
+    batch = record_batch(tmp_path / "p.parquet", columns, PAIRS_SCHEMA)
+    with pytest.raises(NoSpaceError, match=r"p\.parquet cannot be written: no space left"):
+        write_batches(tmp_path / "p.parquet", Path("/dev/full"), PAIRS_SCHEMA, [batch] * 1000)
+
+
+def test_another_table_is_not_overwritten(tmp_path: Path) -> None:
+    write_boxes(tmp_path / "t.parquet", [box_row()])
+    with pytest.raises(UsageError, match=r"t\.parquet is there, and is another file than this command writes"):
+        write_pairs(tmp_path / "t.parquet", some_pairs())
+    assert len(read_boxes(tmp_path / "t.parquet")) == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megainter.data.manifest import read_pairs
 from megainter.errors import TooManyBadInputsError, UsageError
-from preprocessing.captions import Fields, normalise, prepare
+from preprocessing.captions import Fields, Shares, normalise, prepare
 
 FLICKR8K = Path(__file__).parents[2].parent / "shared" / "data" / "flickr8k"
 
@@ -154,9 +154,9 @@ def test_bytes_that_are_not_utf8_and_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_too_many_bad_lines_leave_no_manifest_but_a_report(tmp_path: Path) -> None:
-    src = write_lines(tmp_path / "a.jsonl", *({"image": f"{n}.jpg", "caption": "x"} for n in range(50)), "oops")
+    src = write_lines(tmp_path / "a.jsonl", *({"image": f"{n}.jpg", "caption": "x"} for n in range(50)), "oops", "again")
     with pytest.raises(
-        TooManyBadInputsError, match=r"1 of 51 captions cannot be used, more than 1\.0%: dropped 1: malformed, first 51: not"
+        TooManyBadInputsError, match=r"2 of 52 captions cannot be used, more than --max-bad 0\.01: dropped 2: malformed, first line 51: not"
     ):
         prepare("jsonl", src, tmp_path / "p.parquet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "p.parquet.report.json"]
@@ -169,8 +169,8 @@ def test_captions_without_image_are_dropped_and_limited(tmp_path: Path) -> None:
     report = prepare("jsonl", src, tmp_path / "p.parquet", images=images, max_bad=0.5)
     assert [row[0] for row in rows(tmp_path / "p.parquet")] == ["a#0", "a#1"]
     assert report.dropped == {"image file missing": 1}
-    with pytest.raises(TooManyBadInputsError, match=r"image file missing, first 2: 'b\.jpg'"):
-        prepare("jsonl", src, tmp_path / "p.parquet", images=images)
+    with pytest.raises(TooManyBadInputsError, match=r"image file missing, first line 2: 'b\.jpg'"):
+        prepare("jsonl", src, tmp_path / "p.parquet", images=images, max_bad=0)
     with pytest.raises(UsageError, match=r"images folder .* does not exist"):
         prepare("jsonl", src, tmp_path / "p.parquet", images=tmp_path / "absent")
 
@@ -178,7 +178,9 @@ def test_captions_without_image_are_dropped_and_limited(tmp_path: Path) -> None:
 def test_pair_ids_that_come_twice_name_both_lines(tmp_path: Path) -> None:
     lines = [{"image": f"{n}.jpg", "captions": ["x", "y"]} for n in (1, 2, 3, 2)]
     src = write_lines(tmp_path / "a.jsonl", *lines)
-    with pytest.raises(UsageError, match=r"a\.jsonl: pair id '2#0' comes in line 2 and again in line 4"):
+    with pytest.raises(
+        UsageError, match=r"a\.jsonl: pair id '2#0' comes in line 2 and again in line 4; .* put all captions of an image into one entry"
+    ):
         prepare("jsonl", src, tmp_path / "p.parquet")
     src = write_lines(tmp_path / "x.token", "1.jpg#0\ta", "2.jpg#0\tb", "1.jpg#0\tc")
     with pytest.raises(UsageError, match="pair id '1#0' comes in line 1 and again in line 3"):
@@ -194,7 +196,7 @@ def test_one_image_id_for_two_files_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_left_and_wrong_files(tmp_path: Path) -> None:
     src = write_lines(tmp_path / "a.jsonl", {"image": "a.jpg", "caption": " \n\t"})
-    with pytest.raises(UsageError, match="no caption is left: dropped 1: blank caption"):
+    with pytest.raises(UsageError, match="no captions are left: dropped 1: blank caption, first line 1"):
         prepare("jsonl", src, tmp_path / "p.parquet")
     with pytest.raises(UsageError, match="does not exist"):
         prepare("jsonl", tmp_path / "absent.jsonl", tmp_path / "p.parquet")
@@ -244,3 +246,78 @@ def test_flickr8k_val_in_both_languages(tmp_path: Path) -> None:
         assert (report.kept, report.images, report.splits, report.dropped) == (5000, 1000, {"val": 5000}, {})
         first = json.loads((FLICKR8K / "val.jsonl").open(encoding="utf-8").readline())
         assert read_pairs(tmp_path / "p.parquet", "val").caption(0) == normalise(first[language][0])
+
+
+def ten_photos(folder: Path, *bad: str) -> Path:
+    return write_lines(folder / "a.jsonl", *({"image": f"{n}.jpg", "captions": ["x", "y"]} for n in range(10)), *bad)
+
+
+def test_one_bad_line_of_a_small_file_is_allowed_and_two_are_not(tmp_path: Path) -> None:
+    assert prepare("jsonl", ten_photos(tmp_path, "oops"), tmp_path / "p.parquet").dropped == {"malformed": 1}
+    with pytest.raises(TooManyBadInputsError, match=r"--max-bad 0\.01"):
+        prepare("jsonl", ten_photos(tmp_path, "oops", "again"), tmp_path / "p.parquet")
+    with pytest.raises(TooManyBadInputsError, match="--max-bad 0:"):
+        prepare("jsonl", ten_photos(tmp_path, "oops"), tmp_path / "p.parquet", max_bad=0)
+
+
+def test_one_missing_image_with_several_captions_is_one_bad_line(tmp_path: Path) -> None:
+    images = images_in(tmp_path / "images", *(f"{n}.jpg" for n in range(9)))
+    assert prepare("jsonl", ten_photos(tmp_path), tmp_path / "p.parquet", images=images).dropped == {"image file missing": 2}
+
+
+def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
+    src = ten_photos(tmp_path)
+    before = src.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(src)
+    for output in (src, tmp_path / "link.jsonl"):
+        with pytest.raises(UsageError, match=r"would be overwritten, and it is what is read; give another --output"):
+            prepare("jsonl", src, output)
+    src.rename(tmp_path / "p.parquet.report.json")
+    with pytest.raises(UsageError, match="would be overwritten"):
+        prepare("jsonl", tmp_path / "p.parquet.report.json", tmp_path / "p.parquet")
+    assert (tmp_path / "p.parquet.report.json").read_bytes() == before
+
+
+def test_an_output_that_is_something_else_is_refused_and_a_manifest_is_replaced(tmp_path: Path) -> None:
+    src, notes = ten_photos(tmp_path), tmp_path / "notes.txt"
+    notes.write_text("do not lose me")
+    with pytest.raises(UsageError, match=r"notes\.txt is there, and is another file"):
+        prepare("jsonl", src, notes)
+    assert notes.read_text() == "do not lose me"
+    with pytest.raises(UsageError, match="is a folder"):
+        prepare("jsonl", src, tmp_path)
+    for split in ("train", "val"):
+        prepare("jsonl", src, tmp_path / "p.parquet", split=split)
+    assert {row[4] for row in rows(tmp_path / "p.parquet")} == {"val"}
+
+
+def test_captions_without_a_split_are_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare("jsonl", ten_photos(tmp_path), tmp_path / "p.parquet")
+    assert "20 have no split, and training takes split train: give --split train" in capsys.readouterr().out
+    prepare("jsonl", ten_photos(tmp_path), tmp_path / "p.parquet", split="train")
+    assert "note" not in capsys.readouterr().out
+
+
+def test_shares_are_drawn_by_image_and_do_not_depend_on_what_else_is_there(tmp_path: Path) -> None:
+    photos = [{"image": f"{n}.jpg", "captions": ["x", "y"]} for n in range(2000)]
+    report = prepare("jsonl", write_lines(tmp_path / "a.jsonl", *photos), tmp_path / "a.parquet", shares=Shares(0.1, 0.2, seed=3))
+    split_of = {row[1]: row[4] for row in rows(tmp_path / "a.parquet")}
+    assert {(row[1], row[4]) for row in rows(tmp_path / "a.parquet")} == set(split_of.items())
+    assert abs(report.splits["val"] / 4000 - 0.1) < 0.03  # 4 standard deviations of a binomial share
+    assert abs(report.splits["test"] / 4000 - 0.2) < 0.04
+    prepare("jsonl", write_lines(tmp_path / "b.jsonl", *photos[:500][::-1]), tmp_path / "b.parquet", shares=Shares(0.1, 0.2, seed=3))
+    assert {row[1]: row[4] for row in rows(tmp_path / "b.parquet")}.items() <= split_of.items()
+    prepare("jsonl", tmp_path / "a.jsonl", tmp_path / "c.parquet", shares=Shares(0.1, 0.2, seed=4))
+    assert {row[1]: row[4] for row in rows(tmp_path / "c.parquet")} != split_of
+
+
+def test_shares_that_cannot_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="leave some images for training"):
+        Shares(0.5, 0.5)
+    with pytest.raises(UsageError, match="either --split or --val-share"):
+        prepare("jsonl", ten_photos(tmp_path), tmp_path / "p.parquet", split="train", shares=Shares(0.1, 0.1))
+    named = write_lines(tmp_path / "n.jsonl", {"image": "a.jpg", "caption": "x", "split": "val"})
+    with pytest.raises(UsageError, match=r"image 'a' is of split 'val'.*for sources without splits"):
+        prepare("jsonl", named, tmp_path / "p.parquet", shares=Shares(0.1, 0.1))
+    prepare("jsonl", ten_photos(tmp_path), tmp_path / "p.parquet", shares=Shares(1e-9, 0))
+    assert "no image fell to val: give a larger share" in capsys.readouterr().out

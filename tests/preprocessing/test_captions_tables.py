@@ -147,6 +147,6 @@ def test_broken_and_other_documents_are_one_line(tmp_path: Path) -> None:
         prepare("visual-genome", write(tmp_path / "x.json", content[:-30]), tmp_path / "p.parquet")
     with pytest.raises(TooManyBadInputsError, match=r"2 of 2 captions cannot be used.*no field 'regions'"):
         prepare("visual-genome", write(tmp_path / "y.json", '[{"id": 1}, {"id": 2}]'), tmp_path / "p.parquet")
-    with pytest.raises(UsageError, match="no caption is left"):
+    with pytest.raises(UsageError, match="no captions are left"):
         prepare("visual-genome", write(tmp_path / "z.json", '{"a": 1}'), tmp_path / "p.parquet")
     assert not list(tmp_path.glob("*.parquet"))

@@ -1,0 +1,202 @@
+"""`megainter prepare boxes`: labelled boxes of photos as a manifest that a detector learns from, and that `extract --boxes` takes.
+
+COCO's instances_*.json, which most annotation tools write, or JSON Lines of our own.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megainter.data.manifest import SPLITS, ImageBoxes, box_problem, check_relative, write_boxes
+from megainter.errors import UsageError
+from megainter.files import read_json
+from preprocessing.captions.annotations import coco_paths
+from preprocessing.captions.items import Reading, Unusable, json_object, parsed, read_lines, shown, split_in_name, split_name, text, texts
+from preprocessing.captions.report import MALFORMED, MISSING_IMAGE, OTHER_SPLIT, Report, checked, publish, refuse_overwriting
+from preprocessing.captions.splits import Shares, Splitting
+from preprocessing.captions.writing import Finder, finder
+
+CROWD, EMPTY = "box around a crowd", "box without area"
+
+Format = Literal["coco", "jsonl"]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The boxes of one image as a source gives them; ``image.image_id`` is empty where it is to be made of the path.
+
+    ``where`` is the number of the line or entry, ``paths`` are places to look for the image, best first.
+    """
+
+    where: int
+    paths: tuple[str, ...]
+    image: ImageBoxes
+    crowds: int = 0
+
+
+@dataclass
+class _Annotations:
+    """What COCO says of one image: boxes as x, y, width, height in pixels."""
+
+    boxes: list[list[float]] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    crowds: int = 0
+
+
+def prepare_boxes(
+    src: Path,
+    output: Path,
+    *,
+    source: Format = "coco",
+    images: Path | None = None,
+    split: str | None = None,
+    shares: Shares | None = None,
+    max_bad: float = 0.01,
+) -> Report:
+    """Write the manifest of boxes ``output`` from ``src``, print a report and write it to ``output``.report.json.
+
+    ``images``: drop images that are not in that folder. ``split`` and ``shares`` as for captions; the same shares and seed give an image
+    the same split in both. Boxes are cut at the image's edge; images without boxes stay, and crowds are left out.
+
+    Raises ``UsageError`` (missing file, another format, an image that comes twice, nothing kept) and ``TooManyBadInputsError`` where more
+    than ``max_bad`` of the boxes, and more than one line, are malformed or without image; then no manifest is written, the report is.
+    """
+    if not src.is_file():
+        raise UsageError(f"{src} does not exist or is not a file")
+    splitting, find = Splitting(split, shares), finder(images)
+    refuse_overwriting(output, src)
+    reading: Reading[Labelled] = _coco(src) if source == "coco" else read_lines(src, _line)
+    report, items = Report(place=reading.place), shown(reading, "boxes")
+    rows = _rows(src, items, report, find, splitting)
+    write_boxes(output, checked(rows, report, src, output, max_bad, "boxes"))
+    publish(report, src, output, "boxes", *splitting.notes(report))
+    return report
+
+
+def _rows(src: Path, items: Iterator[Labelled | Unusable], report: Report, find: Finder, splitting: Splitting) -> Iterator[ImageBoxes]:
+    """The images that can be used, each once."""
+    seen = dict[str, int]()
+    for item in items:
+        if isinstance(item, Unusable):
+            report.drop(item.kind, f"{item.where}: {item.reason}")
+        elif problem := box_problem(item.image):
+            report.drop(MALFORMED, f"{item.where}: {problem}")
+        elif not splitting.keeps(item.image.split):
+            report.drop(OTHER_SPLIT, f"{item.where}: {item.image.split}", max(1, len(item.image.boxes)))
+        elif (path := find(item.paths)) is None:
+            report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r}", max(1, len(item.image.boxes)))
+        else:
+            image_id = item.image.image_id or os.path.splitext(path)[0]
+            _refuse_repeated(src, image_id, item.where, seen, report.place)
+            yield _counted(item, replace(item.image, image_id=image_id, image=path, split=splitting.of(item.image.split, image_id)), report)
+
+
+def _refuse_repeated(src: Path, image_id: str, where: int, seen: dict[str, int], place: str) -> None:
+    first = seen.setdefault(image_id, where)
+    if first != where:
+        raise UsageError(
+            f"{src}: image {image_id!r} comes in {place} {first} and again in {place} {where}; put all boxes of an image into one {place}"
+        )
+
+
+def _counted(item: Labelled, image: ImageBoxes, report: Report) -> ImageBoxes:
+    """The image with its boxes inside it, those without area left out, and all of them counted."""
+    boxes = image.boxes.clip(0, np.array([image.width, image.height] * 2, np.float32))
+    solid: np.ndarray = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
+    for reason, count in ((EMPTY, int((~solid).sum())), (CROWD, item.crowds)):
+        if count:
+            report.drop(reason, f"{item.where}: {image.image!r}", count)
+    report.images += 1
+    report.keep(image.split, int(solid.sum()))
+    return replace(image, boxes=boxes[solid], labels=[label for label, kept in zip(image.labels, solid, strict=True) if kept])
+
+
+def _line(number: int, line: str) -> Labelled:
+    """``{"image", "width", "height", "boxes": [[x1, y1, x2, y2]], "labels"}``, optionally "image_id", "split"."""
+    value = json_object(line)
+    if "boxes" not in value:
+        raise ValueError("no field 'boxes'")
+    split = split_name(text(value, "split", "") if value.get("split") is not None else "")
+    image_id = text(value, "image_id") if value.get("image_id") is not None else ""
+    return _labelled(number, (text(value, "image"),), value, value["boxes"], texts(value, "labels"), image_id, split)
+
+
+def _labelled(
+    number: int, paths: tuple[str, ...], value: dict[str, Any], boxes: Any, labels: list[str], image_id: str, split: str, crowds: int = 0
+) -> Labelled:
+    """``ValueError`` says what is wrong with it."""
+    for path in paths:
+        if reason := check_relative(path):
+            raise ValueError(f"image {path!r} {reason}")
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not train, val or test")
+    width, height = (int(text(value, name)) for name in ("width", "height"))
+    image = ImageBoxes(image_id, paths[0], width, height, _numbers(boxes), labels, split)
+    return Labelled(number, paths, image, crowds)
+
+
+def _numbers(boxes: Any) -> np.ndarray:
+    """Boxes as float32 [n,4]; ``ValueError`` where they are not lists of four numbers."""
+    try:
+        found = np.array(boxes, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"boxes {boxes!r:.80} are not lists of four numbers") from None
+    if found.size == 0:
+        return np.zeros((0, 4), np.float32)
+    if found.ndim != 2 or found.shape[1] != 4:
+        raise ValueError(f"boxes {boxes!r:.80} are not lists of four numbers")
+    return found
+
+
+def _coco(src: Path) -> Reading[Labelled]:
+    """COCO's instances as images with their boxes; the document has to be read whole, as its parts stand in any order."""
+    document = read_json(src)
+    parts = [document.get(name) if isinstance(document, dict) else None for name in ("images", "annotations", "categories")]
+    if not all(isinstance(part, list) for part in parts):
+        raise UsageError(f"{src} is no COCO instances file: it needs the lists 'images', 'annotations' and 'categories'")
+    images, annotations, categories = (part or [] for part in parts)
+    if annotations and isinstance(annotations[0], dict) and "bbox" not in annotations[0]:
+        raise UsageError(f"{src} has annotations but no boxes; COCO's are in instances_*.json")
+    split, names = split_in_name(src), {entry.get("id"): entry.get("name") for entry in categories if isinstance(entry, dict)}
+    bad, of_image = _by_image(annotations, names, {entry.get("id") for entry in images if isinstance(entry, dict)})
+
+    def parse(number: int, entry: dict[str, Any]) -> Labelled:
+        found = of_image.get(entry["id"], _Annotations())
+        boxes = _numbers(found.boxes)
+        boxes[:, 2:] += boxes[:, :2]
+        return _labelled(number, coco_paths(src, text(entry, "file_name")), entry, boxes, found.labels, "", split, found.crowds)
+
+    return Reading(chain(bad, parsed(iter(images), parse)), len(bad) + len(images), "entries", place="entry")
+
+
+def _by_image(annotations: list[Any], names: dict[Any, Any], images: set[Any]) -> tuple[list[Unusable], dict[Any, _Annotations]]:
+    """Annotations that cannot be used, and the others by the id of their image."""
+    bad, of_image = list[Unusable](), defaultdict[Any, _Annotations](_Annotations)
+    for number, entry in enumerate(annotations, 1):
+        try:
+            _add(of_image[entry["image_id"]], entry, names)
+            if entry["image_id"] not in images:
+                raise ValueError(f"image_id {entry['image_id']!r} is not among the images")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            bad.append(Unusable(number, f"of the annotations: {f'no field {error}' if isinstance(error, KeyError) else error}"))
+    return bad, dict(of_image)
+
+
+def _add(found: _Annotations, entry: dict[str, Any], names: dict[Any, Any]) -> None:
+    """``ValueError`` or ``KeyError`` says what is wrong with the annotation."""
+    if entry.get("iscrowd"):
+        found.crowds += 1
+        return
+    if entry["category_id"] not in names:
+        raise ValueError(f"category_id {entry['category_id']!r} is not among the categories")
+    box = _numbers([entry["bbox"]])
+    if len(box) != 1:
+        raise ValueError(f"bbox {entry['bbox']!r} is not four numbers")
+    found.boxes.append(box[0].tolist())
+    found.labels.append(str(names[entry["category_id"]]))

@@ -1,0 +1,99 @@
+"""What became of a file that was prepared: counts, examples of what was left out, and when that is too much."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from megainter.errors import TooManyBadInputsError, UsageError
+from megainter.files import write_json
+
+MALFORMED, MISSING_IMAGE, MISSING_METADATA = "malformed", "image file missing", "metadata file missing"
+BLANK, OTHER_SPLIT = "blank caption", "another split"
+BAD = (MALFORMED, MISSING_IMAGE, MISSING_METADATA)  # faults of the data; what is left out for another reason was asked for, or is usual
+EXAMPLES_KEPT = 20  # per reason
+Row = TypeVar("Row")
+
+
+@dataclass
+class Report:
+    """What became of a caption file. ``dropped`` and ``examples`` are by reason; the others count captions, ``images`` images.
+
+    An example begins with a number, which counts what ``place`` says: lines, rows or entries.
+    """
+
+    kept: int = 0
+    images: int = 0
+    splits: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    place: str = "line"
+
+    def keep(self, split: str, count: int = 1) -> None:
+        """Count what is kept."""
+        self.kept += count
+        self.splits[split] = self.splits.get(split, 0) + count
+
+    def drop(self, reason: str, example: str, count: int = 1) -> None:
+        """Count what is left out, and keep the first examples."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES_KEPT:
+            examples.append(example)
+
+    def bad(self) -> int:
+        """How much was left out for a fault of the data."""
+        return sum(self.dropped.get(reason, 0) for reason in BAD)
+
+    def total(self) -> int:
+        """How much there was."""
+        return self.kept + sum(self.dropped.values())
+
+    def too_bad(self, max_bad: float) -> bool:
+        """Whether more than the share ``max_bad`` is bad. One bad line among good ones does not stop a small file, unless it is 0."""
+        lines = sum(len(self.examples.get(reason, [])) for reason in BAD)
+        return self.bad() > max_bad * self.total() and (lines > 1 or max_bad == 0 or not self.kept)
+
+    def lines(self, what: str) -> list[str]:
+        """The report for people; ``what`` is what it counts."""
+        splits = ", ".join(f"{name or 'no split'} {count:,}" for name, count in sorted(self.splits.items()))
+        kept = f"kept {self.kept:,} {what} of {self.images:,} images ({splits})"
+        return [kept, *(f"dropped {n:,}: {name}, first {self.place} {self.examples[name][0]}" for name, n in sorted(self.dropped.items()))]
+
+
+def checked(rows: Iterator[Row], report: Report, src: Path, output: Path, max_bad: float, what: str) -> Iterator[Row]:
+    """Passes rows on; at the end, with the counts known and nothing published, refuses what may not become a table.
+
+    Raises ``UsageError`` where nothing was kept and ``TooManyBadInputsError`` where ``report`` is too bad; then the report is written.
+    """
+    yield from rows
+    too_bad = report.too_bad(max_bad)
+    if report.kept and not too_bad:
+        return
+    path = report_path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(report))
+    why = "; ".join(report.lines(what)[1:]) or "it holds none"
+    if not too_bad:
+        raise UsageError(f"{src}: no {what} are left: {why}")
+    raise TooManyBadInputsError(
+        f"{src}: {report.bad():,} of {report.total():,} {what} cannot be used, more than --max-bad {max_bad:g}: {why}; see {path}"
+    )
+
+
+def publish(report: Report, src: Path, output: Path, what: str, *notes: str) -> None:
+    """Write the report beside ``output`` and print it."""
+    write_json(report_path(output), asdict(report))
+    print(f"{src} -> {output}", *report.lines(what), *notes, sep="\n  ", flush=True)
+
+
+def report_path(output: Path) -> Path:
+    """Where the report of ``output`` stands."""
+    return output.with_name(output.name + ".report.json")
+
+
+def refuse_overwriting(output: Path, *sources: Path) -> None:
+    """``UsageError`` where ``output`` or its report is one of the files that are read."""
+    for path in (output, report_path(output)):
+        if path.exists() and any(source.exists() and path.samefile(source) for source in sources):
+            raise UsageError(f"{path} would be overwritten, and it is what is read; give another --output")
