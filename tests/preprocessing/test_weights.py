@@ -1,6 +1,8 @@
 """One detector in every format people have it in gives one network; what is wrong, cut off or hostile is refused by name."""
 
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -272,3 +274,17 @@ def test_conversion_overwrites_nothing_and_leaves_nothing_half(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth"]
     with pytest.raises(UsageError, match="exists"):
         convert_detector(tmp_path / "other.pth", tmp_path / "other.pth")
+
+
+def test_the_command_ends_with_documented_codes(tmp_path: Path) -> None:
+    torch.save(small_state(), tmp_path / "good.pth")
+    torch.save({name: value for name, value in small_state().items() if "res5" not in name}, tmp_path / "partial.pth")
+    pickled(tmp_path / "hostile.pkl", Call(open, str(tmp_path / "was-here"), "w"))
+    (tmp_path / "was-here").unlink(missing_ok=True)
+    program = "import sys; from megainter.cli import main; main(sys.argv[1:])"
+    for name, code, text in [("good.pth", 0, ""), ("partial.pth", 4, "missing: roi_heads.res5"), ("hostile.pkl", 2, "is refused")]:
+        command = [sys.executable, "-c", program, "convert", "detector", str(tmp_path / name), str(tmp_path / f"{name}.safetensors")]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert (ended.returncode, text in ended.stderr, "Traceback" in ended.stderr) == (code, True, False)
+        assert (tmp_path / f"{name}.safetensors").exists() == (code == 0)
+    assert not (tmp_path / "was-here").exists()
