@@ -14,11 +14,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, read_pairs
 from megainter.errors import UsageError
-from megainter.files import inside, read_json, write_atomically
+from megainter.files import inside, read_json, require_file_place, write_atomically
 from megainter.view.curves import draw_curves
 from megainter.view.pictures import SURE, region_boxes, thumbnail
 
 SHOWN = 5  # retrieved images of a caption
+RECALLS = ("text_to_image", "image_to_text")
+RECALL_KEYS = ("queries", "candidates", "median_rank", "mean_rank", *(f"{name}_at_{k}" for name in ("r", "chance") for k in (1, 5, 10)))
 LARGE, SMALL = 480, 240  # pixels of the longer side of an image with regions, and of a retrieved one
 
 
@@ -43,7 +45,8 @@ def write_page(
     """
     if count < 1:
         raise UsageError(f"--count is {count}; give at least 1")
-    report = read_json(retrieval) if retrieval is not None else None
+    require_file_place(output, "--output")
+    report = read_report(retrieval) if retrieval is not None else None
     manifest = read_pairs(pairs, report["split"] if report is not None else None)
     with FeatureStore(store) as features:
         values: dict[str, Any] = {
@@ -57,9 +60,17 @@ def write_page(
             "sure": SURE,
         }
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, pages.get_template("page.html").render(values))
     return output
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The JSON that ``evaluate retrieval`` wrote; ``UsageError`` where it is some other JSON."""
+    report = read_json(path)
+    fits = isinstance(report, dict) and isinstance(report.get("top"), str) and {"split", "images", "captions"} <= set(report)
+    if not fits or not all(isinstance(report.get(name), dict) and set(RECALL_KEYS) <= set(report[name]) for name in RECALLS):
+        raise UsageError(f"{path} is no report of retrieval; give the JSON file that `megainter evaluate retrieval` wrote by --output")
+    return dict(report)
 
 
 def plain(text: str) -> str:
@@ -96,7 +107,7 @@ def _recalls(report: dict[str, Any]) -> dict[str, Any]:
 
 def _queries(retrieval: Path, report: dict[str, Any], manifest: Pairs, folder: Path, count: int) -> list[dict[str, Any]]:
     """Captions spread evenly over the gallery, each with its best images, and its own where that is not among them."""
-    path = retrieval.with_name(report["top"])
+    path = inside(retrieval.parent, report["top"])
     if not path.is_file():
         raise UsageError(f"{path} is missing; `megainter evaluate retrieval` writes it beside {retrieval.name}")
     table = pq.read_table(path)

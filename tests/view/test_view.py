@@ -176,6 +176,20 @@ def test_missing_files_are_one_clear_line(run: dict[str, Path], tmp_path: Path) 
         write_page(tmp_path / "page.html", "t", **run, count=0)
 
 
+@pytest.mark.parametrize(
+    "content", [{"lines": 300, "bad": []}, [], {"split": None, "images": 1, "captions": 1, "top": "scores.top.parquet"}]
+)
+def test_a_json_of_another_kind_is_no_retrieval_report(run: dict[str, Path], tmp_path: Path, content: object) -> None:
+    (tmp_path / "pairs.parquet.report.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"report\.json is no report of retrieval; give the JSON"):
+        write_page(tmp_path / "page.html", "t", **{**run, "retrieval": tmp_path / "pairs.parquet.report.json"})
+
+
+def test_a_folder_is_no_place_for_the_page(run: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--output .*images is a folder; give the name of a file"):
+        write_page(run["images"], "t", **run)
+
+
 def test_plain_keeps_every_script_and_drops_what_is_invisible() -> None:
     assert plain("两只狗 über \u202eabc\u200b\x07\n") == "两只狗 über abc"
 
