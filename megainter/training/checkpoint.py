@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megainter.errors import DamagedError
-from megainter.files import fsync_folder, read_json, sha256_of, write_atomically, write_json
+from megainter.files import apply_umask, fsync_folder, read_json, sha256_of, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -91,6 +91,7 @@ def _write_share(partial: Path, share: dict[str, dict[str, Tensor]], rank: int, 
     for kind, tensors in share.items():
         path = partial / f"{kind}-{rank:05d}-of-{size:05d}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        apply_umask(path)
         entries.append(_entry(path))
     return entries
 
