@@ -21,6 +21,7 @@ _POSITIVE = (
     "type_vocab_size",
 )
 _COUNTS = ("num_interaction_layers", "num_text_layers", "num_region_layers")
+_INPUT_LENGTHS = ("max_regions", "max_text_tokens")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob")
 
 
@@ -31,6 +32,8 @@ class InterBertConfig(PretrainedConfig):
     modality each. Region layers have their own number of heads and hidden dropout, everything else is shared. ``num_region_classes``
     counts the background (class 0). ``pooler_size`` is the width of the pooled vectors that ``fusion`` joins: their product ("mul")
     or their sum. ``region_objective`` "class" predicts the detector's class distribution, "feature" the region feature itself.
+    ``max_regions`` (without the global region) and ``max_text_tokens`` ([CLS] and [SEP] included) say what inputs the weights were
+    trained on, where that is known; the model itself takes any number.
 
     Raises UsageError for sizes that contradict each other.
     """
@@ -59,6 +62,8 @@ class InterBertConfig(PretrainedConfig):
         type_vocab_size: int = 2,
         layer_norm_eps: float = 1e-12,
         initializer_range: float = 0.02,
+        max_regions: int | None = None,
+        max_text_tokens: int | None = None,
         pad_token_id: int = 0,
         tie_word_embeddings: bool = True,
         **kwargs: Any,
@@ -83,6 +88,8 @@ class InterBertConfig(PretrainedConfig):
         self.type_vocab_size = type_vocab_size
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
+        self.max_regions = max_regions
+        self.max_text_tokens = max_text_tokens
         _check(self)
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
 
@@ -102,6 +109,9 @@ def _check(config: InterBertConfig) -> None:
         _require_whole(name, getattr(config, name), least=1)
     for name in _COUNTS:
         _require_whole(name, getattr(config, name), least=0)
+    for name in _INPUT_LENGTHS:
+        if getattr(config, name) is not None:
+            _require_whole(name, getattr(config, name), least=1)
     for name in _PROBABILITIES:
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} is {getattr(config, name)}; give a probability of at least 0 and below 1")

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from megainter.data.feature_store import FeatureStore
 from megainter.data.text import Vocabulary, load_vocabulary
+from megainter.devices import torch_device
 from megainter.errors import NumericsError, UsageError
-from megainter.files import fsync_folder, read_json, sha256_of, write_json
+from megainter.files import fsync_folder, read_json, require_file_place, sha256_of, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.progress import Progress
 from megainter.tasks.gallery import Gallery, read_gallery, tokenize
@@ -31,6 +32,7 @@ from megainter.tasks.score_file import ScoreFile, open_score_file
 from megainter.tasks.scoring import DTYPES, Job, make_job, score_chunks
 
 TOP = 10  # best images kept for each caption
+USUAL_LENGTH = 36  # regions and tokens where the model's folder does not say what it was trained with
 PAIRS_WORTH_A_PROCESS = 10_000  # on CPU: starting one costs about as much as scoring these
 
 
@@ -74,8 +76,8 @@ def evaluate(
     split: str | None = "test",
     images: int | None = None,
     captions_per_image: int | None = None,
-    max_regions: int = 36,
-    max_text_tokens: int = 36,
+    max_regions: int | None = None,
+    max_text_tokens: int | None = None,
     batch_pairs: int = 256,
     processes: int | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -86,15 +88,21 @@ def evaluate(
 
     ``model`` is a Hugging Face folder with its vocab.txt. The gallery is the first ``images`` images of ``split`` with the first
     ``captions_per_image`` captions of each. Ties count against the model (`rank_scores`). ``processes``: None takes one per GPU, or as
-    many cores as the work is worth; the scores are bit-equal for any number. ``batch_pairs`` pairs go through the model at once; a GPU
+    many cores as the work is worth; the scores are bit-equal for any number. ``max_regions`` and ``max_text_tokens``: None takes what the
+    model was trained with, as its folder states it, else 36. ``batch_pairs`` pairs go through the model at once; a GPU
     wants thousands. Beside the JSON, ``<output>.top.parquet`` lists the best images of each caption; ``scores`` takes the whole
     matrix, one row per caption. Started again after a kill, the same call goes on where it was.
 
     Raises ``UsageError`` for inputs that do not fit each other, ``NumericsError`` naming the pair for a score that is not a number.
     """
     _check_numbers({"--batch-pairs": batch_pairs, "--max-regions": max_regions, "--processes": processes})
+    top = output.with_name(f"{output.stem}.top.parquet")
+    _check_places({"--output": output, "--output's list of best images": top, "--scores": scores})
+    config = read_config(model)
+    max_regions = _length("--max-regions", max_regions, config.max_regions, model)
+    max_text_tokens = _length("--max-text-tokens", max_text_tokens, config.max_text_tokens, model)
     feature_store = FeatureStore(store)
-    vocabulary = check_model(model, feature_store, max_text_tokens)
+    vocabulary = check_model(model, config, feature_store, max_text_tokens)
     gallery = read_gallery(pairs, feature_store, split, images, captions_per_image)
     if gallery.missing_images:
         print(f"left out: {gallery.missing_images:,} images of {pairs} that have no regions in {store}", flush=True)
@@ -108,7 +116,6 @@ def evaluate(
     with open_score_file(output, _plan(facts, vocabulary, gallery, job), len(gallery.image_ids), len(gallery.rows), len(job)) as file:
         speed = _score(job, gallery, file, devices)
         ranks = rank_scores(file.scores, gallery.image_of_caption, TOP)
-        top = output.with_name(f"{output.stem}.top.parquet")
         write_top(top, gallery, ranks)
         if scores is not None:
             write_scores(scores, file.scores, gallery)
@@ -130,14 +137,29 @@ def summary(report: RetrievalReport) -> str:
     return "\n".join(lines)
 
 
-def check_model(folder: Path, store: FeatureStore, max_text_tokens: int) -> Vocabulary:
-    """The model's vocabulary, once model, vocabulary, store and text length are known to fit each other; ``UsageError`` if not."""
+def read_config(folder: Path) -> InterBertConfig:
+    """The configuration of a Hugging Face folder of ours; ``UsageError`` for anything else, a run folder or a checkpoint among it."""
+    trained = (folder / "checkpoints").is_dir() or any(folder.glob("weights-*.safetensors"))
+    if trained and not any(folder.glob("model*.safetensors")):
+        raise UsageError(f"{folder} is a training run; `megainter convert zero {folder} MODEL` writes the folder MODEL to give here")
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no Hugging Face folder (it has no config.json); `megainter convert zero` writes one")
     settings = read_json(folder / "config.json")
-    if settings.get("model_type") != InterBertConfig.model_type:
-        raise UsageError(f"{folder} holds a model of type {settings.get('model_type')!r}, not {InterBertConfig.model_type!r}")
-    config = InterBertConfig.from_pretrained(folder)
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if kind != InterBertConfig.model_type:
+        raise UsageError(f"{folder} holds a model of type {kind!r}, not {InterBertConfig.model_type!r}; `megainter convert` writes one")
+    return InterBertConfig.from_pretrained(folder)
+
+
+def _length(option: str, given: int | None, trained: int | None, folder: Path) -> int:
+    """What the user gave, else what the model was trained with, said where it is neither."""
+    if given is None and trained is None:
+        print(f"{folder} does not say what it was trained with: {option} {USUAL_LENGTH} is taken", flush=True)
+    return given or trained or USUAL_LENGTH
+
+
+def check_model(folder: Path, config: InterBertConfig, store: FeatureStore, max_text_tokens: int) -> Vocabulary:
+    """The model's vocabulary, once model, vocabulary, store and text length are known to fit each other; ``UsageError`` if not."""
     if config.region_feature_size != store.schema.feature_size:
         raise UsageError(
             f"{folder} takes {config.region_feature_size}-d region features, and {store.path} has {store.schema.feature_size}-d ones"
@@ -167,8 +189,7 @@ def choose_devices(device: str, precision: str, processes: int | None, pairs: in
     """One device for each process: GPUs in turn, or the CPU as often as there are cores and work for them."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: PyTorch finds no GPU here; leave it out, or give cpu")
+    torch_device(device)
     if precision not in DTYPES or (precision == "fp16" and device == "cpu"):
         raise UsageError(f"--precision {precision} is not possible on {device}; give fp32 or bf16")
     if device == "cuda":
@@ -182,6 +203,12 @@ def _check_numbers(numbers: dict[str, int | None]) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise UsageError(f"{name} is {number}; give at least 1")
+
+
+def _check_places(places: dict[str, Path | None]) -> None:
+    for option, path in places.items():
+        if path is not None:
+            require_file_place(path, option)
 
 
 def _plan(facts: dict[str, Any], vocabulary: Vocabulary, gallery: Gallery, job: Job) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def _model(config: RunConfig, settings: InterBertConfig, saved: checkpoint.Check
         ]
         if unlike:
             raise UsageError(f"model.start_from {config.model.start_from} differs from this run in {', '.join(unlike)}")
+        model.config.max_regions, model.config.max_text_tokens = settings.max_regions, settings.max_text_tokens
     else:
         model = InterBertForPreTraining(settings)
     if config.model.gradient_checkpointing:

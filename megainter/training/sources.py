@@ -167,5 +167,7 @@ def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureS
         vocab_size=model.vocab_size or vocabulary_size,
         region_feature_size=store.schema.feature_size,
         num_region_classes=store.schema.num_classes,
+        max_regions=config.data.max_regions,
+        max_text_tokens=config.data.max_text_tokens,
         **{name: getattr(model, name) for name in names},
     )

@@ -19,8 +19,8 @@ def evaluate_retrieval(
     split: str = "test",
     images: int | None = None,
     captions_per_image: int | None = None,
-    max_regions: int = 36,
-    max_text_tokens: int = 36,
+    max_regions: int | None = None,
+    max_text_tokens: int | None = None,
     batch_pairs: int = 256,
     processes: int | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -46,9 +46,9 @@ def evaluate_retrieval(
     captions_per_image
         Use at most so many captions of each image; default all.
     max_regions
-        Regions per image, as in training.
+        Regions per image; default as in training, which the model's config.json says (36 where it does not).
     max_text_tokens
-        Tokens per caption, as in training.
+        Tokens per caption; default likewise.
     batch_pairs
         Caption-image pairs per forward.
     processes

@@ -1,5 +1,6 @@
 """A run's checkpoint into a folder: averaged weights, damage, and the memory it takes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megainter import InterBertConfig, InterBertForPreTraining
+from megainter.conversion.hugging_face import convert_hugging_face
 from megainter.conversion.plan import expected_shapes
 from megainter.conversion.zero import convert
 from megainter.errors import DamagedError, UsageError
@@ -44,6 +46,25 @@ def test_trained_or_averaged_weights(kind: str, tmp_path: Path) -> None:
     model = InterBertForPreTraining.from_pretrained(tmp_path / "hf")
     assert all(torch.equal(parameter, state[kind][name]) for name, parameter in model.named_parameters())
     assert (tmp_path / "hf" / "vocab.txt").is_file()
+
+
+def test_the_folder_says_what_lengths_the_model_was_trained_with(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", tiny_config(max_regions=24, max_text_tokens=20))
+    convert(tmp_path / "run", tmp_path / "hf")
+    convert_hugging_face(tmp_path / "hf", tmp_path / "half", dtype="bf16")
+    for folder in ("hf", "half"):
+        config = InterBertConfig.from_pretrained(tmp_path / folder)
+        assert (config.max_regions, config.max_text_tokens) == (24, 20)
+
+
+def test_other_users_can_read_the_folder(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", tiny_config())
+    before = os.umask(0o022)
+    try:
+        convert(tmp_path / "run", tmp_path / "hf")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "hf").iterdir()} == {"0o644"}
 
 
 def test_without_averages(tmp_path: Path) -> None:

@@ -57,11 +57,11 @@ def test_same_seed_gives_bit_equal_losses(data: tuple[Path, Path], tmp_path: Pat
 @pytest.mark.parametrize(("precision", "stage", "log_every"), [("fp32", 2, 4), ("bf16", 0, 1), ("bf16", 1, 1), ("bf16", 3, 1)])
 def test_interrupted_and_resumed_is_bit_equal(precision: str, stage: int, log_every: int, data: tuple[Path, Path], tmp_path: Path) -> None:
     """With dropout; the checkpoint holds 7 steps (amid what one record covers, where that is four), the interruption comes after 10."""
-    choices = {"engine__precision": precision, "engine__zero_stage": stage, "checkpoint__every_steps": 7, "training__steps": 150,
+    choices = {"engine__precision": precision, "engine__zero_stage": stage, "checkpoint__every_steps": 7, "training__steps": 60,
                "training__log_every": log_every}  # fmt: skip
     whole = train(settings(*data, tmp_path / "whole", **choices))
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    assert run_and_kill(settings(*data, tmp_path / "cut", **choices), tmp_path / "cut", after_step=10) == -signal.SIGKILL
+    assert run_and_kill(settings(*data, tmp_path / "cut", **choices), tmp_path / "cut", after_step=10 // log_every) == -signal.SIGKILL
     again = train(settings(*data, tmp_path / "cut", **choices))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming from" in again.stdout
@@ -111,6 +111,7 @@ def test_export_is_bit_equal_to_the_trained_weights(stage: int, data: tuple[Path
     converted = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert converted.returncode == 0, converted.stderr
     model = InterBertForPreTraining.from_pretrained(tmp_path / "hf")
+    assert (model.config.max_regions, model.config.max_text_tokens) == (6, 36), "the folder says what inputs it was trained on"
     from transformers import AutoModel
 
     base = AutoModel.from_pretrained(tmp_path / "hf")
@@ -148,7 +149,7 @@ def digests(run: Path, step: int) -> dict[str, str]:
 
 
 def run_and_kill(arguments: list[str], run: Path, after_step: int, number: int = signal.SIGKILL) -> int:
-    """Start a run alone, send it a signal once ``after_step`` is logged, and return its exit code."""
+    """Start a run alone, send it a signal once so many steps (or intervals of them) are logged, and return its exit code."""
     child = subprocess.Popen(
         [sys.executable, "-m", "megainter.pretrain", *arguments], env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
     )

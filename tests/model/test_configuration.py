@@ -38,6 +38,7 @@ def test_predicting_features_instead_of_classes_has_the_official_size() -> None:
         ({"num_text_layers": -1}, "num_text_layers"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"pooler_size": 12.5}, "whole number"),
+        ({"max_regions": 0}, "max_regions"),
     ],
 )
 def test_contradictions_are_one_clear_line(changes: dict, words: str) -> None:

@@ -193,6 +193,7 @@ def test_what_does_not_fit_is_one_clear_line(data: tuple[Path, Path, Path], tmp_
         ("for any of the 1 images", (model, tmp_path / "alien.parquet", store), {}),
         ("give 3 to 40", (model, pairs, store), {"max_text_tokens": 41}),
         ("fp16 is not possible on cpu", (model, pairs, store), {"precision": "fp16", "device": "cpu"}),
+        ("--device gpu: PyTorch finds no such device", (model, pairs, store), {"device": "gpu"}),
         ("--processes is 0", (model, pairs, store), {"processes": 0}),
     ]
     for text, arguments, options in cases:
@@ -200,6 +201,46 @@ def test_what_does_not_fit_is_one_clear_line(data: tuple[Path, Path, Path], tmp_
             evaluate(*arguments, output=tmp_path / "out.json", **{"split": None, **options})
         assert text in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_training_run_is_told_to_be_converted_first(data: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run1"
+    (run / "checkpoints" / "step_0000001").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "checkpoints" / "step_0000001" / "config.json").write_text('{"model_type": "interbert"}')
+    (run / "checkpoints" / "step_0000001" / "weights-00000-of-00001.safetensors").touch()
+    for folder in (run, run / "checkpoints" / "step_0000001"):
+        with pytest.raises(UsageError, match=rf"`megainter convert zero {folder} MODEL` writes"):
+            evaluate(folder, *data[1:], output=tmp_path / "out.json", split=None)
+
+
+@pytest.mark.parametrize("option", ["output", "scores"])
+def test_a_place_that_cannot_be_written_is_found_before_scoring(
+    data: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(retrieval, "score_chunks", lambda *_: pytest.fail("scoring began"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "file").touch()
+    for path, text in ((tmp_path / "photos", "is a folder"), (tmp_path / "file" / "x", "cannot be written")):
+        with pytest.raises(UsageError, match=rf"--{option} .*{text}"):
+            evaluate(*data, **{"output": tmp_path / "out.json", "split": None, option: path})
+
+
+def test_lengths_are_those_of_training_unless_given(
+    data: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = evaluate(*data, output=tmp_path / "unknown.json", split="val")
+    assert (report.max_regions, report.max_text_tokens) == (36, 36)
+    assert "does not say what it was trained with: --max-regions 36 is taken" in capsys.readouterr().out
+    folder = write_model(tmp_path / "model", data[1])
+    config = InterBertConfig.from_pretrained(folder)
+    config.max_regions, config.max_text_tokens = 3, 8
+    config.save_pretrained(folder)
+    report = evaluate(folder, *data[1:], output=tmp_path / "known.json", split="val")
+    assert (report.max_regions, report.max_text_tokens) == (3, 8)
+    assert "does not say" not in capsys.readouterr().out
+    report = evaluate(folder, *data[1:], output=tmp_path / "given.json", split="val", max_regions=2)
+    assert (report.max_regions, report.max_text_tokens) == (2, 8)
 
 
 @pytest.mark.parametrize("fault", ["bare encoder", "no casing", "other model", "wide features"])
