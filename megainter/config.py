@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from megainter.errors import UsageError
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # what stands under a setting is its help text
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -27,21 +27,37 @@ class DataConfig:
     """What is read: captions (``prepare``), regions (``extract``) and how both are masked."""
 
     pairs: Path
+    """Captions: what `megainter prepare` wrote."""
     store: Path
+    """Regions: what `megainter extract` wrote."""
     split: str = "train"
-    vocabulary: Path | None = None  # a WordPiece vocab.txt; None: trained on the captions
-    vocabulary_size: Positive = 8000  # upper bound, only where the vocabulary is trained
+    """Split of the captions that is trained on."""
+    vocabulary: Path | None = None
+    """A WordPiece vocab.txt; none: one is trained on the captions."""
+    vocabulary_size: Positive = 8000
+    """Upper bound, where the vocabulary is trained."""
     lowercase: bool = True
-    max_text_tokens: Annotated[int, Field(ge=4)] = 36  # [CLS] and [SEP] included
-    max_regions: Positive = 36  # without the global region
+    """Whether captions are lowercased."""
+    max_text_tokens: Annotated[int, Field(ge=4)] = 36
+    """Longest caption in tokens, [CLS] and [SEP] included; longer ones are cut."""
+    max_regions: Positive = 36
+    """Most regions of an image, without the global region; of more, the store's first ones are taken."""
     masking: Literal["official", "paper", "bert"] = "official"
-    conditional_masking: bool = False  # True: a sample has text or regions masked, never both
+    """What is masked: official (the released code's one long span), paper (short segments of whole words), bert (single tokens)."""
+    conditional_masking: bool = False
+    """true: a sample has text or regions masked, never both."""
     mismatch_probability: Probability = 0.5
-    hard_negatives: Path | None = None  # what `megainter prepare negatives` wrote for these pairs
-    hard_negative_share: Probability = 0.2  # of the mismatched captions, where hard_negatives is given
-    gate_msm: bool = False  # True: no masked-segment loss on mismatched captions
-    max_missing: Probability = 0.01  # share of captions that may be left out because their image has no regions in the store
-    workers: NotNegative = 2  # loader processes of each rank
+    """Share of samples that get another image's caption, for image-text matching."""
+    hard_negatives: Path | None = None
+    """What `megainter prepare negatives` wrote for these pairs."""
+    hard_negative_share: Probability = 0.2
+    """Share of the mismatched captions that are hard negatives, where those are given."""
+    gate_msm: bool = False
+    """true: no masked-segment loss on mismatched captions."""
+    max_missing: Probability = 0.01
+    """Share of captions that may be left out because their image has no regions in the store."""
+    workers: NotNegative = 2
+    """Loader processes of each rank; 0: the rank loads for itself."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -49,38 +65,65 @@ class ValidationConfig:
     """Periodic validation on a fixed set of samples; ``pairs`` and ``store`` default to those of the training data."""
 
     pairs: Path | None = None
+    """Captions; none: those of the training data."""
     store: Path | None = None
+    """Regions; none: those of the training data."""
     split: str = "val"
+    """Split of the captions; where it has none there is no validation."""
     samples: Positive = 1000
-    every_steps: NotNegative = 500  # 0: only at the end; there is none where the split has no captions
+    """Samples of the fixed set."""
+    every_steps: NotNegative = 500
+    """Steps between two validations; 0: only at the end."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSettings:
     """The architecture, in the names of ``InterBertConfig``; None: taken from the data (vocabulary, feature store)."""
 
-    start_from: Path | None = None  # a Hugging Face folder whose weights are the start
+    start_from: Path | None = None
+    """A Hugging Face folder whose weights are the start (`megainter convert bert` makes one of a BERT)."""
     vocab_size: Positive | None = None
+    """Entries of the vocabulary; none: as the data has."""
     region_feature_size: Positive | None = None
+    """Width of a region's feature; none: as the feature store has."""
     num_region_classes: Positive | None = None
+    """Classes of the detector, background included; none: as the feature store has."""
     hidden_size: Positive = 768
+    """Width of the hidden states."""
     num_attention_heads: Positive = 12
+    """Attention heads of the interaction and text layers."""
     intermediate_size: Positive = 3072
+    """Width inside the feed-forward blocks."""
     num_interaction_layers: NotNegative = 6
+    """Layers that see text and regions together."""
     num_text_layers: NotNegative = 6
+    """Layers of the text stream above them."""
     num_region_layers: NotNegative = 6
+    """Layers of the region stream above them."""
     num_region_attention_heads: Positive = 8
+    """Attention heads of the region layers."""
     hidden_dropout_prob: Probability = 0.1
+    """Dropout of hidden states."""
     attention_probs_dropout_prob: Probability = 0.1
+    """Dropout of attention weights."""
     region_hidden_dropout_prob: Probability = 0.2
+    """Dropout of hidden states in the region layers."""
     pooler_size: Positive = 1024
+    """Width of the pooled text and image."""
     fusion: Literal["mul", "sum"] = "mul"
+    """How pooled text and image are joined for matching: product or sum."""
     region_objective: Literal["class", "feature"] = "class"
+    """What a masked region's head predicts: the detector's class probabilities, or the feature itself."""
     max_position_embeddings: Positive = 512
+    """Longest text that the model has positions for."""
     type_vocab_size: Positive = 2
+    """Token types."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    """Added to the variance in layer norms."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of fresh weights; narrow models need more."""
     gradient_checkpointing: bool = False
+    """true: recompute activations in the backward pass; less memory, about a third more time."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -88,15 +131,25 @@ class TrainingConfig:
     """How long and in what portions; exactly one of ``steps`` and ``epochs``."""
 
     steps: Positive | None = None
+    """Optimiser steps."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    global_batch: Positive = 512  # samples of one optimiser step over all ranks
-    micro_batch: Positive = 64  # samples of one forward on one rank
+    """Or passes over the captions; fractions are allowed."""
+    global_batch: Positive = 512
+    """Samples of one optimiser step over all ranks."""
+    micro_batch: Positive = 64
+    """Samples of one forward on one rank."""
     seed: NotNegative = 42
-    log_every: Positive = 20  # steps
+    """Of weights, order, masks, mismatches and dropout."""
+    log_every: Positive = 20
+    """Steps between two records of losses and rates; progress is shown at least once a minute besides."""
     msm_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the masked-segment loss."""
     mrm_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the masked-region loss."""
     itm_weight: Annotated[float, Field(ge=0)] = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of a moving average of the weights, in the checkpoints; 0: none
+    """Weight of the image-text matching loss."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of a moving average of the weights, kept in the checkpoints; 0: none."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -107,18 +160,31 @@ class OptimizerConfig:
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of Adam's second moment."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    """Added to the root of Adam's second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    warmup: Probability = 0.1  # share of all steps
-    final_fraction: Probability = 0.0  # of the peak learning rate, at the last step
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # largest norm of what ``clip`` says; 0: no clipping
-    clip: Literal["global", "tensor"] = "global"  # the gradient as one vector, or each parameter's for itself
-    decay_groups: Literal["right", "swapped"] = "right"  # decay on matrices and embeddings, or on biases and norms (released code)
-    bias_correction: bool = True  # Adam's; the released code has none
-    start_rate: Annotated[float, Field(gt=0)] = 1.0  # times the rate, for what a BERT gives: text embeddings, interaction, text layers
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # times the rate, per layer below the heads
+    """Decoupled weight decay."""
+    warmup: Probability = 0.1
+    """Share of all steps in which the rate rises."""
+    final_fraction: Probability = 0.0
+    """Of the peak learning rate, at the last step."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of what `clip` says; 0: no clipping."""
+    clip: Literal["global", "tensor"] = "global"
+    """What is clipped: the gradient as one vector, or each parameter's for itself."""
+    decay_groups: Literal["right", "swapped"] = "right"
+    """Decay on matrices and embeddings (right), or on biases and norms (swapped, as in the released code)."""
+    bias_correction: bool = True
+    """Adam's; the released code has none."""
+    start_rate: Annotated[float, Field(gt=0)] = 1.0
+    """Times the rate, for what a BERT gives: text embeddings, interaction and text layers."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Times the rate, for each layer below the heads."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -126,9 +192,13 @@ class EngineConfig:
     """How DeepSpeed runs it."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the model's arithmetic; weights and optimiser are fp32 in any case."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """What DeepSpeed shares out over ranks: 1 the optimiser's state, 2 also gradients, 3 also weights."""
     offload_optimizer: bool = False
-    deepspeed: Path | None = None  # a DeepSpeed JSON (see ds_configs/) laid over what the settings give
+    """Keep the optimiser's state in the host's memory."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON (see ds_configs/) laid over what the settings give."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -136,7 +206,9 @@ class CheckpointConfig:
     """When a checkpoint is published, and how many are kept."""
 
     every_steps: Positive = 1000
+    """Steps between two checkpoints."""
     keep: Positive = 2
+    """How many are kept, the newest."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -144,6 +216,7 @@ class RunConfig:
     """A whole pretraining run."""
 
     output: Path
+    """Run folder; the same command goes on with the run in it."""
     data: DataConfig
     training: TrainingConfig
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
@@ -152,6 +225,7 @@ class RunConfig:
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     tensorboard: bool = True
+    """Write TensorBoard events besides metrics.jsonl."""
 
 
 # What ``optimizer.compat`` stands for. The last two act in the released code only where training starts from pretrained weights.
@@ -205,9 +279,14 @@ def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
 
 
 def find_recipe(path: Path) -> Path:
-    """The TOML file: ``path`` itself, or the recipe of that name that comes with megainter ("base", "demo")."""
+    """The TOML file: ``path`` itself, or the recipe of that name that comes with megainter (``shipped_recipes``)."""
     shipped = Path(__file__).parent / "recipes" / f"{path}.toml"
     return shipped if path.name == str(path) and not path.exists() and shipped.is_file() else path
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with megainter."""
+    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.toml"))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -313,18 +392,23 @@ def _check(config: RunConfig) -> None:
 
 
 def describe_settings() -> str:
-    """Every setting with type and default, a section a paragraph, for the help text."""
+    """Every setting with type, default and meaning, a section a paragraph, for the help text."""
     lines = []
     for field in dataclasses.fields(RunConfig):
         if not dataclasses.is_dataclass(field.type):
-            lines.append(f"  --{field.name} {_type_name(field.type)}{_default_of(field)}")
+            lines += _described(field, field.name, RunConfig)
             continue
         summary = (field.type.__doc__ or "").split("\n")[0]
-        lines += ["", f"[{field.name}] {summary}"]
-        lines += [f"  --{field.name}.{key.name} {_type_name(key.type)}{_default_of(key)}" for key in dataclasses.fields(field.type)]
+        lines += ["", f"[{field.name}] {summary.replace('``', '')}"]
+        for key in dataclasses.fields(field.type):
+            lines += _described(key, f"{field.name}.{key.name}", field.type)
         if field.type is OptimizerConfig:
-            lines += [f"  --optimizer.compat {'|'.join(COMPAT)}  (stands for several of the above: docs/fidelity.md)"]
+            lines += [f"  --optimizer.compat {'|'.join(COMPAT)}", "      Stands for several of the above: docs/fidelity.md."]
     return "\n".join(lines)
+
+
+def _described(field: dataclasses.Field, name: str, owner: Any) -> list[str]:
+    return [f"  --{name} {_type_name(field.type)}{_default_of(field)}", f"      {owner.__pydantic_fields__[field.name].description}"]
 
 
 def _type_name(kind: Any) -> str:
@@ -338,4 +422,6 @@ def _type_name(kind: Any) -> str:
 
 
 def _default_of(field: dataclasses.Field) -> str:
-    return "  (required)" if field.default is dataclasses.MISSING else f"  (default {field.default})"
+    if field.default is dataclasses.MISSING:
+        return "  (required)"
+    return f"  (default {str(field.default).lower() if field.default is None or isinstance(field.default, bool) else field.default})"

@@ -41,6 +41,13 @@ def test_every_verb_explains_itself(verb: str) -> None:
     assert len(done.stdout.splitlines()) > 5
 
 
+@pytest.mark.parametrize("words", [["--config", "base", "--help"], ["--training.steps", "3", "-h"]], ids=" ".join)
+def test_help_is_taken_anywhere_among_the_settings(words: list[str]) -> None:
+    done = run("pretrain", *words)
+    assert done.returncode == 0
+    assert "--training.global_batch INT  (default 512)\n      Samples of one optimiser step over all ranks." in done.stdout
+
+
 def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     """Exit code, one line on standard error, no traceback, and the words that help."""
     assert done.returncode == code, done.stdout + done.stderr
@@ -86,7 +93,7 @@ def test_captions_without_images(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     pairs, _ = write_data(tmp_path / "a", images=16)
     _, store = write_data(tmp_path / "b", images=8)
-    assert_one_line(train(settings(pairs, store, tmp_path / "run")), 2, "image-008")
+    assert_one_line(train(settings(pairs, store, tmp_path / "run")), 3, "image-008", "--data.max_missing")
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Settings: strict, typed, one line per mistake."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -100,11 +101,16 @@ def _flat(settings: dict) -> list[tuple[str, object]]:
     ]
 
 
-def test_help_lists_every_setting() -> None:
+def test_help_lists_and_explains_every_setting() -> None:
     text = describe_settings()
     for section in dataclasses.fields(RunConfig):
-        for key in dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else ():
-            assert f"--{section.name}.{key.name} " in text
+        keys = dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else ()
+        for name in [f"{section.name}.{key.name}" for key in keys] or [section.name]:
+            assert re.search(rf"^  --{re.escape(name)} .*\n      (?!None)\S.*\.$", text, flags=re.MULTILINE), name
+
+
+def test_help_fits_a_wide_terminal() -> None:
+    assert max(map(len, describe_settings().splitlines())) <= 160
 
 
 def test_model_settings_have_the_names_and_defaults_of_the_configuration() -> None:

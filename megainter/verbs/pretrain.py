@@ -19,7 +19,7 @@ def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
     settings
         --config RECIPE.toml, and settings laid over it, such as --training.steps 1000.
     """
-    if not settings or settings[0] in ("--help", "-h"):
+    if not settings or {"--help", "-h"} & set(settings):
         _explain_settings()
         return
     from megainter.config import load_config
@@ -47,7 +47,9 @@ def split_config(tokens: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _explain_settings() -> None:
-    """List every setting with its default."""
-    from megainter.config import describe_settings
+    """List every setting with its default and meaning."""
+    from megainter.config import describe_settings, shipped_recipes
 
-    print("usage: megainter pretrain --config RECIPE.toml [--section.key value ...]\n\n" + describe_settings())
+    usage = "usage: megainter pretrain --config RECIPE [--section.key value ...]"
+    recipes = f"RECIPE is a TOML file, or one of those that come along: {', '.join(shipped_recipes())}."
+    print(f"{usage}\n\n{recipes} Settings lie over it; the same command resumes.\n\n{describe_settings()}")
