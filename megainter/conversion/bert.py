@@ -165,7 +165,7 @@ def _rows(tensors: Mapping[str, LazyTensor], name: str) -> tuple[int, int]:
 
 
 def _found(tensors: Mapping[str, LazyTensor], interaction: int) -> dict[str, Origin]:
-    pairs = ((our_name(name, interaction), Origin(name, tensor)) for name, tensor in tensors.items() if name != TIED)
+    pairs = ((our_name(name, interaction), Origin(name, tensor)) for name, tensor in tensors.items() if name not in (TIED, OTHER_BIAS))
     found = {ours: origin for ours, origin in pairs if ours is not None}
     if OTHER_BIAS in tensors:  # newer files name the decoder's bias there, too or instead
         found.setdefault("msm_head.decoder.bias", Origin(OTHER_BIAS, tensors[OTHER_BIAS]))

@@ -4,7 +4,7 @@ import base64
 import csv
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from tests.foreign import Image, assert_holds, assert_likeliest, b64, failures, 
 REAL = Path(__file__).parents[3].parent / "shared" / "data" / "region_features" / "train2014_obj36.tsv"
 BUTD = ["image_id", "image_w", "image_h", "num_boxes", "boxes", "features"]
 LXMERT = ["img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes", "features"]
-csv.field_size_limit(sys.maxsize)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def long_fields() -> Iterator[None]:
+    """The originals raise csv's limit for the whole process; here only as long as they run."""
+    before = csv.field_size_limit(sys.maxsize)
+    yield
+    csv.field_size_limit(before)
 
 
 def row_of(image: Image) -> dict[str, Any]:
