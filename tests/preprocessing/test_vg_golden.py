@@ -11,7 +11,7 @@ from PIL import Image
 from preprocessing.detector import Detector
 from preprocessing.regions import Input, Regions
 from preprocessing.vg_model import build_vg_network, file_shapes
-from preprocessing.vg_regions import VgDetection
+from preprocessing.vg_regions import VgDetection, clipped, decoded, shifted_anchors
 from tests.preprocessing.vg_weights import FULL, GOLDEN, KEYS, golden_state
 
 pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason="the original detector's outputs (shared/golden) are not beside the repository")
@@ -65,6 +65,17 @@ def test_proposals(detection: VgDetection, data: Any) -> None:
     value = Input(tensor(data["image_chw"]), (1.0, 1.0))
     boxes = detection.propose([tensor(data["res4"])[None]], [value])[0]
     assert_near(boxes, data["proposals"])
+
+
+@torch.inference_mode()
+def test_proposal_logits(detection: VgDetection, data: Any) -> None:
+    """Each stored proposal is some anchor's box, under that anchor's logit."""
+    logits, deltas = detection.network.rpn(tensor(data["res4"])[None])
+    anchors = shifted_anchors(detection.network.cell_anchors, *data["res4"].shape[1:])
+    boxes = clipped(decoded(deltas[0], anchors, detection.dialect), tuple(data["resized_hw"]), detection.dialect)
+    distance = (boxes[None] - tensor(data["proposals"])[:, None]).abs().amax(dim=2)
+    near = (distance < 0.05) & ((logits - tensor(data["proposal_logits"])[:, None]).abs() <= 1e-4 * np.abs(data["proposal_logits"]).max())
+    assert near.any(dim=1).all()
 
 
 @torch.inference_mode()
