@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,12 +97,31 @@ def _read_file(path: Path) -> tuple[dict[str, str], Any]:
         raise UsageError(f"detector weights {path} do not exist or are not a file")
     with open(path, "rb") as file:
         start = file.read(64)
+    _refuse_other_kinds(path, start)
     if start.startswith(b"PK\x03\x04") or start.startswith(TORCH_LEGACY):
         return {}, _read_torch(path)
     if start[:1] == b"\x80" and start[8:9] != b"{":
         with open(path, "rb") as file:
             return {}, load_restricted(file, where=path)
     return _read_safetensors(path)
+
+
+def _refuse_other_kinds(path: Path, start: bytes) -> None:
+    """``UsageError`` for a file that was never weights, so that only torn weights count as damaged."""
+    if start.startswith(b"PK\x03\x04"):
+        other = zipfile.is_zipfile(path) and not any(name.endswith("data.pkl") for name in _names_in_zip(path))
+    else:
+        other = len(start) > 8 and start[:1] != b"\x80" and start[8:9] != b"{"  # a safetensors header begins there
+    if other:
+        raise UsageError(f"{path} is no weights file; give safetensors, a torch checkpoint, or a pickled dictionary of numpy arrays")
+
+
+def _names_in_zip(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise DamagedError(f"{path} is not a whole torch file: {error}") from None
 
 
 def _read_torch(path: Path) -> Any:
