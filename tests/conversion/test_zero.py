@@ -101,7 +101,7 @@ print("ratio", (peak() - before) / (4 * plan.parameters))
 def test_memory_stays_near_the_models_size(tmp_path: Path) -> None:
     """At most 1.3 times the fp32 model above what the imports take, the files' memory-mapped pages counted."""
     layers = {f"num_{stream}_layers": 3 for stream in ("interaction", "text", "region")}
-    config = InterBertConfig(vocab_size=2000, hidden_size=384, intermediate_size=1536, **layers)
+    config = InterBertConfig(vocab_size=2000, hidden_size=640, intermediate_size=2560, num_attention_heads=10, **layers)
     write_checkpoint(tmp_path / "run", config, ("weights",))
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "run"), str(tmp_path / "hf")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
