@@ -87,7 +87,8 @@ def _shapes(model: Mapping[str, Any], key: str, folder: Path) -> dict[str, tuple
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise DamagedError(f"{folder}: {key} of the model state is malformed")
     shapes = {name: shape for group in groups for name, shape in group.items()}
-    if not all(isinstance(name, str) and isinstance(shape, tuple | list) for name, shape in shapes.items()):
+    sound = all(isinstance(name, str) and isinstance(shape, tuple | list) for name, shape in shapes.items())
+    if not sound or len(shapes) != sum(map(len, groups)):
         raise DamagedError(f"{folder}: {key} of the model state is malformed")
     return {name: tuple(int(size) for size in shape) for name, shape in shapes.items()}
 
