@@ -72,7 +72,9 @@ def _proposals(state: State, config: VgConfig, maps: Tensor, size: tuple[int, in
     best = logits.flatten().topk(min(config.proposals_before_nms, logits.numel()))
     anchors = shifted_anchors(state[ANCHORS], maps.shape[2], maps.shape[3])[best.indices]
     boxes = clipped(decoded(deltas.reshape(-1, 4)[best.indices], anchors, dialect), size, dialect)
-    return boxes[nms(boxes, best.values, 0.7)[: config.proposals]]
+    real = (boxes[:, 2:] > boxes[:, :2]).all(1)  # not those clipped to nothing
+    boxes, logits = boxes[real], best.values[real]
+    return boxes[nms(boxes, logits, 0.7)[: config.proposals]]
 
 
 def _linear(state: State, name: str, x: Tensor) -> Tensor:
