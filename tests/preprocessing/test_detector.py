@@ -233,7 +233,7 @@ def test_a_file_that_is_no_detector_or_not_whole_says_so_in_one_line(tmp_path: P
     with pytest.raises(UsageError, match="do not exist"):
         load_detector(path)
     path.write_bytes(b"not safetensors at all")
-    with pytest.raises(DamagedError, match="not a whole safetensors file"):
+    with pytest.raises(UsageError, match="is no weights file"):
         load_detector(path)
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(UsageError, match="holds no detector known here"):

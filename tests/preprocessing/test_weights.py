@@ -205,14 +205,6 @@ def test_a_file_that_was_never_weights_is_the_wrong_kind(tmp_path: Path, name: s
         read_weights(path)
 
 
-@pytest.mark.parametrize("name", ["README.md", "features.npz", "photo.jpg", "boxes.parquet"])
-def test_a_file_that_was_never_weights_is_the_wrong_kind(tmp_path: Path, name: str) -> None:
-    path, starts = tmp_path / name, {"README.md": b"# A detector\n", "photo.jpg": b"\xff\xd8\xff\xe0\x00\x10JFIF", "boxes.parquet": b"PAR1"}
-    np.savez(path, features=np.ones(3)) if name.endswith("npz") else path.write_bytes(starts[name] + bytes(range(100)))
-    with pytest.raises(UsageError, match=f"{name} is no weights file; give safetensors"):
-        read_weights(path)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.00001, 0.3, 0.999])
 @pytest.mark.parametrize("form", list(WRITERS)[:5])
 def test_a_file_cut_off_anywhere_is_damaged(tmp_path: Path, form: str, share: float) -> None:
