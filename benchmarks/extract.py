@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -114,8 +115,11 @@ def agreement(half: Detector, state: dict[str, Tensor], image: Image.Image, pixe
     nearest = distance.argmin(1)
     same = distance.amin(1) < 0.05
     cosine = torch.cosine_similarity(features[same], found.features[nearest[same]])
-    chosen = set(choice.rows.tolist())
-    shared = sum(bool(same[row]) and int(nearest[row]) in chosen for row in rows.tolist())
+    # some proposals pool the very same cells, and which of such twins is chosen is a matter of the sorting algorithm alone
+    twin = (torch.cdist(features, features) < 1e-4 * features.norm(dim=1)).int().argmax(1)
+    ours_of = {int(nearest[row]): int(twin[row]) for row in range(len(boxes)) if same[row]}
+    chosen = Counter(ours_of.get(row, -1) for row in choice.rows.tolist())
+    shared = sum((chosen & Counter(twin[rows].tolist())).values())
     return {"proposals": len(boxes), "equal_proposals": int(same.sum()), "lowest_cosine": float(cosine.min()),
             "mean_cosine": float(cosine.mean()), "same_boxes_of_36": shared / len(rows)}  # fmt: skip
 
