@@ -82,6 +82,7 @@ def test_training_mistakes(tmp_path: Path) -> None:
     pairs, store = write_data(tmp_path, images=12)
     run_folder = tmp_path / "run"
     assert_one_line(train(settings(tmp_path / "no.parquet", store, run_folder)), 2, "no.parquet")
+    assert not run_folder.exists(), "a start that failed left something"
     assert_one_line(train(settings(pairs, tmp_path / "no.store", run_folder)), 2, "no.store")
     assert_one_line(train(settings(pairs, store, run_folder, data__split="nope")), 2, "nope")
     assert_one_line(train(settings(pairs, store, run_folder, model__region_feature_size=99)), 2, "region_feature_size is 99")

@@ -19,11 +19,12 @@ from megainter.model.flops import BatchCounts, forward_flops
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint, engine
 from megainter.training.collective import on_first_rank, summed
+from megainter.training.heartbeat import Heartbeat
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
 from megainter.training.objectives import ObjectiveWeights, PretrainingStep, summarise
 from megainter.training.optimizer import describe, learning_rate
 from megainter.training.process import StopRequest, folder_lock
-from megainter.training.run_folder import open_run_folder, start_log
+from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
 from megainter.training.sources import Sources, model_configuration, open_sources
 
 log = logging.getLogger("megainter")
@@ -41,6 +42,8 @@ def pretrain(config: RunConfig) -> Path:
     with ExitStack() as stack:
         world = stack.enter_context(engine.distributed())
         first = world.rank == 0
+        if first:
+            stack.enter_context(removed_where_nothing_began(config.output))
         start_log(config.output if first else None)
         accumulation = accumulation_steps(config.training, world.size)
         on_first_rank(lambda: _lock(stack, config.output))
@@ -63,6 +66,7 @@ def pretrain(config: RunConfig) -> Path:
         steps = stack.enter_context(make_loader(sources.training, start, total_steps, workers=config.data.workers))
         peak = peak_flops(world.device, config.engine.precision)
         meter, (tallies, counts) = Throughput(), _interval(saved, world)
+        pulse = Heartbeat(start, total_steps, accumulation)
         failed_saves = 0
         finished = start
         for step in range(start, total_steps):
@@ -83,14 +87,17 @@ def pretrain(config: RunConfig) -> Path:
                 meter.tokens += batch.tokens()
                 meter.samples += len(batch.inputs)
                 meter.flops += 3 * _forward_flops(architecture, batch)
+                pulse.micro_batch(step, micro + 1)
             engine.average_weights(train, config.training.ema_decay)
             counts += agreed[:3]
             finished = step + 1
             meter.steps += 1
-            if finished % config.training.log_every == 0 or finished == total_steps:
+            due = finished % config.training.log_every == 0 or finished == total_steps
+            if due:
                 _report(config, train, metrics, meter, summarise(summed(tallies), counts, weights), finished, total_steps, world, peak)
                 tallies, counts = torch.zeros_like(tallies), torch.zeros_like(counts)
                 meter.reset()
+            pulse.step(finished, reported=due)
             if sources.validation is not None and _due(config.validation.every_steps, finished, total_steps):
                 _validate(config, train, sources, weights, world, metrics, finished)
                 meter.reset()

@@ -9,12 +9,15 @@ import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from megainter.config import RunConfig, as_dict, section_defaults
-from megainter.errors import UsageError
+from megainter.errors import LockedError, UsageError
 from megainter.files import read_json, write_json
+from megainter.training.process import folder_lock
 
 log = logging.getLogger("megainter")
 
@@ -82,6 +85,30 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
+
+
+@contextmanager
+def removed_where_nothing_began(folder: Path) -> Iterator[None]:
+    """Take away the empty log, and the folder if nothing else is in it, where a start ends with an error of the user's."""
+    try:
+        yield
+    except UsageError:
+        if folder.is_dir():
+            with suppress(LockedError), folder_lock(folder, patience=0.0):  # another run may just be starting in it
+                _remove_empty(folder)
+        raise
+
+
+def _remove_empty(folder: Path) -> None:
+    written = folder / "logs" / "train.log"
+    if not written.is_file() or written.stat().st_size:
+        return
+    written.unlink()
+    if {path.name for path in folder.iterdir()} == {".lock", "logs"}:
+        (folder / ".lock").unlink()
+    with suppress(OSError):  # not empty: then there is more than this start
+        written.parent.rmdir()
+        folder.rmdir()
 
 
 def start_log(folder: Path | None) -> None:

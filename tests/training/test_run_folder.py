@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from megainter.config import as_dict, load_config
-from megainter.training.run_folder import differences
+from megainter.errors import UsageError
+from megainter.training.process import folder_lock
+from megainter.training.run_folder import differences, removed_where_nothing_began
 
 GIVEN = ["--output", "run", "--data.pairs", "p", "--data.store", "s", "--training.steps", "10"]
 
@@ -23,3 +27,34 @@ def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
         del old[section][key]
     assert differences(old, settings()) == []
     assert differences(old, settings("--training.ema_decay", "0.5")) == ["training.ema_decay: 0.0 -> 0.5"]
+
+
+def start_with_a_mistake(folder: Path) -> None:
+    with removed_where_nothing_began(folder):
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs" / "train.log").touch()
+        raise UsageError("a typing error")
+
+
+def failing_start(folder: Path) -> None:
+    with pytest.raises(UsageError, match="a typing error"):
+        start_with_a_mistake(folder)
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    failing_start(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_else_is_in_the_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "vocab.txt").write_text("[PAD]")
+    failing_start(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"vocab.txt", ".lock"}
+
+
+def test_the_log_of_another_run_that_is_starting_stays(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with folder_lock(tmp_path / "run"):
+        failing_start(tmp_path / "run")
+        assert (tmp_path / "run" / "logs" / "train.log").exists()
