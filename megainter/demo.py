@@ -132,9 +132,15 @@ def _farewell(output: Path) -> None:
 Done in {seconds / 60:.1f} minutes of work. Of {recall["queries"]} captions of held-out scenes, {score}.
 Everything is in {output}: open {output / "index.html"} in a browser.
 
-Next, your own images. Write captions.jsonl, one line per image: {{"image": "a.jpg", "captions": ["..."], "split": "train"}}, then type
+Next, your own images. Write captions.jsonl, one line per image: {{"image": "a.jpg", "captions": ["..."]}}, then type
 
-    megainter prepare jsonl captions.jsonl --images IMAGES --output pairs.parquet
+    source {Path(sys.prefix) / "bin" / "activate"}
+    megainter prepare jsonl captions.jsonl --images IMAGES --val-share 0.05 --test-share 0.05 --output pairs.parquet
     megainter extract --images IMAGES --output regions.store --weights DETECTOR.safetensors
-    megainter pretrain --config base --data.pairs pairs.parquet --data.store regions.store --output run
+    megainter pretrain --config small --data.pairs pairs.parquet --data.store regions.store --output run
+    megainter convert zero run model
+    megainter evaluate retrieval model --pairs pairs.parquet --store regions.store --split test --output scores.json
+    megainter view --images IMAGES --pairs pairs.parquet --store regions.store --run run --retrieval scores.json --output page.html
+
+Where the detector comes from, and recipes for more than some thousand photos, stand in README.md.
 """)
