@@ -56,7 +56,12 @@ def test_same_seed_gives_bit_equal_losses(data: tuple[Path, Path], tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("precision", "stage", "log_every"),
-    [("fp32", 2, 4), ("bf16", 3, 1), pytest.param("bf16", 0, 1, marks=pytest.mark.slow), pytest.param("bf16", 1, 1, marks=pytest.mark.slow)],
+    [
+        ("fp32", 2, 4),
+        ("bf16", 3, 1),
+        pytest.param("bf16", 0, 1, marks=pytest.mark.slow),
+        pytest.param("bf16", 1, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_and_resumed_is_bit_equal(precision: str, stage: int, log_every: int, data: tuple[Path, Path], tmp_path: Path) -> None:
     """With dropout; the checkpoint holds 7 steps (amid what one record covers, where that is four), the interruption comes after 10."""
