@@ -1,4 +1,6 @@
-"""The settings of a pretraining run: frozen dataclasses, filled from a TOML file and then from the command line.
+"""The settings of a run: frozen dataclasses, filled from a TOML file and then from the command line.
+
+Pretraining's are here, with the sections that fine-tuning shares; each task owns its configuration (``megainter/tasks``).
 
 Every key is known, typed and bounded; an unknown key is an error that names the nearest one. Relative paths are taken from
 the current folder, as in a shell.
@@ -9,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -20,6 +22,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # what stand
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -127,6 +130,22 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
+class StartConfig:
+    """The model that fine-tuning starts from, and what of it may be changed; None: as the model has it."""
+
+    start_from: Path
+    """Hugging Face folder of a pretrained model, with its vocabulary."""
+    hidden_dropout_prob: Probability | None = None
+    """Dropout of hidden states."""
+    attention_probs_dropout_prob: Probability | None = None
+    """Dropout of attention weights."""
+    region_hidden_dropout_prob: Probability | None = None
+    """Dropout of hidden states in the region layers."""
+    gradient_checkpointing: bool = False
+    """true: recompute activations in the backward pass; less memory, about a third more time."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainingConfig:
     """How long and in what portions; exactly one of ``steps`` and ``epochs``."""
 
@@ -142,14 +161,20 @@ class TrainingConfig:
     """Of weights, order, masks, mismatches and dropout."""
     log_every: Positive = 20
     """Steps between two records of losses and rates; progress is shown at least once a minute besides."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of a moving average of the weights, kept in the checkpoints; 0: none."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PretrainingConfig(TrainingConfig):
+    """How long and in what portions, exactly one of ``steps`` and ``epochs``; and how much each objective weighs."""
+
     msm_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the masked-segment loss."""
     mrm_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the masked-region loss."""
     itm_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the image-text matching loss."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of a moving average of the weights, kept in the checkpoints; 0: none."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -218,7 +243,7 @@ class RunConfig:
     output: Path
     """Run folder; the same command goes on with the run in it."""
     data: DataConfig
-    training: TrainingConfig
+    training: PretrainingConfig
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -236,7 +261,14 @@ _COMPAT_OF_A_START = ("decay_groups", "start_rate")
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe and lay ``--section.key value`` (or ``--section.key=value``) tokens over it.
+    """The settings of a pretraining run, as ``read_settings`` reads them."""
+    config = read_settings(RunConfig, path, overrides)
+    _check(config)
+    return config
+
+
+def read_settings(kind: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe of this ``kind`` and lay ``--section.key value`` (or ``--section.key=value``) tokens over it.
 
     Raises ``UsageError`` with one line for a missing file, broken TOML, an unknown key, a wrong type or a contradiction.
     """
@@ -248,22 +280,33 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         _assign(settings, key, value)
     _spell_out_compat(settings)
     try:
-        config = TypeAdapter(RunConfig).validate_python(settings)
+        config = TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
-        raise UsageError(_explain(error, path)) from None
-    _check(config)
+        raise UsageError(_explain(error, path, kind)) from None
+    _check_shared(config)
     return config
 
 
-def as_dict(config: RunConfig) -> dict[str, Any]:
+def as_dict(config: Any) -> dict[str, Any]:
     """The resolved settings as JSON types, as they are stored in the run folder."""
-    return TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
-def section_defaults(section: str) -> dict[str, Any]:
+def path_settings(kind: type) -> set[str]:
+    """Names (``section.key``) of the settings of a ``kind`` of configuration that are files or folders."""
+    sections = {field.name: field.type for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.type)}
+    return {
+        f"{section}.{key.name}"
+        for section, inner in sections.items()
+        for key in dataclasses.fields(inner)
+        if key.type is Path or Path in get_args(key.type)
+    }
+
+
+def section_defaults(section: str, kind: type = RunConfig) -> dict[str, Any]:
     """Default of every setting of a section that has one, as JSON types: what a run recorded before the setting existed had."""
-    kind = next((field.type for field in dataclasses.fields(RunConfig) if field.name == section), None)
-    known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    inner = next((field.type for field in dataclasses.fields(kind) if field.name == section), None)
+    known = dataclasses.fields(inner) if dataclasses.is_dataclass(inner) else ()
     return {field.name: field.default for field in known if isinstance(field.default, bool | int | float | str | None)}
 
 
@@ -284,9 +327,10 @@ def find_recipe(path: Path) -> Path:
     return shipped if path.name == str(path) and not path.exists() and shipped.is_file() else path
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with megainter."""
-    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.toml"))
+def shipped_recipes(verb: str = "pretrain") -> list[str]:
+    """Names of the recipes that come with megainter for a verb (such as "finetune retrieval"): each opens with its command."""
+    found = (Path(__file__).parent / "recipes").glob("*.toml")
+    return sorted(path.stem for path in found if verb in path.read_text(encoding="utf-8").partition("\n")[0].replace("megainter.", ""))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -347,33 +391,44 @@ def _assign(settings: dict[str, Any], key: str, value: str) -> None:
     place[name] = None if value.lower() == "none" else value
 
 
-def _known_keys() -> list[str]:
+def _known_keys(kind: type) -> list[str]:
     keys = []
-    for field in dataclasses.fields(RunConfig):
+    for field in dataclasses.fields(kind):
         inner = dataclasses.fields(field.type) if dataclasses.is_dataclass(field.type) else ()
         keys += [f"{field.name}.{key.name}" for key in inner] or [field.name]
     return keys
 
 
-def _explain(error: ValidationError, path: Path | None) -> str:
+def _explain(error: ValidationError, path: Path | None, kind: type) -> str:
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     first = sorted(error.errors(), key=lambda found: found["type"] not in unknown)[0]  # a misspelt key explains a missing one
     key = ".".join(str(part) for part in first["loc"])
     where = f" in {path}" if path is not None else ""
     if first["type"] in unknown:
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.4)
+        near = difflib.get_close_matches(key, _known_keys(kind), n=1, cutoff=0.4)
         return f"unknown setting {key}{where}" + (f"; did you mean {near[0]}?" if near else "")
     if first["type"] in ("missing", "missing_argument"):
         return f"setting {key} is missing{where}; give it there or as --{key} VALUE"
     return f"setting {key}{where}: {first['msg']} (given: {first['input']!r})"
 
 
-def _check(config: RunConfig) -> None:
-    training, model = config.training, config.model
+def _check_shared(config: Any) -> None:
+    """Contradictions in the sections that every run has."""
+    training, engine = config.training, config.engine
     if (training.steps is None) == (training.epochs is None):
         raise UsageError("give exactly one of training.steps and training.epochs")
     if training.micro_batch > training.global_batch:
         raise UsageError(f"training.micro_batch {training.micro_batch} exceeds training.global_batch {training.global_batch}")
+    if engine.precision == "fp16" and engine.zero_stage == 0:
+        raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")
+    if config.optimizer.start_rate != 1 and config.model.start_from is None:
+        raise UsageError("optimizer.start_rate is for weights that are there already; give model.start_from, or leave it out")
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+
+
+def _check(config: RunConfig) -> None:
+    training, model = config.training, config.model
     if training.msm_weight == training.mrm_weight == training.itm_weight == 0:
         raise UsageError("all three objective weights are 0: nothing would be learned")
     for heads in ("num_attention_heads", "num_region_attention_heads"):
@@ -383,20 +438,14 @@ def _check(config: RunConfig) -> None:
         raise UsageError(
             f"data.max_text_tokens {config.data.max_text_tokens} exceeds model.max_position_embeddings {model.max_position_embeddings}"
         )
-    if config.engine.precision == "fp16" and config.engine.zero_stage == 0:
-        raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")
-    if config.optimizer.start_rate != 1 and model.start_from is None:
-        raise UsageError("optimizer.start_rate is for weights that are there already; give model.start_from, or leave it out")
-    if config.engine.offload_optimizer and config.engine.zero_stage == 0:
-        raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
 
 
-def describe_settings() -> str:
+def describe_settings(kind: type = RunConfig) -> str:
     """Every setting with type, default and meaning, a section a paragraph, for the help text."""
     lines = []
-    for field in dataclasses.fields(RunConfig):
+    for field in dataclasses.fields(kind):
         if not dataclasses.is_dataclass(field.type):
-            lines += _described(field, field.name, RunConfig)
+            lines += _described(field, field.name, kind)
             continue
         summary = (field.type.__doc__ or "").split("\n")[0]
         lines += ["", f"[{field.name}] {summary.replace('``', '')}"]
@@ -408,7 +457,9 @@ def describe_settings() -> str:
 
 
 def _described(field: dataclasses.Field, name: str, owner: Any) -> list[str]:
-    return [f"  --{name} {_type_name(field.type)}{_default_of(field)}", f"      {owner.__pydantic_fields__[field.name].description}"]
+    owners = (base for base in owner.__mro__ if field.name in vars(base).get("__annotations__", {}))  # only there is it documented
+    meaning = next(owners).__pydantic_fields__[field.name].description
+    return [f"  --{name} {_type_name(field.type)}{_default_of(field)}", f"      {meaning}"]
 
 
 def _type_name(kind: Any) -> str:

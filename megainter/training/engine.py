@@ -305,12 +305,59 @@ def _assembled(piece: Piece, local: Tensor, owner: int, world: World) -> Tensor 
 
     Added up as integers over zeros, so that every bit arrives as it left.
     """
-    buffer = torch.zeros(math.prod(piece.shape), dtype=torch.float32, device=world.device)
-    if piece.speaks:
-        buffer.narrow(0, piece.start, piece.numel).copy_(piece.view(local))
+    buffer = _mine_over_zeros(piece, local, world)
     if world.size > 1:
         dist.reduce(buffer.view(torch.int32), dst=owner)
     return buffer.view(piece.shape).cpu() if world.rank == owner else None
+
+
+def _mine_over_zeros(piece: Piece, local: Tensor, world: World) -> Tensor:
+    buffer = torch.zeros(math.prod(piece.shape), dtype=torch.float32, device=world.device)
+    if piece.speaks:
+        buffer.narrow(0, piece.start, piece.numel).copy_(piece.view(local))
+    return buffer
+
+
+@contextlib.contextmanager
+def averaged_weights(engine: Any, world: World, active: bool = True) -> Iterator[None]:
+    """The moving average in place of the working weights for a while; nothing where not ``active``. Collective."""
+    if not active:
+        yield
+        return
+    everything = pieces(engine)
+    averages = {piece.name: flat_state(engine, piece.flat)[EMA] for piece in everything}
+    working = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    masters = {piece.name: piece.flat for piece in everything}
+    _put_weights(engine, everything, averages, world)
+    try:
+        yield
+    finally:
+        if engine.zero_optimization_stage() == 3:
+            _put_weights(engine, everything, masters, world)
+        else:
+            with torch.no_grad():
+                for name, parameter in engine.module.named_parameters():
+                    parameter.copy_(working[name])
+
+
+@torch.no_grad()
+def _put_weights(engine: Any, everything: list[Piece], flats: dict[str, Tensor], world: World) -> None:
+    """Set the module's weights to what ``flats`` hold, assembled from all ranks' pieces, one parameter at a time."""
+    for piece, parameter in zip(everything, engine.module.parameters(), strict=True):
+        whole = _whole(piece, flats[piece.name], world)
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(whole)
+        else:
+            parameter.copy_(whole)
+
+
+def _whole(piece: Piece, local: Tensor, world: World) -> Tensor:
+    """One parameter's fp32 tensor from all ranks' pieces, on every rank: added up as integers over zeros. Collective."""
+    buffer = _mine_over_zeros(piece, local, world)
+    if world.size > 1:
+        dist.all_reduce(buffer.view(torch.int32))
+    return buffer.view(piece.shape)
 
 
 def owned_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:

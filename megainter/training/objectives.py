@@ -72,12 +72,3 @@ class PretrainingStep(nn.Module):
 def _best(scores: Tensor) -> Tensor:
     """Index of the largest entry of each row; rows may be missing altogether."""
     return scores.argmax(dim=-1) if scores.numel() else scores.new_zeros(scores.shape[0], dtype=torch.long)
-
-
-def summarise(tallies: Tensor, counts: Tensor, weights: ObjectiveWeights) -> dict[str, float]:
-    """Mean losses, accuracies and the weighted total from global ``tallies`` [2, 3] and ``counts`` [3] (not clamped)."""
-    means = (tallies / counts.clamp(min=1)).tolist()
-    values = {"loss": sum(weight * mean for weight, mean in zip((weights.msm, weights.mrm, weights.itm), means[0]))}
-    for position, name in enumerate(OBJECTIVES):
-        values[f"{name}_loss"], values[f"{name}_accuracy"] = means[0][position], means[1][position]
-    return values

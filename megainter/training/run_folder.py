@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megainter.config import RunConfig, as_dict, section_defaults
+from megainter.config import RunConfig, as_dict, path_settings, section_defaults
 from megainter.errors import LockedError, UsageError
 from megainter.files import read_json, write_json
+from megainter.training.job import RunSettings
 from megainter.training.process import folder_lock
 
 log = logging.getLogger("megainter")
@@ -24,21 +25,21 @@ log = logging.getLogger("megainter")
 # A run may go on with another value of these: they change speed, duration or reporting, not what a step computes.
 FREE_SECTIONS = ("validation", "engine", "checkpoint", "tensorboard", "output")
 FREE_KEYS = {
-    "data": ("workers", "pairs", "store", "vocabulary"),
+    "data": ("workers",),
     "training": ("micro_batch", "log_every", "steps", "epochs"),
-    "model": ("gradient_checkpointing", "start_from"),
+    "model": ("gradient_checkpointing",),
 }
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "lmdb", "numpy")
 
 
-def open_run_folder(config: RunConfig, ds_config: dict[str, Any], digests: dict[str, str]) -> None:
+def open_run_folder(config: RunSettings, ds_config: dict[str, Any], digests: dict[str, str]) -> None:
     """Create or continue the folder (rank 0) and record settings and versions; ``UsageError`` where it holds a run of other settings."""
     folder = config.output
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     settings = as_dict(config) | {"digests": digests}
     previous = folder / "config.json"
     if previous.exists() and any((folder / "checkpoints").glob("step_*")):
-        changed = differences(read_json(previous), settings)
+        changed = differences(read_json(previous), settings, type(config))
         if changed:
             raise UsageError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); use them, or start in another output folder"
@@ -48,15 +49,20 @@ def open_run_folder(config: RunConfig, ds_config: dict[str, Any], digests: dict[
     write_json(folder / "environment.json", environment())
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings that would make a resumed run another run, as ``section.key: old -> new``."""
+def differences(old: dict[str, Any], new: dict[str, Any], kind: type = RunConfig) -> list[str]:
+    """Settings that would make a resumed run of this ``kind`` of configuration another run, as ``section.key: old -> new``.
+
+    What is read from a file is told by its digest, wherever the file lies.
+    """
+    files = path_settings(kind)
     found = []
     for section in new:
         if section in FREE_SECTIONS:
             continue
-        before = section_defaults(section) | old.get(section, {})
-        for key, value in new[section].items():
-            if key not in FREE_KEYS.get(section, ()) and before.get(key) != value:
+        before = section_defaults(section, kind) | old.get(section, {})
+        after = new[section] if section != "digests" else dict.fromkeys(before) | new[section]
+        for key, value in after.items():
+            if key not in FREE_KEYS.get(section, ()) and f"{section}.{key}" not in files and before.get(key) != value:
                 found.append(f"{section}.{key}: {before.get(key)} -> {value}")
     return found
 

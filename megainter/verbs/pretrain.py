@@ -26,7 +26,7 @@ def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
 
     recipe, overrides = split_config(settings)
     config = load_config(recipe, overrides)
-    from megainter.training.loop import pretrain as train
+    from megainter.training.pretraining import pretrain as train
 
     train(config)
 

@@ -1,0 +1,92 @@
+"""What a run trains: everything in which pretraining and the fine-tuning tasks differ, as plain values and functions.
+
+The loop (``training/loop.py``) knows only this. K is the number of objectives.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from megainter.config import CheckpointConfig, EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.model.configuration import InterBertConfig
+from megainter.model.packing import PackedInputs
+
+
+class RunSettings(Protocol):
+    """The sections that every run has, whatever it trains."""
+
+    @property
+    def output(self) -> Path: ...
+    @property
+    def training(self) -> TrainingConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def tensorboard(self) -> bool: ...
+
+
+class Batch(Protocol):
+    """A micro-batch. A filler (run so that all ranks run as many forwards) counts nothing."""
+
+    @property
+    def inputs(self) -> PackedInputs: ...
+
+    def counts(self) -> tuple[int, ...]:
+        """What each of the K loss sums is divided by, once summed over the global batch; zeros for a filler."""
+
+    def tokens(self) -> int:
+        """Real tokens, text and regions."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """The same batch on ``device``."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what.
+
+    ``batches[step]`` is the list of this rank's micro-batches of a global step, a pure function of (seed, step, rank, world size).
+    ``build_model(None)`` gives the model with its starting weights, ``build_model(configuration)`` the bare model of a checkpoint, whose
+    weights the loop loads. ``build_step`` wraps it for the
+    engine: a module with the model as attribute ``model`` and ``forward(batch, counts [K]) -> (loss share, tallies [2, K])``, where
+    tallies are loss sums and numbers of right predictions (see ``training/objectives.py``). ``validate(engine, world)`` runs on every
+    rank, in evaluation mode and without gradients, and gives the same figures everywhere; ``best`` names the one (larger is better)
+    by which the best checkpoint is kept. ``started`` are lines for the log: what is trained on what.
+    """
+
+    objectives: tuple[str, ...]
+    weights: tuple[float, ...]
+    batches: Dataset[list[Any]]
+    samples: int  # of one epoch
+    build_model: Callable[[InterBertConfig | None], PreTrainedModel]
+    build_step: Callable[[Any], nn.Module]  # of the model
+    flops: Callable[[Any], int]  # of one forward of a micro-batch
+    vocabulary: bytes  # vocab.txt, into every checkpoint
+    lowercase: bool
+    digests: Mapping[str, str]  # SHA-256 of the data by name: a resumed run must have the same
+    started: tuple[str, ...] = ()
+    workers: int = 0  # loader processes of each rank
+    gradient_checkpointing: bool = False
+    validate: Callable[[Any, Any], dict[str, float]] | None = None
+    validate_every: int = 0  # steps; 0: only at the end
+    best: str | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)  # more files for every checkpoint
+
+
+def summarise(job: Job, tallies: Tensor, counts: Tensor) -> dict[str, float]:
+    """Mean losses, accuracies and the weighted total from global ``tallies`` [2, K] and ``counts`` [K] (not clamped)."""
+    means = (tallies / counts.clamp(min=1)).tolist()
+    values = {"loss": sum(weight * mean for weight, mean in zip(job.weights, means[0]))}
+    for position, name in enumerate(job.objectives):
+        values[f"{name}_loss"], values[f"{name}_accuracy"] = means[0][position], means[1][position]
+    return values
