@@ -33,7 +33,8 @@ class InterBertConfig(PretrainedConfig):
     counts the background (class 0). ``pooler_size`` is the width of the pooled vectors that ``fusion`` joins: their product ("mul")
     or their sum. ``region_objective`` "class" predicts the detector's class distribution, "feature" the region feature itself.
     ``max_regions`` (without the global region) and ``max_text_tokens`` ([CLS] and [SEP] included) say what inputs the weights were
-    trained on, where that is known; the model itself takes any number.
+    trained on, where that is known; the model itself takes any number. ``tie_objects``: a text token that names an object of the image
+    (``text_regions`` of the inputs) gets the embedding of the object's region added; without it ``text_regions`` changes nothing.
 
     Raises UsageError for sizes that contradict each other.
     """
@@ -64,6 +65,7 @@ class InterBertConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         max_regions: int | None = None,
         max_text_tokens: int | None = None,
+        tie_objects: bool = False,
         pad_token_id: int = 0,
         tie_word_embeddings: bool = True,
         **kwargs: Any,
@@ -90,6 +92,7 @@ class InterBertConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.max_regions = max_regions
         self.max_text_tokens = max_text_tokens
+        self.tie_objects = tie_objects
         _check(self)
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
 
@@ -112,6 +115,8 @@ def _check(config: InterBertConfig) -> None:
     for name in _INPUT_LENGTHS:
         if getattr(config, name) is not None:
             _require_whole(name, getattr(config, name), least=1)
+    if not isinstance(config.tie_objects, bool):
+        raise UsageError(f"tie_objects is {config.tie_objects!r}; give true or false")
     for name in _PROBABILITIES:
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} is {getattr(config, name)}; give a probability of at least 0 and below 1")

@@ -139,6 +139,8 @@ class InterBertModel(InterBertPreTrainedModel):
         layout = PackedLayout.of(inputs, self.config.max_position_embeddings)
         text_NH = self.text_embeddings(inputs.input_ids, layout.text.position, inputs.token_type_ids)
         region_NH = self.region_embeddings(inputs.region_features, inputs.region_locations)
+        if self.config.tie_objects and inputs.text_regions is not None:
+            text_NH = add_named_regions(text_NH, region_NH, inputs.text_regions)
         text_NH, region_NH = self.encoder(text_NH, region_NH, layout)
         pooled_text = self.text_pooler(text_NH.index_select(0, layout.text_starts))
         pooled_region = self.region_pooler(region_NH.index_select(0, layout.region_starts))
@@ -152,10 +154,15 @@ class InterBertModel(InterBertPreTrainedModel):
         region_features: torch.Tensor | None = None,
         region_locations: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
+        text_regions: torch.Tensor | None = None,
     ) -> InterBertModelOutput:
-        """The padded door: text [B, T] and/or regions [B, R, F] with locations [B, R, 5]; row 0 of the regions is the global region."""
+        """The padded door: text [B, T] and/or regions [B, R, F] with locations [B, R, 5]; row 0 of the regions is the global region.
+
+        ``text_regions`` int64 [B, T], for models with ``tie_objects``: the row of the region that a token names, or -1.
+        """
+        size = self.config.region_feature_size
         inputs, places = pack_padded(
-            input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
+            input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, size, text_regions
         )
         encoded = self.encode(inputs)
         return InterBertModelOutput(
@@ -164,6 +171,16 @@ class InterBertModel(InterBertPreTrainedModel):
             pooled_text=encoded.pooled_text,
             pooled_region=encoded.pooled_region,
         )
+
+
+def add_named_regions(text_NH: torch.Tensor, region_NH: torch.Tensor, text_regions_N: torch.Tensor) -> torch.Tensor:
+    """[Nt, H]: each token's embedding plus that of the region it names (row of ``region_NH``; -1: none).
+
+    Both have passed their layer norms, so that word and region weigh the same whatever the sizes of their tables.
+    """
+    nothing = len(region_NH)  # a row of zeros; as an embedding look-up, whose gradient is summed in a fixed order on GPUs too
+    rows_N = torch.where(text_regions_N < 0, nothing, text_regions_N)
+    return text_NH + F.embedding(rows_N, F.pad(region_NH, (0, 0, 0, 1)), padding_idx=nothing)
 
 
 class InterBertForPreTraining(InterBertPreTrainedModel):
@@ -337,14 +354,17 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         region_locations: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        text_regions: torch.Tensor | None = None,
     ) -> InterBertClassificationOutput:
         """Texts [B, K, T]; regions [B, K, R, F], or [B, R, F] when all choices of an example look at the same image (likewise locations
-        and mask). ``labels`` int64 [B], the index of the right choice. Returns logits [B, K]."""
+        and mask). ``labels`` int64 [B], the index of the right choice. ``text_regions`` int64 [B, K, T], for models with ``tie_objects``:
+        the row of the region that a token names, or -1. Returns logits [B, K]."""
         batch, choices = input_ids.shape[:2]
-        ids, mask, types = (t.flatten(0, 1) if t is not None else None for t in (input_ids, attention_mask, token_type_ids))
+        per_token = (input_ids, attention_mask, token_type_ids, text_regions)
+        ids, mask, types, named = (t.flatten(0, 1) if t is not None else None for t in per_token)
         features, locations = (_per_choice(t, choices, shared_dims=3) for t in (region_features, region_locations))
         real = _per_choice(region_mask, choices, shared_dims=2)
-        inputs, _ = pack_padded(ids, mask, types, features, locations, real, self.config.region_feature_size)
+        inputs, _ = pack_padded(ids, mask, types, features, locations, real, self.config.region_feature_size, named)
         logits = self.score_packed(inputs).view(batch, choices)
         loss = cross_entropy_sum(logits, labels) / max(batch, 1) if labels is not None else None
         return InterBertClassificationOutput(loss=loss, logits=logits)

@@ -4,7 +4,7 @@ Shape letters: S samples, Nt text tokens of all samples, Nr regions of all sampl
 B, T, R the sizes of a padded batch, F the width of a region feature.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -20,6 +20,9 @@ class PackedInputs:
     [Nr, 5] (x1/W, y1/H, x2/W, y2/H, area share); each sample's first region is its global region. The lengths are int64 [S] and
     stay on the CPU wherever the rest goes: shapes follow from them, and a GPU must not be waited for to learn a shape.
 
+    ``text_regions`` int64 [Nt], where there are any: for a token that names an object of the image, the packed row of the object's region
+    (a row of its own sample), else -1. Models with ``tie_objects`` use it.
+
     Text alone: no regions at all (Nr = 0, every region length 0). Regions alone: likewise. A batch may not mix.
     """
 
@@ -29,12 +32,21 @@ class PackedInputs:
     region_features: torch.Tensor
     region_locations: torch.Tensor
     region_lengths: torch.Tensor
+    text_regions: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "PackedInputs":
         """The same batch on ``device``, copied without waiting when its memory is pinned. The lengths stay on the CPU."""
-        moved = (self.input_ids, self.token_type_ids, self.region_features, self.region_locations)
-        ids, types, features, locations = (t.to(device, non_blocking=True) for t in moved)
-        return PackedInputs(ids, types, self.text_lengths.cpu(), features, locations, self.region_lengths.cpu())
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._rows().items()}
+        return replace(self, text_lengths=self.text_lengths.cpu(), region_lengths=self.region_lengths.cpu(), **moved)
+
+    def pin_memory(self) -> "PackedInputs":
+        """The same batch in page-locked memory; the lengths stay as they are, they never leave the CPU."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._rows().items()})
+
+    def _rows(self) -> dict[str, torch.Tensor]:
+        """The tensors with a row for each token or region, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("text_lengths", "region_lengths")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def __len__(self) -> int:
         return len(self.text_lengths)
@@ -86,6 +98,8 @@ def _check_lengths(inputs: PackedInputs, text: torch.Tensor, region: torch.Tenso
             f"{int(region.sum())} regions of {len(region)} images, "
             f"but there are {len(inputs.input_ids)} tokens and {len(inputs.region_features)} regions"
         )
+    if inputs.text_regions is not None and inputs.text_regions.shape != inputs.input_ids.shape:
+        raise UsageError(f"packed batch: text_regions has {len(inputs.text_regions)} entries, and there are {len(inputs.input_ids)} tokens")
     for name, lengths in (("text", text), ("regions", region)):
         if len(lengths) and int(lengths.min()) == 0 and int(lengths.max()) > 0:
             sample = int(lengths.argmin())
@@ -126,11 +140,13 @@ def pack_padded(
     region_locations: torch.Tensor | None,
     region_mask: torch.Tensor | None,
     feature_size: int,
+    text_regions: torch.Tensor | None = None,
 ) -> tuple[PackedInputs, PaddedPlaces]:
     """A padded batch ([B, T] text, [B, R, F] regions; masks nonzero = real, omitted = all real; token types default to 0) as a packed one.
 
     Either modality may be left out. Positions count real tokens, so padding may lie anywhere (the official code counts columns,
-    which is the same for padding at the end). Looking at masks makes a GPU wait once; training uses packed batches.
+    which is the same for padding at the end). Looking at masks makes a GPU wait once; training uses packed batches. ``text_regions`` int64
+    [B, T]: the column of the region that a token names, or -1.
     """
     if input_ids is None and region_features is None:
         raise UsageError("the model got neither input_ids nor region_features; give at least one of them")
@@ -156,8 +172,24 @@ def pack_padded(
         region_features.flatten(0, 1)[region_rows],
         region_locations.flatten(0, 1)[region_rows],
         region.sum(1).cpu(),
+        _packed_targets(text_regions, text, region) if text_regions is not None else None,
     )
     return packed, PaddedPlaces(batch, input_ids.shape[1], region_features.shape[1], text_rows, region_rows)
+
+
+def _packed_targets(columns_BT: torch.Tensor, text_BT: torch.Tensor, region_BR: torch.Tensor) -> torch.Tensor:
+    """Columns of regions [B, T] -> packed rows of regions [Nt]; UsageError for a real token whose region is padding or out of range."""
+    if columns_BT.shape != text_BT.shape:
+        raise UsageError(f"text_regions has shape {list(columns_BT.shape)}, and {list(text_BT.shape)} was expected beside the other inputs")
+    batch, width = region_BR.shape
+    columns_N = columns_BT[text_BT]
+    named = columns_N >= 0
+    flat = (torch.arange(batch, device=columns_BT.device)[:, None] * width + columns_BT)[text_BT][named]
+    if bool((columns_N >= width).any()) or not bool(region_BR.flatten()[flat].all()):
+        raise UsageError(f"text_regions names a region that is padding or beyond the {width} of an image; give its row, or -1")
+    rows = torch.full_like(columns_N, -1)
+    rows[named] = (region_BR.flatten().cumsum(0) - 1)[flat]
+    return rows
 
 
 def _real(mask: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor:
