@@ -14,6 +14,7 @@ from megainter.verbs.demo import demo
 from megainter.verbs.evaluate import evaluate_app
 from megainter.verbs.extract import extract
 from megainter.verbs.features import features_app
+from megainter.verbs.finetune import finetune_app
 from megainter.verbs.launch import launch
 from megainter.verbs.plan import plan
 from megainter.verbs.preflight import preflight
@@ -39,6 +40,7 @@ app.command(prepare_app)
 app.command(extract)
 app.command(features_app)
 app.command(pretrain, help_flags=[])
+app.command(finetune_app)
 app.command(launch)
 app.command(plan)
 app.command(preflight)

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from megainter.conversion.foreign_files import LazyTensor
 from megainter.errors import DamagedError
 from megainter.model.configuration import InterBertConfig
-from megainter.model.interbert import InterBertForPreTraining
+from megainter.model.interbert import (
+    InterBertForMultipleChoice,
+    InterBertForPreTraining,
+    InterBertForRetrieval,
+    InterBertForSequenceClassification,
+)
 
 HEADS = ("choice_head", "classifier")  # of the downstream models; a folder may hold them beside the pretraining heads
 
@@ -47,10 +53,21 @@ class Plan:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
-def expected_shapes(config: InterBertConfig, heads: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the pretraining model, and of the downstream ``heads`` ("choice_head", "classifier")."""
+def model_class(name: str) -> type[PreTrainedModel]:
+    """The model of that class name (``config.architectures``); ``DamagedError`` for a name that is none of ours."""
+    known = (InterBertForPreTraining, InterBertForRetrieval, InterBertForMultipleChoice, InterBertForSequenceClassification)
+    found = next((kind for kind in known if kind.__name__ == name), None)
+    if found is None:
+        raise DamagedError(f"the configuration names the architecture {name!r}; known are {', '.join(kind.__name__ for kind in known)}")
+    return found
+
+
+def expected_shapes(
+    config: InterBertConfig, heads: Collection[str] = (), architecture: str = "InterBertForPreTraining"
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the model, and of the downstream ``heads`` ("choice_head", "classifier") beside it."""
     with torch.device("meta"):
-        model = InterBertForPreTraining(config)
+        model = model_class(architecture)(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for head in heads:
         rows = 1 if head == "choice_head" else int(config.num_labels)  # type: ignore[arg-type]
@@ -67,13 +84,14 @@ def make_plan(
     fresh: str = r"(?!)",
     left_over: str = r"(?!)",
     notes: Iterable[str] = (),
+    architecture: str = "InterBertForPreTraining",
 ) -> Plan:
     """Compare what was ``found`` (by our names) with what the model needs.
 
     ``names`` are all names of the source. ``fresh`` is a pattern of our names that this kind of source never has, ``left_over`` one of
     its names that are known to have no place. ``DamagedError`` where a shape contradicts the others or a tensor holds no numbers.
     """
-    shapes = expected_shapes(config, heads)
+    shapes = expected_shapes(config, heads, architecture)
     taken = {name: origin for name, origin in found.items() if name in shapes}
     for name, origin in taken.items():
         _require_fit(origin, shapes[name])

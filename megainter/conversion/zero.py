@@ -5,6 +5,7 @@ Ours or DeepSpeed's own files; tensor by tensor, so that memory holds little mor
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,8 +63,9 @@ def _convert_ours(saved: checkpoint.Checkpoint, kind: str, output: Output) -> Pl
     with ExitStack() as stack:
         tensors = _tensors(saved, kind, stack)
         config = InterBertConfig.from_json_file(saved.folder / "config.json")
-        plan = _plan_ours(config, without_prefix(tensors, (PREFIX,)), [f"step {saved.step:,}"])
-        finish(plan, saved.folder, output)
+        architecture = (config.architectures or ["InterBertForPreTraining"])[0]
+        plan = _plan_ours(config, without_prefix(tensors, (PREFIX,)), [f"step {saved.step:,}"], architecture)
+        finish(plan, saved.folder, replace(output, architecture=architecture))
     return plan
 
 
@@ -93,10 +95,14 @@ def plan_deepspeed(folder: Path, config_file: Path | None) -> Plan:
     return _plan_ours(config, tensors, [*state.notes, *notes, *assumed])
 
 
-def _plan_ours(config: InterBertConfig, tensors: dict[str, LazyTensor], notes: Iterable[str]) -> Plan:
-    heads = [head for head in HEADS if f"{head}.weight" in tensors]
+def _plan_ours(
+    config: InterBertConfig, tensors: dict[str, LazyTensor], notes: Iterable[str], architecture: str = "InterBertForPreTraining"
+) -> Plan:
+    """A model of its own names; a downstream model has its head, others may have it beside the pretraining heads."""
+    pretraining = architecture == "InterBertForPreTraining"
+    heads = [head for head in HEADS if f"{head}.weight" in tensors] if pretraining else []
     found = {name: Origin(name, tensor) for name, tensor in tensors.items()}
-    return make_plan(config, found, [name for name in tensors if name != TIED], heads=heads, notes=notes)
+    return make_plan(config, found, [name for name in tensors if name != TIED], heads=heads, notes=notes, architecture=architecture)
 
 
 def find_checkpoint(run: Path) -> checkpoint.Checkpoint:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megainter.config import DataConfig, RunConfig
 from megainter.data.batch import PretrainStream, StreamSettings, drop_missing
+from megainter.data.chinese import WORDPIECE, segmentation
 from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, has_split, read_pairs
 from megainter.data.negatives import HardNegatives, read_hard_negatives
@@ -41,22 +42,35 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
     pairs = read_pairs(data.pairs, split=data.split)
     store = FeatureStore(data.store)
     check_store(config, store)
-    pairs = _with_regions(pairs, store, data.max_missing, data.pairs)
+    pairs = with_regions(pairs, store, data.max_missing, data.pairs)
     vocabulary_path = on_first_rank(lambda: place_vocabulary(data, pairs, config.output))
     vocabulary = load_vocabulary(vocabulary_path, lowercase=data.lowercase)
     hard_negatives = read_hard_negatives(data.hard_negatives, pairs) if data.hard_negatives is not None else None
-    training = _stream(config, "train", pairs, store, vocabulary, rank, world_size, hard_negatives)
+    words = on_first_rank(lambda: word_boundaries(data, pairs))
+    training = _stream(config, "train", pairs, store, vocabulary, words, rank, world_size, hard_negatives)
     digests = {"pairs": pairs.digest, "store": store.digest, "vocabulary": vocabulary.digest}
+    if words != WORDPIECE:
+        digests["words"] = words
     if data.hard_negatives is not None:
         digests["hard_negatives"] = sha256_of(data.hard_negatives)
     return Sources(
         vocabulary=vocabulary,
         training=training,
-        validation=_validation(config, store, vocabulary, rank, world_size),
+        validation=_validation(config, store, vocabulary, words, rank, world_size),
         store=store,
         samples=len(pairs),
         digests=digests,
     )
+
+
+def word_boundaries(data: DataConfig, pairs: Pairs) -> str:
+    """What tells the words of these captions apart, where whole words are masked; it is part of what a resumed run must have again."""
+    if data.masking != "paper":
+        return WORDPIECE
+    words = segmentation(data.word_segmentation, pairs.table.column("caption"))
+    if words != WORDPIECE:
+        log.info("words of Chinese captions are found by %s", words)
+    return words
 
 
 def place_vocabulary(data: DataConfig, pairs: Pairs, output: Path) -> Path:
@@ -82,7 +96,7 @@ def place_vocabulary(data: DataConfig, pairs: Pairs, output: Path) -> Path:
     return path
 
 
-def _with_regions(pairs: Pairs, store: FeatureStore, limit: float, where: Path) -> Pairs:
+def with_regions(pairs: Pairs, store: FeatureStore, limit: float, where: Path) -> Pairs:
     """The pairs whose images have regions; ``TooManyBadInputsError`` where more than ``limit`` of the captions have none."""
     missing = missing_images(pairs, store)
     captions = int(missing[pairs.image_numbers].sum())
@@ -103,14 +117,15 @@ def _stream(
     pairs: Pairs,
     store: FeatureStore,
     vocabulary: Vocabulary,
+    words: str,
     rank: int,
     world_size: int,
     hard_negatives: HardNegatives | None = None,
 ) -> PretrainStream:
     data, training = config.data, config.training
     table = config.output / "cache" / f"tokens-{name}.arrow"
-    on_first_rank(lambda: _ignore(build_token_table(pairs, vocabulary, data.max_text_tokens, table)))
-    tokens = open_token_table(table, table_key(pairs, vocabulary, data.max_text_tokens))
+    on_first_rank(lambda: _ignore(build_token_table(pairs, vocabulary, data.max_text_tokens, table, words=words)))
+    tokens = open_token_table(table, table_key(pairs, vocabulary, data.max_text_tokens, words))
     settings = StreamSettings(
         seed=training.seed,
         global_batch=training.global_batch,
@@ -131,14 +146,16 @@ def _ignore(value: object) -> None:
     """Keep a large result from being broadcast."""
 
 
-def _validation(config: RunConfig, store: FeatureStore, vocabulary: Vocabulary, rank: int, world_size: int) -> PretrainStream | None:
+def _validation(
+    config: RunConfig, store: FeatureStore, vocabulary: Vocabulary, words: str, rank: int, world_size: int
+) -> PretrainStream | None:
     settings = config.validation
     path = settings.pairs or config.data.pairs
     if settings.pairs is None and not has_split(path, settings.split):
         return None
     own = FeatureStore(settings.store) if settings.store is not None else store
-    pairs = _with_regions(read_pairs(path, split=settings.split), own, config.data.max_missing, path)
-    return _stream(config, "validation", pairs, own, vocabulary, rank, world_size)
+    pairs = with_regions(read_pairs(path, split=settings.split), own, config.data.max_missing, path)
+    return _stream(config, "validation", pairs, own, vocabulary, words, rank, world_size)
 
 
 def check_store(config: RunConfig, store: FeatureStore) -> None:
