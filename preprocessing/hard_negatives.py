@@ -5,10 +5,7 @@ above that they may well describe the image. The search is exact. Captions are c
 with sparse products; only what enters a row's list outlives its rectangle, so that memory grows with the captions and not with their pairs.
 """
 
-import importlib
-import logging
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from megainter.data.chinese import CHINESE, chinese_segmenter
 from megainter.data.manifest import Pairs, read_pairs
 from megainter.data.negatives import require_two_images, write_hard_negatives
 from megainter.errors import UsageError
@@ -30,7 +28,6 @@ TOP, BELOW = 30, 0.5  # the paper's
 FREQUENT, FREQUENT_SHARE = 10_000, 0.05  # a word in more captions than both is left out: it says little, and costs its count squared
 ROWS, FIRST_COLUMNS, COLUMNS = 1024, 256, 65_536  # of a rectangle; the first are narrow: full lists keep most of the others out
 WORD = re.compile(r"\w+")
-CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -110,24 +107,10 @@ def words_of(pairs: Pairs) -> Callable[[str], list[str]]:
     """What splits a caption into words: runs of letters and digits in lower case; jieba's words where a caption has Chinese."""
     if not any(CHINESE.search(text) for chunk in pairs.table.column("caption").chunks for text in chunk.to_pylist()):
         return lambda caption: WORD.findall(caption.lower())
-    cut = _chinese_segmenter()
+    cut = chinese_segmenter()
     return lambda caption: [
         word for run in WORD.findall(caption.lower()) for word in (cut(run) if CHINESE.search(run) else (run,)) if not word.isspace()
     ]
-
-
-def _chinese_segmenter() -> Callable[[str], list[str]]:
-    """jieba's; its dictionary is built in memory, since the cache it would share in the temporary folder is open to everybody."""
-    try:
-        jieba = importlib.import_module("jieba")
-    except ModuleNotFoundError:
-        raise UsageError("Chinese captions are segmented with jieba: pip install 'megainter[chinese]'") from None
-    jieba.setLogLevel(logging.WARNING)
-    segmenter = jieba.Tokenizer()
-    with tempfile.TemporaryDirectory() as folder:
-        segmenter.tmp_dir = folder
-        segmenter.initialize()
-    return segmenter.lcut
 
 
 def similar(vectors: sparse.csr_array, images: Ints, top: int, below: float, threads: int = 1) -> Iterator[tuple[Ints, Ints]]:

@@ -90,17 +90,22 @@ class VocabularyFacts:
 
 
 def mask_text(
-    ids: NDArray[np.int32], rng: np.random.Generator, recipe: MaskingRecipe, vocabulary: VocabularyFacts
+    ids: NDArray[np.int32],
+    rng: np.random.Generator,
+    recipe: MaskingRecipe,
+    vocabulary: VocabularyFacts,
+    continues: Bools | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Mask a caption.
 
-    ``ids`` int32 [n] are its tokens without [CLS] and [SEP], so that these are never masked. Returns the masked copy, int32 [n], and the
+    ``ids`` int32 [n] are its tokens without [CLS] and [SEP], so that these are never masked. ``continues`` bool [n] are the tokens that go
+    on with the word before them; None: those that the vocabulary marks with "##". Returns the masked copy, int32 [n], and the
     masked positions, int64, ascending; the labels are ``ids[positions]``. Of the chosen tokens 80 % become [MASK], 10 % a random entry of
     the vocabulary, 10 % stay.
     """
     draws = rng.random((4, max(len(ids), 1)))
     if recipe.text == "words":
-        chosen = _words(ids, draws[0], draws[1], recipe, vocabulary.is_continuation)
+        chosen = _words(vocabulary.is_continuation[ids] if continues is None else continues, draws[0], draws[1], recipe)
     elif recipe.text == "span":
         chosen = _span(len(ids), draws[0, 0], draws[1, 0])
     else:
@@ -113,14 +118,12 @@ def mask_text(
     return masked, positions
 
 
-def _words(
-    ids: NDArray[np.int32], anchor: NDArray[np.float64], reach: NDArray[np.float64], recipe: MaskingRecipe, is_continuation: Bools
-) -> Bools:
+def _words(continues: Bools, anchor: NDArray[np.float64], reach: NDArray[np.float64], recipe: MaskingRecipe) -> Bools:
     """Tokens of the anchor words and of the 0..max_following words after each: bool [n]."""
-    starts = ~is_continuation[ids]
+    starts = ~continues
     starts[:1] = True
     word_of_token = np.cumsum(starts) - 1
-    words = int(word_of_token[-1]) + 1 if len(ids) else 0
+    words = int(word_of_token[-1]) + 1 if len(continues) else 0
     chosen = np.zeros(words, dtype=bool)
     for word in np.flatnonzero(anchor[:words] < recipe.text_probability):
         chosen[word : word + 1 + int(reach[word] * (recipe.max_following + 1))] = True

@@ -150,7 +150,7 @@ class Sampler:
         masked, positions = original, np.zeros(0, dtype=np.int64)
         if in_text:
             rng = sample_generator(self.settings.seed, epoch, n, Purpose.TEXT_MASK)
-            masked, positions = mask_text(original, rng, self.recipe, self.vocabulary)
+            masked, positions = mask_text(original, rng, self.recipe, self.vocabulary, self.tokens.continues(caption_row))
         ids = np.empty(len(masked) + 2, dtype=np.int64)
         ids[0], ids[-1] = self.vocabulary.cls_id, self.vocabulary.sep_id
         ids[1:-1] = masked

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from megainter.data.chinese import WORDPIECE, chinese_segmenter, word_begins
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts
 from megainter.errors import DamagedError, UsageError
@@ -171,8 +172,9 @@ def _encoded(tokenizer: Tokenizer, captions: list[str]) -> list[list[int]]:
 class TokenTable:
     """Every caption's tokens in a memory-mapped Arrow IPC file: list<int32>, cut to the text length, without [CLS] and [SEP].
 
-    ``table[row]`` is an int32 array (a view into the file). Pickling sends the path alone, so that workers map the file themselves.
-    ``truncated`` counts captions that were cut, ``unknown_share`` is the share of [UNK] among all tokens.
+    ``table[row]`` is an int32 array (a view into the file). A second column, list<uint8>, is there where words are not the vocabulary's
+    own: 1 for a token that goes on with the word before it (``continues``). Pickling sends the path alone, so that workers map the file
+    themselves. ``truncated`` counts captions that were cut, ``unknown_share`` is the share of [UNK] among all tokens.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -185,6 +187,7 @@ class TokenTable:
         columns = [batch.batch.column(0) for batch in batches]
         self._offsets = [column.offsets.to_numpy() for column in columns]
         self._values = [column.values.to_numpy() for column in columns]
+        self._continues = [batch.batch.column(1).values.to_numpy().view(np.bool_) for batch in batches if len(reader.schema) > 1]
         self.lengths: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)])
         self.truncated = sum(int(batch.custom_metadata[b"truncated"]) for batch in batches)
         unknown = sum(int(batch.custom_metadata[b"unknown"]) for batch in batches)
@@ -198,14 +201,22 @@ class TokenTable:
         offsets = self._offsets[batch]
         return self._values[batch][offsets[i] : offsets[i + 1]]
 
+    def continues(self, row: int) -> NDArray[np.bool_] | None:
+        """bool [n]: which tokens of a caption go on with the word before them; None where the vocabulary alone tells."""
+        if not self._continues:
+            return None
+        batch, i = divmod(int(row), _BATCH)
+        offsets = self._offsets[batch]
+        return self._continues[batch][offsets[i] : offsets[i + 1]]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenTable, (self.path, self.key)
 
 
-def table_key(pairs: Pairs, vocabulary: Vocabulary, max_text_tokens: int) -> str:
-    """What a token table depends on, as text: captions, vocabulary and text length (with [CLS] and [SEP])."""
+def table_key(pairs: Pairs, vocabulary: Vocabulary, max_text_tokens: int, words: str = WORDPIECE) -> str:
+    """What a token table depends on, as text: captions, vocabulary, text length (with [CLS] and [SEP]) and what tells words apart."""
     facts = {"pairs": pairs.digest, "vocabulary": vocabulary.digest, "max_text_tokens": max_text_tokens, "batch": _BATCH}
-    return json.dumps(facts, sort_keys=True)
+    return json.dumps(facts | ({} if words == WORDPIECE else {"words": words}), sort_keys=True)
 
 
 def open_token_table(path: Path, key: str) -> TokenTable:
@@ -218,21 +229,25 @@ def open_token_table(path: Path, key: str) -> TokenTable:
         raise DamagedError(f"token table {path} is damaged ({error}): delete it, it is built again") from None
 
 
-def build_token_table(pairs: Pairs, vocabulary: Vocabulary, max_text_tokens: int, path: Path, progress: bool = True) -> TokenTable:
+def build_token_table(
+    pairs: Pairs, vocabulary: Vocabulary, max_text_tokens: int, path: Path, progress: bool = True, words: str = WORDPIECE
+) -> TokenTable:
     """Encode all captions of ``pairs`` once, cut to ``max_text_tokens - 2`` tokens, into ``path``; a table of the same key is reused.
 
+    ``words`` is what tells words apart (``chinese.segmentation``): the vocabulary alone, or jieba where there is Chinese.
     Written aside and renamed, so that a kill leaves no half table. Warns in one line when more than a fifth of the tokens are [UNK].
     """
     if max_text_tokens < 3:
         raise UsageError(f"max_text_tokens is {max_text_tokens}: it must leave room for [CLS], one token and [SEP], at least 3")
-    key = table_key(pairs, vocabulary, max_text_tokens)
+    key = table_key(pairs, vocabulary, max_text_tokens, words)
     reused = _reusable(path, key)
     if reused is not None:
         return reused
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    cut = None if words == WORDPIECE else chinese_segmenter()
     try:
-        _write_table(pairs, vocabulary, max_text_tokens - 2, key, aside, progress)
+        _write_table(pairs, vocabulary, max_text_tokens - 2, key, aside, progress, cut)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -254,8 +269,11 @@ def _reusable(path: Path, key: str) -> TokenTable | None:
         return None
 
 
-def _write_table(pairs: Pairs, vocabulary: Vocabulary, max_tokens: int, key: str, path: Path, progress: bool) -> None:
-    schema = pa.schema([pa.field("ids", pa.list_(pa.int32()))], metadata={"key": key})
+def _write_table(
+    pairs: Pairs, vocabulary: Vocabulary, max_tokens: int, key: str, path: Path, progress: bool, cut: Callable[[str], list[str]] | None
+) -> None:
+    columns = [pa.field("ids", pa.list_(pa.int32()))] + ([pa.field("continues", pa.list_(pa.uint8()))] if cut is not None else [])
+    schema = pa.schema(columns, metadata={"key": key})
     captions = pairs.table.column("caption")
     with (
         open(path, "wb") as file,
@@ -264,7 +282,7 @@ def _write_table(pairs: Pairs, vocabulary: Vocabulary, max_tokens: int, key: str
     ):
         for start in range(0, len(captions), _BATCH):
             texts = captions.slice(start, _BATCH).to_pylist()
-            batch, facts = _record_batch(texts, vocabulary, max_tokens, schema)
+            batch, facts = _record_batch(texts, vocabulary, max_tokens, schema, cut)
             writer.write_batch(batch, custom_metadata=facts)
             bar.update(len(texts))
         writer.close()
@@ -272,12 +290,32 @@ def _write_table(pairs: Pairs, vocabulary: Vocabulary, max_tokens: int, key: str
         os.fsync(file.fileno())
 
 
-def _record_batch(texts: list[str], vocabulary: Vocabulary, max_tokens: int, schema: pa.Schema) -> tuple[pa.RecordBatch, dict[str, str]]:
+def _record_batch(
+    texts: list[str], vocabulary: Vocabulary, max_tokens: int, schema: pa.Schema, cut: Callable[[str], list[str]] | None
+) -> tuple[pa.RecordBatch, dict[str, str]]:
     encoded = _encoded(vocabulary.tokenizer, texts)
     kept = [ids[:max_tokens] for ids in encoded]
-    offsets = np.concatenate(([0], np.cumsum([len(ids) for ids in kept]))).astype(np.int32)
-    values = np.fromiter(chain.from_iterable(kept), dtype=np.int32, count=int(offsets[-1]))
+    offsets = pa.array(np.concatenate(([0], np.cumsum([len(ids) for ids in kept]))).astype(np.int32))
+    values = np.fromiter(chain.from_iterable(kept), dtype=np.int32, count=offsets[-1].as_py())
     truncated = sum(len(ids) > max_tokens for ids in encoded)
     unknown = int((values == vocabulary.facts.unk_id).sum())
-    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-    return pa.record_batch([column], schema=schema), {"truncated": str(truncated), "unknown": str(unknown)}
+    columns = [pa.ListArray.from_arrays(offsets, pa.array(values))]
+    if cut is not None:
+        continues = [part[:max_tokens] for part in whole_words(texts, vocabulary, cut)]
+        columns.append(pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(continues).view(np.uint8))))
+    return pa.record_batch(columns, schema=schema), {"truncated": str(truncated), "unknown": str(unknown)}
+
+
+def whole_words(texts: list[str], vocabulary: Vocabulary, cut: Callable[[str], list[str]]) -> list[NDArray[np.bool_]]:
+    """For each text which of its tokens go on with the word before them, bool [tokens], by "##" and by the words that ``cut`` finds.
+
+    The second holds in words with Chinese, other letters within them included; all else stays as the vocabulary has it.
+    """
+    found = []
+    for text, encoding in zip(texts, vocabulary.tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+        continues = vocabulary.is_continuation[np.array(encoding.ids, dtype=np.int64)]
+        places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # characters of the text as it was given
+        begins = word_begins(text, cut)[places[1:, 0]]
+        continues[1:] |= begins < places[:-1, 1]
+        found.append(continues)
+    return found

@@ -127,7 +127,7 @@ def test_captions_without_chinese_never_load_the_segmenter(tmp_path: Path, monke
     def refuse() -> None:
         raise AssertionError
 
-    monkeypatch.setattr(hard_negatives, "_chinese_segmenter", refuse)
+    monkeypatch.setattr(hard_negatives, "chinese_segmenter", refuse)
     assert words_of(write(tmp_path / "p.parquet", ["Ein Bär", "Два пса"]))("Ein BÄR, 2 пса!") == ["ein", "bär", "2", "пса"]
 
 

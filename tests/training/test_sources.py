@@ -1,13 +1,14 @@
 """What a run reads: its vocabulary, and captions whose images have no regions."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from megainter.config import DataConfig
-from megainter.data.manifest import has_split, read_pairs
+from megainter.data.manifest import Pair, has_split, read_pairs, write_pairs
 from megainter.errors import TooManyBadInputsError, UsageError
-from megainter.training.sources import _with_regions, place_vocabulary
+from megainter.training.sources import place_vocabulary, with_regions, word_boundaries
 from tests.synthetic import open_store, write_data
 
 
@@ -43,16 +44,28 @@ def test_a_run_with_checkpoints_keeps_its_vocabulary(data: tuple[Path, Path], tm
 def test_captions_without_regions_are_left_out_up_to_the_limit(data: tuple[Path, Path], tmp_path: Path) -> None:
     pairs = read_pairs(data[0])
     with open_store(data[1]) as store:
-        assert _with_regions(pairs, store, 0.0, data[0]) is pairs
+        assert with_regions(pairs, store, 0.0, data[0]) is pairs
     fewer = write_data(tmp_path / "fewer", images=38)
     with open_store(fewer[1]) as store:
-        kept = _with_regions(pairs, store, 0.1, data[0])
+        kept = with_regions(pairs, store, 0.1, data[0])
         assert 0 < len(kept) < len(pairs)
         assert set(kept.image_ids) == set(pairs.image_ids) & set(store.ids)
         with pytest.raises(TooManyBadInputsError, match=r"--data.max_missing 0\.\d+"):
-            _with_regions(pairs, store, 0.01, data[0])
+            with_regions(pairs, store, 0.01, data[0])
 
 
 def test_whether_a_split_is_there(data: tuple[Path, Path]) -> None:
     assert has_split(data[0], "train")
     assert not has_split(data[0], "test")
+
+
+def test_words_of_chinese_captions_are_asked_for_where_whole_words_are_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jieba", reason="words of Chinese need jieba, extra `chinese`")
+    write_pairs(tmp_path / "zh.parquet", [Pair("a", "x", "x.jpg", "一只黑猫", "train"), Pair("b", "y", "y.jpg", "两只黑狗", "train")])
+    pairs, masking = read_pairs(tmp_path / "zh.parquet"), {"pairs": tmp_path / "zh.parquet", "store": tmp_path, "masking": "paper"}
+    assert word_boundaries(DataConfig(**masking), pairs).startswith("jieba 0.")
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(UsageError, match=r"megainter\[chinese\]"):
+        word_boundaries(DataConfig(**masking), pairs)
+    assert word_boundaries(DataConfig(**masking | {"masking": "official"}), pairs) == "wordpiece"
+    assert word_boundaries(DataConfig(**masking, word_segmentation="wordpiece"), pairs) == "wordpiece"
