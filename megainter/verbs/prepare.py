@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 prepare_app = App(
-    name="prepare", help="Turn captions into a pairs manifest (Parquet), boxes into another, VCR into questions, pairs into hard negatives."
+    name="prepare",
+    help="Turn captions, boxes, labelled texts or VCR into tables (Parquet), and pairs of captions and images into hard negatives.",
 )
 
 
@@ -141,6 +142,86 @@ def vcr(
     from preprocessing.vcr import prepare_vcr
 
     prepare_vcr(src, output, images=images, boxes=boxes, split=split, max_bad=max_bad)
+
+
+@prepare_app.command
+def examples(
+    source: Literal["cola", "sst-2", "mrpc", "qqp", "sts-b", "mnli", "qnli", "rte", "wnli", "tsv", "vqa", "nlvr2", "snli-ve"],
+    /,
+    *sources: Path,
+    output: Path,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    example_id: str | None = None,
+    split_field: str | None = None,
+    regression: bool = False,
+    annotations: list[Path] | None = None,
+    image_names: str | None = None,
+    targets: Literal["min", "official"] = "min",
+    least: int = 9,
+    split: str | None = None,
+    val_share: float = 0.0,
+    test_share: float = 0.0,
+    seed: int = 0,
+    max_bad: float = 0.01,
+) -> None:
+    """Turn labelled texts, or texts about images, into a table of examples (Parquet) for `finetune classification`.
+
+    megainter prepare examples mrpc MRPC/train.tsv MRPC/dev.tsv --output mrpc.parquet
+
+    Parameters
+    ----------
+    source
+        Format: one of GLUE's tasks; tsv, lines of columns apart by tabs under a header line; vqa (version 2); nlvr2; snli-ve.
+    sources
+        The files; their names tell the split (train, dev, test).
+    output
+        Parquet file to write; what was dropped and why goes to OUTPUT.report.json.
+    text
+        Column of the text (tsv).
+    text_pair
+        Column of a second text (tsv).
+    label
+        Column of the label (tsv).
+    example_id
+        Column of an id (tsv); else the file's name and the line's number.
+    split_field
+        Column of the split (tsv), where the file's name does not tell it.
+    regression
+        The labels are numbers to be predicted as such (tsv).
+    annotations
+        Files of the answers (vqa); may be repeated. Without them the questions have none.
+    image_names
+        How an image's id in the feature store is made, where it is not "COCO_{subset}_{id:012d}" (vqa), "{id}-img{number}" (nlvr2), "{id}"
+        (snli-ve).
+    targets
+        Soft score of an answer that n annotators gave (vqa): min(n / 3, 1), or the evaluation's mean over leaving one annotator out.
+    least
+        Questions for training that must have an answer as the agreed one to make it a class (vqa).
+    split
+        Keep examples of this split, and give it to those whose source names none.
+    val_share
+        Share of the examples for validation, drawn by a hash of the example's id, where the source names no splits.
+    test_share
+        The same for test.
+    seed
+        Of that draw.
+    max_bad
+        Share of unusable examples above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
+    """
+    from megainter.errors import UsageError
+    from preprocessing.captions import Shares
+    from preprocessing.labelled import Columns, Options, prepare_examples
+    from preprocessing.labelled_images import ImageOptions
+
+    if text is None and any((text_pair, label, example_id, split_field, regression)):
+        raise UsageError("columns are named for tsv, and --text is the first of them")
+    columns = Columns(text, text_pair, label, example_id, split_field) if text is not None else None
+    images = ImageOptions(tuple(annotations or ()), image_names, targets, least)
+    shares = Shares(val_share, test_share, seed) if val_share or test_share else None
+    options = Options(columns, regression, images)
+    prepare_examples(source, sources, output, options=options, split=split, shares=shares, max_bad=max_bad)
 
 
 @prepare_app.command

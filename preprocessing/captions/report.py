@@ -57,7 +57,8 @@ class Report:
     def lines(self, what: str) -> list[str]:
         """The report for people; ``what`` is what it counts."""
         splits = ", ".join(f"{name or 'no split'} {count:,}" for name, count in sorted(self.splits.items()))
-        kept = f"kept {self.kept:,} {what} of {self.images:,} images ({splits})"
+        of_images = f" of {self.images:,} images" if self.images else ""  # labelled texts have none
+        kept = f"kept {self.kept:,} {what}{of_images} ({splits})"
         return [kept, *(f"dropped {n:,}: {name}, first {self.place} {self.examples[name][0]}" for name, n in sorted(self.dropped.items()))]
 
 
