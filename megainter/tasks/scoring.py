@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from megainter.data.feature_store import FeatureStore
@@ -25,12 +26,27 @@ from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.gallery import Tokens, region_rows
 
 IMAGES_PER_CHUNK = 8  # a caption's embedding is shared by so many images; few, so that chunks can be shared out evenly
+Model = TypeVar("Model", bound=PreTrainedModel)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _DEAD = (
     "a scoring process ended without a word (out of memory?): give fewer --processes or a smaller --batch-pairs; "
     "the same command goes on where it stopped"
 )
+
+
+class Scorer(Protocol):
+    """A model on a device."""
+
+    def score(self, chunk: int) -> NDArray[np.float32]:
+        """The scores of one chunk."""
+
+
+class Work(Protocol):
+    """Whatever can be scored chunk by chunk; sent to every process."""
+
+    def scorer(self, device: torch.device) -> Scorer:
+        """Its model on a device."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,9 @@ class Job:
         for start in range(0, len(self.caption_order), size):
             yield self.caption_order[start : start + size]
 
+    def scorer(self, device: torch.device) -> "ChunkScorer":
+        return ChunkScorer(self, device)
+
 
 def make_job(
     model: Path, store: FeatureStore, image_ids: list[str], tokens: Tokens, max_regions: int, batch_pairs: int, precision: str
@@ -79,7 +98,7 @@ class ChunkScorer:
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.device = job, device
-        self.model = load_model(job.model)
+        self.model = load_model(job.model, InterBertForRetrieval)
         # nn.Module's own method: the wrapper around it in transformers has no usable type
         torch.nn.Module.to(self.model, device=device, dtype=DTYPES[job.precision])
 
@@ -100,29 +119,29 @@ class ChunkScorer:
         return embed_images(self.model, features.to(self.device), locations.to(self.device), lengths)
 
 
-def load_model(folder: Path) -> InterBertForRetrieval:
-    """The matching model of a Hugging Face folder, in evaluation mode, from safetensors alone.
+def load_model(folder: Path, kind: type[Model]) -> Model:
+    """The model of this ``kind`` in a Hugging Face folder, in evaluation mode, from safetensors alone.
 
-    ``UsageError`` where the folder is none, or its weights lack a part of the model (a bare encoder has no matching head).
+    ``UsageError`` where the folder is none, or its weights lack a part of the model (a bare encoder has no head).
     """
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = InterBertForRetrieval.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{folder} cannot be loaded as InterBertForRetrieval: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{folder} cannot be loaded as {kind.__name__}: {str(error).splitlines()[0]}") from None
     model, info = loaded
     missing: list[str] = sorted(info["missing_keys"])
     if missing:
         raise UsageError(
             f"{folder} has no weights for {len(missing)} parameters, first {missing[0]}; give a pretrained or fine-tuned model"
         )
-    retrieval: InterBertForRetrieval = model.eval()
-    return retrieval
+    whole: Model = model.eval()
+    return whole
 
 
-def score_chunks(job: Job, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def score_chunks(job: Work, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """(chunk, its scores) as they come, in no particular order. One device: in this process; several: a process for each."""
     if not chunks:
         return
@@ -132,18 +151,18 @@ def score_chunks(job: Job, chunks: list[int], devices: list[torch.device]) -> It
         yield from _score_in_processes(job, chunks, devices[: len(chunks)])
 
 
-def _score_here(job: Job, chunks: list[int], device: torch.device) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _score_here(job: Work, chunks: list[int], device: torch.device) -> Iterator[tuple[int, NDArray[np.float32]]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        scorer = ChunkScorer(job, device)
+        scorer = job.scorer(device)
         for chunk in chunks:
             yield chunk, scorer.score(chunk)
     finally:
         torch.set_num_threads(threads)
 
 
-def _score_in_processes(job: Job, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _score_in_processes(job: Work, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
     context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks and CUDA state
     processes, pipes = [], []
     try:
@@ -199,14 +218,14 @@ def _next_result(pipes: list[Connection]) -> tuple[Connection, NDArray[np.float3
     return pipe, result
 
 
-def _serve(job: Job, device: torch.device, pipe: Connection) -> None:
+def _serve(job: Work, device: torch.device, pipe: Connection) -> None:
     """One scoring process: chunk numbers in, scores out, until the pipe closes (also because the other end was killed)."""
     torch.set_num_threads(1)
     try:
         scorer = None
         while True:
             chunk = pipe.recv()
-            scorer = scorer or ChunkScorer(job, device)
+            scorer = scorer or job.scorer(device)
             pipe.send(scorer.score(chunk))
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         return
