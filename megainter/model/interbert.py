@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -29,7 +30,7 @@ from megainter.errors import UsageError
 from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
-from megainter.model.encoder import Encoder
+from megainter.model.encoder import Encoder, LinearGelu
 from megainter.model.heads import Fusion, Pooler, PredictionHead
 from megainter.model.packing import PackedInputs, PackedLayout, pack_padded
 
@@ -377,18 +378,42 @@ def _per_choice(tensor: torch.Tensor | None, choices: int, shared_dims: int) -> 
     return tensor.repeat_interleave(choices, 0) if tensor.dim() == shared_dims else tensor.flatten(0, 1)
 
 
+class PairClassifier(nn.Module):
+    """From an example's two images, each fused with the same text, to its logits: both vectors side by side through a hidden layer.
+
+    A sum of each image's own logits could not say that one image shows more than the other, which is what such sentences are about.
+    """
+
+    def __init__(self, pooler_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.hidden = LinearGelu(2 * pooler_size, pooler_size)
+        self.output = nn.Linear(pooler_size, num_labels)
+
+    def forward(self, fused_SP: torch.Tensor) -> torch.Tensor:
+        """[2E, P], an example's two rows together -> [E, num_labels]."""
+        return self.output(self.hidden(fused_SP.unflatten(0, (-1, 2)).flatten(1)))
+
+
 class InterBertForSequenceClassification(InterBertPreTrainedModel):
-    """``config.num_labels`` classes for a caption and an image, or for a text or an image alone; one label means regression."""
+    """``config.num_labels`` classes for a text and an image, or for a text or an image alone.
+
+    ``config.num_images`` 2 (default 1): an example is a text with two images (NLVR2), two packed samples one after the other.
+    ``config.problem_type`` says what logits mean and what the loss is, as in other models of transformers: "single_label_classification"
+    (cross entropy), "multi_label_classification" (binary cross entropy, labels may be soft), "regression" (squared error); where it
+    says nothing, one label means regression.
+    """
 
     def __init__(self, config: InterBertConfig) -> None:
         super().__init__(config)
         self.interbert = InterBertModel(config)
         self.fusion = Fusion(config)
-        self.classifier = nn.Linear(config.pooler_size, int(config.num_labels))  # type: ignore[arg-type]
+        labels = int(config.num_labels)  # type: ignore[arg-type]
+        pairs = images_per_example(config) == 2
+        self.classifier = PairClassifier(config.pooler_size, labels) if pairs else nn.Linear(config.pooler_size, labels)
         self.post_init()
 
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
-        """Logits [S, num_labels]."""
+        """Logits [E, num_labels] of E examples: as many as samples, or half as many where an example has two images."""
         encoded = self.interbert.encode(inputs)
         return self.classifier(self.fusion(encoded.pooled_text, encoded.pooled_region))
 
@@ -402,16 +427,46 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> InterBertClassificationOutput:
-        """``labels`` int64 [B] classes, or floating [B] values when num_labels is 1 (mean squared error). Logits [B, num_labels]."""
-        inputs, _ = pack_padded(
-            input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
-        )
+        """The padded door: texts [B, T] with regions [B, R, F], or [B, 2, R, F] of two images (likewise locations and mask).
+
+        ``labels`` int64 [B] classes, float [B, num_labels] soft labels, or float [B] values, by the problem. The loss is the mean over
+        examples; over labels it is summed, so that its size does not depend on how many answers nobody gave. Logits [B, num_labels].
+        """
+        texts, images = (input_ids, attention_mask, token_type_ids), (region_features, region_locations, region_mask)
+        if images_per_example(self.config) == 2:
+            texts, images = _beside_each_image(texts, images)
+        inputs, _ = pack_padded(*texts, *images, self.config.region_feature_size)
         logits = self.score_packed(inputs)
-        loss = None
-        if labels is not None:
-            one = self.config.num_labels == 1
-            loss = (squared_error_sum(logits[:, 0], labels) if one else cross_entropy_sum(logits, labels)) / max(len(labels), 1)
+        loss = classification_losses(logits, labels, self.config).sum() / max(len(labels), 1) if labels is not None else None
         return InterBertClassificationOutput(loss=loss, logits=logits)
+
+
+_Three = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def _beside_each_image(texts: _Three, images: _Three) -> tuple[_Three, _Three]:
+    """Texts [B, T] and regions [B, 2, R, ...] as [2B, ...]: every text twice, beside one of its images each."""
+    if images[0] is None or images[0].dim() != 4 or images[0].shape[1] != 2:
+        raise UsageError("a model of two images for each text takes region_features [B, 2, R, F]")
+    ids, mask, types = (t.repeat_interleave(2, 0) if t is not None else None for t in texts)
+    features, locations, real = (t.flatten(0, 1) if t is not None else None for t in images)
+    return (ids, mask, types), (features, locations, real)
+
+
+def images_per_example(config: PretrainedConfig) -> int:
+    """1, or 2 for a model of two images for each text."""
+    return int(getattr(config, "num_images", 1))
+
+
+def classification_losses(logits_EK: torch.Tensor, labels: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """The loss of each example, float32 [E]: by ``config.problem_type``, see ``InterBertForSequenceClassification``."""
+    logits_EK = logits_EK.float()
+    problem = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+    if problem == "regression":
+        return (logits_EK[:, 0] - labels).square()
+    if problem == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits_EK, labels.float(), reduction="none").sum(1)
+    return F.cross_entropy(logits_EK, labels, reduction="none")
 
 
 def _register(*pairs: tuple[Any, type[PreTrainedModel]]) -> None:
