@@ -20,20 +20,37 @@ from megainter.conversion.official_names import official_names
 from tests.model.tiny import packed_batch, tiny_model
 
 
+class OfficialTextHead(nn.Module):
+    """The official head of masked segments: the bias stands beside the decoder, whose weight is the word embeddings."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.transform = nn.Module()
+        self.transform.dense, self.transform.LayerNorm = head.transform, head.norm
+        self.decoder = nn.Linear(head.decoder.in_features, head.decoder.out_features, bias=False)
+        self.decoder.weight, self.bias = head.decoder.weight, head.decoder.bias
+
+    def forward(self, x_MH: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform.LayerNorm(self.transform.dense(x_MH))) + self.bias
+
+
 class Renamed(nn.Module):
-    """A model whose parameters bear the official names."""
+    """A model whose modules stand where the official ones do, so that DeepSpeed finds (and at stage 3 gathers) what it does there."""
 
     def __init__(self, model: InterBertForPreTraining) -> None:
         super().__init__()
         object.__setattr__(self, "inner", model)
-        for ours, theirs in official_names([name for name, _ in model.named_parameters()], model.config).items():
+        names = official_names([name for name, _ in model.named_parameters() if not name.startswith("msm_head.")], model.config)
+        model.msm_head = OfficialTextHead(model.msm_head)  # type: ignore[assignment]
+        places = {theirs.rpartition(".")[0]: model.get_submodule(ours.rpartition(".")[0]) for ours, theirs in names.items()}
+        for path, module in (places | {"cls.predictions": model.msm_head}).items():
             place: nn.Module = self
-            *modules, kind = theirs.split(".")
-            for part in modules:
+            *parents, last = path.split(".")
+            for part in parents:
                 if part not in place._modules:
                     place.add_module(part, nn.Module())
-                place = place._modules[part]
-            place.register_parameter(kind, model.get_parameter(ours))
+                place = place._modules[part]  # type: ignore[assignment]
+            place.add_module(last, module)
 
 
 def settings(stage: int, precision: str) -> dict[str, object]:

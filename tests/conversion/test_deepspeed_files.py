@@ -19,8 +19,8 @@ from tests.conversion.test_hostile_files import reduce_pickle, zipped
 from tests.model.tiny import tiny_config
 from tests.synthetic import environment
 
-FAST = [(1, "bf16", "ours"), (2, "bf16", "official"), (3, "bf16", "ours")]
-SLOW = [(0, "fp32", "ours"), (1, "bf16-fp32", "ours"), (3, "fp32", "ours")]
+FAST = [(1, "bf16", "ours"), (2, "bf16", "official"), (3, "bf16", "ours"), (3, "bf16", "official")]
+SLOW = [(0, "fp32", "ours"), (0, "fp32", "official"), (1, "bf16-fp32", "ours"), (3, "fp32", "ours"), (3, "fp32", "official")]
 RUNS = [*FAST, *(pytest.param(*run, marks=pytest.mark.slow) for run in SLOW)]
 
 
@@ -69,7 +69,10 @@ def test_fp32_masters_bit_by_bit(stage: int, precision: str, names: str, runs: d
     assert not rounded, "these are not fp32 masters"
 
 
-@pytest.mark.parametrize(("stage", "precision", "names"), [pytest.param(1, "bf16", "ours", marks=pytest.mark.slow), (3, "bf16", "ours")])
+@pytest.mark.parametrize(
+    ("stage", "precision", "names"),
+    [*(pytest.param(*run, marks=pytest.mark.slow) for run in ((1, "bf16", "ours"), (3, "bf16", "official"))), (3, "bf16", "ours")],
+)
 def test_the_universal_format(stage: int, precision: str, names: str, runs: dict, settings: Path, tmp_path: Path) -> None:
     run = runs[stage, precision, names]
     source = run / (run / "latest").read_text().strip()
