@@ -67,3 +67,114 @@ def evaluate_retrieval(
         max_text_tokens=max_text_tokens, batch_pairs=batch_pairs, processes=processes, precision=precision, device=device,
         output=output, scores=scores,
     )  # fmt: skip
+
+
+@evaluate_app.command(name="vcr")
+def evaluate_vcr(
+    model: Path,
+    /,
+    *,
+    questions: Path,
+    store: Path,
+    output: Path,
+    objects_store: Path | None = None,
+    mode: Literal["both", "answer", "rationale"] = "both",
+    split: str | None = None,
+    max_missing: float = 0.0,
+    batch_questions: int = 16,
+    processes: int | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "auto",
+    submission: Path | None = None,
+) -> None:
+    """VCR: answers, rationales given the right answer, and both right.
+
+    Parameters
+    ----------
+    model
+        Folder that `megainter finetune vcr` made.
+    questions
+        Questions: what `megainter prepare vcr` wrote.
+    store
+        Feature store of the detector's boxes.
+    output
+        JSON file for the accuracies; the probabilities of every question go beside it.
+    objects_store
+        Feature store of the annotated boxes, for a model that was trained with one.
+    mode
+        What is asked: answers, rationales, or both.
+    split
+        Questions of this split alone; default all of the file.
+    max_missing
+        Share of questions that may be left out because their image has no regions.
+    batch_questions
+        Choices to make per forward: each is four texts with an image.
+    processes
+        Processes that share the work; default one per GPU, or one per core.
+    precision
+        Arithmetic of the model.
+    device
+        Torch device; "auto" takes CUDA where there is one.
+    submission
+        Also write the CSV that VCR's leaderboard takes.
+    """
+    from megainter.tasks.vcr import evaluate
+
+    evaluate(
+        model, questions, store, output=output, objects_store=objects_store, mode=mode, split=split, max_missing=max_missing,
+        batch_questions=batch_questions, processes=processes, precision=precision, device=device, submission=submission,
+    )  # fmt: skip
+
+
+@evaluate_app.command(name="classification")
+def evaluate_classification(
+    model: Path,
+    /,
+    *,
+    examples: Path,
+    output: Path,
+    store: Path | None = None,
+    split: str = "val",
+    max_text_tokens: int | None = None,
+    max_regions: int | None = None,
+    max_missing: float = 0.0,
+    batch: int = 64,
+    processes: int | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "auto",
+) -> None:
+    """Classification and regression of texts, alone or about images: figures where labels are public, predictions in any case.
+
+    Parameters
+    ----------
+    model
+        Folder that `megainter finetune classification` made.
+    examples
+        Labelled examples: what `megainter prepare examples` wrote.
+    output
+        JSON file for the figures; the predictions go beside it.
+    store
+        Feature store of the images, for examples that have some.
+    split
+        Examples of this split.
+    max_text_tokens
+        Tokens of a text or pair of texts; default as in training.
+    max_regions
+        Regions per image; default as in training.
+    max_missing
+        Share of examples that may be left out because an image of theirs has no regions.
+    batch
+        Examples per forward.
+    processes
+        Processes that share the work; default one per GPU, or one per core.
+    precision
+        Arithmetic of the model.
+    device
+        Torch device; "auto" takes CUDA where there is one.
+    """
+    from megainter.tasks.classification import evaluate
+
+    evaluate(
+        model, examples, store, output=output, split=split, max_text_tokens=max_text_tokens, max_regions=max_regions,
+        max_missing=max_missing, batch=batch, processes=processes, precision=precision, device=device,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """`megainter finetune`: a pretrained model on a task; a recipe and settings laid over it, as in `megainter pretrain`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
@@ -31,6 +32,56 @@ def finetune_retrieval(*settings: Settings) -> None:
         from megainter.tasks.retrieval_training import finetune
 
         finetune(config)
+
+
+@finetune_app.command(name="vcr", help_flags=[])
+def finetune_vcr(*settings: Settings) -> None:
+    """VCR, questions about named objects: --config vcr --model.start_from MODEL --data.questions ... --data.store ... --output RUN.
+
+    Alone, or on every rank of a launcher: deepspeed --module megainter.finetune vcr --config ... The same command resumes. RUN/model is
+    the result.
+
+    Parameters
+    ----------
+    settings
+        --config RECIPE.toml, and settings laid over it, such as --data.mode answer.
+    """
+    from megainter.tasks.vcr_training import VcrConfig
+
+    config = read_task_settings("vcr", VcrConfig, settings)
+    if config is not None:
+        from megainter.tasks.vcr_training import finetune
+
+        finetune(config)
+
+
+@finetune_app.command(name="classification", help_flags=[])
+def finetune_classification(*settings: Settings, compare_with: Path | None = None) -> None:
+    """Labelled texts, alone or about images: --config classification --model.start_from MODEL --data.examples ... --output RUN.
+
+    Alone, or on every rank of a launcher: deepspeed --module megainter.finetune classification --config ... The same command resumes.
+    RUN/model is the result.
+
+    Parameters
+    ----------
+    settings
+        --config RECIPE.toml, and settings laid over it, such as --training.epochs 5.
+    compare_with
+        Folder of the BERT that the model came from: fine-tune it alike in RUN/bert, and set both side by side (texts alone).
+    """
+    from megainter.tasks.classification_training import ClassificationConfig
+
+    config = read_task_settings("classification", ClassificationConfig, settings)
+    if config is None:
+        return
+    if compare_with is not None:
+        from megainter.tasks.classification_comparison import compare
+
+        compare(config, compare_with)
+        return
+    from megainter.tasks.classification_training import finetune
+
+    finetune(config)
 
 
 def read_task_settings(task: str, kind: type[Any], settings: Sequence[str]) -> Any:
