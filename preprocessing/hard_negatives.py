@@ -5,6 +5,7 @@ above that they may well describe the image. The search is exact. Captions are c
 with sparse products; only what enters a row's list outlives its rectangle, so that memory grows with the captions and not with their pairs.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from megainter.data.chinese import CHINESE, chinese_segmenter
 from megainter.data.manifest import Pairs, read_pairs
-from megainter.data.negatives import require_two_images, write_hard_negatives
+from megainter.data.negatives import plain_text, require_two_images, write_hard_negatives
 from megainter.errors import UsageError
 from megainter.progress import Progress
 
@@ -31,6 +32,8 @@ WORD = re.compile(r"\w+")
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
+Hashes = NDArray[np.uint64]
+Apart = tuple[NDArray[Any], ...]  # numbers [N] in which a caption and its negative must differ
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Mined:
 def mine(path: Path, output: Path, *, split: str | None = "train", top: int = TOP, below: float = BELOW, threads: int = 1) -> Mined:
     """Find the hard negatives of the pairs in ``path`` (of one split, or of all where None) and write them to ``output``.
 
+    Captions that read the same (``plain_text``) are no negatives of one another, however high ``below`` is.
     Raises ``UsageError`` for pairs that cannot be read, of one image only, or without words.
     """
     if top < 1 or not 0 < below <= 1 or threads < 1:
@@ -59,7 +63,7 @@ def mine(path: Path, output: Path, *, split: str | None = "train", top: int = TO
 
     def counted() -> Iterator[tuple[Ints, Ints]]:
         with Progress("hard negatives", len(pairs), "captions") as progress:
-            for lengths, rows in similar(vectors, pairs.image_numbers, top, below, threads):
+            for lengths, rows in similar(vectors, pairs.image_numbers, top, below, threads, text_hashes(pairs)):
                 counts.append(lengths)
                 progress.update(len(lengths))
                 yield lengths, rows
@@ -85,15 +89,25 @@ def _lines(mined: Mined, top: int) -> list[str]:
 def tfidf(pairs: Pairs) -> tuple[sparse.csr_array, int]:
     """Unit TF-IDF vectors of the captions, float32 [captions, words], and how many frequent words were left out of them."""
     limit = max(FREQUENT, int(FREQUENT_SHARE * len(pairs)))
-    captions = (text for chunk in pairs.table.column("caption").chunks for start in range(0, len(chunk), 4096)
-                for text in chunk[start : start + 4096].to_pylist())  # fmt: skip
     try:
-        vectoriser = TfidfVectorizer(analyzer=words_of(pairs), dtype=np.float32).fit_transform(captions)
+        vectoriser = TfidfVectorizer(analyzer=words_of(pairs), dtype=np.float32).fit_transform(_captions(pairs))
     except ValueError:
         raise UsageError("the captions have no words: no hard negatives can be found") from None
     vectors = sparse.csr_array(vectoriser)
     kept = np.flatnonzero(np.bincount(vectors.indices, minlength=vectors.shape[1]) <= limit)
     return _unit_rows(vectors[:, kept]), vectors.shape[1] - len(kept)
+
+
+def _captions(pairs: Pairs) -> Iterator[str]:
+    for chunk in pairs.table.column("caption").chunks:
+        for start in range(0, len(chunk), 4096):
+            yield from chunk[start : start + 4096].to_pylist()
+
+
+def text_hashes(pairs: Pairs) -> Hashes:
+    """uint64 [captions]: equal where captions read the same."""
+    digests = (hashlib.blake2b(plain_text(text).encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in _captions(pairs))
+    return np.frombuffer(b"".join(digests), np.uint64)
 
 
 def _unit_rows(vectors: sparse.csr_array) -> sparse.csr_array:
@@ -105,7 +119,7 @@ def _unit_rows(vectors: sparse.csr_array) -> sparse.csr_array:
 
 def words_of(pairs: Pairs) -> Callable[[str], list[str]]:
     """What splits a caption into words: runs of letters and digits in lower case; jieba's words where a caption has Chinese."""
-    if not any(CHINESE.search(text) for chunk in pairs.table.column("caption").chunks for text in chunk.to_pylist()):
+    if not any(CHINESE.search(text) for text in _captions(pairs)):
         return lambda caption: WORD.findall(caption.lower())
     cut = chinese_segmenter()
     return lambda caption: [
@@ -113,11 +127,14 @@ def words_of(pairs: Pairs) -> Callable[[str], list[str]]:
     ]
 
 
-def similar(vectors: sparse.csr_array, images: Ints, top: int, below: float, threads: int = 1) -> Iterator[tuple[Ints, Ints]]:
+def similar(
+    vectors: sparse.csr_array, images: Ints, top: int, below: float, threads: int = 1, texts: Hashes | None = None
+) -> Iterator[tuple[Ints, Ints]]:
     """For each row of ``vectors`` [N, words] the ``top`` most similar rows of other ``images`` int32 [N], as parts ``(counts, rows)``.
 
-    Similar means a cosine above 0 and below ``below``; ties go to the lower row. Parts come in order; within one, ``rows`` lists those of
-    its first caption, most similar first, then of its second. Memory: the vectors twice, and ``threads`` rectangles.
+    Rows with the same ``texts`` uint64 [N] are left out like those of the same image. Similar means a cosine above 0 and below ``below``;
+    ties go to the lower row. Parts come in order; within one, ``rows`` lists those of its first caption, most similar first, then of its
+    second. Memory: the vectors twice, and ``threads`` rectangles.
     """
     size = vectors.shape[0]
     edges = _edges(size)
@@ -125,7 +142,7 @@ def similar(vectors: sparse.csr_array, images: Ints, top: int, below: float, thr
     parts = range(0, size, ROWS)
 
     def part(start: int) -> tuple[Ints, Ints]:
-        return _part(vectors[start : start + ROWS], start, columns, edges, images, top, below)
+        return _part(vectors[start : start + ROWS], start, columns, edges, (images,) if texts is None else (images, texts), top, below)
 
     with ThreadPoolExecutor(threads) as pool:  # scipy and numpy let go of the interpreter's lock
         starts = iter(parts)
@@ -145,14 +162,14 @@ def _edges(size: int) -> list[tuple[int, int]]:
 
 
 def _part(
-    rows: sparse.csr_array, start: int, columns: list[sparse.csr_array], edges: list[tuple[int, int]], images: Ints, top: int, below: float
+    rows: sparse.csr_array, start: int, columns: list[sparse.csr_array], edges: list[tuple[int, int]], apart: Apart, top: int, below: float
 ) -> tuple[Ints, Ints]:
     """``(counts, rows)`` of the captions from ``start`` on."""
     count = rows.shape[0]
     best: tuple[Ints, Ints, Floats] = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
     least = np.zeros(count, np.float32)  # what a similarity must exceed to enter a row's list
     for (first, _), column in zip(edges, columns, strict=True):
-        found = _candidates(rows @ column, start, first, images, least, below)
+        found = _candidates(rows @ column, start, first, apart, least, below)
         best = _best((np.concatenate([best[0], found[0]]), np.concatenate([best[1], found[1]]), np.concatenate([best[2], found[2]])), top)
         counts = np.bincount(best[0], minlength=count)
         full = np.flatnonzero(counts == top)
@@ -160,14 +177,14 @@ def _part(
     return np.bincount(best[0], minlength=count).astype(np.int32), best[1]
 
 
-def _candidates(products: sparse.csr_array, start: int, first: int, images: Ints, least: Floats, below: float) -> tuple[Ints, Ints, Floats]:
-    """Row within the part, row of the other caption and similarity of what may enter the lists."""
+def _candidates(products: sparse.csr_array, start: int, first: int, apart: Apart, least: Floats, below: float) -> tuple[Ints, Ints, Floats]:
+    """Row within the part, row of the other caption and similarity of what may enter the lists; both must differ in all of ``apart``."""
     data = products.data
     near = np.flatnonzero((data > np.repeat(least, np.diff(products.indptr))) & (data < below))
     row = (np.searchsorted(products.indptr, near, side="right") - 1).astype(np.int32)
     other = products.indices[near].astype(np.int32) + np.int32(first)
-    apart = images[row + start] != images[other]
-    return row[apart], other[apart], data[near[apart]]
+    kept = np.logical_and.reduce([numbers[row + start] != numbers[other] for numbers in apart])
+    return row[kept], other[kept], data[near[kept]]
 
 
 def _best(found: tuple[Ints, Ints, Floats], top: int) -> tuple[Ints, Ints, Floats]:

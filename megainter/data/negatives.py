@@ -5,7 +5,9 @@ first. Its metadata holds the digest of those pairs: rows mean nothing for other
 """
 
 import json
-from collections.abc import Iterable
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,12 @@ from megainter.errors import UsageError
 
 HARD_SCHEMA = pa.schema([("negatives", pa.list_(pa.int32()))])
 HARD_SHARE = 0.2  # of the negatives, as the paper has it
+_WORD = re.compile(r"\w+")
 _ATTEMPTS = 32  # an image that owns half of all captions still fails all of them only once in 2^32 samples
 _AGAIN = "run `megainter prepare negatives` on these pairs again, with --split as in data.split"
+
+
+SameText = Callable[[Int64s, Int64s], NDArray[np.bool_]]  # rows of captions twice, [S]: which of them read the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +106,22 @@ def require_two_images(image_numbers: NDArray[np.int32], where: str) -> None:
         raise UsageError(f"{where}: matching needs captions of at least two images to draw negative captions from, this data has one")
 
 
+def plain_text(caption: str) -> str:
+    """What captions are compared by: letters and digits, without case, width (Ｔ恤 is T恤), spaces and punctuation; or signs alone."""
+    folded = unicodedata.normalize("NFKC", caption).casefold()
+    return "".join(_WORD.findall(folded)) or folded.strip()
+
+
+def same_text(pairs: Pairs, rows: Int64s, others: Int64s) -> NDArray[np.bool_]:
+    """bool [S]: whether the captions in ``rows`` int64 [S] and ``others`` int64 [S] read the same, by ``plain_text``.
+
+    Titles of products often do, of different images; such a caption is no mismatch.
+    """
+    captions = pairs.table.column("caption")
+    texts = (captions.take(pa.array(some)).to_pylist() for some in (rows, others))
+    return np.fromiter((a == b or plain_text(a) == plain_text(b) for a, b in zip(*texts, strict=True)), np.bool_, len(rows))
+
+
 def choose_captions(
     image_numbers: NDArray[np.int32],
     rows: Int64s,
@@ -109,21 +131,25 @@ def choose_captions(
     probability: float,
     hard: HardNegatives | None = None,
     hard_share: float = HARD_SHARE,
+    same: SameText | None = None,
 ) -> tuple[Int64s, Int64s]:
     """The caption that each sample is shown: its own, or with ``probability`` one of another image.
 
     ``image_numbers`` int32 [captions] gives the image of every caption; ``rows`` int64 [S] are the captions of samples ``n`` int64 [S] of
     ``epoch``. Of the others, ``hard_share`` are drawn from ``hard`` (where the caption has any there) and the rest from all captions; which
-    samples are mismatched, and what the rest is shown, does not depend on ``hard``.
+    samples are mismatched, and what the rest is shown, does not depend on ``hard``. What reads the ``same`` is never drawn.
     Returns caption rows int64 [S] and ITM labels int64 [S] (0 = matched, 1 = mismatched).
     """
     mismatched = uniform(seed, epoch, n, Purpose.MISMATCH) < probability
     chosen = np.array(rows, dtype=np.int64)
     own, numbers = chosen[mismatched], np.asarray(n)[mismatched]
-    others = negative_rows(image_numbers, own, seed, epoch, numbers)
+    others = negative_rows(image_numbers, own, seed, epoch, numbers, same)
     if hard is not None:
         similar = hard_rows(hard, hard_share, own, seed, epoch, numbers)
-        others = np.where(similar >= 0, similar, others)
+        drawn = np.flatnonzero(similar >= 0)
+        if same is not None:
+            drawn = drawn[~same(own[drawn], similar[drawn])]
+        others[drawn] = similar[drawn]
     chosen[mismatched] = others
     return chosen, mismatched.astype(np.int64)
 
@@ -139,11 +165,14 @@ def hard_rows(hard: HardNegatives, share: float, rows: Int64s, seed: int, epoch:
     return found
 
 
-def negative_rows(image_numbers: NDArray[np.int32], rows: Int64s, seed: int, epoch: int, n: Int64s) -> Int64s:
-    """For each caption in ``rows`` a row drawn uniformly from the captions of all other images: int64 [S].
+def negative_rows(
+    image_numbers: NDArray[np.int32], rows: Int64s, seed: int, epoch: int, n: Int64s, same: SameText | None = None
+) -> Int64s:
+    """For each caption in ``rows`` a row drawn uniformly from the captions of all other images that do not read the ``same``: int64 [S].
 
     Needs at least two images (``require_two_images``). Rejection: attempts are hashes of (seed, epoch, n, attempt); what is left after
-    the last attempt draws from the listed candidates, so that the choice stays uniform however unequal the images are.
+    the last attempt draws from the listed candidates, so that the choice stays uniform however unequal the images are. ``UsageError``
+    where a caption has none because all others read the same.
     """
     found = np.full(len(rows), -1, dtype=np.int64)
     left = np.arange(len(rows))
@@ -152,10 +181,22 @@ def negative_rows(image_numbers: NDArray[np.int32], rows: Int64s, seed: int, epo
             break
         drawn = (uniform(seed, epoch, n[left], Purpose.NEGATIVE + attempt) * len(image_numbers)).astype(np.int64)
         good = image_numbers[drawn] != image_numbers[rows[left]]
+        if same is not None:
+            good[good] = ~same(rows[left[good]], drawn[good])
         found[left[good]] = drawn[good]
         left = left[~good]
     for i in left:
-        candidates = np.flatnonzero(image_numbers != image_numbers[rows[i]])
+        candidates = _listed(image_numbers, int(rows[i]), same)
         u = uniform(seed, epoch, n[i : i + 1], Purpose.NEGATIVE + _ATTEMPTS)[0]
         found[i] = candidates[int(u * len(candidates))]
     return found
+
+
+def _listed(image_numbers: NDArray[np.int32], row: int, same: SameText | None) -> Int64s:
+    """All captions that are negatives of ``row``."""
+    candidates = np.flatnonzero(image_numbers != image_numbers[row])
+    if same is not None:
+        candidates = candidates[~same(np.full(len(candidates), row), candidates)]
+    if not len(candidates):
+        raise UsageError(f"the captions of all other images read the same as caption {row + 1}: matching cannot be learned from this data")
+    return candidates

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from megainter.data.feature_store import FeatureStore, RegionRecord
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts, mask_regions, mask_text, recipe
-from megainter.data.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images
+from megainter.data.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text
 from megainter.data.order import Int64s, Purpose, permuted, sample_generator, uniform
 from megainter.data.text import TokenTable
 from megainter.errors import UsageError
@@ -118,7 +119,8 @@ class Sampler:
         settings, numbers = self.settings, self.pairs.image_numbers
         rows = permuted(settings.seed, epoch, n, len(self.pairs)) if settings.shuffle else n
         hard, share = self.hard_negatives, settings.hard_negative_share
-        captions, labels = choose_captions(numbers, rows, settings.seed, epoch, n, settings.mismatch_probability, hard, share)
+        same = partial(same_text, self.pairs)
+        captions, labels = choose_captions(numbers, rows, settings.seed, epoch, n, settings.mismatch_probability, hard, share, same)
         return rows, captions, labels
 
     def lengths(self, draws: Draws) -> Int64s:

@@ -7,6 +7,7 @@ function of (seed, e, n), as in pretraining.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from megainter import kernels
 from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts
-from megainter.data.negatives import negative_rows
+from megainter.data.negatives import negative_rows, same_text
 from megainter.data.order import Int64s, Purpose, permuted, share_out, uniform
 from megainter.data.text import TokenTable
 from megainter.errors import UsageError
@@ -131,12 +132,8 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
         for slot in range(1, settings.group):
             counter = n * settings.group + slot  # its own random numbers for every pair of a sample
             kind = self._kind(slot)
-            if kind.startswith("random"):
-                other = negative_rows(numbers, own, settings.seed, epoch, counter)
-                other_image = numbers[other].astype(np.int64)
-            else:
-                other_image = self._neighbour(image, epoch, counter)
-                other = self._caption_of(other_image, epoch, counter)
+            other = self._random(own, epoch, counter) if kind.startswith("random") else self._similar(own, image, epoch, counter)
+            other_image = numbers[other].astype(np.int64)
             images.append(other_image if kind.endswith("image") else image)
             captions.append(other if kind.endswith("caption") else own)
         return Groups(np.stack(images, axis=1), np.stack(captions, axis=1))
@@ -146,6 +143,17 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
         kinds = ["random caption"] * settings.random_captions + ["random image"] * settings.random_images
         kinds += ["hard caption"] * settings.hard_captions + ["hard image"] * settings.hard_images
         return kinds[slot - 1]
+
+    def _random(self, own: Int64s, epoch: int, counter: Int64s) -> Int64s:
+        """A caption of another image that does not read the same."""
+        return negative_rows(self.pairs.image_numbers, own, self.settings.seed, epoch, counter, partial(same_text, self.pairs))
+
+    def _similar(self, own: Int64s, image: Int64s, epoch: int, counter: Int64s) -> Int64s:
+        """A caption of a similar image; a random one where that reads the same as the own."""
+        other = self._caption_of(self._neighbour(image, epoch, counter), epoch, counter)
+        twins = np.flatnonzero(same_text(self.pairs, own, other))
+        other[twins] = self._random(own[twins], epoch, counter[twins])
+        return other
 
     def _neighbour(self, images: Int64s, epoch: int, counter: Int64s) -> Int64s:
         assert self.neighbours is not None

@@ -1,6 +1,7 @@
 """Negative captions: never of the same image, uniform over all others or over the hard ones, half of the samples."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from megainter.data.negatives import (
     choose_captions,
     hard_rows,
     negative_rows,
+    plain_text,
     read_hard_negatives,
     require_two_images,
+    same_text,
     write_hard_negatives,
 )
 from megainter.errors import UsageError
@@ -180,3 +183,52 @@ def test_another_file_is_no_file_of_hard_negatives(tmp_path: Path) -> None:
     for path, message in (("x.parquet", "holds no hard negatives"), ("pairs.parquet", "holds no hard"), ("none", "does not exist")):
         with pytest.raises(UsageError, match=message):
             read_hard_negatives(tmp_path / path, pairs)
+
+
+TITLES = ["新款 T恤 纯棉", "新款Ｔ恤，纯棉", "新款 t恤 纯棉！", "新款 T恤 男", "女鞋"]
+
+
+def titles(folder: Path, captions: list[str]) -> Pairs:
+    write_pairs(folder / "titles.parquet", [Pair(f"p{i}", f"i{i}", f"{i}.jpg", text, "train") for i, text in enumerate(captions)])
+    return read_pairs(folder / "titles.parquet", "train")
+
+
+def test_titles_are_compared_without_case_width_spaces_and_punctuation(tmp_path: Path) -> None:
+    pairs = titles(tmp_path, [*TITLES, "Caf\u00e9 No. 3", "cafe\u0301 NO 3", "cafe no 3"])
+    first, others = np.array([0, 0, 0, 0, 5, 5]), np.array([1, 2, 3, 4, 6, 7])
+    assert same_text(pairs, first, others).tolist() == [True, True, False, False, True, False]
+    assert plain_text("The Dog's 2 balls!") == plain_text("the dog s 2 BALLS") != plain_text("the dogs 3 balls")
+    assert plain_text(" ☀ ") != plain_text("☂!")
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_caption_that_reads_the_same_is_never_a_mismatch(tmp_path: Path, share: float) -> None:
+    """Five images, three with one title: the two others are drawn, each as often; a list of hard ones that names a twin is no help."""
+    pairs, n = titles(tmp_path, TITLES), np.arange(40_000)
+    twins = hard_of([[1, 2], [0], [0], [4], [3]])
+    captions, labels = choose_captions(pairs.image_numbers, n % 5, 3, 0, n, 0.5, twins, share, partial(same_text, pairs))
+    mismatched = labels == 1
+    assert abs(mismatched.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(n))
+    of_three = mismatched & (n % 5 < 3)
+    counts = np.bincount(captions[of_three], minlength=5)
+    assert counts[:3].sum() == 0
+    assert abs(counts[3] / counts.sum() - 0.5) < 5 * 0.5 / np.sqrt(counts.sum())
+    assert set(captions[mismatched & (n % 5 == 4)].tolist()) == ({3} if share else {0, 1, 2, 3})
+
+
+def test_without_twins_the_draws_are_what_they_were(tmp_path: Path) -> None:
+    pairs, n = titles(tmp_path, [f"title {i}" for i in range(30)]), np.arange(2000)
+    plain = choose_captions(pairs.image_numbers, n % 30, 3, 1, n, 0.5)
+    asked = choose_captions(pairs.image_numbers, n % 30, 3, 1, n, 0.5, same=partial(same_text, pairs))
+    assert (plain[0] == asked[0]).all()
+
+
+def test_many_twins_leave_uniform_negatives_or_say_that_there_are_none(tmp_path: Path) -> None:
+    pairs, n = titles(tmp_path, ["手机壳"] * 400 + ["女鞋", "男鞋"]), np.arange(2000)
+    chosen = negative_rows(pairs.image_numbers, np.zeros(2000, np.int64), 0, 0, n, partial(same_text, pairs))
+    counts = np.bincount(chosen, minlength=402)[400:]
+    assert counts.sum() == 2000
+    assert abs(counts[0] / 2000 - 0.5) < 5 * 0.5 / np.sqrt(2000)
+    alone = titles(tmp_path, ["手机壳", " 手机壳。", "手机 壳"])
+    with pytest.raises(UsageError, match="all other images read the same as caption 2"):
+        negative_rows(alone.image_numbers, np.ones(1, np.int64), 0, 0, n[:1], partial(same_text, alone))

@@ -92,6 +92,21 @@ def test_captions_that_share_no_word_get_no_hard_negatives(tmp_path: Path) -> No
     assert np.diff(read_hard_negatives(tmp_path / "n.parquet", pairs).offsets)[3] == 0
 
 
+def test_titles_that_read_the_same_are_no_negatives_of_one_another(tmp_path: Path) -> None:
+    """Up to a similarity of 1: rounding puts twins just below it, and a word too frequent to be compared hides a difference."""
+    captions = [*composed(200), *(f"{text.upper()} !" for text in composed(200)), "w1 w2", "w2 w1"]
+    pairs = write(tmp_path / "p.parquet", captions, each=1)
+    mine(tmp_path / "p.parquet", tmp_path / "n.parquet", below=1.0)
+    hard = read_hard_negatives(tmp_path / "n.parquet", pairs)
+    plain = ["".join(text.lower().replace("!", "").split()) for text in captions]
+    lists = [hard.rows[a:b].tolist() for a, b in itertools.pairwise(hard.offsets)]
+    assert sum(map(len, lists)) > 1000
+    assert not any(plain[row] == plain[other] for row, rows in enumerate(lists) for other in rows)
+    vectors, _ = tfidf(pairs)
+    twins = lists_of(list(similar(vectors, pairs.image_numbers, 30, 1.0)))
+    assert any(plain[row] == plain[other] for row, rows in enumerate(twins) for other in rows)  # what the hashes keep out
+
+
 def test_words_in_very_many_captions_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = write(tmp_path / "p.parquet", [f"the dog{i % 50} number{i % 7}" for i in range(400)])
     assert tfidf(pairs)[1] == 0  # 400 captions are too few to leave anything out
