@@ -153,6 +153,8 @@ def _answered(example: Example, answer: AnswerOf, options: ImageOptions) -> Exam
     """The example with its answers, the agreed one first."""
     question_type, answer_type, agreed, given = answer
     counts = {label: count for label, count in Counter(given).items() if label}
+    if not counts:
+        raise ValueError("all its answers are empty")
     counts = {label: counts[label] for label in sorted(counts, key=lambda label: label != agreed)}
     targets = tuple(_soft_target(count, len(given), options.targets) for count in counts.values())
     kinds = (f"answer: {answer_type}", f"question: {question_type}")

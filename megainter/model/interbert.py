@@ -8,6 +8,7 @@ B, T, R a padded batch, K choices.
 No parameter sits on these classes themselves: each is read inside the forward of the module that owns it, where ZeRO-3 gathers it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from megainter.data.record import RegionRecord
 from megainter.errors import UsageError
 from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.model.configuration import InterBertConfig
@@ -33,6 +35,7 @@ from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, Te
 from megainter.model.encoder import Encoder, LinearGelu
 from megainter.model.heads import Fusion, Pooler, PredictionHead
 from megainter.model.packing import PackedInputs, PackedLayout, pack_padded
+from megainter.model.processor import InterBertProcessor
 
 MATCHED = 0  # class of the image-text matching head for a caption and its own image (official code)
 
@@ -312,6 +315,39 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
         logits_S2 = self.logits_packed(inputs).float()
         return logits_S2[:, MATCHED] - logits_S2[:, 1 - MATCHED]
 
+    @torch.inference_mode()
+    def score(
+        self,
+        texts: str | Sequence[str],
+        records: RegionRecord | Sequence[RegionRecord],
+        processor: InterBertProcessor | None = None,
+        batch_pairs: int = 64,
+    ) -> torch.Tensor:
+        """How well texts and images match, row by row: log-odds of "matched", float32 [N] on the CPU, the scores of `evaluate retrieval`.
+
+        One text is set against all records, one record against all texts. Pairs run ``batch_pairs`` at a time, those of like length
+        together. ``processor`` None: that of the folder the model came from (give one where many calls are made: it is read each time).
+        ``UsageError`` for a model in training mode, numbers that do not go together, and a processor of another model.
+        """
+        texts, records = _side_by_side(texts, records)
+        if processor is None:
+            if not self.name_or_path:
+                raise UsageError("the model did not come from a folder; give score() an InterBertProcessor")
+            processor = InterBertProcessor.from_pretrained(self.name_or_path)
+        if batch_pairs < 1:
+            raise UsageError(f"batch_pairs is {batch_pairs}; give at least 1")
+        if self.training:
+            raise UsageError("the model is in training mode, where dropout changes its scores; call model.eval() first")
+        if processor.vocabulary.size > self.config.vocab_size:
+            raise UsageError(f"the processor has {processor.vocabulary.size:,} entries, and the model embeds {self.config.vocab_size:,}")
+        order = sorted(range(len(texts)), key=lambda i: (len(records[i]), len(texts[i])))
+        scores = torch.empty(len(texts))
+        for start in range(0, len(order), batch_pairs):
+            chosen = order[start : start + batch_pairs]
+            inputs = processor.pack([texts[i] for i in chosen], [records[i] for i in chosen])
+            scores[chosen] = self.score_packed(inputs.to(self.device)).cpu()
+        return scores
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -329,6 +365,20 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
         logits = self.logits_packed(inputs)
         loss = cross_entropy_sum(logits, labels) / max(len(labels), 1) if labels is not None else None
         return InterBertForRetrievalOutput(loss=loss, logits=logits, scores=logits.float().softmax(-1)[:, MATCHED])
+
+
+def _side_by_side(
+    texts: str | Sequence[str], records: RegionRecord | Sequence[RegionRecord]
+) -> tuple[Sequence[str], Sequence[RegionRecord]]:
+    """Texts and records of the same number: one of either is set beside all others."""
+    one_text, one_record = isinstance(texts, str), isinstance(records, RegionRecord)
+    all_texts = [texts] if isinstance(texts, str) else texts
+    all_records = [records] if isinstance(records, RegionRecord) else records
+    all_texts = list(all_texts) * len(all_records) if one_text else all_texts
+    all_records = list(all_records) * len(all_texts) if one_record else all_records
+    if len(all_texts) != len(all_records):
+        raise UsageError(f"{len(all_texts)} texts and {len(all_records)} records do not go together row by row")
+    return all_texts, all_records
 
 
 class InterBertForMultipleChoice(InterBertPreTrainedModel):
@@ -454,7 +504,7 @@ def _beside_each_image(texts: _Three, images: _Three) -> tuple[_Three, _Three]:
 
 
 def images_per_example(config: PretrainedConfig) -> int:
-    """1, or 2 for a model of two images for each text."""
+    """2 for a model of two images for each text, else 1; 0 says that it was trained on texts alone, which takes the same head as 1."""
     return int(getattr(config, "num_images", 1))
 
 

@@ -61,14 +61,17 @@ class World:
 def distributed() -> Iterator[World]:
     """Join the process group (gloo on CPU, NCCL on CUDA), alone or under any launcher, and leave it in order.
 
-    Leaving without the barrier and the destruction ends in SIGABRT at exit in a third of the runs.
+    Leaving without the barrier and the destruction ends in SIGABRT at exit in a third of the runs. Inside itself it shares the group
+    that is there: DeepSpeed cannot join a second one in the life of a process.
     """
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), _device())
+        return
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's use of torch, not the user's
     if not process.launched():
         process.become_single_process()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    cuda, device = torch.cuda.is_available(), _device()
     if cuda:
         torch.cuda.set_device(device)
     else:
@@ -85,6 +88,10 @@ def distributed() -> Iterator[World]:
             raise MegainterError("another process of this run is gone; the same command goes on from the last checkpoint") from error
         raise
     dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world_size: int) -> dict[str, Any]:

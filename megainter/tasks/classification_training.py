@@ -1,0 +1,330 @@
+"""Fine-tuning for classification and regression: of texts alone, of texts about an image, of texts about two.
+
+From a pretrained model to the folder that `megainter evaluate classification` takes. Text alone goes through the text path only (paper
+section on single-modal tasks); with an image the two pooled vectors are fused as in pretraining.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from megainter.config import (
+    STRICT,
+    CheckpointConfig,
+    EngineConfig,
+    NotNegative,
+    OptimizerConfig,
+    Positive,
+    Probability,
+    StartConfig,
+    TrainingConfig,
+)
+from megainter.data.examples import Examples, TaskFacts, has_examples, read_examples
+from megainter.data.feature_store import FeatureStore
+from megainter.data.order import Int64s
+from megainter.errors import TooManyBadInputsError, UsageError
+from megainter.model.configuration import InterBertConfig
+from megainter.model.interbert import InterBertForSequenceClassification, classification_losses
+from megainter.tasks.classification_batches import ClassificationStream, EncodedExamples, LabelledBatch, encode_examples, fixed_batches
+from megainter.tasks.classification_metrics import LARGER_IS_BETTER, figures
+from megainter.tasks.finetuning import Start, finetune_job, inputs_flops, open_start
+from megainter.tasks.retrieval import USUAL_LENGTH
+from megainter.training import engine
+from megainter.training.collective import summed
+from megainter.training.job import Job
+from megainter.training.loop import log
+
+# In the words of transformers, where a model's configuration says what its logits mean.
+PROBLEM_TYPES = {
+    "single_label": "single_label_classification", "multi_label": "multi_label_classification", "regression": "regression",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassificationData:
+    """What is read: labelled examples, and the regions of their images where they have some."""
+
+    examples: Path
+    """Labelled examples: what `megainter prepare examples` wrote."""
+    store: Path | None = None
+    """Regions: what `megainter extract` wrote; for examples with images."""
+    split: str = "train"
+    """Split of the examples that is trained on."""
+    max_text_tokens: Annotated[int, Field(ge=5)] = 128
+    """Longest text or pair of texts in tokens, [CLS] and [SEP] included; longer ones are cut."""
+    max_regions: Positive | None = None
+    """Most regions of an image; none: as the model was trained."""
+    max_missing: Probability = 0.01
+    """Share of examples that may be left out because an image of theirs has no regions in the store."""
+    workers: NotNegative = 2
+    """Loader processes of each rank; 0: the rank loads for itself."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassificationValidation:
+    """Figures on held-out examples; ``examples`` and ``store`` default to those of the training data."""
+
+    examples: Path | None = None
+    """Labelled examples; none: those of the training data."""
+    store: Path | None = None
+    """Regions; none: those of the training data."""
+    split: str = "val"
+    """Split of the examples; where it has none there is no validation."""
+    figure: str | None = None
+    """By which the best checkpoint is chosen; none: as the task is usually reported."""
+    batch: Positive = 64
+    """Examples of one forward."""
+    every_steps: NotNegative = 500
+    """Steps between two validations; 0: only at the end."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassificationConfig:
+    """A whole fine-tuning run."""
+
+    output: Path
+    """Run folder; the same command goes on with the run in it. Its folder `model` is the result."""
+    data: ClassificationData
+    training: TrainingConfig
+    model: StartConfig
+    validation: ClassificationValidation = dataclasses.field(default_factory=ClassificationValidation)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    tensorboard: bool = True
+    """Write TensorBoard events besides metrics.jsonl."""
+
+
+def finetune(config: ClassificationConfig) -> Path:
+    """Fine-tune as ``config`` says, alone or as one rank of any launcher; returns the folder of the result (``tasks.finetuning``)."""
+    return finetune_job(config, lambda world: open_job(config, world))
+
+
+def open_job(config: ClassificationConfig, world: engine.World) -> Job:
+    """Open the starting model, examples and regions on every rank."""
+    task = open_task(config)
+    start = task.start
+    return task_job(
+        config, task, world, lambda saved: start.build(InterBertForSequenceClassification, saved, fresh="classifier.")
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OpenTask:
+    """What a run reads. ``start.config`` already describes the classifier; ``figure`` is the one the best checkpoint is chosen by."""
+
+    start: Start
+    facts: TaskFacts
+    training: EncodedExamples
+    validation: EncodedExamples | None
+    figure: str | None
+    digests: dict[str, str]
+    told: tuple[str, ...]
+
+
+def open_task(config: ClassificationConfig) -> OpenTask:
+    """Read and encode everything. ``UsageError`` where files, labels, model or settings do not fit each other."""
+    data = config.data
+    examples, store = _examples(data.examples, data.split, data.store, data.max_missing, "data")
+    start = open_start(config.model, data.max_text_tokens, data.max_regions, store.schema.feature_size if store is not None else None)
+    if examples.images:
+        start.config.max_regions = start.config.max_regions or USUAL_LENGTH
+    elif data.max_regions is not None:
+        raise UsageError("data.max_regions is for examples with images, and these have none; leave it out")
+    describe_classifier(start.config, examples.task, examples.images)
+    training = _encoded(examples, start, store, examples.task.classes)
+    require_labels(training, f"{data.examples}, split {data.split!r}")
+    held_out = _validation(config, examples, store)
+    validation = _encoded(*_with_start(held_out, start), examples.task.classes) if held_out is not None else None
+    if validation is not None:
+        require_labels(validation, f"the validation split {config.validation.split!r}")
+    digests = {"examples": examples.digest, "vocabulary": start.vocabulary.digest}
+    digests |= {"store": store.digest} if store is not None else {}
+    figure = _figure(config, examples.task) if validation is not None else None
+    return OpenTask(start, examples.task, training, validation, figure, digests, _told(config, examples, validation))
+
+
+def task_job(
+    config: ClassificationConfig, task: OpenTask, world: engine.World, build_model: Callable[[InterBertConfig | None], Any]
+) -> Job:  # fmt: skip
+    """The job of training a model that ``build_model`` gives on an open task."""
+    training, stream = config.training, task.training
+    return Job(
+        objectives=("label",),
+        weights=(1.0,),
+        batches=ClassificationStream(stream, training.seed, training.global_batch, training.micro_batch, world.rank, world.size),
+        samples=len(stream),
+        build_model=build_model,
+        build_step=ClassificationStep,
+        flops=lambda batch: inputs_flops(task.start.config, batch.inputs),
+        vocabulary=task.start.vocabulary_file,
+        lowercase=task.start.vocabulary.lowercase,
+        digests=task.digests,
+        started=task.told,
+        workers=config.data.workers,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        validate=_validate(task.validation, config.validation.batch) if task.validation is not None else None,
+        validate_every=config.validation.every_steps,
+        best=task.figure,
+    )
+
+
+def describe_classifier(config: InterBertConfig, task: TaskFacts, images: int) -> None:
+    """Write into a model's configuration what its logits mean and how many images an example has."""
+    names = dict(enumerate(task.classes or ("value",)))
+    config.id2label, config.label2id = names, {name: number for number, name in names.items()}
+    config.problem_type = PROBLEM_TYPES[task.problem]  # type: ignore[assignment]
+    config.num_images = images
+
+
+def _examples(
+    path: Path, split: str, store_path: Path | None, max_missing: float, section: str
+) -> tuple[Examples, FeatureStore | None]:  # fmt: skip
+    """Examples of a split whose images have regions, and their store."""
+    examples = read_examples(path, split)
+    if not examples.images:
+        if store_path is not None:
+            raise UsageError(f"the examples of {path} have no images; leave {section}.store out")
+        return examples, None
+    if store_path is None:
+        raise UsageError(f"the examples of {path} have images; give their regions as {section}.store")
+    store = FeatureStore(store_path)
+    return with_regions(examples, store, max_missing, path), store
+
+
+def with_regions(examples: Examples, store: FeatureStore, limit: float, where: Path) -> Examples:
+    """Examples all of whose images have regions; ``TooManyBadInputsError`` where more than ``limit`` have not."""
+    images = examples.column("images")
+    missing = (store.find([image for row in images for image in row]) < 0).reshape(len(images), -1)
+    lacking = missing.any(axis=1)
+    if not lacking.any():
+        return examples
+    row = int(lacking.argmax())
+    first = images[row][int(missing[row].argmax())]
+    told = f"{where}: {int(lacking.sum()):,} of {len(images):,} examples have images without regions in {store.path}, first {first!r}"
+    if lacking.sum() > limit * len(images):
+        raise TooManyBadInputsError(f"{told}: extract these images, or allow more with max_missing")
+    log.warning("%s: left out", told)
+    return examples.take(np.flatnonzero(~lacking))
+
+
+def _validation(
+    config: ClassificationConfig, examples: Examples, store: FeatureStore | None
+) -> tuple[Examples, FeatureStore | None] | None:  # fmt: skip
+    """Held-out examples of the same task; None where the split has none."""
+    wanted, path = config.validation, config.validation.examples or config.data.examples
+    if wanted.examples is None and not has_examples(path, wanted.split):
+        return None
+    store_path = wanted.store or config.data.store
+    held_out, own = _examples(path, wanted.split, store_path, config.data.max_missing, "validation")
+    if (held_out.task.problem, held_out.images) != (examples.task.problem, examples.images):
+        what = f"{held_out.task.problem} with {held_out.images} images"
+        raise UsageError(f"{path} is for {what}, the training data for {examples.task.problem} with {examples.images}")
+    if own is not None and store is not None and own.schema.feature_size != store.schema.feature_size:
+        sizes = f"{own.schema.feature_size}-d features, data.store {store.schema.feature_size}-d"
+        raise UsageError(f"validation.store {store_path} has {sizes}")
+    return held_out, own
+
+
+def _with_start(held_out: tuple[Examples, FeatureStore | None], start: Start) -> tuple[Examples, Start, FeatureStore | None]:
+    return held_out[0], start, held_out[1]
+
+
+def _encoded(examples: Examples, start: Start, store: FeatureStore | None, classes: tuple[str, ...]) -> EncodedExamples:
+    tokens, regions = start.config.max_text_tokens or USUAL_LENGTH, start.config.max_regions or USUAL_LENGTH
+    return encode_examples(examples, classes, start.vocabulary, tokens, store, regions, start.config.region_feature_size)
+
+
+def require_labels(examples: EncodedExamples, where: str) -> None:
+    """``UsageError`` where a label is not public."""
+    unknown = int((~examples.labels.known).sum())
+    if unknown:
+        raise UsageError(f"{unknown:,} of {len(examples):,} examples of {where} have no label; take another split, or only labelled ones")
+
+
+def _figure(config: ClassificationConfig, task: TaskFacts) -> str:
+    figure = config.validation.figure or task.figure
+    if figure not in LARGER_IS_BETTER:
+        raise UsageError(f"validation.figure {figure!r} is unknown; choose one of {', '.join(LARGER_IS_BETTER)}")
+    return figure
+
+
+def _told(config: ClassificationConfig, examples: Examples, validation: EncodedExamples | None) -> tuple[str, str]:
+    task, images = examples.task, {0: "no image", 1: "an image each", 2: "two images each"}[examples.images]
+    what = f"{len(task.classes):,} classes" if task.classes else "a value"
+    first = f"{task.name}: {len(examples):,} examples with {images}, {what} ({task.problem.replace('_', ' ')})"
+    if validation is None:
+        return first, f"no examples of split {config.validation.split!r}: no validation, the last checkpoint is the result"
+    return first, f"validation: {len(validation):,} examples of split {config.validation.split!r}"
+
+
+class ClassificationStep(nn.Module):
+    """The module DeepSpeed wraps: from a packed micro-batch to its share of the global loss."""
+
+    def __init__(self, model: InterBertForSequenceClassification) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: LabelledBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss share (fp32) and ``tallies`` [2, 1]: loss sum and how much of it was right; ``counts`` [1]: examples of the global batch."""
+        logits = self.model.score_packed(batch.inputs)
+        total = classification_losses(logits, batch.labels, self.model.config).sum() * float(batch.counted)
+        right = _right(logits.detach(), batch.labels) * float(batch.counted)
+        return (total / counts).sum(), torch.stack([total.detach(), right])[:, None]
+
+
+def _right(logits_EK: Tensor, labels: Tensor) -> Tensor:
+    """Number of right classes, sum of the soft labels of the likeliest answers, or number of values off by less than a half."""
+    if labels.dim() == 2:
+        return labels.gather(1, logits_EK.argmax(1, keepdim=True)).sum()
+    if labels.dtype == torch.int64:
+        return (logits_EK.argmax(1) == labels).sum().float()
+    return ((logits_EK[:, 0] - labels).abs() < 0.5).sum().float()
+
+
+def outcome(logits_EK: Tensor, labels: Tensor, config: Any) -> NDArray[np.float64]:
+    """What is kept of the logits of E examples, [3, E]: the prediction (class or value), its probability (1 for values), the loss."""
+    logits_EK = logits_EK.float()
+    losses = classification_losses(logits_EK, labels, config)
+    if config.problem_type == PROBLEM_TYPES["regression"]:
+        values = logits_EK[:, 0]
+        return torch.stack([values, torch.ones_like(values), losses]).double().cpu().numpy()
+    multi = config.problem_type == PROBLEM_TYPES["multi_label"]
+    chance, number = (logits_EK.sigmoid() if multi else logits_EK.softmax(1)).max(1)
+    return torch.stack([number.float(), chance, losses]).double().cpu().numpy()
+
+
+def _validate(examples: EncodedExamples, size: int) -> Callable[[Any, engine.World], dict[str, float]]:
+    """The function that measures the task's figures; see ``Job.validate``."""
+    batches = fixed_batches(examples, size)
+
+    def validate(trained: Any, world: engine.World) -> dict[str, float]:
+        found = predictions(trained.module.model, examples, batches, world)
+        return figures(examples.labels, found[0]) | {"loss": float(found[2].mean())}
+
+    return validate
+
+
+@torch.no_grad()
+def predictions(model: Any, examples: EncodedExamples, batches: list[Int64s], world: engine.World) -> NDArray[np.float64]:
+    """The ``outcome`` of all examples, [3, N], their batches shared out over ranks. Collective; the same on every rank.
+
+    All ranks run as many forwards (the last may repeat a batch): at ZeRO stage 3 they gather weights together.
+    """
+    found = torch.zeros(3, len(examples), dtype=torch.float64)
+    for turn in range(-(-len(batches) // world.size)):
+        mine = turn * world.size + world.rank
+        rows = batches[min(mine, len(batches) - 1)]
+        batch = examples.batch(rows).to(world.device)
+        kept = outcome(model.score_packed(batch.inputs), batch.labels, model.config)
+        if mine < len(batches):
+            found[:, torch.from_numpy(rows)] = torch.from_numpy(kept)
+    return summed(found.to(world.device)).cpu().numpy()
