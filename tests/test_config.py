@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megainter.config import ModelSettings, RunConfig, accumulation_steps, as_dict, describe_settings, load_config
+from megainter.config import ModelSettings, RunConfig, accumulation_steps, as_dict, describe_settings, load_config, read_settings
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
+from megainter.tasks.classification_training import ClassificationConfig
+from megainter.tasks.retrieval_training import RetrievalConfig
+from megainter.tasks.vcr_training import VcrConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "megainter" / "recipes").glob("*.toml"))
 GOOD = ["--output", "run", "--data.pairs", "p.parquet", "--data.store", "s", "--training.steps", "10"]
@@ -31,11 +34,15 @@ def test_a_length_on_the_command_line_replaces_the_recipes(tmp_path: Path) -> No
         load_config(recipe, [*GOOD, "--training.epochs", "2"])
 
 
+TASKS = {"finetune retrieval": RetrievalConfig, "finetune vcr": VcrConfig, "finetune classification": ClassificationConfig}
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid_and_say_what_they_are(recipe: Path) -> None:
-    config = load_config(recipe)
-    assert accumulation_steps(config.training, 1) >= 1
     opening = recipe.read_text().split("\n\n")[0]
+    kind = next((kind for verb, kind in TASKS.items() if verb in opening.partition("\n")[0]), None)
+    config = load_config(recipe) if kind is None else read_settings(kind, recipe)
+    assert accumulation_steps(config.training, 1) >= 1
     assert "--config" in opening
     assert "Expected" in opening
 
@@ -101,16 +108,18 @@ def _flat(settings: dict) -> list[tuple[str, object]]:
     ]
 
 
-def test_help_lists_and_explains_every_setting() -> None:
-    text = describe_settings()
-    for section in dataclasses.fields(RunConfig):
+@pytest.mark.parametrize("kind", [RunConfig, *TASKS.values()], ids=lambda kind: kind.__name__)
+def test_help_lists_and_explains_every_setting(kind: type) -> None:
+    text = describe_settings(kind)
+    for section in dataclasses.fields(kind):
         keys = dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else ()
         for name in [f"{section.name}.{key.name}" for key in keys] or [section.name]:
             assert re.search(rf"^  --{re.escape(name)} .*\n      (?!None)\S.*\.$", text, flags=re.MULTILINE), name
 
 
-def test_help_fits_a_wide_terminal() -> None:
-    assert max(map(len, describe_settings().splitlines())) <= 160
+@pytest.mark.parametrize("kind", [RunConfig, *TASKS.values()], ids=lambda kind: kind.__name__)
+def test_help_fits_a_wide_terminal(kind: type) -> None:
+    assert max(map(len, describe_settings(kind).splitlines())) <= 160
 
 
 def test_model_settings_have_the_names_and_defaults_of_the_configuration() -> None:
