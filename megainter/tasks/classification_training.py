@@ -164,7 +164,7 @@ def task_job(
         samples=len(stream),
         build_model=build_model,
         build_step=ClassificationStep,
-        flops=lambda batch: inputs_flops(task.start.config, batch.inputs),
+        flops=lambda config, batch: inputs_flops(config, batch.inputs),
         vocabulary=task.start.vocabulary_file,
         lowercase=task.start.vocabulary.lowercase,
         digests=task.digests,

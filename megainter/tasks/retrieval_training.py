@@ -149,7 +149,7 @@ def open_job(config: RetrievalConfig, world: engine.World) -> Job:
         samples=len(pairs),
         build_model=lambda saved: start.build(InterBertForRetrieval, saved),
         build_step=RetrievalStep,
-        flops=lambda batch: inputs_flops(start.config, batch.inputs),
+        flops=lambda config, batch: inputs_flops(config, batch.inputs),
         vocabulary=start.vocabulary_file,
         lowercase=start.vocabulary.lowercase,
         digests={"pairs": pairs.digest, "store": store.digest, "vocabulary": start.vocabulary.digest},

@@ -169,7 +169,7 @@ def open_job(config: VcrConfig, world: engine.World) -> Job:
         samples=stream.size,
         build_model=lambda saved: start.build(InterBertForMultipleChoice, saved, fresh="choice_head."),
         build_step=lambda model: ChoiceStep(model, weights),
-        flops=lambda batch: inputs_flops(start.config, batch.inputs),
+        flops=lambda config, batch: inputs_flops(config, batch.inputs),
         vocabulary=start.vocabulary_file,
         lowercase=start.vocabulary.lowercase,
         digests={"questions": digest, "vocabulary": start.vocabulary.digest, **stores.digests},

@@ -70,7 +70,7 @@ class Job:
     samples: int  # of one epoch
     build_model: Callable[[InterBertConfig | None], PreTrainedModel]
     build_step: Callable[[Any], nn.Module]  # of the model
-    flops: Callable[[Any], int]  # of one forward of a micro-batch
+    flops: Callable[[Any, Any], int]  # (model configuration, micro-batch) -> floating-point operations of one forward
     vocabulary: bytes  # vocab.txt, into every checkpoint
     lowercase: bool
     digests: Mapping[str, str]  # SHA-256 of the data by name: a resumed run must have the same

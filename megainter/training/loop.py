@@ -82,7 +82,7 @@ def train(config: RunSettings, open_job: Callable[[engine.World], Job]) -> Path:
                 tallies += parts
                 meter.tokens += batch.tokens()
                 meter.samples += len(batch.inputs)
-                meter.flops += 3 * job.flops(batch)
+                meter.flops += 3 * job.flops(model.config, batch)
                 pulse.micro_batch(step, micro + 1)
             engine.average_weights(trained, config.training.ema_decay)
             counts += agreed[:kinds]

@@ -1,11 +1,13 @@
 """Pretraining as a job of the training loop: the three objectives on captions and regions."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
-from megainter.config import RunConfig
+from megainter.config import ModelSettings, RunConfig
 from megainter.data.batch import PretrainBatch, validation_batches
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
@@ -17,6 +19,8 @@ from megainter.training.job import Job, summarise
 from megainter.training.loop import counted, train
 from megainter.training.objectives import OBJECTIVES, ObjectiveWeights, PretrainingStep
 from megainter.training.sources import Sources, model_configuration, open_sources
+
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob")
 
 
 def pretrain(config: RunConfig) -> Path:
@@ -36,9 +40,9 @@ def open_job(config: RunConfig, world: engine.World) -> Job:
         weights=(weights.msm, weights.mrm, weights.itm),
         batches=sources.training,
         samples=sources.samples,
-        build_model=lambda saved: _model(config, architecture) if saved is None else InterBertForPreTraining(saved),
+        build_model=lambda saved: starting_model(config, architecture) if saved is None else InterBertForPreTraining(saved),
         build_step=lambda model: PretrainingStep(model, weights),
-        flops=lambda batch: _forward_flops(architecture, batch),
+        flops=_forward_flops,
         vocabulary=(config.output / "vocab.txt").read_bytes(),
         lowercase=config.data.lowercase,
         digests=sources.digests,
@@ -56,20 +60,29 @@ def _forward_flops(config: InterBertConfig, batch: PretrainBatch) -> int:
     return forward_flops(config, counts)
 
 
-def _model(config: RunConfig, settings: InterBertConfig) -> InterBertForPreTraining:
-    """The model with the weights of ``model.start_from``, or fresh ones."""
-    if config.model.start_from is None:
+def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertForPreTraining:
+    """The model with the weights of ``model.start_from``, or fresh ones.
+
+    A start brings its architecture; dropouts are the run's. ``UsageError`` where the data, or a size that [model] states, contradicts it.
+    """
+    start = config.model.start_from
+    if start is None:
         return InterBertForPreTraining(settings)
-    model = InterBertForPreTraining.from_pretrained(config.model.start_from)
+    transformers_logging.disable_progress_bar()
+    found = InterBertConfig.from_pretrained(start)
+    stated = [field.name for field in dataclasses.fields(ModelSettings) if getattr(config.model, field.name) != field.default]
+    of_the_data = ["vocab_size", "region_feature_size", "num_region_classes"]
+    changeable = ("start_from", "gradient_checkpointing", *DROPOUTS)
     unlike = [
-        name
-        for name in ("vocab_size", "hidden_size", "region_feature_size", "num_region_classes")
-        if getattr(model.config, name) != getattr(settings, name)
+        f"{name} ({getattr(found, name)}, not {getattr(settings, name)})"
+        for name in dict.fromkeys(of_the_data + stated)
+        if name not in changeable and getattr(found, name) != getattr(settings, name)
     ]
     if unlike:
-        raise UsageError(f"model.start_from {config.model.start_from} differs from this run in {', '.join(unlike)}")
-    model.config.max_regions, model.config.max_text_tokens = settings.max_regions, settings.max_text_tokens
-    return model
+        raise UsageError(f"model.start_from {start} differs from this run in {', '.join(unlike)}")
+    for name in (*DROPOUTS, "max_regions", "max_text_tokens"):
+        setattr(found, name, getattr(settings, name))
+    return InterBertForPreTraining.from_pretrained(start, config=found)
 
 
 def _validate(config: RunConfig, sources: Sources, job: Job, trained: Any, world: engine.World) -> dict[str, float]:
