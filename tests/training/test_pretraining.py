@@ -24,9 +24,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(start: Path, **changes: object) -> RunConfig:
+    """A tiny run that starts from ``start`` and states no size of the model but those in ``changes``."""
     given = settings(Path("p"), Path("s"), Path("o"), model__start_from=start, **changes)
-    without_sizes = [i for i, token in enumerate(given) if token.startswith("--model.") and token[8:] in TINY and f"model__{token[8:]}" not in changes]
-    return load_config(None, [token for i, token in enumerate(given) if i not in without_sizes and i - 1 not in without_sizes])
+    pairs = [(given[i], given[i + 1]) for i in range(0, len(given), 2)]
+    kept = [pair for pair in pairs if pair[0].removeprefix("--model.") not in TINY or f"model__{pair[0][8:]}" in changes]
+    return load_config(None, [token for pair in kept for token in pair])
 
 
 def test_architecture_and_weights_are_the_start_s_and_dropouts_the_run_s(start: Path) -> None:
