@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megainter.model.interbert import (
         InterBertModel as InterBertModel,
     )
+    from megainter.model.processor import InterBertProcessor as InterBertProcessor
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOMES = {
     "InterBertForRetrieval": "megainter.model.interbert",
     "InterBertForMultipleChoice": "megainter.model.interbert",
     "InterBertForSequenceClassification": "megainter.model.interbert",
+    "InterBertProcessor": "megainter.model.processor",
 }
 __all__ = ["__version__", *_HOMES]
 

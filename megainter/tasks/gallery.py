@@ -8,12 +8,14 @@ import torch
 from numpy.typing import NDArray
 
 from megainter.data.batch import drop_missing
-from megainter.data.feature_store import FeatureStore, RegionRecord
+from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, read_pairs
+from megainter.data.regions import GLOBAL_LOCATION, region_rows
 from megainter.data.text import Vocabulary
 from megainter.errors import UsageError
 
-GLOBAL_LOCATION = (0.0, 0.0, 1.0, 1.0, 1.0)
+__all__ = ["GLOBAL_LOCATION", "Gallery", "Tokens", "read_gallery", "region_rows", "tokenize"]
+
 CAPTIONS_PER_ENCODING = 16_384
 
 
@@ -92,25 +94,3 @@ def tokenize(captions: list[str], vocabulary: Vocabulary, max_tokens: int) -> To
         encoded = vocabulary.encode(captions[start : start + CAPTIONS_PER_ENCODING], max_tokens - 2)
         parts += [vocabulary.with_specials(ids).astype(np.int32) for ids in encoded]
     return Tokens(np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64))
-
-
-def region_rows(records: list[RegionRecord], max_regions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Regions of several images end to end: float16 features [Nr, F], float32 locations [Nr, 5], int64 counts [I].
-
-    At most ``max_regions`` of each image, the first ones, after its global region: the mean of these regions, over the whole image.
-    """
-    features, locations = [], []
-    for record in records:
-        kept = record.features[:max_regions]
-        features += [kept.mean(0, keepdims=True, dtype=np.float32).astype(np.float16), kept]
-        locations += [np.array([GLOBAL_LOCATION], dtype=np.float32), _locations(record, max_regions)]
-    lengths = torch.tensor([min(len(record), max_regions) + 1 for record in records])
-    return torch.from_numpy(np.concatenate(features)), torch.from_numpy(np.concatenate(locations)), lengths
-
-
-def _locations(record: RegionRecord, max_regions: int) -> NDArray[np.float32]:
-    """x1/W, y1/H, x2/W, y2/H and the share of the image's area, float32 [n, 5]."""
-    size = np.array([record.width, record.height] * 2, dtype=np.float32)
-    boxes = record.boxes[:max_regions] / size
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return np.concatenate([boxes, areas[:, None]], axis=1)

@@ -1,0 +1,137 @@
+"""Texts and images' regions as the model's inputs, packed or padded, by what a model's folder says: for scoring from Python."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
+
+from megainter.data.record import RegionRecord
+from megainter.data.regions import region_rows
+from megainter.data.text import Vocabulary, load_vocabulary
+from megainter.errors import UsageError
+from megainter.files import read_json, write_atomically, write_json
+from megainter.model.configuration import InterBertConfig
+from megainter.model.packing import PackedInputs
+
+SETTINGS = "processor_config.json"
+USUAL_LENGTH = 36  # tokens and regions, where nothing says what the model was trained with
+
+
+@dataclass(frozen=True)
+class InterBertProcessor:
+    """What turns texts and records into inputs.
+
+    Texts are cut to ``max_text_tokens`` tokens, [CLS] and [SEP] included; of a record the first ``max_regions`` regions are taken, after
+    the global region. ``region_feature_size`` is what the model takes.
+    """
+
+    vocabulary: Vocabulary
+    region_feature_size: int
+    max_text_tokens: int = USUAL_LENGTH
+    max_regions: int = USUAL_LENGTH
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, max_text_tokens: int | None = None, max_regions: int | None = None
+    ) -> "InterBertProcessor":
+        """The processor of a model's folder: its vocab.txt, its casing (tokenizer_config.json), and lengths.
+
+        Lengths: those given, else what ``save_pretrained`` wrote, else what the model was trained with (config.json), else 36.
+        ``UsageError`` where the folder lacks one of these files, or they do not fit each other.
+        """
+        folder = Path(folder)
+        try:
+            config = InterBertConfig.from_json_file(folder / "config.json")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder} is no folder of an InterBERT: config.json: {str(error).splitlines()[0]}") from None
+        lowercase = read_json(folder / "tokenizer_config.json").get("do_lower_case")
+        if not isinstance(lowercase, bool):
+            raise UsageError(f"{folder}/tokenizer_config.json has no do_lower_case; write true or false, as in training")
+        saved = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+        tokens = _length("max_text_tokens", 3, config.max_position_embeddings, max_text_tokens, saved, config)
+        regions = _length("max_regions", 1, None, max_regions, saved, config)
+        return cls(load_vocabulary(folder, lowercase), config.region_feature_size, tokens, regions)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write vocab.txt, tokenizer_config.json and processor_config.json into a model's folder; ``from_pretrained`` reads them there."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stated = folder / "tokenizer_config.json"
+        tokenizer = (read_json(stated) if stated.is_file() else {}) | {
+            "do_lower_case": self.vocabulary.lowercase,
+            "tokenizer_class": "BertTokenizer",
+        }
+        write_atomically(folder / "vocab.txt", "\n".join(self.vocabulary.ids) + "\n")
+        write_json(stated, tokenizer)
+        lengths = {"max_text_tokens": self.max_text_tokens, "max_regions": self.max_regions}
+        write_json(folder / SETTINGS, {"processor_class": type(self).__name__} | lengths)
+
+    def pack(self, texts: Sequence[str] | None, records: Sequence[RegionRecord] | None) -> PackedInputs:
+        """Texts and records row by row as the model's packed inputs; either may be None. ``UsageError`` where they do not fit."""
+        if texts is None and records is None:
+            raise UsageError("give texts, records, or both")
+        if texts is not None and records is not None and len(texts) != len(records):
+            raise UsageError(f"{len(texts)} texts and {len(records)} records do not go together row by row")
+        count = len(texts) if texts is not None else len(records)  # type: ignore[arg-type]
+        ids, text_lengths = self._tokens(texts) if texts else (torch.zeros(0, dtype=torch.int64), _none(count))
+        if records:
+            features, locations, region_lengths = self._regions(records)
+        else:
+            features, locations, region_lengths = torch.zeros(0, self.region_feature_size), torch.zeros(0, 5), _none(count)
+        return PackedInputs(ids, torch.zeros_like(ids), text_lengths, features, locations, region_lengths)
+
+    def __call__(self, texts: Sequence[str] | None = None, records: Sequence[RegionRecord] | None = None) -> BatchFeature:
+        """Texts and records row by row as padded tensors, by the names of the models' ``forward``: ``model(**processor(texts, records))``.
+
+        ``input_ids``, ``attention_mask``, ``token_type_ids`` int64 [B, T]; ``region_features`` [B, R, F] as stored, ``region_locations``
+        float32 [B, R, 5], ``region_mask`` int64 [B, R], row 0 the global region. What is not given is left out.
+        """
+        packed = self.pack(texts, records)
+        padded: dict[str, torch.Tensor] = {}
+        if texts is not None:
+            mask = _mask(packed.text_lengths)
+            padded |= {"input_ids": _padded(packed.input_ids, packed.text_lengths, self.vocabulary.facts.pad_id), "attention_mask": mask}
+            padded["token_type_ids"] = torch.zeros_like(mask)
+        if records is not None:
+            lengths = packed.region_lengths
+            padded |= {"region_features": _padded(packed.region_features, lengths), "region_mask": _mask(lengths)}
+            padded["region_locations"] = _padded(packed.region_locations, lengths)
+        return BatchFeature(padded)
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [self.vocabulary.with_specials(ids) for ids in self.vocabulary.encode(list(texts), self.max_text_tokens - 2)]
+        return torch.from_numpy(np.concatenate(parts)), torch.tensor([len(part) for part in parts])
+
+    def _regions(self, records: Sequence[RegionRecord]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        for width in {record.features.shape[1] for record in records} - {self.region_feature_size}:
+            raise UsageError(f"a record has {width}-d features, and the model takes {self.region_feature_size}-d ones: another detector's")
+        return region_rows(records, self.max_regions)
+
+
+def _length(name: str, least: int, most: int | None, given: int | None, saved: dict[str, Any], config: InterBertConfig) -> int:
+    """The first of: given, saved with the processor, stated by the model, usual; ``UsageError`` where it is out of bounds."""
+    value = next(value for value in (given, saved.get(name), getattr(config, name), USUAL_LENGTH) if value is not None)
+    if not isinstance(value, int) or value < least or (most is not None and value > most):
+        raise UsageError(f"{name} is {value!r}; this model takes {least} to {most or 'any number'}")
+    return value
+
+
+def _none(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int64)
+
+
+def _padded(rows: torch.Tensor, lengths: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+    """Packed rows [N, ...] -> [B, longest, ...]."""
+    if not len(lengths):
+        return rows.new_zeros(0, 0, *rows.shape[1:])
+    return pad_sequence(list(rows.split(lengths.tolist())), batch_first=True, padding_value=value)
+
+
+def _mask(lengths: torch.Tensor) -> torch.Tensor:
+    longest = int(lengths.max()) if len(lengths) else 0
+    return (torch.arange(longest) < lengths[:, None]).long()

@@ -1,0 +1,138 @@
+"""Scores from Python: the processor of a model's folder, and the same scores as `evaluate retrieval` and as the padded door."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from megainter import InterBertForRetrieval, InterBertProcessor
+from megainter.data.feature_store import FeatureStore
+from megainter.data.manifest import Pairs, read_pairs
+from megainter.data.record import RegionRecord
+from megainter.errors import UsageError
+from megainter.tasks.retrieval import evaluate
+from tests.synthetic import FEATURE_SIZE, write_data
+from tests.tasks.test_retrieval import write_model
+
+
+class Data:
+    def __init__(self, folder: Path) -> None:
+        self.pairs_path, self.store_path = write_data(folder, images=13)
+        self.folder = write_model(folder / "model", self.pairs_path)
+        self.pairs: Pairs = read_pairs(self.pairs_path)
+        store = FeatureStore(self.store_path)
+        self.records = [store[image_id] for image_id in self.pairs.image_ids]
+        self.texts: list[str] = self.pairs.table.column("caption").to_pylist()
+        self.model = InterBertForRetrieval.from_pretrained(self.folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return Data(tmp_path_factory.mktemp("processor"))
+
+
+def test_scores_are_those_of_evaluate_retrieval(data: Data, tmp_path: Path) -> None:
+    paths = (data.folder, data.pairs_path, data.store_path)
+    evaluate(*paths, output=tmp_path / "o.json", split=None, max_regions=4, max_text_tokens=7, scores=tmp_path / "s.parquet")
+    wanted = np.array(pq.read_table(tmp_path / "s.parquet").column("scores").to_pylist(), dtype=np.float32)
+    processor = InterBertProcessor.from_pretrained(data.folder, max_text_tokens=7, max_regions=4)
+    texts = [text for text in data.texts for _ in data.records]
+    found = data.model.score(texts, data.records * len(data.texts), processor, batch_pairs=50).view(len(data.texts), -1)
+    assert found.dtype == torch.float32
+    assert wanted.std() > 0.05
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
+
+
+def test_the_processor_of_the_models_folder_is_the_usual_one(data: Data) -> None:
+    texts, records = data.texts[:13], data.records
+    processor = InterBertProcessor.from_pretrained(data.folder)
+    assert (processor.max_text_tokens, processor.max_regions) == (36, 36)
+    assert torch.equal(data.model.score(texts, records), data.model.score(texts, records, processor))
+
+
+def test_one_text_against_many_images_and_the_other_way_round(data: Data) -> None:
+    of_text = data.model.score(data.texts[3], data.records)
+    of_image = data.model.score(data.texts, data.records[5])
+    assert of_text.shape == (13,)
+    assert of_image.shape == (26,)
+    assert float(of_text[5]) == pytest.approx(float(of_image[3]), abs=1e-5)
+    assert float(data.model.score(data.texts[3], data.records[5])) == pytest.approx(float(of_text[5]), abs=1e-5)
+    assert data.model.score([], []).shape == data.model.score("a text", []).shape == (0,)
+
+
+@pytest.mark.parametrize("batch_pairs", [1, 4, 1000])
+def test_the_batch_size_changes_nothing(data: Data, batch_pairs: int) -> None:
+    texts, records = data.texts, data.records * 2
+    found = data.model.score(texts, records, batch_pairs=batch_pairs)
+    torch.testing.assert_close(found, data.model.score(texts, records), atol=1e-5, rtol=0)
+
+
+def test_padded_tensors_go_through_forward_and_give_the_same(data: Data) -> None:
+    processor = InterBertProcessor.from_pretrained(data.folder)
+    texts, records = data.texts[:13], data.records
+    inputs = processor(texts, records)
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == inputs["token_type_ids"].shape
+    assert inputs["region_features"].shape[:2] == inputs["region_mask"].shape
+    assert not inputs["region_mask"].all()
+    with torch.no_grad():
+        logits = data.model(**inputs).logits
+    torch.testing.assert_close(logits[:, 0] - logits[:, 1], data.model.score(texts, records), atol=1e-5, rtol=0)
+
+
+def test_texts_alone_and_regions_alone(data: Data) -> None:
+    processor = InterBertProcessor.from_pretrained(data.folder)
+    assert set(processor(texts=["red", "green and blue"])) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert set(processor(records=data.records[:2])) == {"region_features", "region_locations", "region_mask"}
+    for inputs in (processor(texts=data.texts[:3]), processor(records=data.records[:3])):
+        with torch.no_grad():
+            assert torch.isfinite(data.model(**inputs).logits).all()
+    packed = processor.pack(None, data.records[:3])
+    assert packed.text_lengths.tolist() == [0, 0, 0]
+    assert len(packed.region_features) == int(packed.region_lengths.sum())
+
+
+def test_a_long_text_and_an_image_without_regions(data: Data) -> None:
+    processor = InterBertProcessor.from_pretrained(data.folder, max_text_tokens=6)
+    assert int(processor.pack(["red " * 500, ""], None).text_lengths.max()) == 6
+    none = RegionRecord(np.zeros((0, 4), np.float32), np.zeros((0, FEATURE_SIZE), np.float16), np.zeros((0, 8), np.float32), 10, 10)
+    assert torch.isfinite(data.model.score(["red " * 500, ""], [none, data.records[0]], processor)).all()
+
+
+def test_saved_beside_a_model_and_read_again(data: Data, tmp_path: Path) -> None:
+    processor = InterBertProcessor.from_pretrained(data.folder, max_text_tokens=9, max_regions=5)
+    data.model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"model_max_length": 40}')
+    processor.save_pretrained(tmp_path / "m")
+    again = InterBertProcessor.from_pretrained(tmp_path / "m")
+    assert (again.max_text_tokens, again.max_regions, again.vocabulary.digest) == (9, 5, processor.vocabulary.digest)
+    assert json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())["model_max_length"] == 40
+    model = InterBertForRetrieval.from_pretrained(tmp_path / "m")
+    assert torch.equal(model.score(data.texts[:13], data.records), data.model.score(data.texts[:13], data.records, processor))
+
+
+def test_what_does_not_fit_is_one_line(data: Data, tmp_path: Path) -> None:
+    processor = InterBertProcessor.from_pretrained(data.folder)
+    with pytest.raises(UsageError, match="2 texts and 13 records"):
+        data.model.score(data.texts[:2], data.records)
+    wide = RegionRecord(np.zeros((1, 4), np.float32), np.zeros((1, 9), np.float16), np.zeros((1, 8), np.float32), 10, 10)
+    with pytest.raises(UsageError, match="has 9-d features, and the model takes 16-d"):
+        data.model.score("red", [data.records[0], wide])
+    with pytest.raises(UsageError, match="batch_pairs is 0"):
+        data.model.score("red", data.records[0], batch_pairs=0)
+    with pytest.raises(UsageError, match="give texts, records, or both"):
+        processor()
+    with pytest.raises(UsageError, match="max_text_tokens is 41; this model takes 3 to 40"):
+        InterBertProcessor.from_pretrained(data.folder, max_text_tokens=41)
+    with pytest.raises(UsageError, match="max_regions is 0"):
+        InterBertProcessor.from_pretrained(data.folder, max_regions=0)
+    with pytest.raises(UsageError, match="is no folder of an InterBERT"):
+        InterBertProcessor.from_pretrained(tmp_path)
+    fresh = InterBertForRetrieval(data.model.config)
+    fresh.name_or_path = ""
+    with pytest.raises(UsageError, match="did not come from a folder"):
+        fresh.eval().score("red", data.records[0])
+    with pytest.raises(UsageError, match="training mode"):
+        fresh.train().score("red", data.records[0], processor)
