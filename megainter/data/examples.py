@@ -212,7 +212,8 @@ def _images_of(path: Path, table: pa.Table) -> int:
 
 
 def _example(row: dict[str, Any]) -> Example:
-    return Example(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Example(**values)
 
 
 def _digest(table: pa.Table, task: TaskFacts) -> str:

@@ -23,9 +23,9 @@ from megainter.files import read_json, require_file_place, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForSequenceClassification
 from megainter.progress import Progress
-from megainter.tasks.classification_batches import EncodedExamples, encode_examples, fixed_batches
+from megainter.tasks.classification_batches import EncodedExamples, encode_examples, fixed_batches, with_regions
+from megainter.tasks.classification_head import PROBLEM_TYPES, outcome
 from megainter.tasks.classification_metrics import by_kind, figures, right
-from megainter.tasks.classification_training import PROBLEM_TYPES, outcome, with_regions
 from megainter.tasks.retrieval import USUAL_LENGTH, choose_devices, model_digest, read_config
 from megainter.tasks.score_file import ScoreFile, open_score_file
 from megainter.tasks.scoring import DTYPES, load_model, score_chunks

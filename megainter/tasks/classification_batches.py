@@ -3,7 +3,9 @@
 Shape letters: E examples, S samples (as many, or twice as many where an example has two images), K classes.
 """
 
+import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,10 +17,12 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.masking import VocabularyFacts
 from megainter.data.order import Int64s, permuted, share_out
 from megainter.data.text import Vocabulary
+from megainter.errors import TooManyBadInputsError
 from megainter.model.packing import PackedInputs
 from megainter.tasks.classification_metrics import Labels, labels_of
 from megainter.tasks.gallery import region_rows
 
+log = logging.getLogger("megainter")
 TEXTS_PER_ENCODING = 16_384
 
 
@@ -196,3 +200,19 @@ def fixed_batches(examples: EncodedExamples, size: int) -> list[Int64s]:
     """All examples in batches of ``size``, by length against padding: the same cut for any number of processes."""
     order = np.argsort(examples.lengths(), kind="stable")
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def with_regions(examples: Examples, store: FeatureStore, limit: float, where: Path) -> Examples:
+    """Examples all of whose images have regions; ``TooManyBadInputsError`` where more than ``limit`` have not."""
+    images = examples.column("images")
+    missing = (store.find([image for row in images for image in row]) < 0).reshape(len(images), -1)
+    lacking = missing.any(axis=1)
+    if not lacking.any():
+        return examples
+    row = int(lacking.argmax())
+    first = images[row][int(missing[row].argmax())]
+    told = f"{where}: {int(lacking.sum()):,} of {len(images):,} examples have images without regions in {store.path}, first {first!r}"
+    if lacking.sum() > limit * len(images):
+        raise TooManyBadInputsError(f"{told}: extract these images, or allow more with max_missing")
+    log.warning("%s: left out", told)
+    return examples.take(np.flatnonzero(~lacking))

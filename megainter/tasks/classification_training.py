@@ -30,22 +30,24 @@ from megainter.config import (
 from megainter.data.examples import Examples, TaskFacts, has_examples, read_examples
 from megainter.data.feature_store import FeatureStore
 from megainter.data.order import Int64s
-from megainter.errors import TooManyBadInputsError, UsageError
+from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForSequenceClassification, classification_losses
-from megainter.tasks.classification_batches import ClassificationStream, EncodedExamples, LabelledBatch, encode_examples, fixed_batches
+from megainter.tasks.classification_batches import (
+    ClassificationStream,
+    EncodedExamples,
+    LabelledBatch,
+    encode_examples,
+    fixed_batches,
+    with_regions,
+)
+from megainter.tasks.classification_head import describe_classifier, outcome
 from megainter.tasks.classification_metrics import LARGER_IS_BETTER, figures
 from megainter.tasks.finetuning import Start, finetune_job, inputs_flops, open_start
 from megainter.tasks.retrieval import USUAL_LENGTH
 from megainter.training import engine
 from megainter.training.collective import summed
 from megainter.training.job import Job
-from megainter.training.loop import log
-
-# In the words of transformers, where a model's configuration says what its logits mean.
-PROBLEM_TYPES = {
-    "single_label": "single_label_classification", "multi_label": "multi_label_classification", "regression": "regression",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -177,14 +179,6 @@ def task_job(
     )
 
 
-def describe_classifier(config: InterBertConfig, task: TaskFacts, images: int) -> None:
-    """Write into a model's configuration what its logits mean and how many images an example has."""
-    names = dict(enumerate(task.classes or ("value",)))
-    config.id2label, config.label2id = names, {name: number for number, name in names.items()}
-    config.problem_type = PROBLEM_TYPES[task.problem]  # type: ignore[assignment]
-    config.num_images = images
-
-
 def _examples(
     path: Path, split: str, store_path: Path | None, max_missing: float, section: str
 ) -> tuple[Examples, FeatureStore | None]:  # fmt: skip
@@ -198,22 +192,6 @@ def _examples(
         raise UsageError(f"the examples of {path} have images; give their regions as {section}.store")
     store = FeatureStore(store_path)
     return with_regions(examples, store, max_missing, path), store
-
-
-def with_regions(examples: Examples, store: FeatureStore, limit: float, where: Path) -> Examples:
-    """Examples all of whose images have regions; ``TooManyBadInputsError`` where more than ``limit`` have not."""
-    images = examples.column("images")
-    missing = (store.find([image for row in images for image in row]) < 0).reshape(len(images), -1)
-    lacking = missing.any(axis=1)
-    if not lacking.any():
-        return examples
-    row = int(lacking.argmax())
-    first = images[row][int(missing[row].argmax())]
-    told = f"{where}: {int(lacking.sum()):,} of {len(images):,} examples have images without regions in {store.path}, first {first!r}"
-    if lacking.sum() > limit * len(images):
-        raise TooManyBadInputsError(f"{told}: extract these images, or allow more with max_missing")
-    log.warning("%s: left out", told)
-    return examples.take(np.flatnonzero(~lacking))
 
 
 def _validation(
@@ -288,18 +266,6 @@ def _right(logits_EK: Tensor, labels: Tensor) -> Tensor:
     if labels.dtype == torch.int64:
         return (logits_EK.argmax(1) == labels).sum().float()
     return ((logits_EK[:, 0] - labels).abs() < 0.5).sum().float()
-
-
-def outcome(logits_EK: Tensor, labels: Tensor, config: Any) -> NDArray[np.float64]:
-    """What is kept of the logits of E examples, [3, E]: the prediction (class or value), its probability (1 for values), the loss."""
-    logits_EK = logits_EK.float()
-    losses = classification_losses(logits_EK, labels, config)
-    if config.problem_type == PROBLEM_TYPES["regression"]:
-        values = logits_EK[:, 0]
-        return torch.stack([values, torch.ones_like(values), losses]).double().cpu().numpy()
-    multi = config.problem_type == PROBLEM_TYPES["multi_label"]
-    chance, number = (logits_EK.sigmoid() if multi else logits_EK.softmax(1)).max(1)
-    return torch.stack([number.float(), chance, losses]).double().cpu().numpy()
 
 
 def _validate(examples: EncodedExamples, size: int) -> Callable[[Any, engine.World], dict[str, float]]:
