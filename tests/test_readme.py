@@ -14,10 +14,10 @@ from tests.synthetic import environment
 
 ROOT = Path(__file__).parents[1]
 # The shipped recipes are for real runs: a test keeps their settings and makes the model small and the run short.
+SHORT = "--training.steps 2 --training.global_batch 8 --training.micro_batch 4 --data.workers 0 --engine.precision fp32"
 SMALL = (
-    "--training.steps 2 --training.global_batch 8 --training.micro_batch 4 --data.workers 0 --engine.precision fp32 --model.hidden_size 32 "
-    "--model.num_attention_heads 4 --model.intermediate_size 32 --model.num_interaction_layers 1 --model.num_text_layers 1 "
-    "--model.num_region_layers 1"
+    f"{SHORT} --model.hidden_size 32 --model.num_attention_heads 4 --model.intermediate_size 32 --model.num_interaction_layers 1 "
+    "--model.num_text_layers 1 --model.num_region_layers 1"
 )
 
 
@@ -34,7 +34,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files.images.rename(folder / "photos")
     shutil.copy(ROOT / "preprocessing" / "assets" / "demo_detector.safetensors", folder / "detector.safetensors")
     for command in "\n".join(blocks("sh")).strip().splitlines():
-        words = command + (f" {SMALL}" if " pretrain " in command else "")
+        words = command + (f" {SMALL}" if " pretrain " in command else f" {SHORT}" if " finetune " in command else "")
         bin_folder = Path(sys.executable).parent
         done = subprocess.run(
             words, shell=True, cwd=folder, capture_output=True, text=True, check=False, timeout=300,
