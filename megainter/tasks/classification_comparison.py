@@ -129,7 +129,8 @@ def _bert_job(config: ClassificationConfig, bert: Path, world: engine.World) -> 
     settings = bert_settings(bert / "config.json", bert)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         settings[name] = getattr(task.start.config, name)
-    settings |= {"num_labels": task.start.config.num_labels, "classifier_dropout": None, "attn_implementation": "sdpa"}
+    settings |= {"num_labels": task.start.config.num_labels, "classifier_dropout": None}
+    settings["attn_implementation"] = "sdpa" if world.device.type == "cuda" else "eager"  # eager is faster on CPU at these lengths
     task.start.config.bert = settings  # type: ignore[attr-defined]
     return task_job(config, task, world, lambda saved: _bert_model(saved or task.start.config, bert, fresh=saved is None))
 

@@ -135,7 +135,7 @@ class OpenTask:
 def open_task(config: ClassificationConfig) -> OpenTask:
     """Read and encode everything. ``UsageError`` where files, labels, model or settings do not fit each other."""
     data = config.data
-    examples, store = _examples(data.examples, data.split, data.store, data.max_missing, "data")
+    examples, store = _with_store(read_examples(data.examples, data.split), data.examples, data.store, data.max_missing, "data")
     start = open_start(config.model, data.max_text_tokens, data.max_regions, store.schema.feature_size if store is not None else None)
     if examples.images:
         start.config.max_regions = start.config.max_regions or USUAL_LENGTH
@@ -145,7 +145,7 @@ def open_task(config: ClassificationConfig) -> OpenTask:
     training = _encoded(examples, start, store, examples.task.classes)
     require_labels(training, f"{data.examples}, split {data.split!r}")
     held_out = _validation(config, examples, store)
-    validation = _encoded(*_with_start(held_out, start), examples.task.classes) if held_out is not None else None
+    validation = _encoded(held_out[0], start, held_out[1], examples.task.classes) if held_out is not None else None
     if validation is not None:
         require_labels(validation, f"the validation split {config.validation.split!r}")
     digests = {"examples": examples.digest, "vocabulary": start.vocabulary.digest}
@@ -179,11 +179,10 @@ def task_job(
     )
 
 
-def _examples(
-    path: Path, split: str, store_path: Path | None, max_missing: float, section: str
+def _with_store(
+    examples: Examples, path: Path, store_path: Path | None, max_missing: float, section: str
 ) -> tuple[Examples, FeatureStore | None]:  # fmt: skip
-    """Examples of a split whose images have regions, and their store."""
-    examples = read_examples(path, split)
+    """Those examples whose images have regions, and their store; texts alone need none."""
     if not examples.images:
         if store_path is not None:
             raise UsageError(f"the examples of {path} have no images; leave {section}.store out")
@@ -201,19 +200,16 @@ def _validation(
     wanted, path = config.validation, config.validation.examples or config.data.examples
     if wanted.examples is None and not has_examples(path, wanted.split):
         return None
-    store_path = wanted.store or config.data.store
-    held_out, own = _examples(path, wanted.split, store_path, config.data.max_missing, "validation")
+    held_out = read_examples(path, wanted.split)
     if (held_out.task.problem, held_out.images) != (examples.task.problem, examples.images):
         what = f"{held_out.task.problem} with {held_out.images} images"
         raise UsageError(f"{path} is for {what}, the training data for {examples.task.problem} with {examples.images}")
+    store_path = wanted.store or config.data.store
+    held_out, own = _with_store(held_out, path, store_path, config.data.max_missing, "validation")
     if own is not None and store is not None and own.schema.feature_size != store.schema.feature_size:
         sizes = f"{own.schema.feature_size}-d features, data.store {store.schema.feature_size}-d"
         raise UsageError(f"validation.store {store_path} has {sizes}")
     return held_out, own
-
-
-def _with_start(held_out: tuple[Examples, FeatureStore | None], start: Start) -> tuple[Examples, Start, FeatureStore | None]:
-    return held_out[0], start, held_out[1]
 
 
 def _encoded(examples: Examples, start: Start, store: FeatureStore | None, classes: tuple[str, ...]) -> EncodedExamples:
