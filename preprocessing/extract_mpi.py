@@ -5,6 +5,7 @@ process) is named after a minute. What any of them committed stays, and the next
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -155,6 +156,7 @@ def _serve(link: RankLink, place: int) -> int:
     with suppress(EOFError):
         job = link.recv()
         work(link, replace(job, device=_device(job.device, place), parent=os.getppid()))  # it ends with mpirun's daemon on this host
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left that it could keep
         while True:
             link.recv()
     ended.set()

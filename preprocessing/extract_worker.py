@@ -102,8 +102,13 @@ def work(link: Link, job: Job) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     silence_pillow()
     torch.set_num_threads(1)
+    try:
+        message = _work(link, job)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    except _Terminated:  # after the shard was closed
+        message = ("stopped",)
     with suppress(BrokenPipeError):  # the parent is gone; nobody is left to tell
-        link.send(_work(link, job))
+        link.send(message)
 
 
 def _work(link: Link, job: Job) -> tuple[Any, ...]:

@@ -163,6 +163,38 @@ def test_a_worker_that_dies_is_told_and_the_others_end(folder: Path, tmp_path: P
     assert not Path(f"/proc/{workers[1]}").exists()
 
 
+WAITING_RANK = """
+    import signal, sys, time
+    sys.path.insert(0, {root!r})
+    from pathlib import Path
+    from preprocessing import extract_mpi, extract_worker
+
+    class Link:
+        received = 0
+        def send(self, message): pass
+        def recv(self):
+            self.received += 1
+            if self.received > 1:
+                print("waiting", flush=True)
+                time.sleep(60)
+            return extract_worker.Job(0, Path(), Path(), None, Path(), "cpu", "fp32", {{}}, 0)
+
+    extract_mpi.work = lambda link, job: signal.signal(signal.SIGTERM, extract_worker._terminate)
+    extract_mpi._serve(Link(), 0)
+"""
+
+
+def test_a_rank_that_has_worked_and_waits_for_the_end_dies_of_sigterm_in_silence() -> None:
+    """mpirun sends it where another rank died."""
+    script = textwrap.dedent(WAITING_RANK.format(root=str(Path(__file__).parents[2])))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "waiting\n"
+        rank.terminate()
+        _, error = rank.communicate(timeout=30)
+    assert (rank.returncode, error) == (-signal.SIGTERM, "")
+
+
 def test_a_finished_run_has_nothing_left_to_do(folder: Path, finished: Extraction) -> None:
     before = (folder / "whole" / "store.json").stat().st_mtime_ns
     page = (folder / "images" / "page.jpg").rename(folder / "page.txt")
