@@ -1,8 +1,9 @@
-"""``python -m benchmarks.extract``: the Visual Genome detector on one 600 x 800 image, ours against a plain fp32 program, A B A B, medians.
+"""``python -m benchmarks.extract``: the Visual Genome detector on 600 x 800 images, ours against a plain fp32 program, A B A B, medians.
 
-Weights are drawn (no public ones are shipped), so boxes mean nothing, but the arithmetic is that of the real ones. Prints seconds, the
-agreement of features and of the 36 chosen boxes, a breakdown by stage with each one's share of what the matrix products could
-reach, and the peak memory of ours, measured in a process of its own (``--memory``).
+Weights are drawn (no public ones are shipped), so boxes mean nothing, but the arithmetic is that of the real ones. Prints seconds on one
+image, the agreement of features and of the 36 chosen boxes on each of several (``--photos`` takes them from a folder, otherwise they are
+composed), a breakdown by stage with each one's share of what the matrix products could reach, and the peak memory of ours, measured in
+a process of its own (``--memory``). ``--agreement`` prints the agreement alone.
 """
 
 import argparse
@@ -12,11 +13,13 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +29,12 @@ from torch import Tensor
 
 from benchmarks import plain_detector
 from benchmarks.pretrain import product_rate
-from megainter.data.record import encode
+from megainter.data.feature_store import FeatureStoreWriter, RegionRecord
 from preprocessing.detector import Detector, _record
+from preprocessing.images import load_image
 from preprocessing.selection import select_caffe
 from preprocessing.vg_model import build_vg_network
-from preprocessing.vg_regions import REGIONS_AT_ONCE, VgDetection
+from preprocessing.vg_regions import REGIONS_AT_ONCE, VgDetection, best_proposals, shifted_anchors
 from tests.preprocessing.vg_weights import FULL, drawn_state
 
 CONFIG = replace(FULL, proposals=300)
@@ -43,15 +47,21 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--memory", action="store_true")
+    options.add_argument("--agreement", action="store_true")
+    options.add_argument("--photos", type=Path)
+    options.add_argument("--count", type=int, default=12, help="images on which the agreement is measured")
     given = options.parse_args()
     state = drawn_state(CONFIG)
     if given.memory:
         # the weights stand in memory twice here, as drawn and as loaded: a worker that reads a file frees the first
-        ours(state, torch.bfloat16).extract(photo(), 36, 36)
+        ours(state, torch.bfloat16).extract(composed(0), 36, 36)
         print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
         return
-    half, full = ours(state, torch.bfloat16), ours(state, None)
-    image = photo()
+    half, images = ours(state, torch.bfloat16), pictures(given.photos, given.count)
+    if given.agreement:
+        print(json.dumps({"agreement": agreement(half, state, images)}, indent=2))
+        return
+    full, image = ours(state, None), images[0]
     pixels = half.inputs([image])[0].pixels
     programs: dict[str, Callable[[], Any]] = {
         "plain-fp32": lambda: plain(state, pixels),
@@ -66,15 +76,23 @@ def main() -> None:
         "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
         "input": list(pixels.shape), "seconds": seconds, "median_seconds": medians,
         "speedup": {name: medians["plain-fp32"] / medians[name] for name in ("ours-bf16", "ours-fp32")},
-        "agreement": agreement(half, state, image, pixels), "matrix_product_gflop_per_s": rates,
-        "breakdown_bf16": breakdown(half, image, rates), "selection_milliseconds": selection_milliseconds(),
-        "memory": json.loads(memory.stdout.splitlines()[-1]),
+        "matrix_product_gflop_per_s": rates, "breakdown_bf16": breakdown(half, image, rates),
+        "selection_milliseconds": selection_milliseconds(), "memory": json.loads(memory.stdout.splitlines()[-1]),
+        "agreement": agreement(half, state, images),
     }, indent=2))  # fmt: skip
 
 
-def photo() -> Image.Image:
+def pictures(folder: Path | None, count: int) -> list[Image.Image]:
+    """So many images of 640 x 480: spread over the photos of a folder in the order of their names, or composed."""
+    if folder is None:
+        return [composed(number) for number in range(count)]
+    paths = sorted(folder.glob("*.jpg"))
+    return [Image.open(path).convert("RGB").resize((640, 480)) for path in paths[:: max(1, len(paths) // count)][:count]]
+
+
+def composed(seed: int) -> Image.Image:
     """640 x 480 with shapes of many sizes, so that proposals differ."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     pixels = np.zeros((480, 640, 3), np.float32)
     for side in (4, 8, 16, 32, 64, 160):
         blocks = rng.random((-(-480 // side), -(-640 // side), 3), dtype=np.float32)
@@ -105,10 +123,22 @@ def alternated(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str,
     return seconds
 
 
-def agreement(half: Detector, state: dict[str, Tensor], image: Image.Image, pixels: Tensor) -> dict[str, float]:
-    """Cosine of the features of equal proposals, and the share of the plain program's 36 boxes that ours chose too."""
-    rows, boxes, features = plain(state, pixels)
+def agreement(half: Detector, state: dict[str, Tensor], images: list[Image.Image]) -> dict[str, Any]:
+    """Mean and worst over the images of what ``agreement_on`` measures."""
+    found = []
+    for image in images:
+        found.append(agreement_on(half, state, image))
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    shares = [one["same_boxes_of_36"] for one in found]
+    return {"images": len(found), "equal_proposals": min(one["equal_proposals"] / one["proposals"] for one in found),
+            "lowest_cosine": min(one["lowest_cosine"] for one in found), "same_boxes_mean": statistics.mean(shares),
+            "same_boxes_worst": min(shares), "same_boxes": [round(36 * share) for share in shares]}  # fmt: skip
+
+
+def agreement_on(half: Detector, state: dict[str, Tensor], image: Image.Image) -> dict[str, float]:
+    """Lowest cosine of the features of equal proposals, and the share of the plain program's 36 boxes that ours chose too."""
     inputs = half.inputs([image])
+    rows, boxes, features = plain(state, inputs[0].pixels)
     found = half.forward(inputs)[0]
     choice = half.choose(found, image, inputs[0], 36, 36, "caffe")
     distance = (boxes[:, None] - found.proposals[None]).abs().amax(2)
@@ -121,31 +151,50 @@ def agreement(half: Detector, state: dict[str, Tensor], image: Image.Image, pixe
     chosen = Counter(ours_of.get(row, -1) for row in choice.rows.tolist())
     shared = sum((chosen & Counter(twin[rows].tolist())).values())
     return {"proposals": len(boxes), "equal_proposals": int(same.sum()), "lowest_cosine": float(cosine.min()),
-            "mean_cosine": float(cosine.mean()), "same_boxes_of_36": shared / len(rows)}  # fmt: skip
+            "same_boxes_of_36": shared / len(rows)}  # fmt: skip
 
 
 @torch.inference_mode()
 def breakdown(detector: Detector, image: Image.Image, rates: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Seconds of each stage, and the share of the product rate that the arithmetic ones reach."""
+    """Seconds of each stage, and the share of the product rate that the arithmetic ones and the whole reach."""
     network, clock = detector.network, _Clock()
     assert isinstance(network, VgDetection)
-    inputs = clock("decode and resize", lambda: detector.inputs([image]))
+    with tempfile.TemporaryDirectory() as folder:
+        image.save(Path(folder, "image.jpg"))
+        clock("decode", lambda: load_image(Path(folder, "image.jpg"), draft=True))
+    inputs = clock("resize", lambda: detector.inputs([image]))
     maps = clock("backbone", lambda: network.maps(inputs))
-    clock("region proposals (convolutions)", lambda: network.network.rpn(maps[0]))
-    boxes = clock("region proposals (with NMS)", lambda: network.propose(maps, inputs))[0]
+    logits, deltas = clock("RPN", lambda: network.network.rpn(maps[0]))
+    anchors = shifted_anchors(network.network.cell_anchors, *maps[0].shape[-2:])
+    clock("NMS of proposals", lambda: best_proposals(logits[0], deltas[0], anchors, inputs[0], network.dialect, network.config))
+    boxes = network.propose(maps, inputs)[0]
     pooled = clock("RoIPool", lambda: [network.pool(maps[0], part) for part in boxes.split(REGIONS_AT_ONCE)])
     features = clock("res5", lambda: torch.cat([network.network.res5_mean(part) for part in pooled]))
     probs = clock("classes", lambda: network.network.class_probs(features))
-    clock("selection", lambda: select_caffe(boxes * 0.8, probs, 36, 36, 1.0))
+    clock("NMS of classes, selection", lambda: select_caffe(boxes * 0.8, probs, 36, 36, 1.0))
     found = detector.forward(inputs)[0]
     record = _record(image, found, detector.choose(found, image, inputs[0], 36, 36, "caffe"))
-    clock("record", lambda: encode("image", record, detector.schema()))
-    gflop = {"backbone": (BACKBONE_GFLOP, "fp32"), "region proposals (convolutions)": (RPN_GFLOP, "fp32"),
-             "res5": (REGION_GFLOP * len(boxes), "bf16")}  # fmt: skip
-    return {
-        name: {"seconds": spent} | ({"share_of_product_rate": gflop[name][0] / spent / rates[gflop[name][1]]} if name in gflop else {})
-        for name, spent in clock.seconds.items()
-    }
+    with tempfile.TemporaryDirectory() as folder, FeatureStoreWriter(Path(folder, "store"), detector.schema()) as writer:
+        clock("write", lambda: write_batch(writer, record))
+        clock.seconds["write"] /= writer.batch_records
+    return against_limits(clock.seconds, len(boxes), rates)
+
+
+def write_batch(writer: FeatureStoreWriter, record: RegionRecord) -> None:
+    """Store the record under new ids, as many as a transaction holds, and wait until they are on the disk."""
+    first = len(writer)
+    writer.add_all([(f"image-{first + number}", record) for number in range(writer.batch_records)])
+    writer.commit()
+
+
+def against_limits(seconds: dict[str, float], regions: int, rates: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Seconds of each stage and of the whole; of these and the arithmetic ones also the share of the speed that the product rate allows."""
+    gflop = {"backbone": (BACKBONE_GFLOP, "fp32"), "RPN": (RPN_GFLOP, "fp32"), "res5": (REGION_GFLOP * regions, "bf16")}
+    least = {name: amount / rates[kind] for name, (amount, kind) in gflop.items()}
+    rows = {name: {"seconds": spent} for name, spent in seconds.items()} | {"whole": {"seconds": sum(seconds.values())}}
+    for name, limit in (least | {"whole": sum(least.values())}).items():
+        rows[name]["share_of_limit"] = limit / rows[name]["seconds"]
+    return rows
 
 
 class _Clock:
