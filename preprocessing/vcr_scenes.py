@@ -79,7 +79,7 @@ def _where(rng: np.random.Generator, scene: Scene, item: int) -> SceneQuestion |
     order = [str(where) for where in rng.permutation(wrong)]
     order.sort(key=lambda where: where not in twins)  # places of objects of the same name first
     picked = [right, *order[: CHOICES - 1]]
-    answers = [[[item], "is", *where.split(), "."] for where in picked]
+    answers: list[Words] = [[[item], "is", *where.split(), "."] for where in picked]
     return _finished(rng, scene, item, ["Where", "is", [item], "?"], answers, any(where in twins for where in picked[1:]))
 
 

@@ -1,6 +1,6 @@
 """Visual commonsense reasoning (VCR): a question about an image, four answers, four rationales.
 
-``finetune`` trains a model, ``evaluate`` measures one: answers (Q->A), rationales given the right answer (QA->R), and both right
+`vcr_training.finetune` trains a model, ``evaluate`` measures one: answers (Q->A), rationales given the right answer (QA->R), and both right
 (Q->AR), joined by question id. Where labels are not public it writes the file that the leaderboard takes.
 """
 
@@ -20,7 +20,7 @@ from megainter.tasks.retrieval import check_model, choose_devices, model_digest,
 from megainter.tasks.score_file import ScoreFile, open_score_file
 from megainter.tasks.scoring import score_chunks
 from megainter.tasks.vcr_batches import Examples, Item, all_items, right_choices
-from megainter.tasks.vcr_examples import WordPieces, open_questions, open_stores
+from megainter.tasks.vcr_examples import MODES, WordPieces, open_questions, open_stores, read_facts
 from megainter.tasks.vcr_report import (
     BOTH,
     CHANCE,
@@ -33,11 +33,8 @@ from megainter.tasks.vcr_report import (
     write_submission,
 )
 from megainter.tasks.vcr_scoring import ChoiceWork
-from megainter.tasks.vcr_training import VcrConfig, finetune, read_facts
 
-__all__ = ["VcrConfig", "VcrReport", "evaluate", "finetune"]
-
-ASKED = {BOTH: (0, 1), "answer": (0,), "rationale": (1,)}
+ASKED = {BOTH: MODES["joint"], "answer": MODES["answer"], "rationale": MODES["rationale"]}
 
 
 def evaluate(

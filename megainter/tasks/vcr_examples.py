@@ -8,7 +8,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,15 @@ from megainter.data.feature_store import FeatureStore, RegionRecord
 from megainter.data.questions import Question, Questions, Tokens, read_questions
 from megainter.data.text import Vocabulary
 from megainter.errors import TooManyBadInputsError, UsageError
+from megainter.model.configuration import InterBertConfig
 from megainter.tasks.gallery import GLOBAL_LOCATION
 
 log = logging.getLogger("megainter")
 
 KINDS = ("answer", "rationale")
 ANSWER, RATIONALE = range(len(KINDS))
+MODES = {"joint": (ANSWER, RATIONALE), "answer": (ANSWER,), "rationale": (RATIONALE,)}  # what a model is trained for
+FACTS = "vcr"  # where the model's config.json says how it was fine-tuned
 SPECIAL_TOKENS = 3  # [CLS] A [SEP] B [SEP]
 PERSON = "person"
 _BETWEEN = "and"  # of two objects that are pointed at together
@@ -57,6 +60,15 @@ class ExampleSettings:
 
     def max_tokens(self, kind: int) -> int:
         return (self.max_answer_tokens, self.max_rationale_tokens)[kind]
+
+
+def read_facts(config: InterBertConfig, folder: Path) -> tuple[ExampleSettings, str, bool]:
+    """How a model was fine-tuned for VCR: settings, mode, and whether it sees annotated boxes; ``UsageError`` where it was not."""
+    facts = getattr(config, FACTS, None)
+    names = {field.name for field in fields(ExampleSettings)}
+    if not isinstance(facts, dict) or set(facts) != names | {"mode", "objects"} or facts["mode"] not in MODES:
+        raise UsageError(f"{folder} was not fine-tuned for VCR (config.json says nothing of {FACTS!r}); `megainter finetune vcr` does that")
+    return ExampleSettings(**{name: facts[name] for name in names}), facts["mode"], bool(facts["objects"])
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from megainter.config import (
 )
 from megainter.data.questions import Questions
 from megainter.errors import UsageError
-from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForMultipleChoice
 from megainter.tasks.finetuning import Start, finetune_job, inputs_flops, open_start
 from megainter.tasks.vcr_batches import ChoiceStep, ChoiceStream, Examples, Portions, all_items
 from megainter.tasks.vcr_examples import (
+    FACTS,
     KINDS,
+    MODES,
     ExampleSettings,
     Stores,
     WordPieces,
@@ -44,9 +45,6 @@ from megainter.tasks.vcr_report import BOTH, Judged, accuracies, is_right
 from megainter.training import engine
 from megainter.training.collective import summed
 from megainter.training.job import Job
-
-FACTS = "vcr"  # where the model's config.json says how it was fine-tuned
-MODES = {"joint": (0, 1), "answer": (0,), "rationale": (1,)}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -200,15 +198,6 @@ def _settings(config: VcrConfig) -> ExampleSettings:
     return ExampleSettings(
         data.max_answer_tokens, data.max_rationale_tokens, data.max_regions, data.max_objects or data.max_regions, config.model.tie_objects
     )
-
-
-def read_facts(config: InterBertConfig, folder: Path) -> tuple[ExampleSettings, str, bool]:
-    """How a model was fine-tuned for VCR: settings, mode, and whether it sees annotated boxes; ``UsageError`` where it was not."""
-    facts = getattr(config, FACTS, None)
-    names = {field.name for field in dataclasses.fields(ExampleSettings)}
-    if not isinstance(facts, dict) or set(facts) != names | {"mode", "objects"} or facts["mode"] not in MODES:
-        raise UsageError(f"{folder} was not fine-tuned for VCR (config.json says nothing of {FACTS!r}); `megainter finetune vcr` does that")
-    return ExampleSettings(**{name: facts[name] for name in names}), facts["mode"], bool(facts["objects"])
 
 
 def _examples(config: VcrConfig, start: Start, questions: Questions, stores: Stores) -> Examples:

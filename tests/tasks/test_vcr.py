@@ -22,6 +22,7 @@ from megainter.errors import NumericsError, UsageError
 from megainter.tasks import vcr
 from megainter.tasks.vcr import evaluate
 from megainter.tasks.vcr_training import VcrConfig
+from megainter.tasks.vcr_training import finetune as finetune_here
 from megainter.training.metrics import read_metrics
 from preprocessing.extract import extract
 from preprocessing.vcr import prepare_vcr
@@ -91,25 +92,33 @@ def test_more_processes_train_and_validate_alike(
     assert 0 < expected[0]["both_accuracy"] < 1
 
 
-def test_evaluation_gives_the_validations_figures_at_any_number_of_processes(
+def test_evaluation_gives_the_validations_figures(
     files: VcrFiles, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reports, tables = [], []
-    for processes in (1, 2, 3):
-        output = tmp_path / f"scores-{processes}.json"
-        arguments = {"objects_store": files.objects_store, "split": "val", "batch_questions": 5, "output": output}
-        reports.append(evaluate(run / "model", files.questions, files.store, processes=processes, **arguments))
-        tables.append(pq.read_table(tmp_path / f"scores-{processes}.probabilities.parquet"))
-    assert tables[0].equals(tables[1])
-    assert tables[0].equals(tables[2])
-    assert {report.processes for report in reports} == {1, 2, 3}
-    validated = figures(run)[1][-1]
-    for report in reports:
-        assert {f"{name}_accuracy": getattr(report, name) for name in ("answer", "rationale", "both")} == validated
-    assert (reports[0].questions, reports[0].labelled, reports[0].tie_objects) == (len(tables[0]), len(tables[0]), True)
+    report, rows = evaluated(files, run, tmp_path, 1)
+    [validated] = figures(run)[1]
+    assert {f"{name}_accuracy": getattr(report, name) for name in ("answer", "rationale", "both")} == validated
+    assert (report.questions, report.labelled, report.tie_objects) == (len(rows), len(rows), True)
     assert json.loads((tmp_path / "scores-1.json").read_text())["chance"] == {"answer": 0.25, "rationale": 0.25, "both": 0.0625}
-    brute_force(tables[0].to_pylist(), reports[0])
+    brute_force(rows, report)
     assert "Q->AR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_more_processes_evaluate_alike(processes: int, files: VcrFiles, run: Path, tmp_path: Path) -> None:
+    (report, rows), (alone, expected) = evaluated(files, run, tmp_path, processes), evaluated(files, run, tmp_path, 1)
+    assert report.processes == processes
+    assert rows == expected
+    assert (report.answer, report.rationale, report.both) == (alone.answer, alone.rationale, alone.both)
+
+
+def evaluated(files: VcrFiles, run: Path, folder: Path, processes: int) -> tuple[vcr.VcrReport, list[dict]]:
+    """The report and the table of probabilities of the validation's questions."""
+    report = evaluate(
+        run / "model", files.questions, files.store, output=folder / f"scores-{processes}.json", objects_store=files.objects_store,
+        split="val", batch_questions=5, processes=processes,
+    )  # fmt: skip
+    return report, pq.read_table(folder / f"scores-{processes}.probabilities.parquet").to_pylist()
 
 
 def brute_force(rows: list[dict], report: vcr.VcrReport) -> None:
@@ -196,7 +205,7 @@ def test_one_mode_alone(files: VcrFiles, start: Path, tmp_path: Path, capsys: py
 )
 def test_settings_that_contradict_each_other(changes: dict, words: str, files: VcrFiles, start: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
-        vcr.finetune(read_settings(VcrConfig, None, settings(files, start, tmp_path / "run", **changes)))
+        finetune_here(read_settings(VcrConfig, None, settings(files, start, tmp_path / "run", **changes)))
     assert not (tmp_path / "run").exists()
 
 
@@ -256,24 +265,22 @@ def test_the_genuine_rows_are_learned(tmp_path: Path) -> None:
 
 
 def test_from_pictures_to_scores(tmp_path: Path) -> None:
-    """Composed scenes through `prepare vcr`, the demo's detector on its own and on given boxes, training and evaluation."""
-    write_vcr_scenes(tmp_path / "set", {"train": 3, "val": 2}, progress=False)
-    for split in ("train", "val"):
-        prepare_vcr(tmp_path / f"set/{split}.jsonl", tmp_path / f"{split}.parquet", images=tmp_path / "set/images",
-                    boxes=tmp_path / f"{split}-boxes.parquet")  # fmt: skip
-        for name, boxes in (("regions", None), ("objects", tmp_path / f"{split}-boxes.parquet")):
-            manifest = None if boxes else tmp_path / f"{split}-boxes.parquet"
-            extract(tmp_path / "set/images", tmp_path / f"{split}-{name}.store", ROOT / "preprocessing/assets/demo_detector.safetensors",
-                    manifest=manifest, boxes=boxes, workers=1, device="cpu")  # fmt: skip
-    schema = FeatureStore(tmp_path / "train-regions.store").schema
-    begin = write_start(tmp_path / "start", tmp_path / "train.parquet", schema.feature_size, schema.num_classes)
-    found = VcrFiles(tmp_path / "train.parquet", tmp_path / "train-regions.store", tmp_path / "train-objects.store", frozenset())
-    held = {"validation__questions": tmp_path / "val.parquet", "validation__store": tmp_path / "val-regions.store",
-            "validation__objects_store": tmp_path / "val-objects.store"}  # fmt: skip
-    finetune(settings(found, begin, tmp_path / "run", **held, training__steps=1, model__tie_objects="true"))
-    report = evaluate(tmp_path / "run/model", tmp_path / "val.parquet", tmp_path / "val-regions.store", output=tmp_path / "s.json",
-                      objects_store=tmp_path / "val-objects.store", processes=1)  # fmt: skip
-    assert report.labelled == report.questions == len(read_questions(tmp_path / "val.parquet"))
+    """Composed scenes through `prepare vcr`, the demo's detector on its own and on given boxes, training without validation, evaluation."""
+    write_vcr_scenes(tmp_path / "set", {"train": 3}, progress=False)
+    images, boxes, questions = tmp_path / "set/images", tmp_path / "boxes.parquet", tmp_path / "train.parquet"
+    prepare_vcr(tmp_path / "set/train.jsonl", questions, images=images, boxes=boxes)
+    weights = ROOT / "preprocessing/assets/demo_detector.safetensors"
+    extract(images, tmp_path / "regions.store", weights, manifest=boxes, workers=1, device="cpu")
+    extract(images, tmp_path / "objects.store", weights, boxes=boxes, workers=1, device="cpu")
+    schema = FeatureStore(tmp_path / "regions.store").schema
+    begin = write_start(tmp_path / "start", questions, schema.feature_size, schema.num_classes)
+    found = VcrFiles(questions, tmp_path / "regions.store", tmp_path / "objects.store", frozenset())
+    done = finetune(settings(found, begin, tmp_path / "run", training__steps=1, model__tie_objects="true"))
+    assert "no questions of split 'val': no validation" in done.stdout
+    report = evaluate(
+        tmp_path / "run/model", questions, found.store, output=tmp_path / "s.json", objects_store=found.objects_store, processes=1
+    )
+    assert report.labelled == report.questions == len(read_questions(questions))
 
 
 @pytest.mark.slow
