@@ -285,24 +285,23 @@ def test_from_pictures_to_scores(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tied_names_are_understood(tmp_path: Path) -> None:
-    """Composed scenes, joint training from fresh weights. Names alone do not tell who is meant: tied to their boxes they do."""
+    """Answers about composed scenes, from fresh weights, to 80 % where chance is 25 %: with names tied to boxes, and not without."""
     made = write_scene_questions(tmp_path / "set", {"train": 1500, "val": 300})
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_interaction_layers": 2, "pooler_size": 64, "initializer_range": 0.1}
     begin = write_start(tmp_path / "start", made.questions, **sizes)
-    changes = {"training__steps": 1800, "training__global_batch": 32, "training__micro_batch": 32, "optimizer__warmup": 0.03,
-               "optimizer__final_fraction": 0.05, "training__log_every": 100, "validation__every_steps": 600}  # fmt: skip
+    changes = {"data__mode": "answer", "training__steps": 750, "training__global_batch": 32, "training__micro_batch": 32,
+               "optimizer__warmup": 0.06, "optimizer__final_fraction": 0.3, "training__log_every": 50}  # fmt: skip
     accuracy = {}
     for tied in ("true", "false"):
         finetune(settings(made, begin, tmp_path / tied, **changes, model__tie_objects=tied))
         report = evaluate(
             tmp_path / tied / "model", made.questions, made.store, output=tmp_path / f"{tied}.json", objects_store=made.objects_store,
-            split="val",
+            split="val", mode="answer",
         )  # fmt: skip
         rows = pq.read_table(tmp_path / f"{tied}.probabilities.parquet").to_pylist()
         right = {row["question_id"]: int(np.argmax(row["answer"])) == row["answer_label"] for row in rows}
-        accuracy[tied] = {kind: np.mean([hit for name, hit in right.items() if (name in made.ambiguous) == kind]) for kind in (True, False)}
-        print(tied, report.answer, report.rationale, report.both, accuracy[tied])
-        if tied == "true":
-            assert report.answer >= 0.8
-            assert report.both > 0.5
-    assert accuracy["true"][True] > accuracy["false"][True] + 0.2
+        ambiguous = float(np.mean([hit for name, hit in right.items() if name in made.ambiguous]))
+        accuracy[tied] = (report.answer, ambiguous)
+    print(accuracy)
+    assert accuracy["true"][0] >= 0.8
+    assert accuracy["true"][1] > accuracy["false"][1] + 0.2
