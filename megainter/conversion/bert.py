@@ -31,6 +31,7 @@ FRESH = rf"{POOLERS}|{REGIONS}|mrm_head\.|itm_head\."
 # BERT's own pooler and next-sentence head; the buffer of positions; UNITER's parts of other shape or meaning.
 LEFT_OVER = r"bert\.pooler\.|cls\.seq_relationship\.|bert\.embeddings\.position_ids$|cls\.predictions\.decoder\.bias$"
 UNITER_LEFT_OVER = r"bert\.img_embeddings\.|itm_output\.|feat_regress\.|vqa_output\."
+UNITER_CLASSES = "cls.imagePredictions.decoder.weight"  # its name here
 _UNITER_HEAD = {"0": "transform.dense", "2": "transform.LayerNorm", "3": "decoder"}
 _SAME = ("num_attention_heads", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "initializer_range")
 
@@ -75,9 +76,14 @@ def convert_bert(
     refuse_existing(destination)
     start = start or Start()
     folder = source if source.is_dir() else source.parent
-    settings = bert_settings(config_file or folder / "config.json", source)
+    stated = config_file or folder / "config.json"
+    settings = bert_settings(stated, source) if stated.is_file() else None
     tensors, is_uniter = _uniter_as_bert(without_prefix(open_tensors(source)))
-    plan = plan_bert(bert_names(tensors, source), settings, start, source, is_uniter)
+    tensors = bert_names(tensors, source)  # says what another model is, before its settings are asked for
+    if any(name.startswith("bert.v_embeddings.") for name in tensors):
+        raise UsageError(f"{source} is an InterBERT already (it has bert.v_embeddings.*); use convert official")
+    settings = settings or bert_settings(stated, source)
+    plan = plan_bert(tensors, settings, start, source, is_uniter)
     files, notes = find_vocabulary(vocabulary or folder, cased)
     for note in notes:
         print(f"note: {note}")
@@ -122,6 +128,10 @@ def plan_bert(
     if not 0 <= interaction <= total:
         raise UsageError(f"{interaction} interaction layers are asked for, {source} has {total} layers; give 0 to {total}")
     require_tied(tensors, source)
+    classes = tensors[UNITER_CLASSES].shape[0] if UNITER_CLASSES in tensors else start.num_region_classes
+    if is_uniter and classes != start.num_region_classes:
+        asked = f"{start.num_region_classes} are asked for; give --num-region-classes {classes}"
+        raise UsageError(f"{source} knows {classes} region classes, {asked}")
     config = _config(tensors, settings, start, interaction, total - interaction)
     found = _found(tensors, interaction)
     if start.region_layers == "text":

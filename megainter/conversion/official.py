@@ -7,6 +7,7 @@ not tell (attention heads, fusion, where the interaction layers end) comes from 
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megainter.conversion.folder import Output, finish, refuse_existing, reread
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
 from megainter.conversion.official_names import official_name, our_name
 from megainter.conversion.plan import HEADS, Origin, Plan, expected_shapes, make_plan, require_complete
-from megainter.conversion.vocabulary import find_vocabulary, require_room
+from megainter.conversion.vocabulary import NO_VOCABULARY, find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
 from megainter.files import fsync_folder, write_json
 from megainter.model.configuration import InterBertConfig
@@ -49,8 +50,9 @@ def convert_official(
     refuse_existing(destination)
     tensors = bert_names(without_prefix(open_tensors(source)), source)
     plan = plan_official(tensors, source, config_file, choices or {})
-    files, _ = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [])
+    files, notes = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [NO_VOCABULARY])
     require_room(files, plan.config.vocab_size)
+    plan = replace(plan, notes=(*plan.notes, *notes))
     finish(plan, source, Output(destination, files, allow_partial, verify=verify), lambda folder: compare(tensors, plan, folder))
     return plan
 

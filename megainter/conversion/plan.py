@@ -123,14 +123,18 @@ def require_complete(plan: Plan, source: object, allow_partial: bool) -> None:
         return
     parts = []
     if plan.missing:
-        parts.append(f"lacks {len(plan.missing)} tensors ({_some(plan.missing)})")
+        parts.append(f"lacks {_count(plan.missing)} ({_some(plan.missing)})")
     if plan.unknown:
-        parts.append(f"has {len(plan.unknown)} that are not understood ({_some(plan.unknown)})")
+        parts.append(f"has {_count(plan.unknown)} not understood ({_some(plan.unknown)})")
     raise DamagedError(f"{source} {' and '.join(parts)}: nothing was written; --allow-partial converts what fits")
 
 
+def _count(names: Collection[str]) -> str:
+    return f"{len(names)} tensor" + ("s" if len(names) > 1 else "")
+
+
 def _some(names: Collection[str]) -> str:
-    rows = [name for name, _ in grouped(names)]
+    rows = [name for name, _ in grouped(names)] if len(names) > 3 else list(names)
     return ", ".join(rows[:3]) + (", ..." if len(rows) > 3 else "")
 
 

@@ -8,6 +8,8 @@ from megainter.data.text import load_vocabulary
 from megainter.errors import UsageError
 from megainter.files import read_json, write_atomically, write_json
 
+NO_VOCABULARY = "no vocabulary was given, so the result has none, and evaluate needs one: --vocabulary FILE puts it there"
+
 
 @dataclass(frozen=True)
 class VocabularyFiles:

@@ -17,7 +17,7 @@ from megainter.conversion.folder import Output, finish, refuse_existing
 from megainter.conversion.foreign_files import LazyTensor, without_prefix
 from megainter.conversion.official import bert_names, plan_official
 from megainter.conversion.plan import HEADS, Origin, Plan, make_plan
-from megainter.conversion.vocabulary import find_vocabulary, require_room
+from megainter.conversion.vocabulary import NO_VOCABULARY, find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
@@ -53,8 +53,9 @@ def convert(
     if ema:
         raise UsageError(f"{folder} is a checkpoint of DeepSpeed's own, which holds no averaged weights; leave --ema out")
     plan = plan_deepspeed(folder, config_file)
-    files, _ = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [])
+    files, notes = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [NO_VOCABULARY])
     require_room(files, plan.config.vocab_size)
+    plan = replace(plan, notes=(*plan.notes, *notes))
     finish(plan, folder, Output(destination, files, allow_partial, verify=verify))
     return plan
 
@@ -87,7 +88,7 @@ def plan_deepspeed(folder: Path, config_file: Path | None) -> Plan:
     tensors = without_prefix(state.tensors)
     if not any(name.startswith("interbert.") for name in tensors):
         plan = plan_official(bert_names(tensors, folder), folder, config_file, {})
-        return Plan(**{**vars(plan), "notes": (*state.notes, *plan.notes)})
+        return replace(plan, notes=(*state.notes, *plan.notes))
     stated = stated_sizes(config_file)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     target, notes = region_target(shapes, stated.get("region_objective"))

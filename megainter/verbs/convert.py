@@ -1,10 +1,11 @@
 """`megainter convert`: checkpoints in and out."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
+AllowPartial = Annotated[bool, Parameter(name="--allow-partial", negative="--strict")]
 convert_app = App(name="convert", help="Move checkpoints in and out.")
 
 
@@ -21,7 +22,7 @@ def convert_official(
     interaction_layers: int | None = None,
     vocabulary: Path | None = None,
     cased: bool | None = None,
-    allow_partial: bool = False,
+    allow_partial: AllowPartial = False,
     verify: bool = False,
 ) -> None:
     """Turn a released InterBERT checkpoint into a Hugging Face folder, or back.
@@ -47,7 +48,7 @@ def convert_official(
     cased
         The vocabulary keeps upper case. Default: as its folder or its entries tell.
     allow_partial
-        Convert what fits: what is missing begins anew. Otherwise an incomplete checkpoint ends with exit code 4 and writes nothing.
+        Convert what fits: what is missing begins anew. Default: strict, an incomplete checkpoint ends with exit code 4 and writes nothing.
     verify
         Run source and result on the same input and compare.
     """
@@ -81,7 +82,7 @@ def convert_bert(
     seed: int = 0,
     vocabulary: Path | None = None,
     cased: bool | None = None,
-    allow_partial: bool = False,
+    allow_partial: AllowPartial = False,
     verify: bool = False,
 ) -> None:
     """Start an InterBERT from a BERT of any size and language, or from a UNITER.
@@ -119,7 +120,7 @@ def convert_bert(
     cased
         The vocabulary keeps upper case. Default: as its folder or its entries tell.
     allow_partial
-        Convert what fits: what is missing begins anew. Otherwise an incomplete checkpoint ends with exit code 4 and writes nothing.
+        Convert what fits: what is missing begins anew. Default: strict, an incomplete checkpoint ends with exit code 4 and writes nothing.
     verify
         Run BERT and the result on the same text and compare.
     """
@@ -143,7 +144,7 @@ def convert_zero(
     config: Path | None = None,
     vocabulary: Path | None = None,
     cased: bool | None = None,
-    allow_partial: bool = False,
+    allow_partial: AllowPartial = False,
     verify: bool = False,
 ) -> None:
     """Export a training run to a Hugging Face folder, in fp32.
@@ -163,7 +164,7 @@ def convert_zero(
     cased
         The vocabulary keeps upper case. Default: the run's.
     allow_partial
-        Convert what fits: what is missing begins anew. Otherwise an incomplete checkpoint ends with exit code 4 and writes nothing.
+        Convert what fits: what is missing begins anew. Default: strict, an incomplete checkpoint ends with exit code 4 and writes nothing.
     verify
         Read the written folder again and compare every tensor.
     """
@@ -185,7 +186,7 @@ def convert_hf(
     head: Literal["retrieval", "choice", "classification"] | None = None,
     num_labels: int = 2,
     seed: int = 0,
-    allow_partial: bool = False,
+    allow_partial: AllowPartial = False,
     verify: bool = False,
 ) -> None:
     """Change a folder of ours: dtype, vocabulary, heads.
@@ -211,7 +212,7 @@ def convert_hf(
     seed
         Draws everything that begins anew.
     allow_partial
-        Convert what fits: what is missing begins anew. Otherwise an incomplete folder ends with exit code 4 and writes nothing.
+        Convert what fits: what is missing begins anew. Default: strict, an incomplete folder ends with exit code 4 and writes nothing.
     verify
         Read the written folder again and compare every tensor.
     """

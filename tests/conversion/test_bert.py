@@ -184,12 +184,20 @@ def test_a_file_without_its_settings(folder: Path, tmp_path: Path) -> None:
     convert_bert(tmp_path / "bert.safetensors", tmp_path / "hf", SMALL, config_file=folder / "config.json", vocabulary=folder / "vocab.txt")
 
 
+@pytest.mark.parametrize(("name", "reason"), [("bert.encoder.c_layer.0.x.weight", "ViLBERT"), ("bert.v_embeddings.x", "InterBERT already")])
+def test_another_model_is_named_before_its_settings_are_asked_for(name: str, reason: str, folder: Path, tmp_path: Path) -> None:
+    state = BertForPreTraining.from_pretrained(folder).state_dict()
+    torch.save(dict(state) | {name: torch.zeros(2)}, tmp_path / "other.bin")
+    with pytest.raises(UsageError, match=reason):
+        convert_bert(tmp_path / "other.bin", tmp_path / "hf", SMALL)
+
+
 def test_an_incomplete_bert_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     state = dict(BertForPreTraining.from_pretrained(folder).state_dict())
     del state["bert.encoder.layer.3.output.dense.weight"]
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    with pytest.raises(DamagedError, match="lacks 1 tensors"):
+    with pytest.raises(DamagedError, match="lacks 1 tensor "):
         convert_bert(folder, tmp_path / "hf", SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["bert"]
 
@@ -218,6 +226,12 @@ def test_a_uniter_gives_its_layers_and_heads(folder: Path, tmp_path: Path, capsy
     assert torch.equal(model.mrm_head.decoder.weight, state["region_classifier.net.3.weight"])
     assert torch.equal(model.mrm_head.norm.weight, state["region_classifier.net.2.weight"])
     assert_same_states(BertModel.from_pretrained(folder), tmp_path / "hf")
+
+
+def test_a_uniter_of_other_classes_is_told_how_many(folder: Path, tmp_path: Path) -> None:
+    torch.save(uniter_state(BertForPreTraining.from_pretrained(folder)), tmp_path / "uniter.pt")
+    with pytest.raises(UsageError, match=r"knows 7 region classes, 1601 are asked for; give --num-region-classes 7"):
+        convert_bert(tmp_path / "uniter.pt", tmp_path / "hf", Start(), config_file=folder / "config.json")
 
 
 @pytest.mark.slow

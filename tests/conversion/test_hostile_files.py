@@ -217,7 +217,7 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "wrong shape": (lambda: with_change(QUERY, torch.zeros(24, 23)), r"is \[24, 23\], the others ask for \[24, 24\]"),
     "flat embeddings": (lambda: with_change(WORD, torch.zeros(1200)), "shape"),
     "a layer far away": (lambda: with_change(QUERY.replace("layer.1", "layer.9000"), torch.zeros(24, 24)), "9000"),
-    "no layers' norm": (lambda: without("bert.encoder.layer.1.output.LayerNorm.weight"), "lacks 1 tensors"),
+    "no layers' norm": (lambda: without("bert.encoder.layer.1.output.LayerNorm.weight"), "lacks 1 tensor "),
     "no word embeddings": (lambda: without(WORD), "neither an InterBERT nor a BERT"),
     "a stranger": (lambda: with_change("roberta.x.weight", torch.zeros(2)), "not understood"),
     "infinite": (lambda: with_change(QUERY, torch.full((24, 24), float("inf"))), "NaN or infinite"),

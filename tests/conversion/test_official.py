@@ -16,6 +16,7 @@ from megainter.conversion.official_names import official_name, official_names, o
 from megainter.conversion.plain_official import difference
 from megainter.conversion.plan import expected_shapes
 from megainter.errors import DamagedError, UsageError
+from megainter.verbs.convert import convert_app
 from tests.model.test_golden import GOLDEN, OURS_OF_OFFICIAL, drawn_weight
 from tests.model.tiny import tiny_config, tiny_model
 
@@ -207,11 +208,21 @@ def test_vl_task_heads_come_back(tmp_path: Path, settings: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
 
 
+def test_a_folder_without_a_vocabulary_is_told(tmp_path: Path, settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert_official(saved(official(), tmp_path), tmp_path / "hf", config_file=settings)
+    assert "note: no vocabulary was given" in capsys.readouterr().out
+
+
+def test_strict_is_an_option_and_the_default() -> None:
+    parsed = [convert_app.parse_args(["official", "a.bin", "b", *flags])[1].arguments for flags in ([], ["--strict"], ["--allow-partial"])]
+    assert [arguments.get("allow_partial", False) for arguments in parsed] == [False, False, True]
+
+
 def test_incomplete_is_refused_and_leaves_nothing(tmp_path: Path, settings: Path) -> None:
     state = official()
     del state["bert.t_pooler.dense.weight"]
     before = set(tmp_path.iterdir())
-    with pytest.raises(DamagedError, match=r"lacks 1 tensors \(interbert.text_pooler\)") as raised:
+    with pytest.raises(DamagedError, match=r"lacks 1 tensor \(interbert.text_pooler.dense.weight\)") as raised:
         convert_official(saved(state, tmp_path, "partial.bin"), tmp_path / "hf", config_file=settings)
     assert raised.value.exit_code == 4
     assert set(tmp_path.iterdir()) - before == {tmp_path / "partial.bin"}
