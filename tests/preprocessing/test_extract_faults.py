@@ -1,15 +1,17 @@
 """Extraction under random SIGKILLs and hostile image files: nothing lost, doubled or damaged, no crash, bounded memory."""
 
 import io
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import zlib
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,132 +20,131 @@ import pytest
 from PIL import Image
 
 from megainter.data.feature_store import FeatureStore, stored_ids
-from megainter.errors import LockedError
 from preprocessing.extract import extract
 from tests.preprocessing import test_extract_mpi as mpi
 from tests.preprocessing.test_extract import make_folder
+from tests.preprocessing.warm_start import WarmStart
 
 ROOT = Path(__file__).parents[2]
-KILLS, SCENES, SEED = 200, 240, 20260101
-GROUND = """
-    import os, signal, sys, time
-    sys.path.insert(0, {root!r})
-    from pathlib import Path
-    from preprocessing import extract_crew
-    from preprocessing.extract import extract
-    extract_crew.START_METHOD = "fork"  # workers need no new interpreter
-    for line in sys.stdin:
-        workers, seconds, store = line.split(maxsplit=2)
-        pid = os.fork()
-        if pid == 0:
-            os.setsid()
-            code = 1
-            try:
-                extract(
-                    Path({images!r}), Path(store.strip()), Path({weights!r}),
-                    min_boxes=3, max_boxes=9, workers=int(workers), min_size=128, max_size=128,
-                )
-                code = 0
-            finally:
-                os._exit(code)
-        deadline, ended = time.monotonic() + float(seconds), (0, 0)
-        while not ended[0] and time.monotonic() < deadline:
-            time.sleep(0.002)
-            ended = os.waitpid(pid, os.WNOHANG)
-        if not ended[0]:
-            os.kill(pid, signal.SIGKILL)
-            ended = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(ended[1]), flush=True)
-"""
+KILLS, IMAGES, SEED = 200, 240, 20260101
+OWN_CODES = range(2, 8)  # exit codes that say what is wrong; nothing is
+WITH_MPI = mpi.MPIRUN is not None and find_spec("mpi4py") is not None
 
 
-class Ground:
-    """A process that has everything imported and forks a process per run, so that a kill costs milliseconds and not an import."""
+@dataclass(frozen=True)
+class Start:
+    """How an extraction is started: as ``count`` ranks under mpirun or as one process with ``count`` workers."""
 
-    def __init__(self, images: Path, weights: Path) -> None:
-        script = textwrap.dedent(GROUND.format(root=str(ROOT), images=str(images), weights=str(weights)))
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "-c", script], text=True, env=environment, **pipes)  # type: ignore[call-overload]
+    ranks: bool
+    count: int
 
-    def run(self, store: Path, workers: int, seconds: float = 3600) -> bool:
-        """One run, killed after so many seconds; whether it had ended well by then."""
-        self.process.stdin.write(f"{workers} {seconds} {store}\n")
-        self.process.stdin.flush()
-        code = int(self._line())
-        assert code in (0, -signal.SIGKILL), self.process.stderr.read()
-        return code == 0
 
-    def _line(self) -> str:
-        line = ""
-        while not line.strip().lstrip("-").isdigit():  # progress stands between
-            line = self.process.stdout.readline()
-            assert line, self.process.stderr.read()
-        return line
+class Run:
+    """A running extraction of folder/images into ``store``."""
+
+    def __init__(self, start: Start, folder: Path, store: Path, warm: WarmStart) -> None:
+        self.place = Path(tempfile.mkdtemp(dir=folder))
+        files = ["--images", folder / "images", "--weights", folder / "detector.safetensors", "--output", store]
+        arguments = ["extract", *map(str, files), "--min-boxes", "3", "--max-boxes", "9"]
+        arguments += [] if start.ranks else ["--workers", str(start.count)]
+        command = warm.command(self.place, *arguments)
+        launcher = [str(mpi.MPIRUN), "-n", str(start.count)] if start.ranks else []
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": mpi.environment()}
+        self.process = subprocess.Popen([*launcher, *command], text=True, **pipes)  # type: ignore[call-overload]
+
+    def processes(self) -> list[int]:
+        """The first process, the ranks, and the workers."""
+        ranks = sorted(int(name) for name in os.listdir(self.place))
+        return [self.process.pid, *ranks, *(child for pid in ranks for child in children(pid))]
+
+    def kill(self, victim: int) -> bool:
+        """SIGKILL to one of the processes; whether that kept the run from its good end. Returns when all processes are gone."""
+        pids = self.processes()
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(pids[victim % len(pids)], signal.SIGKILL)
+        code = self.ended()
+        wait_for_the_end_of({*pids, *self.processes()})
+        return code != 0
+
+    def ended(self) -> int:
+        """The exit code, once no process holds the outputs any more."""
+        _, error = self.process.communicate(timeout=600)
+        assert "Traceback" not in error, error
+        assert self.process.returncode not in OWN_CODES, error
+        self.error = error
+        return self.process.returncode
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for_the_end_of(pids: set[int]) -> None:
+    """None of a run's processes outlives it by more than what a dying process takes on a busy machine."""
+    deadline = time.monotonic() + 120
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
+
+
+def sleep_into(run: Run, seconds: float) -> None:
+    """Wait so long, or until the run has ended."""
+    deadline = time.monotonic() + seconds
+    while run.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def checked(store: Path, before: set[str]) -> set[str]:
     """The committed ids after a kill: all that were there are there, each record whole and in one shard only."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            with FeatureStore(store, allow_partial=True) as partial:
-                assert list(partial.damaged()) == []
-                ids = list(partial.ids)
-            break
-        except LockedError:  # the killed run's workers are just ending
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    with FeatureStore(store, allow_partial=True) as partial:
+        assert list(partial.damaged()) == []
+        ids = list(partial.ids)
     assert before <= set(ids)
     assert len(ids) == len(set(ids))
     return set(ids)
 
 
-def mpi_kill(folder: Path, store: Path, ranks: int, seconds: float, victim: int) -> None:
-    """A run under mpirun of which one rank, or mpirun itself, is killed so long after its first new record."""
-    with mpi.start(ranks, folder, store, "--min-size", "128", "--max-size", "128") as job:
-        before, deadline = mpi.committed(store), time.monotonic() + 300
-        while mpi.committed(store) == before and job.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(seconds)
-        if job.poll() is None:
-            os.kill([job.pid, *mpi.ranks_of(job)][victim % (ranks + 1)], signal.SIGKILL)
-        job.communicate(timeout=60)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("emoji") is None, reason="composing scenes needs megainter[demo]")
 def test_200_random_kills_lose_double_and_damage_nothing(tmp_path: Path) -> None:
-    """Worker and rank counts, kinds of start and moments of death drawn from a seed; the store in the end is the uninterrupted one."""
-    from preprocessing.scenes import write_scenes
-
-    images, weights = tmp_path / "images", tmp_path / "detector.safetensors"
-    write_scenes(tmp_path, {"train": SCENES}, progress=False)
-    shutil.copy(ROOT / "preprocessing/assets/demo_detector.safetensors", weights)
-    rng, ground = np.random.default_rng(SEED), Ground(images, weights)
-    assert ground.run(tmp_path / "whole", 2)
-    whole = FeatureStore(tmp_path / "whole").digest
-    kills, finished, store, ids = 0, 0, tmp_path / "store-0", set()
-    while kills < KILLS:
-        kind, workers, seconds = rng.random(), int(rng.integers(1, 5)), float(rng.uniform(0.05, 3.5))
-        if kind < 0.02 and mpi.MPIRUN and find_spec("mpi4py"):
-            mpi_kill(tmp_path, store, max(2, workers), seconds / 4, int(rng.integers(0, 5)))
-            done = (store / "store.json").exists() and json.loads((store / "store.json").read_text())["sealed"]
-        else:
-            done = ground.run(store, workers, seconds)
-        kills += not done
-        if (store / "store.json").exists():
-            ids = checked(store, ids)
-        if done:
-            assert FeatureStore(store).digest == whole
-            finished += 1
-            store, ids = tmp_path / f"store-{finished}", set()
-    assert ground.run(store, 2)
-    assert FeatureStore(store).digest == whole
-    assert stored_ids(store) == set(FeatureStore(tmp_path / "whole").ids)
-    ground.process.stdin.close()
-    ground.process.wait()
-    print(f"{kills} kills, {finished} stores finished between them")
+    """Half of the runs under mpirun; rank and worker counts, victims and moments from a seed; each store ends as the uninterrupted one."""
+    folder, rng, kills = make_folder(tmp_path, IMAGES), np.random.default_rng(SEED), Counter[str]()
+    with WarmStart(folder) as warm:
+        spans, digests = {}, set()
+        for start in (Start(False, 1), Start(True, 2), Start(True, 4)) if WITH_MPI else (Start(False, 1),):
+            began, store = time.monotonic(), folder / f"whole-{start.ranks}-{start.count}"
+            assert Run(start, folder, store, warm).ended() == 0
+            spans[start.ranks] = time.monotonic() - began
+            digests.add(FeatureStore(store).digest)
+        assert len(digests) == 1
+        finished, gained, store, ids = 0, 0, folder / "store-0", set[str]()
+        while kills.total() < KILLS or ids:
+            start = Start(bool(rng.random() < 0.5) and WITH_MPI, int(rng.integers(1, 5)))
+            run = Run(start, folder, store, warm)
+            sleep_into(run, float(rng.uniform(0, spans[start.ranks])))
+            if kills.total() < KILLS and run.kill(int(rng.integers(0, 60))):
+                kills[f"{start.count} {'ranks' if start.ranks else 'workers'}"] += 1
+                if (store / "store.json").exists():
+                    before, ids = ids, checked(store, ids)
+                    gained += before < ids
+                if kills.total() % 20 == 0:
+                    print(f"{kills.total()} kills, {gained} of them after new records; {finished} stores finished", flush=True)
+            else:
+                assert run.ended() == 0, run.error
+                assert {FeatureStore(store).digest} == digests
+                finished, ids = finished + 1, set()
+                store = folder / f"store-{finished}"
+    print(f"{dict(sorted(kills.items()))}, {gained} of them after new records; {finished} stores finished")
 
 
 # --- hostile images ----------------------------------------------------------------------------------------------------------------
