@@ -7,7 +7,7 @@ One table serves sentences and pairs of them (GLUE), questions about an image (V
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -242,8 +242,3 @@ def answer_accuracy(count: int, annotators: int = 10) -> float:
     """VQA's accuracy of an answer that ``count`` of the annotators gave: the mean over leaving each of them out of min(others / 3, 1)."""
     left_in, left_out = min(count / 3, 1.0), min((count - 1) / 3, 1.0) if count else 0.0
     return (count * left_out + (annotators - count) * left_in) / annotators
-
-
-def label_numbers(labels: Sequence[str], classes: dict[str, int]) -> list[int]:
-    """Numbers of those labels that are among the classes."""
-    return [classes[label] for label in labels if label in classes]
