@@ -1,5 +1,6 @@
 """Stands for a command that ``warm_start.py`` runs in a fork: passes signals on, and ends as the fork ends. Imports next to nothing."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -22,11 +23,18 @@ def main(address: str, place: str, *arguments: str) -> None:
     link.sendall(request)
     pid = _number(link, 8)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: os.kill(pid, number))
+        signal.signal(number, lambda number, frame: _forward(pid, number))
     code = _number(link, 4)
     if code < 0:
+        if -code in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(-code, signal.SIG_DFL)  # to die of it as the fork did, not to pass it on
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def _forward(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # the fork has ended, and its code is on the way
+        os.kill(pid, number)
 
 
 def _number(link: socket.socket, size: int) -> int:
