@@ -12,10 +12,11 @@ from transformers import BatchFeature
 
 from megainter.data.record import RegionRecord
 from megainter.data.regions import region_rows
-from megainter.data.text import Vocabulary, load_vocabulary
+from megainter.data.text import Vocabulary
 from megainter.errors import UsageError
 from megainter.files import read_json, write_atomically, write_json
 from megainter.model.configuration import InterBertConfig
+from megainter.model.folder import read_config, read_vocabulary
 from megainter.model.packing import PackedInputs
 
 SETTINGS = "processor_config.json"
@@ -45,17 +46,11 @@ class InterBertProcessor:
         ``UsageError`` where the folder lacks one of these files, or they do not fit each other.
         """
         folder = Path(folder)
-        try:
-            config = InterBertConfig.from_json_file(folder / "config.json")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{folder} is no folder of an InterBERT: config.json: {str(error).splitlines()[0]}") from None
-        lowercase = read_json(folder / "tokenizer_config.json").get("do_lower_case")
-        if not isinstance(lowercase, bool):
-            raise UsageError(f"{folder}/tokenizer_config.json has no do_lower_case; write true or false, as in training")
+        config = read_config(folder)
         saved = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
         tokens = _length("max_text_tokens", 3, config.max_position_embeddings, max_text_tokens, saved, config)
         regions = _length("max_regions", 1, None, max_regions, saved, config)
-        return cls(load_vocabulary(folder, lowercase), config.region_feature_size, tokens, regions)
+        return cls(read_vocabulary(folder, config), config.region_feature_size, tokens, regions)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write vocab.txt, tokenizer_config.json and processor_config.json into a model's folder; ``from_pretrained`` reads them there."""

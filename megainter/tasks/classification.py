@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 from megainter.data.examples import Examples, read_examples
 from megainter.data.feature_store import FeatureStore
 from megainter.data.order import Int64s
-from megainter.data.text import Vocabulary, load_vocabulary
+from megainter.data.text import Vocabulary
 from megainter.errors import NumericsError, UsageError
-from megainter.files import read_json, require_file_place, write_json
+from megainter.files import require_file_place, write_json
 from megainter.model.configuration import InterBertConfig
+from megainter.model.folder import model_digest, read_config, read_vocabulary
 from megainter.model.interbert import InterBertForSequenceClassification
 from megainter.progress import Progress
 from megainter.tasks.classification_batches import EncodedExamples, encode_examples, fixed_batches, with_regions
 from megainter.tasks.classification_head import PROBLEM_TYPES, outcome
 from megainter.tasks.classification_metrics import by_kind, figures, right
-from megainter.tasks.retrieval import USUAL_LENGTH, choose_devices, model_digest, read_config
+from megainter.tasks.retrieval import USUAL_LENGTH, choose_devices
 from megainter.tasks.score_file import ScoreFile, open_score_file
 from megainter.tasks.scoring import DTYPES, load_model, score_chunks
 
@@ -133,13 +134,7 @@ def check_classifier(folder: Path, config: InterBertConfig) -> Vocabulary:
     """The vocabulary of a classifier's folder; ``UsageError`` where it is another model, or does not say what its logits mean."""
     if config.problem_type not in PROBLEM_TYPES.values() or "InterBertForSequenceClassification" not in (config.architectures or ()):
         raise UsageError(f"{folder} is no classifier; `megainter finetune classification` makes one, in the folder `model` of its run")
-    lowercase = read_json(folder / "tokenizer_config.json").get("do_lower_case")
-    if not isinstance(lowercase, bool):
-        raise UsageError(f"{folder}/tokenizer_config.json has no do_lower_case; write true or false, as in training")
-    vocabulary = load_vocabulary(folder, lowercase)
-    if vocabulary.size > config.vocab_size:
-        raise UsageError(f"{folder}: vocab.txt has {vocabulary.size:,} entries, and the model embeds {config.vocab_size:,}")
-    return vocabulary
+    return read_vocabulary(folder, config)
 
 
 def class_names(config: InterBertConfig) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ from transformers.utils import logging as transformers_logging
 
 from megainter.config import StartConfig
 from megainter.conversion.zero import convert
-from megainter.data.text import Vocabulary, load_vocabulary
+from megainter.data.text import Vocabulary
 from megainter.errors import UsageError
-from megainter.files import read_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, forward_flops
+from megainter.model.folder import read_config, read_vocabulary
 from megainter.model.packing import PackedInputs
 from megainter.training import engine
 from megainter.training.job import Job, RunSettings
@@ -84,8 +84,6 @@ def open_start(settings: StartConfig, max_text_tokens: int | None, max_regions: 
 
     ``UsageError`` for a folder that is no model of ours, or does not fit the store or the lengths.
     """
-    from megainter.tasks.retrieval import read_config
-
     folder = settings.start_from
     config = read_config(folder)
     if feature_size is not None and config.region_feature_size != feature_size:
@@ -99,14 +97,7 @@ def open_start(settings: StartConfig, max_text_tokens: int | None, max_regions: 
     config.max_regions = max_regions or config.max_regions
     if config.max_text_tokens is not None and config.max_text_tokens > config.max_position_embeddings:
         raise UsageError(f"data.max_text_tokens {config.max_text_tokens} exceeds {folder}'s {config.max_position_embeddings} positions")
-    lowercase = read_json(folder / "tokenizer_config.json").get("do_lower_case")
-    if not isinstance(lowercase, bool):
-        raise UsageError(
-            f"{folder}/tokenizer_config.json has no do_lower_case; write true or false, as the vocabulary was used in training"
-        )
-    vocabulary = load_vocabulary(folder, lowercase)
-    if vocabulary.size > config.vocab_size:
-        raise UsageError(f"{folder}: vocab.txt has {vocabulary.size:,} entries, and the model embeds {config.vocab_size:,}")
+    vocabulary = read_vocabulary(folder, config)
     return Start(folder, config, vocabulary, (folder / "vocab.txt").read_bytes())
 
 

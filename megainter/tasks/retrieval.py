@@ -20,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.text import Vocabulary, load_vocabulary
+from megainter.data.text import Vocabulary
 from megainter.devices import torch_device
 from megainter.errors import NumericsError, UsageError
-from megainter.files import fsync_folder, read_json, require_file_place, sha256_of, write_json
+from megainter.files import fsync_folder, require_file_place, write_json
 from megainter.model.configuration import InterBertConfig
+from megainter.model.folder import model_digest, read_config, read_vocabulary
 from megainter.progress import Progress
 from megainter.tasks.gallery import Gallery, read_gallery, tokenize
 from megainter.tasks.ranking import BLOCK_BYTES, Ranks, Recall, image_to_text, rank_scores, text_to_image
@@ -137,20 +138,6 @@ def summary(report: RetrievalReport) -> str:
     return "\n".join(lines)
 
 
-def read_config(folder: Path) -> InterBertConfig:
-    """The configuration of a Hugging Face folder of ours; ``UsageError`` for anything else, a run folder or a checkpoint among it."""
-    trained = (folder / "checkpoints").is_dir() or any(folder.glob("weights-*.safetensors"))
-    if trained and not any(folder.glob("model*.safetensors")):
-        raise UsageError(f"{folder} is a training run; `megainter convert zero {folder} MODEL` writes the folder MODEL to give here")
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} is no Hugging Face folder (it has no config.json); `megainter convert zero` writes one")
-    settings = read_json(folder / "config.json")
-    kind = settings.get("model_type") if isinstance(settings, dict) else None
-    if kind != InterBertConfig.model_type:
-        raise UsageError(f"{folder} holds a model of type {kind!r}, not {InterBertConfig.model_type!r}; `megainter convert` writes one")
-    return InterBertConfig.from_pretrained(folder)
-
-
 def _length(option: str, given: int | None, trained: int | None, folder: Path) -> int:
     """What the user gave, else what the model was trained with, said where it is neither."""
     if given is None and trained is None:
@@ -168,21 +155,7 @@ def check_model(folder: Path, config: InterBertConfig, store: FeatureStore, max_
         raise UsageError(
             f"--max-text-tokens is {max_text_tokens}; give 3 to {config.max_position_embeddings}, what {folder} has positions for"
         )
-    lowercase = read_json(folder / "tokenizer_config.json").get("do_lower_case")
-    if not isinstance(lowercase, bool):
-        raise UsageError(
-            f"{folder}/tokenizer_config.json has no do_lower_case; write true or false, as the vocabulary was used in training"
-        )
-    vocabulary = load_vocabulary(folder, lowercase)
-    if vocabulary.size > config.vocab_size:
-        raise UsageError(f"{folder}: vocab.txt has {vocabulary.size:,} entries, and the model embeds {config.vocab_size:,}")
-    return vocabulary
-
-
-def model_digest(folder: Path) -> str:
-    """SHA-256 over the configuration and the weights of a Hugging Face folder."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256("".join(f"{file.name} {sha256_of(file)} " for file in files).encode()).hexdigest()
+    return read_vocabulary(folder, config)
 
 
 def choose_devices(device: str, precision: str, processes: int | None, pairs: int, chunks: int) -> list[torch.device]:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
+from megainter.model.folder import model_digest, read_config
 from megainter.progress import Progress
-from megainter.tasks.retrieval import check_model, choose_devices, model_digest, read_config
+from megainter.tasks.retrieval import check_model, choose_devices
 from megainter.tasks.score_file import ScoreFile, open_score_file
 from megainter.tasks.scoring import score_chunks
 from megainter.tasks.vcr_batches import Examples, Item, all_items, right_choices

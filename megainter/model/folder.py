@@ -1,0 +1,42 @@
+"""A model's Hugging Face folder: its configuration and vocabulary, and a digest of what it computes."""
+
+import hashlib
+from pathlib import Path
+
+from megainter.data.text import Vocabulary, load_vocabulary
+from megainter.errors import UsageError
+from megainter.files import read_json, sha256_of
+from megainter.model.configuration import InterBertConfig
+
+
+def read_config(folder: Path) -> InterBertConfig:
+    """The configuration of a Hugging Face folder of ours; ``UsageError`` for anything else, a run folder or a checkpoint among it."""
+    trained = (folder / "checkpoints").is_dir() or any(folder.glob("weights-*.safetensors"))
+    if trained and not any(folder.glob("model*.safetensors")):
+        raise UsageError(f"{folder} is a training run; `megainter convert zero {folder} MODEL` writes the folder MODEL to give here")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is no Hugging Face folder (it has no config.json); `megainter convert zero` writes one")
+    settings = read_json(folder / "config.json")
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if kind != InterBertConfig.model_type:
+        raise UsageError(f"{folder} holds a model of type {kind!r}, not {InterBertConfig.model_type!r}; `megainter convert` writes one")
+    return InterBertConfig.from_pretrained(folder)
+
+
+def read_vocabulary(folder: Path, config: InterBertConfig) -> Vocabulary:
+    """The vocabulary of a model's folder; ``UsageError`` where there is none, its casing is not said, or the model embeds fewer entries."""
+    lowercase = read_json(folder / "tokenizer_config.json").get("do_lower_case")
+    if not isinstance(lowercase, bool):
+        raise UsageError(
+            f"{folder}/tokenizer_config.json has no do_lower_case; write true or false, as the vocabulary was used in training"
+        )
+    vocabulary = load_vocabulary(folder, lowercase)
+    if vocabulary.size > config.vocab_size:
+        raise UsageError(f"{folder}: vocab.txt has {vocabulary.size:,} entries, and the model embeds {config.vocab_size:,}")
+    return vocabulary
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 over the configuration and the weights of a Hugging Face folder."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(f"{file.name} {sha256_of(file)} " for file in files).encode()).hexdigest()
