@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from megainter.conversion.architecture import layer_count
 from megainter.conversion.folder import Output, finish, refuse_existing
@@ -145,6 +146,7 @@ def plan_bert(
 
 def _config(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], start: Start, interaction: int, text: int) -> InterBertConfig:
     words, hidden = _rows(tensors, WORD)
+    _require_config_of(tensors, settings, interaction + text)
     same = {name: settings[name] for name in _SAME if name in settings}
     heads = settings["num_attention_heads"]
     usual = 8 if start.region_layers == "fresh" and hidden % 8 == 0 else heads
@@ -165,6 +167,19 @@ def _config(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], star
         region_objective=start.region_objective,
         **same,
     )
+
+
+def _require_config_of(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], layers: int) -> None:
+    """``UsageError`` where the config.json is that of a BERT of another size: its number of heads would be believed."""
+    sizes = {
+        "hidden_size": _rows(tensors, WORD)[1],
+        "num_hidden_layers": layers,
+        "intermediate_size": _rows(tensors, "bert.encoder.layer.0.intermediate.dense.weight")[0],
+        "max_position_embeddings": _rows(tensors, "bert.embeddings.position_embeddings.weight")[0],
+    }
+    for name, size in sizes.items():
+        if settings.get(name, size) != size:
+            raise UsageError(f"config.json says {name} is {settings[name]}, the tensors say {size}; give the config.json of this BERT")
 
 
 def _rows(tensors: Mapping[str, LazyTensor], name: str) -> tuple[int, int]:
@@ -219,6 +234,7 @@ def text_difference(plan: Plan, settings: Mapping[str, Any], folder: Path) -> fl
 
     from megainter.model.interbert import InterBertModel
 
+    transformers_logging.disable_progress_bar()
     sizes = {"vocab_size": plan.config.vocab_size, "num_hidden_layers": plan.config.num_hidden_layers}
     bert = BertModel(BertConfig(**{**settings, **sizes, "attn_implementation": "eager"}), add_pooling_layer=False).eval()
     origins = {o.name.removeprefix("bert."): o.tensor for n, o in plan.taken.items() if n.startswith("interbert.") and ".region." not in n}

@@ -6,6 +6,7 @@ file or in shards, are opened the same way. Whatever is wrong with a file ends i
 
 import math
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def load_torch_file(path: Path, inert: bool = False) -> Any:
         _check_archive(path)
     try:
         names = _foreign_names(path) if inert and zipped else []
-        with safe_globals([(Inert, name) for name in names]):
+        with safe_globals([(Inert, name) for name in names]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's word on foreign pickles: the error that follows says it in one line
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a hostile or damaged pickle can raise anything
         raise DamagedError(f"{path}: {_reason(error)}") from None

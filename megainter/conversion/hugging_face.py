@@ -20,6 +20,7 @@ MODELS = {
     "choice": ("InterBertForMultipleChoice", "choice_head"),
     "classification": ("InterBertForSequenceClassification", "classifier"),
 }
+NUM_LABELS = 2  # of a new classification head, where nothing else is asked for
 WORD, BIAS = "interbert.text_embeddings.word.weight", "msm_head.decoder.bias"
 
 
@@ -32,7 +33,7 @@ def convert_hugging_face(
     vocabulary: Path | None = None,
     cased: bool | None = None,
     head: str | None = None,
-    num_labels: int = 2,
+    num_labels: int | None = None,
     seed: int = 0,
     allow_partial: bool = False,
     verify: bool = False,
@@ -44,6 +45,8 @@ def convert_hugging_face(
     ``DamagedError``.
     """
     refuse_existing(destination)
+    if num_labels is not None and head != "classification":
+        raise UsageError(f"--num-labels {num_labels} is for a new classification head; give --head classification, or leave it out")
     config, tensors = open_ours(source)
     files, _ = find_vocabulary(source, None)
     rows, files, notes = _vocabulary_rows(config, files, resize_vocabulary, vocabulary, cased)
@@ -53,7 +56,9 @@ def convert_hugging_face(
     present = [name for name in HEADS if f"{name}.weight" in tensors]
     architecture, wanted = MODELS[head] if head is not None else ((config.architectures or ["InterBertForPreTraining"])[0], "")
     if wanted == "classifier" and wanted not in present:
-        config.num_labels = num_labels
+        config.num_labels = num_labels or NUM_LABELS
+    elif num_labels is not None and num_labels != config.num_labels:
+        raise UsageError(f"{source} has a classification head of {config.num_labels} classes already; leave --num-labels out")
     found = {name: Origin(name, tensor) for name, tensor in tensors.items()}
     heads = [name for name in HEADS if name in present or name == wanted]
     plan = make_plan(config, found, tensors, heads=heads, fresh=rf"{wanted}\." if wanted else r"(?!)", notes=notes)

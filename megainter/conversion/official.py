@@ -27,6 +27,7 @@ from megainter.model.configuration import InterBertConfig
 WORD, TIED = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 # Two heads of the official VL-task model that none of its tasks trains, and the buffer of token positions newer tools add.
 LEFT_OVER = r"(vision_logit|linguisic_logit)\.|bert\.embeddings\.position_ids$"
+REGION_HEAD, REGION_FEATURES = "cls.imagePredictions.decoder.weight", "bert.v_embeddings.image_embeddings.weight"
 CHOICES = ("fusion", "region_objective", "num_interaction_layers")
 
 
@@ -49,10 +50,12 @@ def convert_official(
     """
     refuse_existing(destination)
     tensors = bert_names(without_prefix(open_tensors(source)), source)
-    plan = plan_official(tensors, source, config_file, choices or {})
+    beside = source.with_suffix(".json")
+    told = [f"settings are read from {beside}, which lies beside the checkpoint"] if config_file is None and beside.is_file() else []
+    plan = plan_official(tensors, source, beside if told else config_file, choices or {})
     files, notes = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [NO_VOCABULARY])
     require_room(files, plan.config.vocab_size)
-    plan = replace(plan, notes=(*plan.notes, *notes))
+    plan = replace(plan, notes=(*told, *plan.notes, *notes))
     finish(plan, source, Output(destination, files, allow_partial, verify=verify), lambda folder: compare(tensors, plan, folder))
     return plan
 
@@ -77,6 +80,7 @@ def plan_official(tensors: Mapping[str, LazyTensor], source: object, config_file
     if not any(name.startswith("bert.v_embeddings.") for name in tensors):
         raise UsageError(f"{source} has no bert.v_embeddings.*: it is a BERT, not an InterBERT; use convert bert")
     stated = stated_sizes(config_file)
+    _require_agreement(tensors, stated, config_file, choices)
     interaction, notes = _interaction_layers(tensors, stated, choices.get("num_interaction_layers"))
     found = {}
     for name, tensor in tensors.items():
@@ -90,6 +94,19 @@ def plan_official(tensors: Mapping[str, LazyTensor], source: object, config_file
     require_tied(tensors, source)
     names = [name for name in tensors if name != TIED]  # the same tensor as the word embeddings
     return make_plan(config, found, names, heads=heads, left_over=LEFT_OVER, notes=[*notes, *more, *assumed, *_casts(found)])
+
+
+def _require_agreement(
+    tensors: Mapping[str, LazyTensor], stated: Mapping[str, Any], config_file: Path | None, choices: Mapping[str, Any]
+) -> None:
+    """``UsageError`` where an option says otherwise than the JSON, or asks for region features of a head of another width."""
+    options = {"fusion": "--fusion", "region_objective": "--region-objective", "num_interaction_layers": "--interaction-layers"}
+    for name, option in options.items():
+        if choices.get(name) is not None and stated.get(name, choices[name]) != choices[name]:
+            raise UsageError(f"{option} {choices[name]} contradicts {config_file}, which says {stated[name]}; leave the option out")
+    head, features = (tensors[name].shape if name in tensors else (0, 0) for name in (REGION_HEAD, REGION_FEATURES))
+    if choices.get("region_objective") == "feature" and head[0] != features[1]:
+        raise UsageError(f"--region-objective feature needs a region head of {features[1]} values, and this one has {head[0]}")
 
 
 def _interaction_layers(tensors: Mapping[str, LazyTensor], stated: Mapping[str, Any], chosen: int | None) -> tuple[int, list[str]]:

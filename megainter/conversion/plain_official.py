@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
@@ -71,6 +72,7 @@ def _norm(weights: Weights, config: InterBertConfig, name: str, x: Tensor) -> Te
 @torch.no_grad()
 def difference(weights: Weights, config: InterBertConfig, folder: Path) -> float:
     """Largest difference of any logit between the plain forward of ``weights`` and the model in ``folder``, over the largest logit."""
+    transformers_logging.disable_progress_bar()
     model = InterBertForPreTraining.from_pretrained(folder).eval()
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, config.vocab_size, (min(12, config.max_position_embeddings),), generator=generator)

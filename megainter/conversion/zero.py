@@ -111,7 +111,7 @@ def find_checkpoint(run: Path) -> checkpoint.Checkpoint:
     if (run / checkpoint.MANIFEST).is_file():
         return checkpoint.open_checkpoint(run)
     if not run.is_dir():
-        raise UsageError(f"{run} does not exist; give a run folder or one of its checkpoints")
+        raise UsageError(f"{run} {'is a file' if run.exists() else 'does not exist'}; give a run folder or one of its checkpoints")
     saved = checkpoint.newest(run / "checkpoints", lambda text: print(f"warning: {text}"))
     if saved is None:
         raise UsageError(f"{run} has no checkpoints; give a run folder or one of its checkpoints")

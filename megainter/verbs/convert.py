@@ -184,7 +184,7 @@ def convert_hf(
     vocabulary: Path | None = None,
     cased: bool | None = None,
     head: Literal["retrieval", "choice", "classification"] | None = None,
-    num_labels: int = 2,
+    num_labels: int | None = None,
     seed: int = 0,
     allow_partial: AllowPartial = False,
     verify: bool = False,
@@ -208,7 +208,7 @@ def convert_hf(
     head
         Add this head where it is not there, and name the model that reads it.
     num_labels
-        Classes of a new classification head.
+        Classes of a new classification head (--head classification); default 2.
     seed
         Draws everything that begins anew.
     allow_partial

@@ -120,6 +120,15 @@ def test_region_layers_that_cannot_start_from_text(folder: Path, tmp_path: Path)
             convert_bert(folder, tmp_path / "hf", Start(**{**vars(SMALL), "region_layers": "text", **change}))
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"])
+def test_the_settings_of_another_bert_are_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(settings | {name: 2 * settings[name]}))
+    with pytest.raises(UsageError, match=f"{name} is {2 * settings[name]}, the tensors say {settings[name]}"):
+        convert_bert(folder, tmp_path / "out", config_file=tmp_path / "other.json")
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_many_interaction_layers(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has 5 layers; give 0 to 5"):
         convert_bert(folder, tmp_path / "hf", Start(interaction_layers=6))

@@ -90,7 +90,7 @@ def test_a_new_vocabulary_keeps_the_rows_of_its_old_entries(folder: Path, tmp_pa
     [("choice", InterBertForMultipleChoice, "choice_head"), ("classification", InterBertForSequenceClassification, "classifier")],
 )
 def test_heads_are_added_beside_what_is_there(head: str, model: type, prefix: str, folder: Path, tmp_path: Path) -> None:
-    plan = convert_hugging_face(folder, tmp_path / "hf", head=head, num_labels=3)
+    plan = convert_hugging_face(folder, tmp_path / "hf", head=head, num_labels=3 if head == "classification" else None)
     assert plan.fresh == (f"{prefix}.weight", f"{prefix}.bias")
     loaded, report = model.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"]
@@ -127,3 +127,11 @@ def test_written_files_are_those_of_safetensors(tmp_path: Path) -> None:
     assert set(loaded) == set(state)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
     assert all(loaded[name].shape == tensor.shape for name, tensor in state.items())
+
+
+def test_a_number_of_classes_without_a_new_head_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--num-labels 5 is for a new classification head"):
+        convert_hugging_face(folder, tmp_path / "out", num_labels=5)
+    convert_hugging_face(folder, tmp_path / "three", head="classification", num_labels=3)
+    with pytest.raises(UsageError, match="has a classification head of 3 classes already"):
+        convert_hugging_face(tmp_path / "three", tmp_path / "out", head="classification", num_labels=5)

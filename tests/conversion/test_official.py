@@ -291,3 +291,28 @@ def test_a_lazy_tensor_says_shape_before_it_is_read() -> None:
     lazy = LazyTensor.of(tensor)
     assert (lazy.shape, lazy.dtype) == ((2, 3), torch.float32)
     assert lazy.read() is tensor
+
+
+def test_settings_beside_the_checkpoint_are_read_and_options_may_not_contradict_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    to_official(tmp_path / "model", tmp_path / "official.bin")
+    heads = tiny_model().config.num_attention_heads
+    assert convert_official(tmp_path / "official.bin", tmp_path / "back").config.num_attention_heads == heads
+    assert "which lies beside the checkpoint" in capsys.readouterr().out
+    for choices, words in (({"fusion": "sum"}, "--fusion sum contradicts"), ({"num_interaction_layers": 0}, "--interaction-layers 0")):
+        with pytest.raises(UsageError, match=words):
+            convert_official(tmp_path / "official.bin", tmp_path / "other", choices=choices)
+    (tmp_path / "official.json").unlink()
+    with pytest.raises(UsageError, match="needs a region head of"):
+        convert_official(tmp_path / "official.bin", tmp_path / "other", choices={"region_objective": "feature"})
+
+
+def test_an_incomplete_checkpoint_is_verified_as_far_as_it_can_be(
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = official()
+    del state["bert.v_embeddings.LayerNorm.bias"]
+    convert_official(saved(state, tmp_path), tmp_path / "back", config_file=settings, allow_partial=True, verify=True)
+    assert "could not be run beside the result" in capsys.readouterr().out

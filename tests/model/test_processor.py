@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_one_line(data: Data, tmp_path: Path) -> None:
         InterBertProcessor.from_pretrained(data.folder, max_text_tokens=41)
     with pytest.raises(UsageError, match="max_regions is 0"):
         InterBertProcessor.from_pretrained(data.folder, max_regions=0)
-    with pytest.raises(UsageError, match="is no folder of an InterBERT"):
+    with pytest.raises(UsageError, match="is no Hugging Face folder"):
         InterBertProcessor.from_pretrained(tmp_path)
     fresh = InterBertForRetrieval(data.model.config)
     fresh.name_or_path = ""
