@@ -186,7 +186,7 @@ def _given_boxes(task: Task, image: Image.Image) -> np.ndarray:
     scale = np.array([image.width / frame.width, image.height / frame.height] * 2, np.float32)
     if abs(scale[0] / scale[1] - 1) > FRAME_TOLERANCE + 1 / min(frame.width, frame.height, image.width, image.height):
         width, height = task.size or image.size
-        raise UsageError(f"its boxes were drawn in {frame.width} x {frame.height}, but the image is {width} x {height}")
+        raise UsageError(f"its boxes were drawn in {frame.width} x {frame.height}, but the image is {width} x {height}, of another aspect")
     if not len(frame.boxes):
         return np.array([[0, 0, image.width, image.height]], np.float32)
     return frame.boxes * scale

@@ -96,11 +96,15 @@ def find_images(folder: Path) -> list[tuple[str, str]]:
     if not folder.is_dir():
         raise UsageError(f"images folder {folder} does not exist or is not a folder")
     found: dict[str, str] = {}
+    clashes = []
     for relative in _files_below(folder):
         image_id = os.path.splitext(relative)[0]
         if image_id in found:
-            raise UsageError(f"{folder}: {found[image_id]} and {relative} would both have the image id {image_id!r}; rename one")
-        found[image_id] = relative
+            clashes.append(f"{found[image_id]} and {relative} would both have the image id {image_id!r}")
+        found.setdefault(image_id, relative)
+    if clashes:
+        more = f", and {len(clashes) - 3:,} more" if len(clashes) > 3 else ""
+        raise UsageError(f"{folder}: {'; '.join(clashes[:3])}{more}; rename them, or name images and ids in a --manifest")
     if not found:
         raise UsageError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     return sorted(found.items())

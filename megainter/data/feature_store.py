@@ -202,7 +202,8 @@ class FeatureStore:
 
     def _incomplete(self) -> str:
         records = sum(count_records(shard) for shard in shard_files(self.path))
-        return f"{self.path} is incomplete: {records:,} records, not sealed; run the same extraction again, or allow a partial store"
+        partial = "from Python, FeatureStore(path, allow_partial=True) reads what is there"
+        return f"{self.path} is incomplete: {records:,} records, not sealed; run the same extraction again ({partial})"
 
 
 def _read_index(path: Path, expected: dict[str, Any], verify: bool) -> pa.Table:

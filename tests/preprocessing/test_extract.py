@@ -356,7 +356,7 @@ def test_given_boxes_take_the_place_of_proposals_in_their_order(folder: Path, tm
     ]
     with FeatureStoreWriter(tmp_path / "store", detector.schema()) as writer:
         failures = store_batch([(task, decoded(folder / "images", task)) for task in tasks], extractor(detector, {}), writer)
-    assert failures == [Failure("0006", "0006.jpg", "its boxes were drawn in 64 x 40, but the image is 64 x 64")]
+    assert failures == [Failure("0006", "0006.jpg", "its boxes were drawn in 64 x 40, but the image is 64 x 64, of another aspect")]
     store = FeatureStore(tmp_path / "store", allow_partial=True)
     record = store["0000"]
     np.testing.assert_array_equal(record.boxes, np.array(boxes, np.float32) / 2)
