@@ -181,8 +181,11 @@ class Bottleneck(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu_(self.conv2(F.relu_(self.conv1(x))))
-        return F.relu_(self.conv3(inner).add_(x if self.shortcut is None else self.shortcut(x)))
+        """In half precision the shortcut of res5's first block stays float32, and so do its input and the sum behind it."""
+        inner = F.relu_(self.conv2(F.relu_(self.conv1(x.to(self.conv1.weight.dtype)))))
+        if self.shortcut is None:
+            return F.relu_(self.conv3(inner).add_(x))
+        return F.relu_(self.shortcut(x).add_(self.conv3(inner))).to(self.conv1.weight.dtype)
 
 
 def _stage(config: VgConfig, number: int, stride: int) -> nn.Sequential:

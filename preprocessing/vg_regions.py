@@ -30,6 +30,7 @@ class VgDetection:
         self.network = network.to(self.device).to(memory_format=torch.channels_last)
         self.dtype = dtype or torch.float32
         self.network.res5.to(self.dtype)
+        self.network.res5[0].shortcut.float()  # the one rounding that moved class logits most
 
     def prepare(self, image: Image.Image, min_size: int, max_size: int) -> Input:
         """BGR, means subtracted, resized without antialiasing as the weights were trained."""
@@ -60,8 +61,8 @@ class VgDetection:
         return boxes if len(boxes) else whole(value.size, boxes)
 
     def pool(self, map_: Tensor, boxes: Tensor) -> Tensor:
-        """RoIPool (maximum in quantised bins): boxes [R,4] on a map [1,1024,h,w] to [R,1024,14,14] in the precision of res5."""
-        return roi_pool(map_.contiguous(), [boxes], POOLED, 1 / STRIDE).to(self.dtype)
+        """RoIPool (maximum in quantised bins): boxes [R,4] on a map [1,1024,h,w] to [R,1024,14,14]."""
+        return roi_pool(map_.contiguous(), [boxes], POOLED, 1 / STRIDE)
 
     def features(self, map_: Tensor, boxes: Tensor) -> Tensor:
         """The features [R,2048] float32 of boxes [R,4]."""
