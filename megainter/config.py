@@ -255,6 +255,21 @@ class RunConfig:
     """Write TensorBoard events besides metrics.jsonl."""
 
 
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class FinetuneConfig:
+    """What every fine-tuning run has; a task adds its ``data`` and ``validation``."""
+
+    output: Path
+    """Run folder; the same command goes on with the run in it. Its folder `model` is the result."""
+    training: TrainingConfig
+    model: StartConfig
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    tensorboard: bool = True
+    """Write TensorBoard events besides metrics.jsonl."""
+
+
 # What ``optimizer.compat`` stands for. The last two act in the released code only where training starts from pretrained weights.
 COMPAT: dict[str, dict[str, Any]] = {
     "official": {"bias_correction": False, "clip": "tensor", "decay_groups": "swapped", "start_rate": 0.1},

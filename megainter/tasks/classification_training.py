@@ -18,14 +18,10 @@ from torch import Tensor, nn
 
 from megainter.config import (
     STRICT,
-    CheckpointConfig,
-    EngineConfig,
+    FinetuneConfig,
     NotNegative,
-    OptimizerConfig,
     Positive,
     Probability,
-    StartConfig,
-    TrainingConfig,
 )
 from megainter.data.examples import Examples, TaskFacts, has_examples, read_examples
 from megainter.data.feature_store import FeatureStore
@@ -88,21 +84,12 @@ class ClassificationValidation:
     """Steps between two validations; 0: only at the end."""
 
 
-@dataclass(frozen=True, config=STRICT)
-class ClassificationConfig:
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ClassificationConfig(FinetuneConfig):
     """A whole fine-tuning run."""
 
-    output: Path
-    """Run folder; the same command goes on with the run in it. Its folder `model` is the result."""
     data: ClassificationData
-    training: TrainingConfig
-    model: StartConfig
     validation: ClassificationValidation = dataclasses.field(default_factory=ClassificationValidation)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    tensorboard: bool = True
-    """Write TensorBoard events besides metrics.jsonl."""
 
 
 def finetune(config: ClassificationConfig) -> Path:

@@ -17,14 +17,10 @@ from pydantic.dataclasses import dataclass
 
 from megainter.config import (
     STRICT,
-    CheckpointConfig,
-    EngineConfig,
+    FinetuneConfig,
     NotNegative,
-    OptimizerConfig,
     Positive,
     Probability,
-    StartConfig,
-    TrainingConfig,
 )
 from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, has_split, read_pairs
@@ -98,21 +94,12 @@ class RetrievalValidation:
     """Steps between two validations; 0: only at the end."""
 
 
-@dataclass(frozen=True, config=STRICT)
-class RetrievalConfig:
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class RetrievalConfig(FinetuneConfig):
     """A whole fine-tuning run."""
 
-    output: Path
-    """Run folder; the same command goes on with the run in it. Its folder `model` is the result."""
     data: RetrievalData
-    training: TrainingConfig
-    model: StartConfig
     validation: RetrievalValidation = dataclasses.field(default_factory=RetrievalValidation)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    tensorboard: bool = True
-    """Write TensorBoard events besides metrics.jsonl."""
 
 
 def finetune(config: RetrievalConfig) -> Path:

@@ -15,10 +15,8 @@ from pydantic.dataclasses import dataclass
 
 from megainter.config import (
     STRICT,
-    CheckpointConfig,
-    EngineConfig,
+    FinetuneConfig,
     NotNegative,
-    OptimizerConfig,
     Positive,
     Probability,
     StartConfig,
@@ -111,21 +109,14 @@ class VcrValidation:
     """Steps between two validations; 0: only at the end."""
 
 
-@dataclass(frozen=True, config=STRICT)
-class VcrConfig:
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class VcrConfig(FinetuneConfig):
     """A whole fine-tuning run."""
 
-    output: Path
-    """Run folder; the same command goes on with the run in it. Its folder `model` is the result."""
     data: VcrData
     training: VcrTraining
     model: VcrModel
     validation: VcrValidation = dataclasses.field(default_factory=VcrValidation)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    tensorboard: bool = True
-    """Write TensorBoard events besides metrics.jsonl."""
 
 
 def finetune(config: VcrConfig) -> Path:
