@@ -23,14 +23,18 @@ _CHINESE_SHARE = 0.01  # of the captions; fewer are names and signs within anoth
 _LOG = logging.getLogger("megainter")
 
 
-def segmentation(setting: WordSegmentation, captions: pa.ChunkedArray) -> str:
+def segmentation(setting: WordSegmentation, captions: pa.ChunkedArray, share: float | None = None) -> str:
     """What tells the words of ``captions`` apart: ``WORDPIECE``, or jieba with its version, on which the words depend.
 
-    "auto" is jieba where at least one caption in a hundred has Chinese. ``UsageError`` where jieba is needed and not installed.
+    "auto" is jieba where at least one caption in a hundred has Chinese; ``share`` is how many have, where that is known. ``UsageError``
+    where jieba is needed and not installed.
     """
     if setting == "wordpiece":
         return WORDPIECE
-    share = 1.0 if setting == "jieba" else _share_of_chinese(captions)
+    if setting == "jieba":
+        share = 1.0
+    elif share is None:
+        share = count_chinese(captions) / max(len(captions), 1)
     if 0 < share < _CHINESE_SHARE:
         _LOG.info("%.2g %% of the captions have Chinese: its characters count as words (data.word_segmentation)", 100 * share)
     if share < _CHINESE_SHARE:
@@ -42,9 +46,9 @@ def segmentation(setting: WordSegmentation, captions: pa.ChunkedArray) -> str:
     return f"jieba {jieba.__version__}"
 
 
-def _share_of_chinese(captions: pa.ChunkedArray) -> float:
-    found = pc.sum(pc.match_substring_regex(captions, _SAME_CHARACTERS)).as_py()
-    return (found or 0) / max(len(captions), 1)
+def count_chinese(captions: pa.ChunkedArray) -> int:
+    """How many captions have Chinese."""
+    return pc.sum(pc.match_substring_regex(captions, _SAME_CHARACTERS)).as_py() or 0
 
 
 def chinese_segmenter() -> Callable[[str], list[str]]:

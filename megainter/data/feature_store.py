@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from megainter.data.lookup import Lookup
 from megainter.data.record import RegionRecord, StoreSchema, decode
-from megainter.data.shard import count_records, read_store_json, refuse_live_writers, shard_files
+from megainter.data.shard import INDEX_SCHEMA, count_records, read_store_json, refuse_live_writers, shard_files
 from megainter.data.store_writer import FeatureStoreWriter, index_digest, seal_store, sorted_index, stored_ids
 from megainter.errors import DamagedError, UsageError
 from megainter.files import sha256_of
@@ -77,10 +78,9 @@ class FeatureStore:
         self.digest: str = description["digest"] if self.sealed else index_digest(index)
 
     def _set_index(self, index: pa.Table) -> None:
-        index = index.combine_chunks()
-        ids = index.column("id").chunk(0) if len(index) else pa.array([], pa.large_string())
-        self.ids: Sequence[str] = Ids(ids)
-        self._column = {name: index.column(name).to_numpy() for name in ("shard", "offset", "length", "regions", "crc")}
+        columns = {name: index.column(name).combine_chunks() for name in INDEX_SCHEMA.names}  # one chunk: views of the mapped file
+        self.ids: Sequence[str] = Ids(columns.pop("id"))
+        self._column = {name: column.to_numpy() for name, column in columns.items()}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,6 +91,10 @@ class FeatureStore:
     def __getitem__(self, image_id: str) -> RegionRecord:
         """The record of one image; ``UsageError`` where there is none, ``DamagedError`` naming it where it is not as it was written."""
         return self._verified(image_id, self._existing_row(image_id))[1]
+
+    def at(self, row: int) -> RegionRecord:
+        """The record of ``ids[row]``, without looking the id up. Errors as for the id."""
+        return self._verified(self.ids[row], row)[1]
 
     def encoded(self, image_id: str) -> tuple[bytes, int, int]:
         """A record's bytes, CRC-32 and region count, verified; for copying it to another store of the same schema."""
@@ -124,6 +128,14 @@ class FeatureStore:
             first = image_ids[int(missing[0])]
             raise UsageError(f"{self.path} has no regions for {len(missing):,} of {len(rows):,} images, first {first!r}; extract them")
         return self._column["regions"][rows]
+
+    def regions_at(self, rows: np.ndarray) -> np.ndarray:
+        """int32 [len(rows)]: region counts of ``ids[row]`` for each row, without reading the records."""
+        return self._column["regions"][rows]
+
+    def lookup(self) -> Lookup:
+        """For finding the places of many batches of ids in ``ids``."""
+        return Lookup(self.ids.column)  # type: ignore[attr-defined]
 
     def find(self, image_ids: Sequence[str]) -> np.ndarray:
         """int64 [len(image_ids)]: place of each id in ``ids``, -1 where the store lacks it. One hash join, made for millions."""

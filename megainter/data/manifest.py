@@ -8,7 +8,7 @@ import errno
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from megainter.data.mapped import string_buffers
 from megainter.errors import NoSpaceError, UsageError
 from megainter.files import fsync_folder
 
@@ -53,23 +54,40 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
+class FoundImages:
+    """Where the images of some pairs are in a feature store: ``rows`` int32 [images] into its ids; ``store_digest`` says which store."""
+
+    store_digest: str
+    rows: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """All pairs of a manifest (or of one split), kept as Arrow columns.
 
     ``image_numbers`` int32 [rows]: number of the row's image, 0 .. n_images - 1 in order of first appearance.
     ``image_ids``: number -> image_id. ``digest``: SHA-256 over the content, the same however the Parquet file is encoded.
+    ``found`` and ``chinese_share`` (of the captions) are known of pairs that `megainter.data.pairs_index` opened, whose table has the
+    columns pair_id and caption alone.
     """
 
     table: pa.Table
     image_numbers: np.ndarray
-    image_ids: list[str]
+    image_ids: Sequence[str]
     digest: str
+    found: FoundImages | None = None
+    chinese_share: float | None = None
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def caption(self, row: int) -> str:
         return self.table.column("caption")[row].as_py()
+
+    def captions(self, rows: Iterable[int]) -> list[str]:
+        """The captions of some rows. One by one: taking them from a column in many chunks would join these first."""
+        column = self.table.column("caption")
+        return [column[int(row)].as_py() for row in rows]
 
     def pair_id(self, row: int) -> str:
         return self.table.column("pair_id")[row].as_py()
@@ -113,9 +131,21 @@ def read_pairs(path: Path, split: str | None = None) -> Pairs:
 
 
 def has_split(path: Path, split: str) -> bool:
-    """Whether a manifest of pairs has rows of ``split``. ``UsageError`` as for reading it."""
-    table = read_table(path, PAIRS_SCHEMA)
-    return bool(pc.any(pc.equal(table.column("split"), split)).as_py())
+    """Whether a manifest of pairs has rows of ``split``: what the file says of its row groups answers, else their column of splits."""
+    file = open_parquet(path)
+    refuse_other_columns(path, file, PAIRS_SCHEMA)
+    return any(_group_has(file, group, split) for group in range(file.num_row_groups))
+
+
+def _group_has(file: pq.ParquetFile, group: int, split: str) -> bool:
+    columns = file.metadata.schema
+    place = next(i for i in range(len(columns)) if columns.column(i).path == "split")
+    statistics = file.metadata.row_group(group).column(place).statistics
+    known = statistics is not None and statistics.has_min_max and isinstance(statistics.min, str)
+    if known and not statistics.min <= split <= statistics.max:
+        return False
+    values = file.read_row_group(group, columns=["split"]).column("split").cast(pa.string())
+    return bool(pc.any(pc.equal(values, split)).as_py())
 
 
 def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
@@ -143,7 +173,7 @@ def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
 def read_boxes(path: Path, split: str | None = None) -> list[ImageBoxes]:
     """Read a manifest of boxes, or its rows of one split. ``UsageError`` as for pairs, and for boxes outside their image or reversed."""
     table = keep_split(path, read_table(path, BOXES_SCHEMA), split)
-    _refuse_escaping_paths(path, table)
+    refuse_escaping_paths(path, table)
     images = [_image_boxes(path, row) for batch in table.to_batches() for row in batch.to_pylist()]
     seen: set[str] = set()
     for image in images:
@@ -271,42 +301,92 @@ def record_batch(path: Path, columns: list[list], schema: pa.Schema) -> pa.Recor
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """A Parquet file's columns of ``schema``; ``UsageError`` for another file, other columns and missing values."""
     file = open_parquet(path)
-    missing = [name for name in schema.names if name not in file.schema_arrow.names]
-    if missing:
-        raise UsageError(f"{path} has no column {', '.join(missing)}; a manifest has {', '.join(schema.names)}")
-    try:
+    refuse_other_columns(path, file, schema)
+    with _readable(path):
         table = file.read(columns=schema.names).select(schema.names).cast(schema).combine_chunks()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise UsageError(f"{path} cannot be read as a manifest: {str(error).splitlines()[0]}") from None
     _refuse_missing_values(path, table)
     return table
 
 
-def _refuse_missing_values(path: Path, table: pa.Table) -> None:
+def read_in_parts(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    """A Parquet file's columns of ``schema`` in tables of at most ``ROWS_PER_GROUP`` rows. ``UsageError`` as for ``read_table``."""
+    file, row = open_parquet(path), 0
+    refuse_other_columns(path, file, schema)
+    parts = file.iter_batches(ROWS_PER_GROUP, columns=schema.names)
+    while True:
+        with _readable(path):
+            batch = next(parts, None)
+            if batch is None:
+                return
+            table = pa.Table.from_batches([batch]).select(schema.names).cast(schema).combine_chunks()
+        _refuse_missing_values(path, table, row)
+        yield table
+        row += len(table)
+
+
+def refuse_other_columns(path: Path, file: pq.ParquetFile, schema: pa.Schema) -> None:
+    """``UsageError`` where a Parquet file lacks columns of ``schema``."""
+    missing = [name for name in schema.names if name not in file.schema_arrow.names]
+    if missing:
+        raise UsageError(f"{path} has no column {', '.join(missing)}; a manifest has {', '.join(schema.names)}")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as a manifest: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_missing_values(path: Path, table: pa.Table, rows_before: int = 0) -> None:
     for name in table.schema.names:
         if table.column(name).null_count:
             row = pc.index(pc.is_null(table.column(name)), True).as_py()
-            raise UsageError(f"{path}: row {row + 1} has no {name}")
+            raise UsageError(f"{path}: row {rows_before + row + 1} has no {name}")
     for name in {"pair_id", "question_id", "image_id", "image"} & set(table.schema.names):
         row = pc.index(table.column(name), "").as_py()
         if row >= 0:
-            raise UsageError(f"{path}: row {row + 1} has an empty {name}")
+            raise UsageError(f"{path}: row {rows_before + row + 1} has an empty {name}")
 
 
 def keep_split(path: Path, table: pa.Table, split: str | None) -> pa.Table:
     """The rows of one split, or all; ``UsageError`` where there are none."""
+    counts = split_counts(path, table)
+    refuse_absent_split(path, counts, split)
+    return table if split is None else rows_of_split(table, split)
+
+
+def rows_of_split(table: pa.Table, split: str) -> pa.Table:
+    """The rows of one split."""
+    return table.filter(pc.equal(table.column("split"), split)).combine_chunks()
+
+
+def split_counts(path: Path, table: pa.Table) -> dict[str, int]:
+    """Rows of each split; ``UsageError`` for an unknown one."""
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(table.column("split")).to_pylist()}
     for name in set(counts) - set(SPLITS):
         raise UsageError(f"{path}: split {name!r} is not one of 'train', 'val', 'test' or empty")
-    if table.num_rows == 0:
+    return counts
+
+
+def refuse_absent_split(path: Path, counts: Mapping[str, int], split: str | None) -> None:
+    """``UsageError`` where a manifest with so many rows of each split has none, or none of ``split``."""
+    if not any(counts.values()):
         raise UsageError(f"{path} has no rows")
-    if split is None:
-        return table
-    if split not in counts:
+    if split is not None and not counts.get(split):
         has = ", ".join(f"{name or '(none)'} {count:,}" for name, count in sorted(counts.items()))
         given = "; `prepare --split train` gives captions without a split one" if "" in counts else ""
         raise UsageError(f"{path} has no rows of split {split!r}; it has {has}{given}")
-    return table.filter(pc.equal(table.column("split"), split)).combine_chunks()
+
+
+def refuse_contradictions(path: Path, split: str | None) -> None:
+    """``UsageError`` for a pair id that comes twice and an image id with two paths, by the whole columns; memory for all of them."""
+    columns = ["pair_id", "image_id", "image", "split"]
+    table = read_table(path, pa.schema([PAIRS_SCHEMA.field(name) for name in columns]))
+    table = keep_split(path, table, split)
+    _refuse_duplicate_pairs(path, table)
+    _refuse_two_paths(path, table, *_numbered(table.column("image_id")))
 
 
 def _refuse_duplicate_pairs(path: Path, table: pa.Table) -> None:
@@ -340,7 +420,7 @@ def _numbered(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
 
 def _refuse_two_paths(path: Path, table: pa.Table, numbers: np.ndarray, ids: pa.Array) -> None:
     """Every image id has one path, and that path stays inside the images folder."""
-    _refuse_escaping_paths(path, table)
+    refuse_escaping_paths(path, table)
     paths, names = _numbered(table.column("image"))
     path_of_image = np.zeros(len(ids), paths.dtype)
     path_of_image[numbers] = paths
@@ -351,26 +431,48 @@ def _refuse_two_paths(path: Path, table: pa.Table, numbers: np.ndarray, ids: pa.
         raise UsageError(f"{path}: image id {ids[int(numbers[row])].as_py()!r} has two files, {one!r} and {two!r}")
 
 
-def _refuse_escaping_paths(path: Path, table: pa.Table) -> None:
+def refuse_escaping_paths(path: Path, table: pa.Table, rows_before: int = 0) -> None:
+    """``UsageError`` where a path leaves the images folder; ``rows_before`` are those of earlier parts of the table."""
     column = table.column("image")
     suspect = pc.match_substring_regex(column, r"^/|(^|/)\.\.(/|$)|\x00")
     row = pc.index(suspect, True).as_py()
     if row >= 0:
-        raise UsageError(f"{path}: row {row + 1}: image {column[row].as_py()!r} {check_relative(column[row].as_py())}")
+        raise UsageError(f"{path}: row {rows_before + row + 1}: image {column[row].as_py()!r} {check_relative(column[row].as_py())}")
+
+
+class ContentDigest:
+    """SHA-256 over names, string lengths and bytes of every column of tables end to end: parts, chunks and encoding do not enter it."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.rows = 0
+        self._columns = {name: (hashlib.sha256(), hashlib.sha256()) for name in names}
+
+    def update(self, table: pa.Table) -> None:
+        """Go on with the rows of ``table``."""
+        self.rows += len(table)
+        for name, (lengths, content) in self._columns.items():
+            for chunk in table.column(name).chunks:
+                offsets, characters = string_buffers(chunk)
+                lengths.update(np.diff(offsets).astype("<i4").tobytes())
+                content.update(characters)
+
+    def hexdigest(self) -> str:
+        """The digest of all rows so far."""
+        total = hashlib.sha256(str(self.rows).encode())
+        for name, (lengths, content) in self._columns.items():
+            total.update(name.encode() + lengths.digest() + content.digest())
+        return total.hexdigest()
+
+
+def digest_of_kept(digest: str, keep: np.ndarray) -> str:
+    """The digest of those rows of pairs with ``digest`` that ``keep`` bool [rows] names."""
+    return hashlib.sha256(digest.encode() + np.packbits(keep).tobytes()).hexdigest()
 
 
 def _content_digest(table: pa.Table) -> str:
-    """SHA-256 over names, string lengths and bytes of every column: chunking and encoding do not enter it."""
-    total = hashlib.sha256(str(table.num_rows).encode())
-    for name in table.schema.names:
-        lengths, content = hashlib.sha256(), hashlib.sha256()
-        for chunk in table.column(name).chunks:
-            offsets = np.frombuffer(chunk.buffers()[1], np.int32, len(chunk) + 1, chunk.offset * 4) if len(chunk) else np.zeros(1, np.int32)
-            lengths.update(np.diff(offsets).astype("<i4").tobytes())
-            if offsets[-1] > offsets[0]:
-                content.update(memoryview(chunk.buffers()[2])[int(offsets[0]) : int(offsets[-1])])
-        total.update(name.encode() + lengths.digest() + content.digest())
-    return total.hexdigest()
+    digest = ContentDigest(table.schema.names)
+    digest.update(table)
+    return digest.hexdigest()
 
 
 def _image_boxes(path: Path, row: dict) -> ImageBoxes:

@@ -24,6 +24,7 @@ from megainter.errors import UsageError
 HARD_SCHEMA = pa.schema([("negatives", pa.list_(pa.int32()))])
 HARD_SHARE = 0.2  # of the negatives, as the paper has it
 _WORD = re.compile(r"\w+")
+_ROWS_AT_ONCE = 1 << 16  # of a mapped column: the first part nearly always answers
 _ATTEMPTS = 32  # an image that owns half of all captions still fails all of them only once in 2^32 samples
 _AGAIN = "run `megainter prepare negatives` on these pairs again, with --split as in data.split"
 
@@ -102,7 +103,8 @@ def _checked(path: Path, lists: pa.ListArray, pairs: Pairs, start: int) -> tuple
 
 def require_two_images(image_numbers: NDArray[np.int32], where: str) -> None:
     """A ``UsageError`` where all captions belong to one image: no negative caption exists."""
-    if len(image_numbers) == 0 or (image_numbers == image_numbers[0]).all():
+    parts = (image_numbers[start : start + _ROWS_AT_ONCE] for start in range(0, len(image_numbers), _ROWS_AT_ONCE))
+    if not any((part != image_numbers[0]).any() for part in parts):
         raise UsageError(f"{where}: matching needs captions of at least two images to draw negative captions from, this data has one")
 
 
@@ -117,8 +119,7 @@ def same_text(pairs: Pairs, rows: Int64s, others: Int64s) -> NDArray[np.bool_]:
 
     Titles of products often do, of different images; such a caption is no mismatch.
     """
-    captions = pairs.table.column("caption")
-    texts = (captions.take(pa.array(some)).to_pylist() for some in (rows, others))
+    texts = (pairs.captions(some) for some in (rows, others))
     return np.fromiter((a == b or plain_text(a) == plain_text(b) for a, b in zip(*texts, strict=True)), np.bool_, len(rows))
 
 

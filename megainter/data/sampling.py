@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megainter.data.feature_store import FeatureStore, RegionRecord
-from megainter.data.manifest import Pairs
+from megainter.data.manifest import Pairs, digest_of_kept
 from megainter.data.masking import VocabularyFacts, mask_regions, mask_text, recipe
 from megainter.data.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text
 from megainter.data.order import Int64s, Purpose, permuted, sample_generator, uniform
@@ -98,7 +98,7 @@ class Sampler:
     ) -> None:
         if len(tokens) != len(pairs):
             raise UsageError(f"token table {tokens.path} holds {len(tokens):,} captions, the pairs {len(pairs):,}: build it again")
-        require_images(pairs, store)
+        self.store_rows = require_images(pairs, store)
         if settings.mismatch_probability > 0:
             require_two_images(pairs.image_numbers, f"the captions of {store.path}")
         if hard_negatives is not None and len(hard_negatives) != len(pairs):
@@ -106,7 +106,6 @@ class Sampler:
         self.pairs, self.store, self.tokens, self.vocabulary, self.settings = pairs, store, tokens, vocabulary, settings
         self.hard_negatives = hard_negatives
         self.recipe = recipe(settings.masking)
-        self.region_counts = store.region_counts(pairs.image_ids).clip(max=settings.max_regions)
 
     def draws(self, epochs: Int64s, numbers: Int64s) -> Draws:
         """Rows and labels of samples ``numbers`` int64 [S] of ``epochs`` int64 [S]."""
@@ -125,13 +124,13 @@ class Sampler:
 
     def lengths(self, draws: Draws) -> Int64s:
         """Text tokens and regions of each sample, [CLS], [SEP] and the global region included: int64 [S]."""
-        regions = self.region_counts[self.pairs.image_numbers[draws.rows]]
+        regions = self.store.regions_at(self.store_rows[self.pairs.image_numbers[draws.rows]]).clip(max=self.settings.max_regions)
         return self.tokens.lengths[draws.caption_rows].astype(np.int64) + 2 + regions + 1
 
     def sample(self, draws: Draws, i: int) -> Sample:
         """Sample ``i`` of ``draws``, read from the store and masked."""
         epoch, n, row, caption_row = int(draws.epochs[i]), int(draws.numbers[i]), int(draws.rows[i]), int(draws.caption_rows[i])
-        record = self.store[self.pairs.image_id(row)]
+        record = self.store.at(int(self.store_rows[self.pairs.image_numbers[row]]))
         in_text, in_regions = self._sides(epoch, n)
         ids, positions, labels = self._text(epoch, n, caption_row, in_text)
         boxes = record.boxes[: self.settings.max_regions]
@@ -182,16 +181,26 @@ def _sample(
     return Sample(*numbers, *text, boxes, features, class_probs, record.width, record.height, masked, zeroed)
 
 
+def rows_in_store(pairs: Pairs, store: FeatureStore) -> NDArray[np.integer]:
+    """[images]: the place in the store's ids of each image number, -1 where the store lacks it."""
+    if pairs.found is not None and pairs.found.store_digest == store.digest:
+        return pairs.found.rows
+    return store.find(pairs.image_ids)
+
+
 def missing_images(pairs: Pairs, store: FeatureStore) -> NDArray[np.bool_]:
     """bool [images]: which image numbers of the pairs are not in the store."""
-    return store.find(pairs.image_ids) < 0
+    return rows_in_store(pairs, store) < 0
 
 
-def require_images(pairs: Pairs, store: FeatureStore) -> None:
-    """A ``UsageError`` where captions have no image in the store: how many, and three examples."""
-    missing = missing_images(pairs, store)
+def require_images(pairs: Pairs, store: FeatureStore) -> NDArray[np.integer]:
+    """``rows_in_store``; a ``UsageError`` where captions have no image in the store: how many, and three examples."""
+    rows = rows_in_store(pairs, store)
+    if pairs.found is not None and rows is pairs.found.rows:
+        return rows  # they were matched, and none is missing
+    missing = rows < 0
     if not missing.any():
-        return
+        return rows
     captions = int(missing[pairs.image_numbers].sum())
     first = ", ".join(pairs.image_ids[i] for i in np.flatnonzero(missing)[:3])
     raise UsageError(
@@ -206,5 +215,5 @@ def drop_missing(pairs: Pairs, store: FeatureStore) -> Pairs:
     keep = ~missing[pairs.image_numbers]
     new_numbers = (np.cumsum(~missing) - 1).astype(np.int32)
     image_ids = [image_id for image_id, gone in zip(pairs.image_ids, missing, strict=True) if not gone]
-    digest = hashlib.sha256(pairs.digest.encode() + np.packbits(keep).tobytes()).hexdigest()
+    digest = digest_of_kept(pairs.digest, keep)
     return Pairs(pairs.table.filter(pa.array(keep)), new_numbers[pairs.image_numbers[keep]], image_ids, digest)

@@ -75,7 +75,7 @@ def read_gallery(pairs: Path, store: FeatureStore, split: str | None, images: in
     numbers = present.image_numbers
     wanted = (numbers < (images or len(present.image_ids))) & (_nth_caption(numbers) < (captions_per_image or len(numbers)))
     rows = np.flatnonzero(wanted).astype(np.int64)
-    return Gallery(present, present.image_ids[:images], rows, numbers[rows].astype(np.int32), missing)
+    return Gallery(present, list(present.image_ids[:images]), rows, numbers[rows].astype(np.int32), missing)
 
 
 def _nth_caption(numbers: NDArray[np.int32]) -> NDArray[np.int64]:

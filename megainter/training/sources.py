@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from megainter.config import DataConfig, RunConfig
 from megainter.data.batch import PretrainStream, StreamSettings, drop_missing
 from megainter.data.chinese import WORDPIECE, segmentation
 from megainter.data.feature_store import FeatureStore
-from megainter.data.manifest import Pairs, has_split, read_pairs
+from megainter.data.manifest import ROWS_PER_GROUP, Pairs, has_split
 from megainter.data.negatives import HardNegatives, read_hard_negatives
+from megainter.data.pairs_index import build_pairs_index, open_pairs_index
 from megainter.data.sampling import missing_images
 from megainter.data.text import Vocabulary, build_token_table, load_vocabulary, open_token_table, table_key, train_vocabulary
 from megainter.errors import TooManyBadInputsError, UsageError
@@ -39,10 +41,9 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
     Raises ``UsageError`` for missing files, captions without images, one image only, or a store that contradicts the model settings.
     """
     data = config.data
-    pairs = read_pairs(data.pairs, split=data.split)
     store = FeatureStore(data.store)
     check_store(config, store)
-    pairs = with_regions(pairs, store, data.max_missing, data.pairs)
+    pairs = mapped_pairs(config, "train", data.pairs, data.split, store)
     vocabulary_path = on_first_rank(lambda: place_vocabulary(data, pairs, config.output))
     vocabulary = load_vocabulary(vocabulary_path, lowercase=data.lowercase)
     hard_negatives = read_hard_negatives(data.hard_negatives, pairs) if data.hard_negatives is not None else None
@@ -67,7 +68,7 @@ def word_boundaries(data: DataConfig, pairs: Pairs) -> str:
     """What tells the words of these captions apart, where whole words are masked; it is part of what a resumed run must have again."""
     if data.masking != "paper":
         return WORDPIECE
-    words = segmentation(data.word_segmentation, pairs.table.column("caption"))
+    words = segmentation(data.word_segmentation, pairs.table.column("caption"), pairs.chinese_share)
     if words != WORDPIECE:
         log.info("words of Chinese captions are found by %s", words)
     return words
@@ -91,9 +92,27 @@ def place_vocabulary(data: DataConfig, pairs: Pairs, output: Path) -> Path:
     elif data.vocabulary is not None:
         write_atomically(path, data.vocabulary.read_bytes())
     else:
-        captions = (text for text in pairs.table.column("caption").to_pylist())
-        train_vocabulary(captions, data.vocabulary_size, path, lowercase=data.lowercase)
+        train_vocabulary(all_captions(pairs), data.vocabulary_size, path, lowercase=data.lowercase)
     return path
+
+
+def all_captions(pairs: Pairs) -> Iterator[str]:
+    """Every caption, in parts: millions of Python strings at once would be gigabytes."""
+    captions = pairs.table.column("caption")
+    for start in range(0, len(captions), ROWS_PER_GROUP):
+        yield from captions.slice(start, ROWS_PER_GROUP).to_pylist()
+
+
+def mapped_pairs(config: RunConfig, name: str, manifest: Path, split: str, store: FeatureStore) -> Pairs:
+    """The pairs of ``split`` whose images have regions, mapped from the run's cache, where rank 0 puts them first. Collective.
+
+    ``TooManyBadInputsError`` where more than ``data.max_missing`` of the captions have none.
+    """
+    folder = config.output / "cache" / f"pairs-{name}"
+    key, facts = on_first_rank(lambda: build_pairs_index(manifest, split, store, folder))
+    if facts.rows < facts.manifest_rows:
+        _tell_missing(manifest, store, facts.manifest_rows - facts.rows, facts.manifest_rows, facts.first_missing, config.data.max_missing)
+    return open_pairs_index(folder, key, store)
 
 
 def with_regions(pairs: Pairs, store: FeatureStore, limit: float, where: Path) -> Pairs:
@@ -102,13 +121,16 @@ def with_regions(pairs: Pairs, store: FeatureStore, limit: float, where: Path) -
     captions = int(missing[pairs.image_numbers].sum())
     if not captions:
         return pairs
-    first = pairs.image_ids[int(missing.argmax())]
-    told = f"{where}: {captions:,} of {len(pairs):,} captions are of images without regions in {store.path}, first {first!r}"
-    if captions > limit * len(pairs):
-        share = math.ceil(1000 * captions / len(pairs)) / 1000
+    _tell_missing(where, store, captions, len(pairs), pairs.image_ids[int(missing.argmax())], limit)
+    return drop_missing(pairs, store)
+
+
+def _tell_missing(where: Path, store: FeatureStore, missing: int, captions: int, first: str, limit: float) -> None:
+    told = f"{where}: {missing:,} of {captions:,} captions are of images without regions in {store.path}, first {first!r}"
+    if missing > limit * captions:
+        share = math.ceil(1000 * missing / captions) / 1000
         raise TooManyBadInputsError(f"{told}: extract these images, or leave their captions out with --data.max_missing {share}")
     log.warning("%s: left out", told)
-    return drop_missing(pairs, store)
 
 
 def _stream(
@@ -154,7 +176,7 @@ def _validation(
     if settings.pairs is None and not has_split(path, settings.split):
         return None
     own = FeatureStore(settings.store) if settings.store is not None else store
-    pairs = with_regions(read_pairs(path, split=settings.split), own, config.data.max_missing, path)
+    pairs = mapped_pairs(config, "validation", path, settings.split, own)
     return _stream(config, "validation", pairs, own, vocabulary, words, rank, world_size)
 
 
