@@ -174,7 +174,8 @@ class TokenTable:
 
     ``table[row]`` is an int32 array (a view into the file). A second column, list<uint8>, is there where words are not the vocabulary's
     own: 1 for a token that goes on with the word before it (``continues``). Pickling sends the path alone, so that workers map the file
-    themselves. ``truncated`` counts captions that were cut, ``unknown_share`` is the share of [UNK] among all tokens.
+    themselves. ``truncated`` counts captions that were cut, ``unknown_share`` is the share of [UNK] among all tokens. Of the file only
+    where its record batches begin is kept in memory.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -183,34 +184,78 @@ class TokenTable:
         reader = pa.ipc.open_file(self._map)
         if (reader.schema.metadata or {}).get(b"key", b"").decode() != key:
             raise UsageError(f"{path} was built for other captions, another vocabulary or text length: delete it, or build it again")
-        batches = [reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)]
-        columns = [batch.batch.column(0) for batch in batches]
-        self._offsets = [column.offsets.to_numpy() for column in columns]
-        self._values = [column.values.to_numpy() for column in columns]
-        self._continues = [batch.batch.column(1).values.to_numpy().view(np.bool_) for batch in batches if len(reader.schema) > 1]
-        self.lengths: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)])
-        self.truncated = sum(int(batch.custom_metadata[b"truncated"]) for batch in batches)
-        unknown = sum(int(batch.custom_metadata[b"unknown"]) for batch in batches)
-        self.unknown_share = unknown / max(int(self.lengths.sum(dtype=np.int64)), 1)
+        self._map.seek(0)
+        whole = self._map.read_buffer(self._map.size())
+        self._bytes = np.frombuffer(whole, np.uint8)
+        self._numbers = self._bytes[: len(self._bytes) // 4 * 4].view(np.int32)
+        begins, counts, facts = [], [], Counter[bytes]()
+        for i in range(reader.num_record_batches):
+            batch, metadata = reader.get_batch_with_custom_metadata(i)
+            begins.append([buffer.address - whole.address for buffer in _list_buffers(batch)])
+            counts.append(batch.num_rows)
+            facts.update({name: int(metadata[name]) for name in (b"truncated", b"unknown")})
+        columns = np.array(begins, np.int64).reshape(len(counts), 2 * len(reader.schema)).T
+        self._offsets_at, self._ids_at = columns[0] // 4, columns[1] // 4
+        self._continues_at = columns[3] if len(columns) > 2 else None
+        self.lengths = CaptionLengths(self._numbers, self._offsets_at, sum(counts))
+        tokens = int(self._numbers[self._offsets_at + np.array(counts, np.int64)].sum(dtype=np.int64))
+        self.truncated, self.unknown_share = facts[b"truncated"], facts[b"unknown"] / max(tokens, 1)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> NDArray[np.int32]:
-        batch, i = divmod(int(row), _BATCH)
-        offsets = self._offsets[batch]
-        return self._values[batch][offsets[i] : offsets[i + 1]]
+        batch, first, end = self._span(row)
+        at = self._ids_at[batch]
+        return self._numbers[at + first : at + end]
 
     def continues(self, row: int) -> NDArray[np.bool_] | None:
         """bool [n]: which tokens of a caption go on with the word before them; None where the vocabulary alone tells."""
-        if not self._continues:
+        if self._continues_at is None:
             return None
+        batch, first, end = self._span(row)
+        at = self._continues_at[batch]
+        return self._bytes[at + first : at + end].view(np.bool_)
+
+    def _span(self, row: int) -> tuple[int, int, int]:
+        """The record batch of a row, and where its tokens begin and end there."""
+        if not 0 <= row < len(self.lengths):
+            raise IndexError(row)
         batch, i = divmod(int(row), _BATCH)
-        offsets = self._offsets[batch]
-        return self._continues[batch][offsets[i] : offsets[i + 1]]
+        at = self._offsets_at[batch] + i
+        return batch, int(self._numbers[at]), int(self._numbers[at + 1])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenTable, (self.path, self.key)
+
+
+class CaptionLengths:
+    """Tokens of each caption, read from the offsets in a token table's file when asked for: int32, the shape of the rows asked for.
+
+    ``numbers``: the file as int32; ``offsets_at`` int64 [record batches]: where in it the offsets of each begin.
+    """
+
+    dtype = np.dtype(np.int32)
+
+    def __init__(self, numbers: NDArray[np.int32], offsets_at: NDArray[np.int64], rows: int) -> None:
+        self._numbers, self._offsets_at, self._rows = numbers, offsets_at, rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, rows: Any) -> NDArray[np.int32]:
+        rows = np.asarray(rows, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < self._rows:
+            raise IndexError(f"rows of a token table are 0 to {self._rows - 1}")
+        at = self._offsets_at[rows // _BATCH] + rows % _BATCH
+        return self._numbers[at + 1] - self._numbers[at]
+
+
+def _list_buffers(batch: pa.RecordBatch) -> Iterator[pa.Buffer]:
+    """Offsets and values of each column of lists."""
+    for column in batch.columns:
+        _, offsets, _, values = column.buffers()
+        yield from (offsets, values)
 
 
 def table_key(pairs: Pairs, vocabulary: Vocabulary, max_text_tokens: int, words: str = WORDPIECE) -> str:
