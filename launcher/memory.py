@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from launcher.shape import Load, Shape, forward_flops, kept_rows_bytes, kept_scores_bytes, layer_parameters, parameters
+from launcher.shape import Load, Shape, forward_flops, kept_rows_bytes, kept_scores_bytes, layer_parameters, parameters, spared_bytes
 
 Precision = Literal["fp32", "bf16", "fp16"]
 BUCKET = 200_000_000  # numbers: reduce and all-gather buckets of the configurations in ds_configs/
@@ -101,7 +101,7 @@ def activations(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> 
         load.regions * shape.region_feature_size * (2 + width) + (load.text + load.regions) * shape.hidden_size * 4 * width
     )
     if not layout.checkpointing:
-        return rows * kept_rows_bytes(shape, width, cpu) + scores + embedded
+        return rows * kept_rows_bytes(shape, width, cpu) - spared_bytes(shape, load, width, cpu) + scores + embedded
     one_layer = load.samples * (load.text + load.regions) * kept_rows_bytes(shape, width, cpu) + scores / max(shape.layers, 1)
     return rows * shape.hidden_size * width + one_layer + embedded
 

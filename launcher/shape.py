@@ -98,18 +98,29 @@ def layer_parameters(shape: Shape) -> int:
 def forward_flops(shape: Shape, load: Load) -> float:
     """Operations of one forward pass over a micro-batch whose samples are equally long (multiply and add are two)."""
     hidden, pooled, samples = shape.hidden_size, shape.pooler_size, load.samples
-    per_row = 2 * hidden * (4 * hidden + 2 * shape.intermediate_size)
-    squares = (
-        shape.num_interaction_layers * (load.text + load.regions) ** 2
-        + shape.num_text_layers * load.text**2
-        + shape.num_region_layers * load.regions**2
-    )
-    layers = load.rows(shape) * per_row + 4 * samples * squares * hidden
+    layers = (
+        shape.num_interaction_layers * _layer_flops(shape, load.text + load.regions, load.text + load.regions)
+        + _stream_flops(shape, shape.num_text_layers, load.text, load.masked_text + 1)
+        + _stream_flops(shape, shape.num_region_layers, load.regions, load.masked_regions + 1)
+    ) * samples
     embeddings = 2 * samples * load.regions * hidden * (shape.region_feature_size + 5)
     poolers = 2 * samples * (2 * hidden * pooled + 2 * pooled)
     msm = 2 * samples * load.masked_text * hidden * (hidden + shape.vocab_size)
     mrm = 2 * samples * load.masked_regions * hidden * (hidden + shape.targets)
     return layers + embeddings + poolers + msm + mrm
+
+
+def _stream_flops(shape: Shape, layers: int, length: float, asked: float) -> float:
+    """One sample's layers of a stream: the last computes the rows of masked places and the first one alone."""
+    if not layers:
+        return 0.0
+    return (layers - 1) * _layer_flops(shape, length, length) + _layer_flops(shape, length, min(asked, length))
+
+
+def _layer_flops(shape: Shape, length: float, asked: float) -> float:
+    """Keys and values of all rows; everything else of the rows asked for."""
+    hidden = shape.hidden_size
+    return 2 * hidden * (2 * hidden * length + (2 * hidden + 2 * shape.intermediate_size) * asked) + 4 * length * asked * hidden
 
 
 def kept_rows_bytes(shape: Shape, width: int, padded: bool) -> float:
@@ -128,4 +139,26 @@ def kept_scores_bytes(shape: Shape, load: Load, width: int) -> float:
     joint = shape.num_interaction_layers * shape.num_attention_heads * (load.text + load.regions) ** 2
     text = shape.num_text_layers * shape.num_attention_heads * load.text**2
     regions = shape.num_region_layers * shape.num_region_attention_heads * load.regions**2
-    return copies * width * load.samples * (joint + text + regions)
+    unasked = sum(heads * length * idle for heads, length, idle in (
+        (shape.num_attention_heads, load.text, idle_text(shape, load)),
+        (shape.num_region_attention_heads, load.regions, idle_regions(shape, load)),
+    ))  # fmt: skip
+    return copies * width * load.samples * (joint + text + regions - unasked)
+
+
+def spared_bytes(shape: Shape, load: Load, width: int, padded: bool) -> float:
+    """Bytes that the last layers of both streams do not keep: of rows nobody asks for, the input, keys and values alone stay."""
+    idle = idle_text(shape, load) + idle_regions(shape, load)
+    asked = (load.text if shape.num_text_layers else 0) + (load.regions if shape.num_region_layers else 0) - idle
+    copies = asked if idle else 0  # the rows that ask, picked out of the input
+    return load.samples * (idle * (kept_rows_bytes(shape, width, padded) - 3 * shape.hidden_size * width) - copies * shape.hidden_size * width)
+
+
+def idle_text(shape: Shape, load: Load) -> float:
+    """Text rows of a sample that the last text layer does not compute: all but [CLS] and masked places."""
+    return max(0.0, load.text - load.masked_text - 1) if shape.num_text_layers else 0.0
+
+
+def idle_regions(shape: Shape, load: Load) -> float:
+    """Regions of a sample that the last region layer does not compute: all but the global one and masked ones."""
+    return max(0.0, load.regions - load.masked_regions - 1) if shape.num_region_layers else 0.0

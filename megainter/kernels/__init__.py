@@ -5,7 +5,7 @@ the same name in the same file, and `choices` says which form will run and why, 
 """
 
 from megainter.kernels.activation import linear_gelu
-from megainter.kernels.attention import SequenceLayout, attention_choice, varlen_attention
+from megainter.kernels.attention import QueryRows, SequenceLayout, attention_choice, varlen_attention
 from megainter.kernels.choice import KernelChoice
 from megainter.kernels.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.kernels.dropout import dropout
@@ -14,6 +14,7 @@ from megainter.kernels.report import choices
 
 __all__ = [
     "KernelChoice",
+    "QueryRows",
     "SequenceLayout",
     "attention_choice",
     "choices",

@@ -54,34 +54,55 @@ class SequenceLayout:
     def sequences(self) -> int:
         return len(self.lengths)
 
-    def padded_rows(self, heads: int) -> torch.Tensor:
-        """Row of token n, head j in a padded [S * h * L, d] tensor: int64 [N * h], in the order of the packed tensor."""
-        head = torch.arange(heads, device=self.sequence.device)
-        return ((self.sequence[:, None] * heads + head) * self.max_length + self.position[:, None]).flatten()
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Some rows of packed sequences, the only ones whose outcome is asked for: they look at all rows, nobody computes the others.
+
+    ``rows`` int64 [M], ascending; ``cu_seqlens`` int32 [S + 1] first of each sequence among them; ``sequence`` and ``position`` int64 [M]:
+    a row's sequence and its place among the sequence's M_s. ``max_length``: the largest M_s, or on a GPU a bound that needs no waiting.
+    """
+
+    rows: torch.Tensor
+    cu_seqlens: torch.Tensor
+    sequence: torch.Tensor
+    position: torch.Tensor
+    max_length: int
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, layout: SequenceLayout) -> "QueryRows":
+        """``rows`` int64 [M], ascending, on the layout's device."""
+        sequence = layout.sequence.index_select(0, rows)
+        firsts = torch.searchsorted(sequence, torch.arange(layout.sequences + 1, device=rows.device))
+        position = torch.arange(len(rows), device=rows.device) - firsts.index_select(0, sequence)
+        longest = min(layout.max_length, len(rows)) if rows.is_cuda or not len(rows) else int(position.max()) + 1
+        return cls(rows, firsts.to(torch.int32), sequence, position, longest)
 
 
 def varlen_attention(
-    q_Nhd: torch.Tensor,
+    q_Mhd: torch.Tensor,
     k_Nhd: torch.Tensor,
     v_Nhd: torch.Tensor,
     layout: SequenceLayout,
     dropout_p: float,
     training: bool,
+    queries: QueryRows | None = None,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v within each sequence; dropout on the probabilities when ``training``. Returns [N, h, d].
+    """softmax(q k^T / sqrt(d)) v within each sequence; dropout on the probabilities when ``training``. Returns [M, h, d].
 
-    No row sees another sequence or padding. No rows at all is allowed: the result is empty, with a gradient path to q, k and v
-    (a rank whose batch lacks one modality must still take part in that modality's gradient reduction).
+    ``queries`` None: every row asks (M = N). No row sees another sequence or padding. No rows at all is allowed: the result is empty,
+    with a gradient path to q, k and v (a rank whose batch lacks one modality must still take part in that modality's gradient reduction).
     """
-    if not len(q_Nhd):
-        return q_Nhd + k_Nhd + v_Nhd
+    if not len(k_Nhd):
+        return q_Mhd + k_Nhd + v_Nhd
     drop = dropout_p if training else 0.0
-    form = attention_choice(q_Nhd.device, q_Nhd.dtype, drop).form
+    asking = layout if queries is None else queries
+    form = attention_choice(q_Mhd.device, q_Mhd.dtype, drop).form
     if form == FLASH:
-        return _flash(q_Nhd, k_Nhd, v_Nhd, layout)
+        return _flash(q_Mhd, k_Nhd, v_Nhd, layout, asking)
     if form == SDPA:
-        return _padded_sdpa(q_Nhd, k_Nhd, v_Nhd, layout, drop)
-    return _padded_matmul(q_Nhd, k_Nhd, v_Nhd, layout, drop)
+        return _padded_sdpa(q_Mhd, k_Nhd, v_Nhd, layout, asking, drop)
+    return _padded_matmul(q_Mhd, k_Nhd, v_Nhd, layout, asking, drop)
 
 
 def attention_choice(device: torch.device, dtype: torch.dtype, dropout_p: float) -> KernelChoice:
@@ -97,27 +118,31 @@ def attention_choice(device: torch.device, dtype: torch.dtype, dropout_p: float)
     return KernelChoice("attention", FLASH, "no padding is computed")
 
 
-def _flash(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-    cu, longest = layout.cu_seqlens, layout.max_length
-    out = varlen_attn(q_Nhd, k_Nhd, v_Nhd, cu, cu, longest, longest)
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows) -> torch.Tensor:
+    out = varlen_attn(q, k, v, asking.cu_seqlens, layout.cu_seqlens, asking.max_length, layout.max_length)
     assert isinstance(out, torch.Tensor)  # a tuple only when auxiliary outputs are asked for
     return out
 
 
-def _padded_sdpa(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout, drop: float) -> torch.Tensor:
-    heads, width = q_Nhd.shape[1:]
-    rows = layout.padded_rows(heads)
-    shape = (layout.sequences, heads, layout.max_length, width)
-    q, k, v = (_pad(x, rows, layout).view(shape) for x in (q_Nhd, k_Nhd, v_Nhd))
-    bias = None if layout.key_bias is None else layout.key_bias[:, None, None, :].to(q.dtype).expand(-1, heads, layout.max_length, -1)
+def _padded_sdpa(
+    q_Mhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows, drop: float
+) -> torch.Tensor:
+    heads, width = q_Mhd.shape[1:]
+    key_rows, query_rows = _both_places(layout, asking, heads)
+    q = _pad(q_Mhd, query_rows, layout.sequences, asking.max_length).unflatten(0, (-1, heads))
+    k, v = (_pad(x, key_rows, layout.sequences, layout.max_length).unflatten(0, (-1, heads)) for x in (k_Nhd, v_Nhd))
+    bias = None if layout.key_bias is None else layout.key_bias[:, None, None, :].to(q.dtype).expand(-1, heads, asking.max_length, -1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
-    return _Unpad.apply(out.reshape(-1, width), rows).view(q_Nhd.shape)
+    return _Unpad.apply(out.flatten(0, 2), query_rows).view(q_Mhd.shape)
 
 
-def _padded_matmul(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout, drop: float) -> torch.Tensor:
-    heads, width = q_Nhd.shape[1:]
-    rows = layout.padded_rows(heads)
-    q, k, v = (_pad(x, rows, layout) for x in (q_Nhd, k_Nhd, v_Nhd))
+def _padded_matmul(
+    q_Mhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows, drop: float
+) -> torch.Tensor:
+    heads, width = q_Mhd.shape[1:]
+    key_rows, query_rows = _both_places(layout, asking, heads)
+    q = _pad(q_Mhd, query_rows, layout.sequences, asking.max_length)
+    k, v = (_pad(x, key_rows, layout.sequences, layout.max_length) for x in (k_Nhd, v_Nhd))
     scale = width**-0.5
     if layout.key_bias is None:
         scores = torch.bmm(q * scale, k.mT)
@@ -126,14 +151,26 @@ def _padded_matmul(q_Nhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor
         scores = torch.baddbmm(bias, q, k.mT, alpha=scale)
     probs = dropout(scores.softmax(-1), drop, training=True)
     out = torch.bmm(probs.to(v.dtype), v)
-    return _Unpad.apply(out.view(-1, width), rows).view(q_Nhd.shape)
+    return _Unpad.apply(out.flatten(0, 1), query_rows).view(q_Mhd.shape)
 
 
-def _pad(x_Nhd: torch.Tensor, rows: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+def _both_places(layout: SequenceLayout, asking: SequenceLayout | QueryRows, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded places of the keys and of the queries; one tensor where every row asks."""
+    keys = _padded_places(layout, heads)
+    return keys, keys if asking is layout else _padded_places(asking, heads)
+
+
+def _padded_places(rows: SequenceLayout | QueryRows, heads: int) -> torch.Tensor:
+    """Row of token n, head j in a padded [S * h * L, d] tensor: int64 [N * h], in the order of the packed tensor."""
+    head = torch.arange(heads, device=rows.sequence.device)
+    return ((rows.sequence[:, None] * heads + head) * rows.max_length + rows.position[:, None]).flatten()
+
+
+def _pad(x_Nhd: torch.Tensor, places: torch.Tensor, sequences: int, length: int) -> torch.Tensor:
     """[N, h, d] -> [S * h, L, d] with zeros at padding; the head axis moves out in the same copy."""
     heads, width = x_Nhd.shape[1:]
-    total = layout.sequences * heads * layout.max_length
-    return _Pad.apply(x_Nhd.reshape(-1, width), rows, total).view(-1, layout.max_length, width)
+    padded = _Pad.apply(x_Nhd.reshape(-1, width), places, sequences * heads * length)
+    return padded.view(sequences * heads, length, width)
 
 
 class _Pad(torch.autograd.Function):

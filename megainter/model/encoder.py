@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from megainter.kernels import SequenceLayout, linear_gelu, varlen_attention
+from megainter.kernels import QueryRows, SequenceLayout, linear_gelu, varlen_attention
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm
 from megainter.model.packing import PackedLayout
@@ -23,9 +23,13 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.dropout_p = config.attention_probs_dropout_prob
 
-    def forward(self, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        q, k, v = (linear(x_NH).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value))
-        return self.output(varlen_attention(q, k, v, layout, self.dropout_p, self.training).flatten(1))
+    def forward(
+        self, asking_MH: torch.Tensor, x_NH: torch.Tensor, layout: SequenceLayout, queries: QueryRows | None = None
+    ) -> torch.Tensor:
+        """What ``asking_MH``, the rows ``queries`` of ``x_NH`` (None: all of them), gather from their sequences, [M, H]."""
+        q, k, v = self.query(asking_MH), self.key(x_NH), self.value(x_NH)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
+        return self.output(varlen_attention(q, k, v, layout, self.dropout_p, self.training, queries).flatten(1))
 
 
 class LinearGelu(nn.Linear):
@@ -36,7 +40,7 @@ class LinearGelu(nn.Linear):
 
 
 class TransformerLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each followed by dropout, residual addition and layer norm. [N, H] -> [N, H]."""
+    """Attention and feed-forward, each followed by dropout, residual addition and layer norm. [N, H] -> [N, H], or [M, H] for queries."""
 
     def __init__(self, config: InterBertConfig, heads: int, dropout_p: float) -> None:
         super().__init__()
@@ -46,9 +50,10 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.output_norm = DropoutAddLayerNorm(config, dropout_p)
 
-    def forward(self, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        x_NH = self.attention_norm(self.attention(x_NH, layout), x_NH)
-        return self.output_norm(self.output(self.intermediate(x_NH)), x_NH)
+    def forward(self, x_NH: torch.Tensor, layout: SequenceLayout, queries: QueryRows | None = None) -> torch.Tensor:
+        asking_MH = x_NH if queries is None else x_NH.index_select(0, queries.rows)
+        attended_MH = self.attention_norm(self.attention(asking_MH, x_NH, layout, queries), asking_MH)
+        return self.output_norm(self.output(self.intermediate(attended_MH)), attended_MH)
 
 
 class Encoder(nn.Module):
@@ -62,14 +67,26 @@ class Encoder(nn.Module):
         self.text = nn.ModuleList(TransformerLayer(config, heads, dropout_p) for _ in range(config.num_text_layers))
         self.region = nn.ModuleList(TransformerLayer(config, region_heads, region_dropout_p) for _ in range(config.num_region_layers))
 
-    def forward(self, text_NH: torch.Tensor, region_NH: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embedded text [Nt, H] and regions [Nr, H] -> the two streams' last states, of the same shapes."""
+    def forward(
+        self,
+        text_NH: torch.Tensor,
+        region_NH: torch.Tensor,
+        layout: PackedLayout,
+        text_queries: QueryRows | None = None,
+        region_queries: QueryRows | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedded text [Nt, H] and regions [Nr, H] -> the two streams' last states, of all rows or of the queries alone."""
         joint_NH = torch.cat([region_NH, text_NH]).index_select(0, layout.joint_order)
         for layer in self.interaction:
             joint_NH = layer(joint_NH, layout.joint)
         text_NH, region_NH = joint_NH.index_select(0, layout.text_rows), joint_NH.index_select(0, layout.region_rows)
-        for layer in self.text:
-            text_NH = layer(text_NH, layout.text)
-        for layer in self.region:
-            region_NH = layer(region_NH, layout.region)
-        return text_NH, region_NH
+        return run_stream(self.text, text_NH, layout.text, text_queries), run_stream(self.region, region_NH, layout.region, region_queries)
+
+
+def run_stream(layers: nn.ModuleList, x_NH: torch.Tensor, layout: SequenceLayout, queries: QueryRows | None = None) -> torch.Tensor:
+    """States after all ``layers``; with ``queries`` the last layer computes these rows alone, [M, H]."""
+    for number, layer in enumerate(layers, start=1):
+        x_NH = layer(x_NH, layout, queries if number == len(layers) else None)
+    if queries is not None and not len(layers):
+        return x_NH.index_select(0, queries.rows)
+    return x_NH

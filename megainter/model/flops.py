@@ -41,11 +41,11 @@ class BatchCounts:
 def forward_flops(config: InterBertConfig, counts: BatchCounts) -> int:
     """Floating-point operations of one forward pass of the pretraining model over a batch with these counts."""
     hidden, pooled = config.hidden_size, config.pooler_size
-    rows = counts.text_tokens + counts.regions
+    text, regions, samples = counts.text_tokens, counts.regions, counts.samples
     layers = (
-        config.num_interaction_layers * _layer(config, rows, counts.joint_squares)
-        + config.num_text_layers * _layer(config, counts.text_tokens, counts.text_squares)
-        + config.num_region_layers * _layer(config, counts.regions, counts.region_squares)
+        config.num_interaction_layers * _layer(config, text + regions, text + regions, counts.joint_squares)
+        + _stream(config, config.num_text_layers, text, samples + counts.masked_tokens, counts.text_squares)
+        + _stream(config, config.num_region_layers, regions, samples + counts.masked_regions, counts.region_squares)
     )
     embeddings = 2 * counts.regions * hidden * (config.region_feature_size + 5)
     poolers = 2 * counts.samples * (2 * hidden * pooled + 2 * pooled)  # both poolers, and the matching head
@@ -54,7 +54,16 @@ def forward_flops(config: InterBertConfig, counts: BatchCounts) -> int:
     return layers + embeddings + poolers + msm + mrm
 
 
-def _layer(config: InterBertConfig, rows: int, squares: int) -> int:
-    """Four projections and two feed-forward matrices per row; scores and their product with the values per pair of rows."""
+def _stream(config: InterBertConfig, layers: int, rows: int, asked: int, squares: int) -> int:
+    """Layers over ``rows``, of which the last computes the ``asked`` rows alone: those of masked places, and each sample's first."""
+    if not layers:
+        return 0
+    return (layers - 1) * _layer(config, rows, rows, squares) + _layer(config, rows, min(asked, rows), squares)
+
+
+def _layer(config: InterBertConfig, rows: int, asked: int, squares: int) -> int:
+    """Keys and values of all rows; query, output and two feed-forward matrices of those asked for; scores and their product with the
+    values per pair of rows, of which ``squares`` are the number where all rows ask."""
     hidden = config.hidden_size
-    return 2 * rows * hidden * (4 * hidden + 2 * config.intermediate_size) + 4 * squares * hidden
+    matrices = 2 * hidden * (2 * hidden * rows + (2 * hidden + 2 * config.intermediate_size) * asked)
+    return matrices + (4 * squares * hidden * asked // rows if rows else 0)

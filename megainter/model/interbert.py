@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 
 from megainter.data.record import RegionRecord
 from megainter.errors import UsageError
-from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
+from megainter.kernels import QueryRows, SequenceLayout, cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder, LinearGelu
@@ -56,6 +56,25 @@ class PackedScores(NamedTuple):
     msm_logits: torch.Tensor
     mrm_logits: torch.Tensor
     itm_logits: torch.Tensor
+
+
+class Asked(NamedTuple):
+    """The rows of a stream whose last states are wanted: what its last layer computes (None: all rows, where hardly any could be left
+    out), and where the sequences' first rows [S] and the rows asked for [M] then are."""
+
+    queries: QueryRows | None
+    starts: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, starts: torch.Tensor, rows: torch.Tensor, layout: SequenceLayout) -> "Asked":
+        """``starts`` int64 [S] and ``rows`` int64 [M] of a stream's packed rows, in any order."""
+        wanted, order = torch.cat([starts, rows]).sort()
+        if len(wanted) >= len(layout.sequence):
+            return cls(None, starts, rows)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        return cls(QueryRows.of(wanted, layout), places[: len(starts)], places[len(starts) :])
 
 
 @dataclass
@@ -140,15 +159,37 @@ class InterBertModel(InterBertPreTrainedModel):
 
     def encode(self, inputs: PackedInputs) -> Encoded:
         """The packed door. ``inputs`` must be on the model's device. UsageError when its lengths do not fit the model or its tensors."""
+        layout, text_NH, region_NH = self._embed(inputs)
+        text_NH, region_NH = self.encoder(text_NH, region_NH, layout)
+        starts = text_NH.index_select(0, layout.text_starts), region_NH.index_select(0, layout.region_starts)
+        return Encoded(text_NH, region_NH, self.text_pooler(starts[0]), self.region_pooler(starts[1]))
+
+    def encode_rows(self, inputs: PackedInputs, text_rows: torch.Tensor, region_rows: torch.Tensor) -> Encoded:
+        """`encode` where only some states are asked for: ``text_states`` [M, H] of ``text_rows`` int64 [M] of the Nt tokens, and
+        ``region_states`` [K, H] of ``region_rows`` int64 [K] of the Nr regions, in the order asked for; either may be empty.
+
+        The same numbers; the last layer of each stream computes these rows and the pooled ones alone.
+        """
+        layout, text_NH, region_NH = self._embed(inputs)
+        text, region = Asked.of(layout.text_starts, text_rows, layout.text), Asked.of(layout.region_starts, region_rows, layout.region)
+        text_XH, region_XH = self.encoder(text_NH, region_NH, layout, text.queries, region.queries)
+        pooled_text = self.text_pooler(text_XH.index_select(0, text.starts))
+        pooled_region = self.region_pooler(region_XH.index_select(0, region.starts))
+        return Encoded(text_XH.index_select(0, text.rows), region_XH.index_select(0, region.rows), pooled_text, pooled_region)
+
+    def pool(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pooled text and regions alone, [S, P] each (0 rows for a modality that is absent)."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=inputs.input_ids.device)
+        encoded = self.encode_rows(inputs, nothing, nothing)
+        return encoded.pooled_text, encoded.pooled_region
+
+    def _embed(self, inputs: PackedInputs) -> tuple[PackedLayout, torch.Tensor, torch.Tensor]:
         layout = PackedLayout.of(inputs, self.config.max_position_embeddings)
         text_NH = self.text_embeddings(inputs.input_ids, layout.text.position, inputs.token_type_ids)
         region_NH = self.region_embeddings(inputs.region_features, inputs.region_locations)
         if self.config.tie_objects and inputs.text_regions is not None:
             text_NH = add_named_regions(text_NH, region_NH, inputs.text_regions)
-        text_NH, region_NH = self.encoder(text_NH, region_NH, layout)
-        pooled_text = self.text_pooler(text_NH.index_select(0, layout.text_starts))
-        pooled_region = self.region_pooler(region_NH.index_select(0, layout.region_starts))
-        return Encoded(text_NH, region_NH, pooled_text, pooled_region)
+        return layout, text_NH, region_NH
 
     def forward(
         self,
@@ -210,10 +251,10 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
     def score_packed(self, inputs: PackedInputs, msm_positions: torch.Tensor, mrm_positions: torch.Tensor) -> PackedScores:
         """The packed door: logits only at ``msm_positions`` [M] (rows of the Nt tokens) and ``mrm_positions`` [K] (rows of the Nr
         regions), both int64 and possibly empty. Every parameter takes part even then, so ranks always reduce the same gradients."""
-        encoded = self.interbert.encode(inputs)
+        encoded = self.interbert.encode_rows(inputs, msm_positions, mrm_positions)
         return PackedScores(
-            self.msm_head(encoded.text_states.index_select(0, msm_positions)),
-            self.mrm_head(encoded.region_states.index_select(0, mrm_positions)),
+            self.msm_head(encoded.text_states),
+            self.mrm_head(encoded.region_states),
             self.itm_head(self.fusion(encoded.pooled_text, encoded.pooled_region)),
         )
 
@@ -306,8 +347,7 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
 
     def logits_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Matching logits [S, 2], class 0 = matched."""
-        encoded = self.interbert.encode(inputs)
-        return self.itm_head(self.fusion(encoded.pooled_text, encoded.pooled_region))
+        return self.itm_head(self.fusion(*self.interbert.pool(inputs)))
 
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Log-odds of "matched" as float32 [S]. Its sigmoid is the official score (softmax of the logits, class 0): the same order,
@@ -393,8 +433,7 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
 
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """One logit per packed sample (a sample is one choice with its image), [S]."""
-        encoded = self.interbert.encode(inputs)
-        return self.choice_head(self.fusion(encoded.pooled_text, encoded.pooled_region))[:, 0]
+        return self.choice_head(self.fusion(*self.interbert.pool(inputs)))[:, 0]
 
     def forward(
         self,
@@ -464,8 +503,7 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
 
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Logits [E, num_labels] of E examples: as many as samples, or half as many where an example has two images."""
-        encoded = self.interbert.encode(inputs)
-        return self.classifier(self.fusion(encoded.pooled_text, encoded.pooled_region))
+        return self.classifier(self.fusion(*self.interbert.pool(inputs)))
 
     def forward(
         self,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megainter.kernels import SequenceLayout, attention_choice, choices, varlen_attention
+from megainter.kernels import QueryRows, SequenceLayout, attention_choice, choices, varlen_attention
 from megainter.kernels import attention as attention_module
 
 CPU = torch.device("cpu")
@@ -57,8 +57,34 @@ def test_gradients_and_their_gradients(lengths: list[int]) -> None:
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_the_sdpa_form_agrees(lengths: list[int]) -> None:
     q, k, v = rows(lengths, heads=3, width=4, seed=3)
-    sdpa = attention_module._padded_sdpa(q, k, v, layout_of(lengths), 0.0)
+    layout = layout_of(lengths)
+    sdpa = attention_module._padded_sdpa(q, k, v, layout, layout, 0.0)
     torch.testing.assert_close(sdpa, by_hand(q, k, v, lengths))
+
+
+ASKED = {
+    "some of each": ([3, 1, 7, 2], [0, 2, 3, 5, 6, 10, 12]),
+    "none of a sequence": ([3, 1, 7, 2], [1, 12]),
+    "the first of each": ([3, 1, 7, 2], [0, 3, 4, 11]),
+    "a row twice": ([3, 2], [0, 0, 4]),
+    "none": ([3, 2], []),
+    "an empty sequence between": ([2, 0, 3], [1, 2, 4]),
+    "equal": ([4, 4], [0, 3, 5]),
+}
+
+
+@pytest.mark.parametrize(("lengths", "asked"), ASKED.values(), ids=ASKED)
+def test_rows_that_ask_get_what_all_rows_would_get(lengths: list[int], asked: list[int]) -> None:
+    q, k, v = (x.requires_grad_() for x in rows(lengths, heads=3, width=4, seed=5))
+    layout, wanted = layout_of(lengths), torch.tensor(asked, dtype=torch.int64)
+    queries = QueryRows.of(wanted, layout)
+    expected = by_hand(q, k, v, lengths)[wanted]
+    some = varlen_attention(q[wanted], k, v, layout, 0.5, training=False, queries=queries)
+    torch.testing.assert_close(some, expected)
+    torch.testing.assert_close(attention_module._padded_sdpa(q[wanted], k, v, layout, queries, 0.0), expected)
+    if asked:
+        attend = lambda q, k, v: varlen_attention(q, k, v, layout, 0.0, True, queries)  # noqa: E731
+        assert torch.autograd.gradcheck(attend, [q[wanted].detach().requires_grad_(), k, v])
 
 
 def test_sequences_do_not_see_each_other() -> None:
@@ -110,8 +136,8 @@ def test_layout_places() -> None:
     assert layout.cu_seqlens.tolist() == [0, 2, 2, 5]
     assert layout.sequence.tolist() == [0, 0, 2, 2, 2]
     assert layout.position.tolist() == [0, 1, 0, 1, 2]
-    assert layout.padded_rows(1).tolist() == [0, 1, 6, 7, 8]
-    assert layout.padded_rows(2).tolist() == [0, 3, 1, 4, 12, 15, 13, 16, 14, 17]
+    assert attention_module._padded_places(layout, 1).tolist() == [0, 1, 6, 7, 8]
+    assert attention_module._padded_places(layout, 2).tolist() == [0, 3, 1, 4, 12, 15, 13, 16, 14, 17]
     assert layout_of([2, 2]).key_bias is None
 
 

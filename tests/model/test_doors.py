@@ -132,3 +132,22 @@ def test_packed_batches_that_contradict_themselves(inputs: PackedInputs, words: 
 def test_padded_batches_that_contradict_themselves(changes: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         tiny_model()(**{**padded(packed_batch()), **changes})
+
+
+@pytest.mark.parametrize("layers", [(2, 2), (1, 0), (0, 2)], ids=str)
+@pytest.mark.parametrize(("text", "regions"), [([5, 0, 3, 9], [2, 1, 7]), ([], []), (list(range(17)), [10])], ids=["some", "none", "all"])
+def test_rows_asked_for_are_those_of_the_whole_encoding(layers: tuple[int, int], text: list[int], regions: list[int]) -> None:
+    model = tiny_model(num_text_layers=layers[0], num_region_layers=layers[1]).eval()
+    inputs, wanted = packed_batch(text=(6, 4, 7), regions=(4, 3, 5)), (torch.tensor(text).long(), torch.tensor(regions).long())
+    whole, some = model.interbert.encode(inputs), model.interbert.encode_rows(inputs, *wanted)
+    expected = whole.text_states[wanted[0]], whole.region_states[wanted[1]], whole.pooled_text, whole.pooled_region
+    gradients = []
+    for states in (expected, some):
+        model.zero_grad(set_to_none=True)
+        sum((part * torch.arange(1.0, 1 + part.numel()).view_as(part).cos()).sum() for part in states).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for part, other in zip(some, expected, strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-5, atol=1e-6)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

@@ -11,7 +11,7 @@ from tests.model.tiny import packed_batch, tiny_model
 @pytest.mark.parametrize("objective", ["class", "feature"])
 def test_equals_the_counter(objective: str) -> None:
     model, inputs = tiny_model(region_objective=objective), packed_batch(text=(6, 6, 6), regions=(4, 4, 4))
-    msm, mrm = torch.tensor([0, 3, 8, 9]), torch.tensor([1, 5])
+    msm, mrm = torch.tensor([1, 3, 8, 9, 13, 17]), torch.tensor([1, 5, 9])  # as many of each sample: no padding of the rows asked for
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.score_packed(inputs, msm, mrm)
     counts = BatchCounts.of(inputs.text_lengths, inputs.region_lengths, len(msm), len(mrm))
