@@ -16,7 +16,7 @@ from megainter.training.process import RANKS_VARIABLE
 
 Engine = Literal["deepspeed", "torchrun", "mpirun", "srun"]
 RemoteShell = Literal["pdsh", "openmpi", "mpich", "slurm"]
-MODULE = "megainter.pretrain"
+MODULE = "megainter.pretrain"  # what ranks run where nothing else is said
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 # What no shell reads as anything but text, and pdsh (which expands %) neither. DeepSpeed's pdsh runner quotes nothing.
@@ -36,7 +36,7 @@ PASSED_ON = re.compile(
 
 @dataclass(frozen=True)
 class Job:
-    """What is started: ``arguments`` of the pretraining command on every device of ``hosts`` (empty: ``processes`` on this machine)."""
+    """What is started: ``module`` with ``arguments`` on every device of ``hosts`` (empty: ``processes`` on this machine)."""
 
     engine: Engine
     arguments: tuple[str, ...]

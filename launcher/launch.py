@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launcher import slurm
 from launcher.command import (
+    MODULE,
     PASSED_ON,
     Engine,
     Job,
@@ -45,7 +46,7 @@ class JobFailedError(MegainterError):
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """What the command line says about the job. ``arguments`` are those of the pretraining command, ``training`` its batch."""
+    """What the command line says about the job: ``arguments`` are those of ``module``, the training command, ``training`` its batch."""
 
     arguments: tuple[str, ...]
     training: TrainingConfig
@@ -63,6 +64,7 @@ class LaunchSettings:
     min_nodes: int | None = None
     grace: float = 120.0
     request: slurm.SlurmRequest | None = None  # for Slurm
+    module: str = MODULE
 
 
 def launch(settings: LaunchSettings, own_words: tuple[str, ...], dry_run: bool) -> None:
@@ -152,7 +154,7 @@ def job_of(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> J
     master = settings.master or (hosts[0].name if hosts else "127.0.0.1")
     engine = settings.engine or ("srun" if settings.request is not None else "deepspeed")
     port = settings.port or (20000 + secrets.randbelow(10000) if remote else _free_port())
-    return Job(engine, settings.arguments, hosts, processes, environment, folder, master, port, settings.remote_shell)
+    return Job(engine, settings.arguments, hosts, processes, environment, folder, master, port, settings.remote_shell, settings.module)
 
 
 def _free_port() -> int:

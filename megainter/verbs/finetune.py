@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from megainter.errors import UsageError
 from megainter.verbs.pretrain import split_config
+
+if TYPE_CHECKING:
+    from megainter.config import FinetuneConfig
 
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
@@ -25,9 +29,7 @@ def finetune_retrieval(*settings: Settings) -> None:
     settings
         --config RECIPE.toml, and settings laid over it, such as --training.epochs 5.
     """
-    from megainter.tasks.retrieval_training import RetrievalConfig
-
-    config = read_task_settings("retrieval", RetrievalConfig, settings)
+    config = read_task_settings("retrieval", settings)
     if config is not None:
         from megainter.tasks.retrieval_training import finetune
 
@@ -46,9 +48,7 @@ def finetune_vcr(*settings: Settings) -> None:
     settings
         --config RECIPE.toml, and settings laid over it, such as --data.mode answer.
     """
-    from megainter.tasks.vcr_training import VcrConfig
-
-    config = read_task_settings("vcr", VcrConfig, settings)
+    config = read_task_settings("vcr", settings)
     if config is not None:
         from megainter.tasks.vcr_training import finetune
 
@@ -69,9 +69,7 @@ def finetune_classification(*settings: Settings, compare_with: Path | None = Non
     compare_with
         Folder of the BERT that the model came from: fine-tune it alike in RUN/bert, and set both side by side (texts alone).
     """
-    from megainter.tasks.classification_training import ClassificationConfig
-
-    config = read_task_settings("classification", ClassificationConfig, settings)
+    config = read_task_settings("classification", settings)
     if config is None:
         return
     if compare_with is not None:
@@ -84,10 +82,37 @@ def finetune_classification(*settings: Settings, compare_with: Path | None = Non
     finetune(config)
 
 
-def read_task_settings(task: str, kind: type[Any], settings: Sequence[str]) -> Any:
-    """The configuration of this ``kind`` that the settings give; None where they ask for help, which is printed."""
+def configuration(words: Sequence[str]) -> "FinetuneConfig":
+    """The settings of ``finetune`` with these words: a task, and what is set; ``UsageError`` where they are wrong."""
+    from megainter.config import read_settings
+
+    kind = _kind_of(words[0] if words else "")
+    settings = finetune_app.parse_args(words, exit_on_error=False, print_error=False)[1].args
+    return read_settings(kind, *split_config(settings))
+
+
+def _kind_of(task: str) -> "type[FinetuneConfig]":
+    match task:
+        case "retrieval":
+            from megainter.tasks.retrieval_training import RetrievalConfig
+
+            return RetrievalConfig
+        case "vcr":
+            from megainter.tasks.vcr_training import VcrConfig
+
+            return VcrConfig
+        case "classification":
+            from megainter.tasks.classification_training import ClassificationConfig
+
+            return ClassificationConfig
+    raise UsageError(f"finetune {task!a} is not a task; choose retrieval, vcr or classification")
+
+
+def read_task_settings(task: str, settings: Sequence[str]) -> Any:
+    """The task's configuration that the settings give; None where they ask for help, which is printed."""
     from megainter.config import describe_settings, read_settings, shipped_recipes
 
+    kind = _kind_of(task)
     if not settings or {"--help", "-h"} & set(settings):
         usage = f"usage: megainter finetune {task} --config RECIPE [--section.key value ...]"
         recipes = f"RECIPE is a TOML file, or one of those that come along: {', '.join(shipped_recipes(f'finetune {task}'))}."

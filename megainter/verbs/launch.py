@@ -1,12 +1,16 @@
-"""`megainter launch`: pretraining on many devices or machines, supervised."""
+"""`megainter launch`: training on many devices or machines, supervised."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from megainter.errors import UsageError
+
+if TYPE_CHECKING:
+    from megainter.config import FinetuneConfig, RunConfig
 
 
 def launch(
@@ -31,7 +35,7 @@ def launch(
     gpus: bool = True,
     dry_run: bool = False,
 ) -> None:
-    """Start pretraining on the devices of this machine, of a hostfile's or of a Slurm job, and stay with it until it is done.
+    """Start pretraining or fine-tuning on the devices of this machine, of a hostfile's or of a Slurm job, and stay until it is done.
 
     megainter launch --hostfile hosts --restarts 3 -- pretrain --config base --output run. The exact command is written to
     RUN/launch. SIGTERM or Ctrl-C saves a checkpoint and ends with 75; a second one ends at once.
@@ -39,7 +43,7 @@ def launch(
     Parameters
     ----------
     command
-        After "--": pretrain and its settings.
+        After "--": pretrain or finetune TASK, and its settings.
     hostfile
         Lines of "host slots=8".
     slurm
@@ -83,11 +87,6 @@ def launch(
     from launcher.launch import LaunchSettings, visible_devices
     from launcher.launch import launch as run
     from launcher.slurm import SlurmRequest
-    from megainter.config import load_config
-    from megainter.verbs.pretrain import split_config
-
-    if not command or command[0] != "pretrain":
-        raise UsageError('say what to launch: megainter launch [options] -- pretrain --config RECIPE.toml ... (only "pretrain" can be)')
     if hostfile is not None and slurm:
         raise UsageError("give --hostfile or --slurm, not both: Slurm chooses the hosts")
     for name, value, least, most in (("restarts", restarts, 0, 1000), ("grace", grace, 1, 86400), ("port", port, 1024, 65535)):
@@ -95,9 +94,8 @@ def launch(
             raise UsageError(f"--{name} is {value}; give {least} to {most}")
     if processes is not None and not 1 <= processes <= 1024:
         raise UsageError(f"--processes is {processes}; give 1 to 1024")
-    arguments = command[1:]
-    check_arguments([*arguments, *map(str, (hostfile, include, exclude))], remote=False)
-    config = load_config(*split_config(arguments))
+    check_arguments([*command, *map(str, (hostfile, include, exclude))], remote=False)
+    config = _configuration(command)
     request = None
     if slurm:
         import os
@@ -105,7 +103,21 @@ def launch(
         per_node = processes or visible_devices(os.environ) or 1
         request = SlurmRequest(nodes, per_node, time, min_nodes, partition, account, gpus)
     settings = LaunchSettings(
-        arguments, config.training, config.output, hostfile, include, exclude, processes, engine, remote_shell, master_addr, port,
-        tuple(env or ()), restarts, min_nodes, grace, request,
+        command[1:], config.training, config.output, hostfile, include, exclude, processes, engine, remote_shell, master_addr, port,
+        tuple(env or ()), restarts, min_nodes, grace, request, f"megainter.{command[0]}",
     )  # fmt: skip
     run(settings, tuple(sys.argv[1:]), dry_run)
+
+
+def _configuration(command: Sequence[str]) -> "RunConfig | FinetuneConfig":
+    """The settings of the training command that is launched; ``UsageError`` for another command or wrong settings."""
+    from megainter.config import load_config
+    from megainter.verbs.finetune import configuration
+    from megainter.verbs.pretrain import split_config
+
+    match list(command):
+        case ["pretrain", *settings]:
+            return load_config(*split_config(settings))
+        case ["finetune", *words]:
+            return configuration(words)
+    raise UsageError("say what to launch: megainter launch [options] -- pretrain --config RECIPE.toml ... (or finetune TASK --config ...)")

