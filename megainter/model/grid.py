@@ -1,11 +1,11 @@
-"""Every caption of one chunk against every image of another: the matching score, without computing anything twice or in vain.
+"""Captions of one chunk against images of another, all or some pairs: the matching score, without computing anything twice or in vain.
 
-The same numbers as `InterBertForRetrieval.score_packed` over all pairs, for inference alone, and cheaper in three ways. A row's
+The same numbers as `InterBertForRetrieval.score_packed` over these pairs, for inference alone, and cheaper in three ways. A row's
 embedding, and its query, key and value in the first interaction layer, do not depend on what it is paired with: they are computed
 once per caption and once per image. The pooled vectors see only [CLS] and the global region: the last text layer and the last region
 layer compute these rows alone. The heads of masking do not exist here.
 
-Shape letters: C captions, I images, S = I * C pairs (all captions of the first image first), Nt and Nr rows of the captions and of
+Shape letters: C captions, I images, S pairs (of a grid I * C, all captions of the first image first), Nt and Nr rows of the captions and of
 the images, N rows of all pairs, H hidden, h heads, d width of a head, L longest sequence.
 """
 
@@ -41,12 +41,16 @@ class GridLayout:
     region_rows: torch.Tensor
 
     @classmethod
-    def of(cls, captions: torch.Tensor, images: torch.Tensor, device: torch.device) -> "GridLayout":
-        """Layout for row counts ``captions`` [C] and ``images`` [I] (CPU int64); index arithmetic on the CPU, results on ``device``."""
-        cpu = torch.device("cpu")
-        text_S, region_S = captions.repeat(len(images)), images.repeat_interleave(len(captions))
-        joint = SequenceLayout.of(text_S + region_S, cpu)
-        image_N, caption_N = joint.sequence // len(captions), joint.sequence % len(captions)
+    def of(
+        cls, captions: torch.Tensor, images: torch.Tensor, caption_S: torch.Tensor, image_S: torch.Tensor, device: torch.device
+    ) -> "GridLayout":
+        """Layout for row counts ``captions`` [C] and ``images`` [I] and the pairs' numbers of both [S] (all CPU int64).
+
+        Index arithmetic on the CPU, results on ``device``.
+        """
+        text_S, region_S = captions[caption_S], images[image_S]
+        joint = SequenceLayout.of(text_S + region_S, torch.device("cpu"))
+        image_N, caption_N = image_S[joint.sequence], caption_S[joint.sequence]
         in_text_N = joint.position - images[image_N]
         caption_starts = captions.cumsum(0) - captions + images.sum()
         source_N = (images.cumsum(0) - images)[image_N] + joint.position
@@ -67,17 +71,26 @@ def embed_images(model: InterBertForRetrieval, features: torch.Tensor, locations
     return EmbeddedRows(model.interbert.region_embeddings(features, locations), lengths)
 
 
-@torch.inference_mode()
 def score_grid(model: InterBertForRetrieval, captions: EmbeddedRows, images: EmbeddedRows) -> torch.Tensor:
     """Log-odds that caption and image match, float32 [I, C]. ``model`` must be in evaluation mode (there is no dropout here)."""
-    layout = GridLayout.of(captions.lengths, images.lengths, captions.rows_NH.device)
+    caption_numbers, image_numbers = torch.arange(len(captions.lengths)), torch.arange(len(images.lengths))
+    caption_S, image_S = caption_numbers.repeat(len(image_numbers)), image_numbers.repeat_interleave(len(caption_numbers))
+    return score_pairs(model, captions, images, caption_S, image_S).view(len(image_numbers), len(caption_numbers))
+
+
+@torch.inference_mode()
+def score_pairs(
+    model: InterBertForRetrieval, captions: EmbeddedRows, images: EmbeddedRows, caption_S: torch.Tensor, image_S: torch.Tensor
+) -> torch.Tensor:
+    """Log-odds float32 [S] of the pairs that ``caption_S`` and ``image_S`` number (CPU int64 [S]), in any order; as `score_grid`."""
+    layout = GridLayout.of(captions.lengths, images.lengths, caption_S, image_S, captions.rows_NH.device)
     encoder = model.interbert.encoder
     joint_NH = _interact(encoder.interaction, torch.cat([images.rows_NH, captions.rows_NH]), layout)
     text_SH = _first_rows(encoder.text, joint_NH.index_select(0, layout.text_rows), layout.text)
     region_SH = _first_rows(encoder.region, joint_NH.index_select(0, layout.region_rows), layout.region)
     pooled = model.interbert.text_pooler(text_SH), model.interbert.region_pooler(region_SH)
     logits_S2 = model.itm_head(model.fusion(*pooled)).float()
-    return (logits_S2[:, MATCHED] - logits_S2[:, 1 - MATCHED]).view(len(images.lengths), len(captions.lengths))
+    return logits_S2[:, MATCHED] - logits_S2[:, 1 - MATCHED]
 
 
 def _interact(layers: nn.ModuleList, unique_NH: torch.Tensor, layout: GridLayout) -> torch.Tensor:

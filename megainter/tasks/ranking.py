@@ -69,6 +69,24 @@ def rank_scores(scores_IC: NDArray[np.float32], image_of_caption_C: NDArray[np.i
     return Ranks(1 + ahead_C, 1 + ahead_I, best.images_CK, best.scores_CK)
 
 
+def rank_right(scores_QK: NDArray[np.float32], right_QK: NDArray[np.bool_], otherwise: int) -> NDArray[np.int64]:
+    """Ranks int64 [Q] among K candidates each: 1 + the wrong ones that score at least as high as the best right one (as `rank_scores`).
+
+    A query without a right candidate has the rank ``otherwise``.
+    """
+    best_Q = np.where(right_QK, scores_QK, -np.inf).max(axis=1)
+    ahead_Q = ((scores_QK >= best_Q[:, None]) & ~right_QK).sum(axis=1)
+    return np.where(right_QK.any(axis=1), 1 + ahead_Q, otherwise).astype(np.int64)
+
+
+def best_candidates(
+    images_CK: NDArray[np.int32], scores_CK: NDArray[np.float32], top: int = 10
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The ``top`` best of each caption's candidates and their scores, best first; of equal ones the first, as they stand."""
+    order = np.argsort(-scores_CK, axis=1, kind="stable")[:, :top]
+    return np.take_along_axis(images_CK, order, axis=1), np.take_along_axis(scores_CK, order, axis=1)
+
+
 class _Best:
     """The ``keep`` best images per caption seen so far."""
 

@@ -1,7 +1,8 @@
 """Image-text retrieval: every caption of a gallery against every image, scored by the matching head (paper section on retrieval).
 
 Zero-shot with a model as pretraining left it, or with a fine-tuned one. The official code ranks images for captions alone, in a gallery
-of exactly 1,000 images; here both directions and any size. The score is the log-odds of "matched".
+of exactly 1,000 images; here both directions and any size, a large one by candidates that a light dual encoder chooses. The score is the
+log-odds of "matched".
 """
 
 import hashlib
@@ -27,21 +28,44 @@ from megainter.files import fsync_folder, require_file_place, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import model_digest, read_config, read_vocabulary
 from megainter.progress import Progress
+from megainter.tasks.candidates import Candidates, choose_candidates, found_shares, rank_candidates
 from megainter.tasks.gallery import Gallery, read_gallery, tokenize
-from megainter.tasks.ranking import BLOCK_BYTES, Ranks, Recall, image_to_text, rank_scores, text_to_image
+from megainter.tasks.prefilter import DualEncoder, caption_vectors, image_vectors, load_prefilter, prefilter_digest
+from megainter.tasks.ranking import BLOCK_BYTES, RECALL_AT, Ranks, Recall, image_to_text, rank_scores, text_to_image
 from megainter.tasks.score_file import ScoreFile, open_score_file
-from megainter.tasks.scoring import DTYPES, Job, make_job, score_chunks
+from megainter.tasks.scoring import DTYPES, CandidateJob, Job, make_job, score_chunks
 
 TOP = 10  # best images kept for each caption
+PAIRS_PER_GROUP = 1 << 20  # of scores written in one go
 USUAL_LENGTH = 36  # regions and tokens where the model's folder does not say what it was trained with
 PAIRS_WORTH_A_PROCESS = 10_000  # on CPU: starting one costs about as much as scoring these
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """What the dual encoder chose for InterBERT, and what that costs: see `evaluate`.
+
+    ``bound_text_to_image``: share of captions whose own image is among their candidates; ``bound_image_to_text``: share of images with an
+    own caption among theirs. No recall can be above these. ``text_to_image`` and ``image_to_text`` are the dual encoder's own recalls.
+    ``candidates`` of each query, ``pairs`` in all; ``seconds`` for vectors and candidates.
+    """
+
+    model: str
+    model_digest: str
+    candidates: int
+    pairs: int
+    bound_text_to_image: float
+    bound_image_to_text: float
+    text_to_image: Recall
+    image_to_text: Recall
+    seconds: float
 
 
 @dataclass(frozen=True)
 class RetrievalReport:
     """What ``evaluate`` measured, as it stands in the JSON file.
 
-    ``top`` and ``scores`` name Parquet files: the best images of each caption (beside the JSON), and the whole matrix if asked for.
+    ``top`` and ``scores`` name Parquet files: the best images of each caption (beside the JSON), and all scores if asked for.
     ``seconds`` and ``pairs_per_second`` are of this run alone: pairs that an interrupted run had scored are not counted.
     """
 
@@ -66,6 +90,7 @@ class RetrievalReport:
     pairs_per_second: float
     top: str
     scores: str | None
+    prefilter: FirstStage | None
 
 
 def evaluate(
@@ -84,6 +109,8 @@ def evaluate(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str = "auto",
     scores: Path | None = None,
+    prefilter: int | None = None,
+    prefilter_model: Path | None = None,
 ) -> RetrievalReport:
     """Score every caption against every image of a gallery, rank both ways, and write the figures to ``output`` (JSON).
 
@@ -94,9 +121,14 @@ def evaluate(
     wants thousands. Beside the JSON, ``<output>.top.parquet`` lists the best images of each caption; ``scores`` takes the whole
     matrix, one row per caption. Started again after a kill, the same call goes on where it was.
 
+    With ``prefilter`` the dual encoder in ``prefilter_model`` chooses so many images for every caption and captions for every image, and
+    only the union of these pairs is scored (``scores`` then has one row per pair). A query is ranked among its own candidates; where the
+    right one is not among them, its rank is counted as the last of the gallery.
+
     Raises ``UsageError`` for inputs that do not fit each other, ``NumericsError`` naming the pair for a score that is not a number.
     """
     _check_numbers({"--batch-pairs": batch_pairs, "--max-regions": max_regions, "--processes": processes})
+    _check_prefilter(prefilter, prefilter_model)
     top = output.with_name(f"{output.stem}.top.parquet")
     _check_places({"--output": output, "--output's list of best images": top, "--scores": scores})
     config = read_config(model)
@@ -104,38 +136,80 @@ def evaluate(
     max_text_tokens = _length("--max-text-tokens", max_text_tokens, config.max_text_tokens, model)
     feature_store = FeatureStore(store)
     vocabulary = check_model(model, config, feature_store, max_text_tokens)
+    encoder = load_prefilter(prefilter_model, vocabulary, feature_store) if prefilter_model is not None else None
     gallery = read_gallery(pairs, feature_store, split, images, captions_per_image)
     if gallery.missing_images:
         print(f"left out: {gallery.missing_images:,} images of {pairs} that have no regions in {store}", flush=True)
     tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
-    job = make_job(model, feature_store, gallery.image_ids, tokens, max_regions, batch_pairs, precision)
-    devices = choose_devices(device, precision, processes, gallery.pairs_to_score, len(job))
+    everything = make_job(model, feature_store, gallery.image_ids, tokens, max_regions, batch_pairs, precision)
+    choose_devices(device, precision, processes, 1, 1)  # refuses before long work
+    stage, chosen = None, None
+    if encoder is not None and prefilter is not None and prefilter_model is not None:
+        where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+        stage, chosen = _first_stage(prefilter_model, encoder.to(where), prefilter, gallery, vocabulary, feature_store, where)
+    job = everything if chosen is None else CandidateJob(everything, chosen.keys)
+    shape = (len(gallery.image_ids), len(gallery.rows)) if chosen is None else (len(chosen.keys), 1)
+    devices = choose_devices(device, precision, processes, shape[0] * shape[1], len(job))
     facts: dict[str, Any] = {"split": split, "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": precision}
     facts |= {"model": str(model), "pairs": str(pairs), "store": str(store), "device": devices[0].type}
     facts |= {"model_digest": model_digest(model), "pairs_digest": gallery.pairs.digest, "store_digest": feature_store.digest}
     facts |= {"images": len(gallery.image_ids), "captions": len(gallery.rows), "missing_images": gallery.missing_images}
-    with open_score_file(output, _plan(facts, vocabulary, gallery, job), len(gallery.image_ids), len(gallery.rows), len(job)) as file:
+    with open_score_file(output, _plan(facts, vocabulary, gallery, everything, chosen), *shape, len(job)) as file:
         speed = _score(job, gallery, file, devices)
-        ranks = rank_scores(file.scores, gallery.image_of_caption, TOP)
+        ranks = _ranks(file.scores, gallery, chosen)
         write_top(top, gallery, ranks)
-        if scores is not None:
+        if scores is not None and chosen is None:
             write_scores(scores, file.scores, gallery)
+        elif scores is not None and chosen is not None:
+            write_pair_scores(scores, file.scores[:, 0], chosen.keys, gallery)
         recalls: dict[str, Any] = {"text_to_image": text_to_image(ranks), "image_to_text": image_to_text(ranks, gallery.image_of_caption)}
         files: dict[str, Any] = {"top": top.name, "scores": str(scores) if scores is not None else None}
-        report = RetrievalReport(**recalls, **facts, **speed, **files, processes=len(devices))
+        report = RetrievalReport(**recalls, **facts, **speed, **files, processes=len(devices), prefilter=stage)
         write_json(output, asdict(report))
     print(summary(report), flush=True)
     return report
 
 
+def _first_stage(
+    folder: Path, encoder: DualEncoder, keep: int, gallery: Gallery, vocabulary: Vocabulary, store: FeatureStore, device: torch.device
+) -> tuple[FirstStage, Candidates]:
+    """Choose the candidates of every query, and see how well that went."""
+    start = time.monotonic()
+    captions = caption_vectors(encoder, tokenize(gallery.texts(), vocabulary, encoder.settings.max_text_tokens), device)
+    chosen = choose_candidates(captions, image_vectors(encoder, store, gallery.image_ids, device), keep)
+    seconds = time.monotonic() - start
+    ranks = rank_candidates(chosen, gallery.image_of_caption, chosen.images.scores, chosen.captions.scores)
+    bounds = found_shares(chosen, gallery.image_of_caption)
+    own = text_to_image(ranks), image_to_text(ranks, gallery.image_of_caption)
+    return FirstStage(str(folder), prefilter_digest(folder), keep, len(chosen.keys), *bounds, *own, round(seconds, 3)), chosen
+
+
+def _ranks(scores: NDArray[np.float32], gallery: Gallery, chosen: Candidates | None) -> Ranks:
+    if chosen is None:
+        return rank_scores(scores, gallery.image_of_caption, TOP)
+    flat = scores[:, 0]
+    return rank_candidates(chosen, gallery.image_of_caption, chosen.scores_of_captions(flat), chosen.scores_of_images(flat), TOP)
+
+
 def summary(report: RetrievalReport) -> str:
-    """Two lines for people, one for each direction."""
+    """Two lines for people, one for each direction; and with a first stage two on what it did."""
+    both = (("text to image", report.text_to_image), ("image to text", report.image_to_text))
     lines = []
-    for name, recall in (("text to image", report.text_to_image), ("image to text", report.image_to_text)):
-        recalls = ", ".join(f"R@{k} {getattr(recall, f'r_at_{k}'):.1%}" for k in (1, 5, 10))
+    for name, recall in both:
         rank = f"median rank {recall.median_rank} of {recall.candidates:,}"
-        lines.append(f"{name}: {recalls}, {rank} ({recall.queries:,} queries; chance R@1 {recall.chance_at_1:.2%})")
+        lines.append(f"{name}: {_recalls(recall)}, {rank} ({recall.queries:,} queries; chance R@1 {recall.chance_at_1:.2%})")
+    first = report.prefilter
+    if first is not None:
+        share = first.pairs / (report.images * report.captions)
+        found = f"text to image {first.bound_text_to_image:.1%}, image to text {first.bound_image_to_text:.1%}"
+        lines.append(f"first stage: {first.candidates:,} candidates each, {share:.1%} of all pairs; the right one is among them: {found}")
+        alone = f"text to image {_recalls(first.text_to_image)}; image to text {_recalls(first.image_to_text)}"
+        lines.append(f"first stage alone: {alone}")
     return "\n".join(lines)
+
+
+def _recalls(recall: Recall) -> str:
+    return ", ".join(f"R@{k} {getattr(recall, f'r_at_{k}'):.1%}" for k in RECALL_AT)
 
 
 def _length(option: str, given: int | None, trained: int | None, folder: Path) -> int:
@@ -178,46 +252,54 @@ def _check_numbers(numbers: dict[str, int | None]) -> None:
             raise UsageError(f"{name} is {number}; give at least 1")
 
 
+def _check_prefilter(prefilter: int | None, folder: Path | None) -> None:
+    if (prefilter is None) != (folder is None):
+        raise UsageError("--prefilter (how many candidates) and --prefilter-model (its folder) go together; give both or neither")
+    if prefilter is not None and prefilter < max(RECALL_AT):
+        raise UsageError(f"--prefilter is {prefilter}; give at least {max(RECALL_AT)}, or R@{max(RECALL_AT)} would mean nothing")
+
+
 def _check_places(places: dict[str, Path | None]) -> None:
     for option, path in places.items():
         if path is not None:
             require_file_place(path, option)
 
 
-def _plan(facts: dict[str, Any], vocabulary: Vocabulary, gallery: Gallery, job: Job) -> dict[str, Any]:
+def _plan(facts: dict[str, Any], vocabulary: Vocabulary, gallery: Gallery, job: Job, chosen: Candidates | None) -> dict[str, Any]:
     """Everything the scores depend on: scores of an interrupted run are used only under the same plan."""
     selection = hashlib.sha256(gallery.rows.tobytes()).hexdigest()
     return facts | {
         "vocabulary": vocabulary.digest,
         "selection": selection,
         "batch_pairs": job.batch_pairs,
+        "candidates": hashlib.sha256(chosen.keys.tobytes()).hexdigest() if chosen is not None else None,
         "torch": str(torch.__version__),
     }
 
 
-def _score(job: Job, gallery: Gallery, file: ScoreFile, devices: list[torch.device]) -> dict[str, Any]:
+def _score(job: Job | CandidateJob, gallery: Gallery, file: ScoreFile, devices: list[torch.device]) -> dict[str, Any]:
     """Score what is not done yet; returns the seconds it took and the pairs per second."""
-    todo = file.todo()
-    left = len(gallery.rows) * sum(len(job.images(chunk)) for chunk in todo)
-    with Progress("scoring", gallery.pairs_to_score, "pairs", done=gallery.pairs_to_score - left) as progress:
+    todo, total = file.todo(), file.scores.size
+    left = sum(job.pairs(chunk) for chunk in todo)
+    with Progress("scoring", total, "pairs", done=total - left) as progress:
         start = time.monotonic()
         for chunk, scores in score_chunks(job, todo, devices):
-            _require_numbers(scores, job.images(chunk), gallery)
-            file.put(chunk, job.images(chunk), scores)
+            _require_numbers(scores, job, chunk, gallery)
+            file.put(chunk, job.places(chunk), scores)
             progress.update(scores.size)
         seconds = time.monotonic() - start
     return {"seconds": round(seconds, 3), "pairs_per_second": round(left / max(seconds, 1e-9), 1)}
 
 
-def _require_numbers(scores: NDArray[np.float32], images: NDArray[np.int64], gallery: Gallery) -> None:
+def _require_numbers(scores: NDArray[np.float32], job: Job | CandidateJob, chunk: int, gallery: Gallery) -> None:
     bad = np.argwhere(~np.isfinite(scores))
     if len(bad):
-        image, caption = (int(number) for number in bad[0])
+        row, column = (int(number) for number in bad[0])
+        image, caption = job.pair(chunk, row, column)
         pair_id = gallery.pairs.pair_id(int(gallery.rows[caption]))
-        image_id = gallery.image_ids[int(images[image])]
         raise NumericsError(
-            f"the score of caption {pair_id!r} and image {image_id!r} is {scores[image, caption]}: the model's weights are not finite, "
-            "or --precision is too narrow for them"
+            f"the score of caption {pair_id!r} and image {gallery.image_ids[image]!r} is {scores[row, column]}: the model's weights are "
+            "not finite, or --precision is too narrow for them"
         )
 
 
@@ -253,6 +335,21 @@ def write_scores(path: Path, scores_IC: NDArray[np.float32], gallery: Gallery) -
             block = np.ascontiguousarray(scores_IC[:, start : start + rows].T)
             values = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), images)
             writer.write_batch(pa.record_batch([pair_ids[start : start + rows], own[start : start + rows], values], schema=schema))
+
+    _write_parquet(path, schema, write)
+
+
+def write_pair_scores(path: Path, scores_P: NDArray[np.float32], keys_P: NDArray[np.int64], gallery: Gallery) -> None:
+    """One row per scored pair: pair_id (the caption), image_id and score float32, image by image."""
+    image_ids = pa.array(gallery.image_ids)
+    pair_ids = gallery.pairs.table.column("pair_id").take(gallery.rows).combine_chunks()
+    schema = pa.schema([("pair_id", pa.string()), ("image_id", pa.string()), ("score", pa.float32())])
+
+    def write(writer: pq.ParquetWriter) -> None:
+        for start in range(0, len(keys_P), PAIRS_PER_GROUP):
+            images, captions = np.divmod(keys_P[start : start + PAIRS_PER_GROUP], len(gallery.rows))
+            columns = [pair_ids.take(pa.array(captions)), image_ids.take(pa.array(images)), pa.array(scores_P[start : start + len(images)])]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
     _write_parquet(path, schema, write)
 

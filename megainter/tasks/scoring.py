@@ -1,6 +1,6 @@
-"""Scores of every caption against every image, chunk by chunk, by one or several processes.
+"""Scores of captions against images, of every pair or of chosen ones, chunk by chunk, by one or several processes.
 
-The work is cut into chunks of a few images against all captions. The cut depends on the data and on ``batch_pairs`` alone, and on CPU
+The work is cut into chunks of a few images against all their captions. The cut depends on the data and on ``batch_pairs`` alone, and on CPU
 every process computes with one thread, so that the scores are bit-equal whoever computes them and however many share the work.
 """
 
@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from megainter.data.feature_store import FeatureStore
 from megainter.errors import MegainterError, UsageError
-from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid
+from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid, score_pairs
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.gallery import Tokens, region_rows
 
@@ -74,6 +74,18 @@ class Job:
         """Numbers of the images of a chunk."""
         return self.image_order[chunk * self.images_per_chunk : (chunk + 1) * self.images_per_chunk]
 
+    def places(self, chunk: int) -> NDArray[np.int64]:
+        """Rows of a chunk's scores in the matrix [I, C] of all."""
+        return self.images(chunk)
+
+    def pair(self, chunk: int, row: int, column: int) -> tuple[int, int]:
+        """Numbers of the image and the caption of a chunk's score."""
+        return int(self.images(chunk)[row]), column
+
+    def pairs(self, chunk: int) -> int:
+        """How many pairs a chunk has."""
+        return len(self.images(chunk)) * len(self.caption_order)
+
     def captions(self) -> Iterator[NDArray[np.int64]]:
         """Numbers of the captions of each forward."""
         size = max(1, self.batch_pairs // self.images_per_chunk)
@@ -82,6 +94,40 @@ class Job:
 
     def scorer(self, device: torch.device) -> "ChunkScorer":
         return ChunkScorer(self, device)
+
+
+@dataclass(frozen=True)
+class CandidateJob:
+    """The same chunks of images, and of their pairs the chosen ones. ``keys`` int64 [P]: image * C + caption, ascending."""
+
+    job: Job
+    keys: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.job)
+
+    @property
+    def batch_pairs(self) -> int:
+        return self.job.batch_pairs
+
+    def places(self, chunk: int) -> NDArray[np.int64]:
+        """Rows of a chunk's scores in the column [P, 1] of all: its images' pairs, image by image."""
+        captions = len(self.job.caption_order)
+        images = self.job.images(chunk)
+        begins, ends = np.searchsorted(self.keys, images * captions), np.searchsorted(self.keys, (images + 1) * captions)
+        return np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
+
+    def pair(self, chunk: int, row: int, column: int) -> tuple[int, int]:
+        """Numbers of the image and the caption of a chunk's score."""
+        image, caption = divmod(int(self.keys[self.places(chunk)[row]]), len(self.job.caption_order))
+        return image, caption
+
+    def pairs(self, chunk: int) -> int:
+        """How many pairs a chunk has."""
+        return len(self.places(chunk))
+
+    def scorer(self, device: torch.device) -> "CandidateScorer":
+        return CandidateScorer(self, device)
 
 
 def make_job(
@@ -114,9 +160,47 @@ class ChunkScorer:
             scores[:, numbers] = score_grid(self.model, captions, images).cpu().numpy()
         return scores
 
+    @torch.inference_mode()
+    def score_some(self, chunk: int, images_S: NDArray[np.int64], captions_S: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Log-odds [S] of some pairs of a chunk: places of images in the chunk, and numbers of captions.
+
+        Captions of similar length meet in a forward, of as many pairs as a forward of all pairs has; all pairs give the bits of ``score``.
+        """
+        job = self.job
+        images = self._embed_images([job.image_ids[number] for number in job.images(chunk)])
+        place_of_caption = np.empty_like(job.caption_order)
+        place_of_caption[job.caption_order] = np.arange(len(job.caption_order))
+        order = np.lexsort((images_S, place_of_caption[captions_S]))
+        width = max(1, job.batch_pairs // job.images_per_chunk) * len(images.lengths)
+        scores = np.empty(len(order), dtype=np.float32)
+        for start in range(0, len(order), width):
+            some = order[start : start + width]
+            some = some[np.lexsort((place_of_caption[captions_S[some]], images_S[some]))]
+            distinct, caption_S = np.unique(place_of_caption[captions_S[some]], return_inverse=True)
+            ids, lengths = job.tokens.take(job.caption_order[distinct])
+            captions = embed_captions(self.model, ids.to(self.device), lengths)
+            found = score_pairs(self.model, captions, images, torch.from_numpy(caption_S), torch.from_numpy(images_S[some]))
+            scores[some] = found.cpu().numpy()
+        return scores
+
     def _embed_images(self, image_ids: list[str]) -> EmbeddedRows:
         features, locations, lengths = region_rows([self.job.store[image_id] for image_id in image_ids], self.job.max_regions)
         return embed_images(self.model, features.to(self.device), locations.to(self.device), lengths)
+
+
+class CandidateScorer:
+    """The model on one device, and the chosen pairs it scores."""
+
+    def __init__(self, work: CandidateJob, device: torch.device) -> None:
+        self.work, self.scorer = work, ChunkScorer(work.job, device)
+
+    def score(self, chunk: int) -> NDArray[np.float32]:
+        """Log-odds [pairs of the chunk, 1], in the order of ``places``."""
+        images, captions = np.divmod(self.work.keys[self.work.places(chunk)], len(self.work.job.caption_order))
+        numbers = self.work.job.images(chunk)
+        place = {int(number): i for i, number in enumerate(numbers)}
+        places = np.array([place[int(number)] for number in images], dtype=np.int64)
+        return self.scorer.score_some(chunk, places, captions)[:, None]
 
 
 def load_model(folder: Path, kind: type[Model]) -> Model:

@@ -26,8 +26,10 @@ def evaluate_retrieval(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str = "auto",
     scores: Path | None = None,
+    prefilter: int | None = None,
+    prefilter_model: Path | None = None,
 ) -> None:
-    """Image-text retrieval both ways: every caption against every image of the gallery.
+    """Image-text retrieval both ways: every caption against every image of the gallery, or against chosen ones.
 
     Parameters
     ----------
@@ -58,14 +60,18 @@ def evaluate_retrieval(
     device
         Torch device; "auto" takes CUDA where there is one.
     scores
-        Also write the whole score matrix to this file.
+        Also write the whole score matrix to this file; with --prefilter the pairs that were scored.
+    prefilter
+        For a large gallery: score only so many images of each caption and captions of each image, the nearest by --prefilter-model.
+    prefilter_model
+        Folder that `megainter finetune prefilter` made.
     """
     from megainter.tasks.retrieval import evaluate
 
     evaluate(
         model, pairs, store, split=split, images=images, captions_per_image=captions_per_image, max_regions=max_regions,
         max_text_tokens=max_text_tokens, batch_pairs=batch_pairs, processes=processes, precision=precision, device=device,
-        output=output, scores=scores,
+        output=output, scores=scores, prefilter=prefilter, prefilter_model=prefilter_model,
     )  # fmt: skip
 
 

@@ -82,6 +82,70 @@ def finetune_classification(*settings: Settings, compare_with: Path | None = Non
     finetune(config)
 
 
+@finetune_app.command(name="prefilter")
+def finetune_prefilter(
+    model: Path,
+    /,
+    *,
+    pairs: Path,
+    store: Path,
+    output: Path,
+    split: str = "train",
+    epochs: int = 10,
+    batch: int = 1024,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.05,
+    dropout: float = 0.2,
+    max_regions: int = 36,
+    max_text_tokens: int = 36,
+    max_missing: float = 0.01,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """The first stage of retrieval in large galleries: a light dual encoder, for `megainter evaluate retrieval --prefilter`.
+
+    Parameters
+    ----------
+    model
+        Hugging Face folder whose vocabulary and word embeddings it begins with.
+    pairs
+        Pairs manifest.
+    store
+        Feature store of its images.
+    output
+        Folder for the dual encoder.
+    split
+        Split of the manifest that is trained on.
+    epochs
+        How often every caption is seen.
+    batch
+        Captions of a step: each has the others' images for wrong answers.
+    learning_rate
+        Largest rate, after a tenth of the steps; it falls to 0.
+    weight_decay
+        Of the linear layers.
+    dropout
+        Share of words, regions and hidden values that are left out at random.
+    max_regions
+        Regions per image.
+    max_text_tokens
+        Tokens per caption.
+    max_missing
+        Share of captions that may be left out because their image has no regions.
+    seed
+        Of order, start and dropout.
+    device
+        Torch device; "auto" takes CUDA where there is one.
+    """
+    from megainter.tasks.prefilter_training import PrefilterTraining, finetune
+
+    training = PrefilterTraining(epochs, batch, learning_rate, weight_decay, dropout, seed)
+    finetune(
+        model, pairs, store, output=output, split=split, max_regions=max_regions, max_text_tokens=max_text_tokens,
+        max_missing=max_missing, training=training, device=device,
+    )  # fmt: skip
+
+
 def configuration(words: Sequence[str]) -> "FinetuneConfig":
     """The settings of ``finetune`` with these words: a task, and what is set; ``UsageError`` where they are wrong."""
     from megainter.config import read_settings

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid
+from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid, score_pairs
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.model.packing import PackedInputs
 from tests.model.tiny import tiny_config
@@ -59,3 +59,14 @@ def test_a_pair_does_not_see_its_neighbours() -> None:
         EmbeddedRows(images.rows_NH[-REGIONS[-1] :], images.lengths[-1:]),
     )
     torch.testing.assert_close(score_grid(model, *first), whole[-1:, :1], atol=2e-6, rtol=2e-5)
+
+
+def test_some_pairs_score_as_in_the_grid() -> None:
+    """Any pairs in any order, some images and captions in none; all pairs in the grid's order give its very bits."""
+    model = model_of(2, 2, 2)
+    captions, images, _ = embedded(model)
+    whole = score_grid(model, captions, images)
+    caption_S, image_S = torch.tensor([4, 0, 2, 0, 4]), torch.tensor([2, 0, 2, 2, 0])
+    torch.testing.assert_close(score_pairs(model, captions, images, caption_S, image_S), whole[image_S, caption_S], atol=2e-6, rtol=2e-5)
+    image_S, caption_S = (numbers.flatten() for numbers in torch.meshgrid(torch.arange(3), torch.arange(5), indexing="ij"))
+    assert torch.equal(score_pairs(model, captions, images, caption_S, image_S), whole.flatten())
