@@ -142,9 +142,10 @@ def _locations(samples: Sequence[Sample], starts: Int64s, rows: Int64s, counts: 
 
 def _targets(samples: Sequence[Sample], objective: str) -> NDArray[np.float32]:
     """float32 [K, C] or [K, F]: what the masked regions of matched pairs were."""
-    sources = [(sample.features if objective == "feature" else sample.class_probs, sample) for sample in samples]
-    none = np.zeros((0, sources[0][0].shape[1]), dtype=np.float32)
-    return np.concatenate([none, *(source[sample.masked] for source, sample in sources if sample.itm_label == 0)], dtype=np.float32)
+    if objective == "class":
+        return np.concatenate([sample.class_probs for sample in samples])
+    none = np.zeros((0, samples[0].features.shape[1]), dtype=np.float32)
+    return np.concatenate([none, *(sample.features[sample.masked] for sample in samples if sample.itm_label == 0)], dtype=np.float32)
 
 
 class PretrainStream(Dataset[list[PretrainBatch]]):

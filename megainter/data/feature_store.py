@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megainter.data.lookup import Lookup
-from megainter.data.record import RegionRecord, StoreSchema, decode
+from megainter.data.record import RegionRecord, RegionViews, StoreSchema, decode, decode_views
 from megainter.data.shard import INDEX_SCHEMA, count_records, read_store_json, refuse_live_writers, shard_files
 from megainter.data.store_writer import FeatureStoreWriter, index_digest, seal_store, sorted_index, stored_ids
 from megainter.errors import DamagedError, UsageError
@@ -80,6 +80,7 @@ class FeatureStore:
     def _set_index(self, index: pa.Table) -> None:
         columns = {name: index.column(name).combine_chunks() for name in INDEX_SCHEMA.names}  # one chunk: views of the mapped file
         self.ids: Sequence[str] = Ids(columns.pop("id"))
+        self._seen = np.zeros(len(self.ids), np.bool_)  # which records this process has verified
         self._column = {name: column.to_numpy() for name, column in columns.items()}
 
     def __len__(self) -> int:
@@ -92,9 +93,17 @@ class FeatureStore:
         """The record of one image; ``UsageError`` where there is none, ``DamagedError`` naming it where it is not as it was written."""
         return self._verified(image_id, self._existing_row(image_id))[1]
 
-    def at(self, row: int) -> RegionRecord:
-        """The record of ``ids[row]``, without looking the id up. Errors as for the id."""
-        return self._verified(self.ids[row], row)[1]
+    def at(self, row: int) -> RegionViews:
+        """The record of ``ids[row]`` as views of its bytes: the way to read it again and again, in training.
+
+        ``DamagedError`` as for the id. The checksum is verified when this process reads the record first; later its sizes, its id and
+        that its features are finite numbers.
+        """
+        image_id, (data, where) = self.ids[row], self._data(row)
+        record = decode_views(data, image_id, self.schema, where, verify=not self._seen[row])
+        self._refuse_another(image_id, row, len(record), where)
+        self._seen[row] = True
+        return record
 
     def encoded(self, image_id: str) -> tuple[bytes, int, int]:
         """A record's bytes, CRC-32 and region count, verified; for copying it to another store of the same schema."""
@@ -179,12 +188,19 @@ class FeatureStore:
         return row
 
     def _verified(self, image_id: str, row: int) -> tuple[bytes, RegionRecord]:
-        shard, offset, length = (int(self._column[name][row]) for name in ("shard", "offset", "length"))
-        data, where = self._read(image_id, shard, offset, length), self._shards[shard][0]
+        data, where = self._data(row)
         record = decode(data, image_id, self.schema, where)
-        if len(record) != self._column["regions"][row]:
-            raise DamagedError(f"record {image_id!r} in {where} is not the one of the index; seal the store again")
+        self._refuse_another(image_id, row, len(record), where)
         return data, record
+
+    def _data(self, row: int) -> tuple[bytes, Path]:
+        """A record's bytes, and the shard they are of."""
+        shard, offset, length = (int(self._column[name][row]) for name in ("shard", "offset", "length"))
+        return self._read(row, shard, offset, length), self._shards[shard][0]
+
+    def _refuse_another(self, image_id: str, row: int, regions: int, where: Path) -> None:
+        if regions != self._column["regions"][row]:
+            raise DamagedError(f"record {image_id!r} in {where} is not the one of the index; seal the store again")
 
     def _check_shard(self, number: int) -> None:
         shard, size = self._shards[number]
@@ -201,7 +217,7 @@ class FeatureStore:
             self._files[number] = file  # type: ignore[assignment]
         return self._files[number]
 
-    def _read(self, image_id: str, shard: int, offset: int, length: int) -> bytes:
+    def _read(self, row: int, shard: int, offset: int, length: int) -> bytes:
         """``pread`` moves no file position, so forked processes and threads may share the descriptor."""
         for attempt in range(READ_ATTEMPTS):
             try:
@@ -209,7 +225,7 @@ class FeatureStore:
             except OSError as error:
                 if attempt == READ_ATTEMPTS - 1:
                     where = self._shards[shard][0]
-                    raise DamagedError(f"record {image_id!r} in {where} cannot be read: {error.strerror}; check the disk") from None
+                    raise DamagedError(f"record {self.ids[row]!r} in {where} cannot be read: {error.strerror}; check the disk") from None
         raise AssertionError("unreachable")
 
     def _incomplete(self) -> str:

@@ -114,18 +114,52 @@ def encode(image_id: str, record: RegionRecord, schema: StoreSchema) -> tuple[by
     return b"".join([header, crc.to_bytes(4, "little"), body]), crc
 
 
+@dataclass(frozen=True, eq=False)
+class RegionViews:
+    """A record as it lies in its bytes: what `RegionRecord` has, but class probabilities are decoded for the regions asked for alone.
+
+    ``damaged``: the error to raise where they are no numbers.
+    """
+
+    boxes: np.ndarray
+    features: np.ndarray
+    width: int
+    height: int
+    data: bytes | memoryview
+    probs_at: int
+    schema: StoreSchema
+    damaged: DamagedError
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def class_probs(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [rows, C] of some regions, int64 [rows] or bool [n]; ``DamagedError`` where they hold NaN or Inf."""
+        probs = _decode_probs(self.data, self.probs_at, len(self), self.schema, rows)
+        if not np.isfinite(probs).all():
+            raise self.damaged
+        return probs
+
+
 def decode(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object) -> RegionRecord:
     """The record in ``data``; boxes and features are views of it. ``DamagedError`` naming the id where anything is not as written."""
-    n, width, height = _checked_header(data, image_id, schema, where)
+    views = decode_views(data, image_id, schema, where)
+    probs = views.class_probs(np.arange(len(views)))
+    return RegionRecord(views.boxes, views.features, probs, views.width, views.height, _decode_extras(data, len(views), schema))
+
+
+def decode_views(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object, verify: bool = True) -> RegionViews:
+    """The record in ``data``, as views of it. ``DamagedError`` as for ``decode``; ``verify`` False leaves the checksum out."""
+    n, width, height = _checked_header(data, image_id, schema, where, verify)
     name = image_id.encode()
     at = HEADER.size + len(_padded(name))
     boxes = np.frombuffer(data, "<f4", n * 4, at).reshape(n, 4)
     at += boxes.nbytes
     features = np.frombuffer(data, _little(schema.feature_dtype), n * schema.feature_size, at).reshape(n, schema.feature_size)
-    probs = _decode_probs(data, at + features.nbytes, n, schema)
-    if not _all_finite(features) or not np.isfinite(boxes).all() or not np.isfinite(probs).all():
-        raise DamagedError(f"record {image_id!r} in {where} holds NaN or Inf; extract the image again")
-    return RegionRecord(boxes, features, probs, width, height, _decode_extras(data, n, schema))
+    damaged = DamagedError(f"record {image_id!r} in {where} holds NaN or Inf; extract the image again")
+    if not _all_finite(features) or not np.isfinite(boxes).all():
+        raise damaged
+    return RegionViews(boxes, features, width, height, data, at + features.nbytes, schema, damaged)
 
 
 def check_record(image_id: str, record: RegionRecord, schema: StoreSchema) -> None:
@@ -163,7 +197,8 @@ def _extra_bytes(schema: StoreSchema) -> int:
 
 def _all_finite(features: np.ndarray) -> bool:
     if features.dtype.itemsize == 2:  # the exponent's bits are several times as fast as NumPy's isfinite in half precision
-        return not (features.view(np.uint16) & 0x7C00 == 0x7C00).any()
+        bits = features.view(np.uint16)
+        return bool(bits.max(initial=0) < 0x7C00) or not (bits & 0x7C00 == 0x7C00).any()  # the first where none is negative
     return bool(np.isfinite(features).all())
 
 
@@ -218,13 +253,15 @@ def _encode_probs(probs: np.ndarray, schema: StoreSchema) -> bytes:
     return best.astype("<u2").tobytes() + np.take_along_axis(probs, best, 1).astype("<f2").tobytes()
 
 
-def _decode_probs(data: bytes | memoryview, at: int, n: int, schema: StoreSchema) -> np.ndarray:
+def _decode_probs(data: bytes | memoryview, at: int, n: int, schema: StoreSchema, rows: np.ndarray) -> np.ndarray:
+    """float32 [rows, C] of the regions ``rows`` of n."""
     if schema.probs == "dense":
-        return np.take(HALF_TO_FLOAT, np.frombuffer(data, "<u2", n * schema.num_classes, at)).reshape(n, -1)
-    ids = np.frombuffer(data, "<u2", n * schema.top_k, at).reshape(n, -1).astype(np.int64)
-    values = np.frombuffer(data, "<f2", n * schema.top_k, at + 2 * ids.size).reshape(n, -1).astype(np.float32)
+        return np.take(HALF_TO_FLOAT, np.frombuffer(data, "<u2", n * schema.num_classes, at).reshape(n, -1)[rows])
+    every = np.frombuffer(data, "<u2", n * schema.top_k, at).reshape(n, -1)
+    ids = every[rows].astype(np.int64)
+    values = np.frombuffer(data, "<f2", n * schema.top_k, at + every.nbytes).reshape(n, -1)[rows].astype(np.float32)
     if ids.max(initial=0) >= schema.num_classes:
-        return np.full((n, schema.num_classes), np.nan, np.float32)  # the finite check of the caller reports it
+        return np.full((len(ids), schema.num_classes), np.nan, np.float32)  # the finite check of the caller reports it
     rest = np.maximum(0, 1 - values.sum(1, keepdims=True)) / (schema.num_classes - schema.top_k)
     probs = np.repeat(rest.astype(np.float32), schema.num_classes, 1)
     np.put_along_axis(probs, ids, values, 1)
@@ -239,7 +276,7 @@ def _decode_extras(data: bytes | memoryview, n: int, schema: StoreSchema) -> dic
     return extras
 
 
-def _checked_header(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object) -> tuple[int, int, int]:
+def _checked_header(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object, verify: bool) -> tuple[int, int, int]:
     def damaged(what: str) -> DamagedError:
         return DamagedError(f"record {image_id!r} in {where} is damaged ({what}); extract the image again")
 
@@ -255,7 +292,7 @@ def _checked_header(data: bytes | memoryview, image_id: str, schema: StoreSchema
     if n == 0 or len(data) != record_size(n, id_bytes, schema):
         raise damaged(f"{len(data)} bytes for {n} regions")
     view = memoryview(data)
-    if zlib.crc32(view[HEADER.size :], zlib.crc32(view[: HEADER.size - 4])) != crc:
+    if verify and zlib.crc32(view[HEADER.size :], zlib.crc32(view[: HEADER.size - 4])) != crc:
         raise damaged("checksum")
     if bytes(view[HEADER.size : HEADER.size + id_bytes]) != image_id.encode():
         raise damaged("it belongs to another image")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megainter.data.feature_store import FeatureStore, RegionRecord
+from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, digest_of_kept
 from megainter.data.masking import VocabularyFacts, mask_regions, mask_text, recipe
 from megainter.data.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text
@@ -60,8 +60,9 @@ class Sample:
     """One sample with its masks; a batch lays these end to end.
 
     ``ids`` int64 [T] are [CLS] masked caption [SEP]; ``msm_positions`` int64 index ``ids`` and ``msm_labels`` int64 are the original ids
-    there. ``features`` float16 [n, F] and ``class_probs`` float32 [n, C] are as stored (not masked); ``masked`` and ``zeroed`` bool [n].
-    Boxes are float32 [n, 4] in pixels of a ``width`` x ``height`` image. ``row`` and ``caption_row`` are rows of the pairs.
+    there. ``features`` float16 [n, F] are as stored (not masked); ``masked`` and ``zeroed`` bool [n]. ``class_probs`` float32 [M, C] are
+    those of the masked regions, in order, where they are predicted (a matched pair, the objective "class"), else of none. Boxes are
+    float32 [n, 4] in pixels of a ``width`` x ``height`` image. ``row`` and ``caption_row`` are rows of the pairs.
     """
 
     epoch: int
@@ -137,7 +138,10 @@ class Sampler:
         masked, zeroed = mask_regions(boxes, sample_generator(self.settings.seed, epoch, n, Purpose.REGION_MASK), self.recipe)
         if not in_regions:
             masked = zeroed = np.zeros(len(boxes), dtype=bool)
-        return _sample((epoch, n, row, caption_row, int(draws.itm_labels[i])), (ids, positions, labels), record, boxes, masked, zeroed)
+        itm_label = int(draws.itm_labels[i])
+        asked = np.flatnonzero(masked) if itm_label == 0 and self.settings.region_objective == "class" else np.zeros(0, np.int64)
+        regions = boxes, record.features[: len(boxes)], record.class_probs(asked), record.width, record.height
+        return Sample(epoch, n, row, caption_row, itm_label, ids, positions, labels, *regions, masked, zeroed)
 
     def _sides(self, epoch: int, n: int) -> tuple[bool, bool]:
         """Whether text and regions of a sample are masked."""
@@ -166,19 +170,6 @@ class Sampler:
         for array in (sample.ids, sample.msm_positions, sample.masked, sample.zeroed):
             total.update(np.ascontiguousarray(array).tobytes())
         return total.digest()
-
-
-def _sample(
-    numbers: tuple[int, int, int, int, int],
-    text: tuple[Int64s, Int64s, Int64s],
-    record: RegionRecord,
-    boxes: NDArray[np.float32],
-    masked: NDArray[np.bool_],
-    zeroed: NDArray[np.bool_],
-) -> Sample:
-    count = len(boxes)
-    features, class_probs = record.features[:count], record.class_probs[:count]
-    return Sample(*numbers, *text, boxes, features, class_probs, record.width, record.height, masked, zeroed)
 
 
 def rows_in_store(pairs: Pairs, store: FeatureStore) -> NDArray[np.integer]:

@@ -482,3 +482,41 @@ def test_a_lock_is_free_again_after_release(tmp_path: Path) -> None:
         WriterLock(tmp_path / "x.lock")
     lock.release()
     WriterLock(tmp_path / "x.lock").release()
+
+
+def test_a_record_read_again_is_not_checked_again_but_never_gives_what_is_no_number(tmp_path: Path) -> None:
+    with FeatureStoreWriter(tmp_path / "s", SCHEMA) as writer:
+        writer.add("a", make_record(0, n=5))
+    seal_store(tmp_path / "s")
+    whole = FeatureStore(tmp_path / "s")["a"]
+    shard = next((tmp_path / "s").glob("shard-*.lmdb"))
+    content = shard.read_bytes()
+    at = content.find(whole.features.tobytes())
+    probs_at = at + whole.features.nbytes
+
+    def damage(place: int, value: bytes) -> None:
+        with open(shard, "r+b") as file:
+            file.seek(place)
+            file.write(value)
+
+    with FeatureStore(tmp_path / "s") as store:
+        views = store.at(0)
+        rows = np.array([3, 1])
+        assert np.array_equal(views.class_probs(rows), whole.class_probs[rows])
+        assert np.array_equal(views.class_probs(np.array([True, False, False, False, True])), whole.class_probs[[0, 4]])
+        assert views.class_probs(np.zeros(0, np.int64)).shape == (0, C)
+        assert np.array_equal(views.features, whole.features)
+        damage(at, bytes([content[at] ^ 1]))
+        store.at(0)  # verified before; a flipped bit that came later is still a number
+        with pytest.raises(DamagedError, match="checksum"):
+            store["a"]
+        damage(at, np.array([np.inf], "<f2").tobytes())
+        with pytest.raises(DamagedError, match="NaN or Inf"):
+            store.at(0)
+        damage(at, content[at : at + 2])
+        damage(probs_at, np.array([np.nan], "<f2").tobytes())
+        assert np.isfinite(store.at(0).class_probs(np.array([1]))).all()
+        with pytest.raises(DamagedError, match="NaN or Inf"):
+            store.at(0).class_probs(np.array([0]))
+    with FeatureStore(tmp_path / "s") as fresh, pytest.raises(DamagedError, match="checksum"):
+        fresh.at(0)
