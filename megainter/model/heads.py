@@ -1,10 +1,12 @@
 """Poolers, their fusion, and the heads of the three pretraining objectives and of the downstream tasks."""
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megainter.kernels import dropout
+from megainter.kernels import dropout, linear_cross_entropy_sum
 from megainter.model.configuration import InterBertConfig
 from megainter.model.encoder import LinearGelu
 
@@ -39,6 +41,19 @@ class Fusion(nn.Module):
         return dropout(fused_SP, self.dropout_p, self.training)
 
 
+class Decoder(nn.Linear):
+    """To logits over the vocabulary or the region targets, [M, H] -> [M, out_size]."""
+
+    @overload
+    def forward(self, x_MH: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def forward(self, x_MH: torch.Tensor, labels_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def forward(self, x_MH: torch.Tensor, labels_M: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The logits; with int64 ``labels_M`` instead their summed cross entropy and how many rows are right, float32 scalars, without
+        all logits in memory at once. Through the module's call, where ZeRO-3 gathers the weight."""
+        return super().forward(x_MH) if labels_M is None else linear_cross_entropy_sum(x_MH, self.weight, self.bias, labels_M)
+
+
 class PredictionHead(nn.Module):
     """Linear, GELU, layer norm, then a decoder: to the vocabulary (its weight tied to the word embeddings), or to region targets."""
 
@@ -46,8 +61,12 @@ class PredictionHead(nn.Module):
         super().__init__()
         self.transform = LinearGelu(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, out_size)
+        self.decoder = Decoder(config.hidden_size, out_size)
 
     def forward(self, x_MH: torch.Tensor) -> torch.Tensor:
         """Only the rows that are asked for, [M, H] (M may be 0) -> [M, out_size]."""
         return self.decoder(self.norm(self.transform(x_MH)))
+
+    def losses(self, x_MH: torch.Tensor, labels_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed cross entropy of the rows against int64 ``labels_M``, and how many are right: float32 scalars."""
+        return self.decoder(self.norm(self.transform(x_MH)), labels_M)

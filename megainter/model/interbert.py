@@ -33,7 +33,7 @@ from megainter.kernels import QueryRows, SequenceLayout, cross_entropy_sum, soft
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder, LinearGelu
-from megainter.model.heads import Fusion, Pooler, PredictionHead
+from megainter.model.heads import Decoder, Fusion, Pooler, PredictionHead
 from megainter.model.packing import PackedInputs, PackedLayout, pack_padded
 from megainter.model.processor import InterBertProcessor
 
@@ -75,6 +75,16 @@ class Asked(NamedTuple):
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         return cls(QueryRows.of(wanted, layout), places[: len(starts)], places[len(starts) :])
+
+
+class PackedLosses(NamedTuple):
+    """``msm_sum`` and ``msm_right``: summed cross entropy over the M masked tokens and how many are predicted right (float32 scalars);
+    ``mrm_logits`` [K, C]; ``itm_logits`` [S, 2] (class 0 = matched)."""
+
+    msm_sum: torch.Tensor
+    msm_right: torch.Tensor
+    mrm_logits: torch.Tensor
+    itm_logits: torch.Tensor
 
 
 @dataclass
@@ -245,8 +255,11 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.msm_head.decoder
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.msm_head.decoder = value  # type: ignore[assignment]
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """``value`` may be an ordinary linear layer (that of a resized vocabulary): its parameters are taken."""
+        decoder = Decoder(value.in_features, value.out_features, device="meta")
+        decoder.weight, decoder.bias = value.weight, value.bias
+        self.msm_head.decoder = decoder
 
     def score_packed(self, inputs: PackedInputs, msm_positions: torch.Tensor, mrm_positions: torch.Tensor) -> PackedScores:
         """The packed door: logits only at ``msm_positions`` [M] (rows of the Nt tokens) and ``mrm_positions`` [K] (rows of the Nr
@@ -254,6 +267,18 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         encoded = self.interbert.encode_rows(inputs, msm_positions, mrm_positions)
         return PackedScores(
             self.msm_head(encoded.text_states),
+            self.mrm_head(encoded.region_states),
+            self.itm_head(self.fusion(encoded.pooled_text, encoded.pooled_region)),
+        )
+
+    def judge_packed(
+        self, inputs: PackedInputs, msm_positions: torch.Tensor, msm_labels: torch.Tensor, mrm_positions: torch.Tensor
+    ) -> PackedLosses:
+        """`score_packed` with the vocabulary's logits judged where they are made, against ``msm_labels`` int64 [M]: they are the largest
+        tensor of a step, and never whole in memory."""
+        encoded = self.interbert.encode_rows(inputs, msm_positions, mrm_positions)
+        return PackedLosses(
+            *self.msm_head.losses(encoded.text_states, msm_labels),
             self.mrm_head(encoded.region_states),
             self.itm_head(self.fusion(encoded.pooled_text, encoded.pooled_region)),
         )

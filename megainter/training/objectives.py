@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megainter import kernels
 from megainter.data.batch import PretrainBatch
-from megainter.model.interbert import InterBertForPreTraining, PackedScores
+from megainter.model.interbert import InterBertForPreTraining, PackedLosses
 
 OBJECTIVES = ("msm", "mrm", "itm")
 
@@ -40,19 +40,14 @@ class PretrainingStep(nn.Module):
         ``counts`` [3] fp32: masked tokens, scored regions, samples of the global batch (at least 1 each). A filler batch
         (``batch.counted`` False) runs like any other, so that collectives match, and weighs nothing.
         """
-        scores = self.model.score_packed(batch.inputs, batch.msm_positions, batch.mrm_positions)
-        sums = torch.stack(
-            [
-                kernels.cross_entropy_sum(scores.msm_logits, batch.msm_labels),
-                self._region_sum(scores.mrm_logits, batch.mrm_targets),
-                kernels.cross_entropy_sum(scores.itm_logits, batch.itm_labels),
-            ]
-        )
+        made = self.model.judge_packed(batch.inputs, batch.msm_positions, batch.msm_labels, batch.mrm_positions)
+        region_sum = self._region_sum(made.mrm_logits, batch.mrm_targets)
+        sums = torch.stack([made.msm_sum, region_sum, kernels.cross_entropy_sum(made.itm_logits, batch.itm_labels)])
         if not batch.counted:
             sums = sums * 0.0
         weights = torch.tensor([self.weights.msm, self.weights.mrm, self.weights.itm], device=sums.device)
         loss = (weights * sums / counts).sum()
-        return loss, torch.stack([sums.detach(), self._correct(scores, batch) * float(batch.counted)])
+        return loss, torch.stack([sums.detach(), self._correct(made, batch) * float(batch.counted)])
 
     def _region_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.model.config.region_objective == "feature":
@@ -60,13 +55,9 @@ class PretrainingStep(nn.Module):
         return kernels.soft_label_kl_sum(logits, targets)
 
     @torch.no_grad()
-    def _correct(self, scores: PackedScores, batch: PretrainBatch) -> Tensor:
-        pairs = (
-            (scores.msm_logits, batch.msm_labels),
-            (scores.mrm_logits, _best(batch.mrm_targets)),
-            (scores.itm_logits, batch.itm_labels),
-        )
-        return torch.stack([(_best(logits) == labels).sum().float() for logits, labels in pairs])
+    def _correct(self, made: PackedLosses, batch: PretrainBatch) -> Tensor:
+        pairs = ((made.mrm_logits, _best(batch.mrm_targets)), (made.itm_logits, batch.itm_labels))
+        return torch.stack([made.msm_right.float(), *((_best(logits) == labels).sum().float() for logits, labels in pairs)])
 
 
 def _best(scores: Tensor) -> Tensor:

@@ -166,3 +166,28 @@ def test_the_decoder_is_tied_and_resizes_with_the_vocabulary() -> None:
     assert model.msm_head.decoder.weight is model.interbert.text_embeddings.word.weight
     assert model.msm_head.decoder.bias.shape == (61,)
     assert model(**padded(packed_batch())).text_logits.shape[-1] == 61
+
+
+def test_losses_judged_in_the_head_are_those_of_its_logits() -> None:
+    model, inputs = tiny_model(), packed_batch()
+    msm, labels, mrm = torch.tensor([1, 6, 20, 11]), torch.tensor([4, 49, 7, 7]), torch.tensor([12, 2])
+    gradients = []
+    for judged in (False, True):
+        model.zero_grad(set_to_none=True)
+        if judged:
+            loss, right, regions, matches = model.judge_packed(inputs, msm, labels, mrm)
+        else:
+            logits, regions, matches = model.score_packed(inputs, msm, mrm)
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            right = (logits.argmax(1) == labels).sum().float()
+        (loss + regions.cos().sum() + matches.sin().sum()).backward()
+        gradients.append((loss.detach(), right, regions.detach(), matches.detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_resized_vocabulary_still_judges_its_losses() -> None:
+    model, inputs = tiny_model(), packed_batch()
+    model.resize_token_embeddings(53)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    loss, _, _, _ = model.judge_packed(inputs, torch.tensor([1, 3]), torch.tensor([50, 52]), nothing)
+    assert float(loss) > 0
