@@ -51,7 +51,7 @@ class PrefilterSettings:
 
 
 class Pooling(nn.Module):
-    """From the rows of a caption or an image to one vector of length 1: their mean by learned weights, and two layers.
+    """How much each row of a caption or an image counts, and what becomes of their weighted sum: two layers, a vector of length 1.
 
     In training whole rows are dropped, and parts of the hidden layer: dropping parts of every row took more time than all else.
     """
@@ -62,11 +62,14 @@ class Pooling(nn.Module):
         self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, vector)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, rows_BLE: torch.Tensor, weights_BL: torch.Tensor) -> torch.Tensor:
-        """``weights_BL``: logits, -inf at padding; [B, D]."""
-        mean_BE = (self.dropout(weights_BL.softmax(-1))[:, None, :] @ rows_BLE)[:, 0]
-        hidden_BH = self.dropout(F.gelu(self.inner(self.norm(mean_BE))))
-        return F.normalize(self.outer(hidden_BH), dim=-1)
+    def shares(self, weights_N: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shares [B, L] of the rows, from their logits [N], end to end; and bool [B, L] where there are rows."""
+        weights_BL, present_BL = padded(weights_N, lengths)
+        return self.dropout(weights_BL.masked_fill(~present_BL, -math.inf).softmax(-1)), present_BL
+
+    def forward(self, sum_BE: torch.Tensor) -> torch.Tensor:
+        """[B, E] -> [B, D]."""
+        return F.normalize(self.outer(self.dropout(F.gelu(self.inner(self.norm(sum_BE))))), dim=-1)
 
 
 class TextTower(nn.Module):
@@ -81,9 +84,10 @@ class TextTower(nn.Module):
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """``ids`` int64 [N], captions end to end; ``lengths`` int64 [B] (CPU); [B, D]."""
-        ids_BL, present_BL = padded(ids, lengths)
-        weights_BL = self.weight(ids_BL)[..., 0].masked_fill(~present_BL, -math.inf)
-        return self.pooling(self.word(ids_BL), weights_BL)  # type: ignore[no-any-return]
+        shares_BL, present_BL = self.pooling.shares(self.weight(ids)[:, 0], lengths)
+        starts = (lengths.cumsum(0) - lengths).to(ids.device)
+        sum_BE = F.embedding_bag(ids, self.word.weight, starts, mode="sum", per_sample_weights=shares_BL[present_BL])
+        return self.pooling(sum_BE)  # type: ignore[no-any-return]
 
 
 class RegionTower(nn.Module):
@@ -100,8 +104,8 @@ class RegionTower(nn.Module):
     def forward(self, features: torch.Tensor, locations: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """``features`` [N, F] and ``locations`` [N, 5], images end to end; ``lengths`` int64 [B] (CPU); [B, D]."""
         rows_NH = F.gelu(self.feature(self.norm(features.float())) + self.location(locations))
-        rows_BLH, present_BL = padded(rows_NH, lengths)
-        return self.pooling(rows_BLH, self.weight(rows_BLH)[..., 0].masked_fill(~present_BL, -math.inf))  # type: ignore[no-any-return]
+        shares_BL, _ = self.pooling.shares(self.weight(rows_NH)[:, 0], lengths)
+        return self.pooling((shares_BL[:, None, :] @ padded(rows_NH, lengths)[0])[:, 0])  # type: ignore[no-any-return]
 
 
 class DualEncoder(nn.Module):
