@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--records", type=int, default=1_000_000, help="records of the store; captions are of these images in turn")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="the temporary folder is made in it")
+    parser.add_argument("--store", type=Path, help="a store that this benchmark made before, of as many records")
     parser.add_argument("--in-memory", action="store_true", help="also read the whole manifest into memory, for comparison")
     parser.add_argument("--part", choices=[*PARTS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -59,7 +60,10 @@ def main() -> None:
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
     """All parts in turn, each figure printed as it comes."""
     found: dict[str, Any] = {"rows": arguments.rows, "records": arguments.records}
-    found["write_store_s"] = timed(lambda: write_store(folder / "regions.store", arguments.records))
+    if arguments.store is not None:
+        (folder / "regions.store").symlink_to(arguments.store.resolve())
+    else:
+        found["write_store_s"] = timed(lambda: write_store(folder / "regions.store", arguments.records))
     found["write_manifest_s"] = timed(lambda: write_manifest(folder / "pairs.parquet", arguments.rows, arguments.records))
     found["manifest_bytes_per_row"] = (folder / "pairs.parquet").stat().st_size / arguments.rows
     say(found)

@@ -159,11 +159,19 @@ def mask_regions(boxes: NDArray[np.float32], rng: np.random.Generator, recipe: M
 
 def overlaps(a: NDArray[np.float32], b: NDArray[np.float32], offset: float) -> NDArray[np.float64]:
     """Intersection over union of boxes ``a`` [A, 4] and ``b`` [B, 4]: float64 [A, B]. ``offset`` pixels are added to every side."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    sides = (high - low + offset).clip(min=0.0)
-    shared = sides[..., 0] * sides[..., 1]
-    areas_a, areas_b = ((x[:, 2] - x[:, 0] + offset) * (x[:, 3] - x[:, 1] + offset) for x in (a, b))
-    union = areas_a[:, None] + areas_b[None, :] - shared
-    return shared / np.maximum(union, 1e-12)
+    columns, rows = a.astype(np.float64).T[:, :, None], b.astype(np.float64).T[:, None, :]
+    shared = _sides(columns, rows, 0, offset)
+    shared *= _sides(columns, rows, 1, offset)
+    areas_a, areas_b = ((x[2] - x[0] + offset) * (x[3] - x[1] + offset) for x in (columns, rows))
+    union = areas_a + areas_b
+    union -= shared
+    shared /= np.maximum(union, 1e-12, out=union)
+    return shared
+
+
+def _sides(a: NDArray[np.float64], b: NDArray[np.float64], axis: int, offset: float) -> NDArray[np.float64]:
+    """Length of what boxes share along an axis (0: x, 1: y), from corners [4, A, 1] and [4, 1, B]: float64 [A, B]."""
+    sides = np.minimum(a[2 + axis], b[2 + axis])
+    sides -= np.maximum(a[axis], b[axis])
+    sides += offset
+    return np.maximum(sides, 0.0, out=sides)

@@ -5,6 +5,7 @@ worker, rank or earlier sample has a say in them, and any sample can be made aga
 """
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ class Purpose(IntEnum):
     HARD_NEGATIVE = 5
     HARD_CHOICE = 6
     CONDITION = 7
+    BLOCKS = 8
     NEGATIVE = 16  # the j-th attempt at a negative caption uses NEGATIVE + j
 
 
@@ -72,6 +74,23 @@ def sample_generator(seed: int, epoch: int, n: int, purpose: Purpose) -> np.rand
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+class SampleGenerators:
+    """``at(epoch, n)`` draws what ``sample_generator`` of this seed and purpose draws, without a new generator for every sample.
+
+    There is one generator, which the next call moves to another sample: draw before asking again, and not from two threads.
+    """
+
+    def __init__(self, seed: int, purpose: Purpose) -> None:
+        self._generator = sample_generator(seed, 0, 0, purpose)
+        self._start: dict[str, Any] = dict(self._generator.bit_generator.state)
+
+    def at(self, epoch: int, n: int) -> np.random.Generator:
+        """The generator at the start of what sample ``n`` of ``epoch`` draws."""
+        self._start["state"]["counter"][2:] = n, epoch
+        self._generator.bit_generator.state = self._start
+        return self._generator
+
+
 def permuted(seed: int, epoch: int, n: Int64s, size: int) -> Int64s:
     """The places of sample numbers ``n`` in a keyed shuffle of ``range(size)``: int64, the shape of ``n``, each in [0, size).
 
@@ -90,6 +109,36 @@ def permuted(seed: int, epoch: int, n: Int64s, size: int) -> Int64s:
         places[outside] = _feistel(places[outside], left, right, keys)
         outside = places >= size
     return places.astype(np.int64)
+
+
+def permuted_by_blocks(seed: int, epoch: int, n: Int64s, size: int, block: int) -> Int64s:
+    """As ``permuted``, but in blocks of ``block`` neighbouring places: blocks in random order, and places in random order within each.
+
+    Where blocks begin is another draw of every epoch, the last block goes on at place 0, and what is left over (``size % block``
+    places, others in every epoch) comes last. A bijection for every (seed, epoch, size, block), computed without a table.
+    """
+    n = np.asarray(n, dtype=np.int64)
+    if n.size and (n.min() < 0 or n.max() >= size):
+        raise ValueError(f"sample numbers must be in [0, {size}), got [{n.min()}, {n.max()}]")
+    blocks = size // block
+    if blocks < 2:
+        return permuted(seed, epoch, n, size)
+    number, inside = n // block, n % block
+    whole = number < blocks
+    places = n.copy()  # of what is left over: it stays at the end
+    places[whole] = permuted(seed, epoch, number[whole], blocks) * block
+    places[whole] += _permuted_inside(seed, epoch, number[whole], inside[whole], block)
+    begin = stream_key(seed, epoch, int(Purpose.BLOCKS)) % size
+    return (places + begin) % size
+
+
+def _permuted_inside(seed: int, epoch: int, blocks: Int64s, inside: Int64s, block: int) -> Int64s:
+    """Places within their blocks, each block with a shuffle of its own: int64 [n], each in [0, block)."""
+    found = np.empty_like(inside)
+    for number in np.unique(blocks).tolist():
+        of_block = blocks == number
+        found[of_block] = permuted(stream_key(seed, number, int(Purpose.BLOCKS)), epoch, inside[of_block], block)
+    return found
 
 
 def _feistel(values: UInt64s, left: int, right: int, keys: list[np.uint64]) -> UInt64s:

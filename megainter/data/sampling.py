@@ -13,7 +13,7 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, digest_of_kept
 from megainter.data.masking import VocabularyFacts, mask_regions, mask_text, recipe
 from megainter.data.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text
-from megainter.data.order import Int64s, Purpose, permuted, sample_generator, uniform
+from megainter.data.order import Int64s, Purpose, SampleGenerators, permuted, permuted_by_blocks, uniform
 from megainter.data.text import TokenTable
 from megainter.errors import UsageError
 
@@ -25,7 +25,7 @@ class StreamSettings:
     ``gate_msm``: mismatched captions are not scored for masked segments (the official code scores them). ``conditional_masking``: a sample
     has either its text or its regions masked, by a fair coin, so that what is masked is predicted beside an intact other side (UNITER;
     the official code's --cond_mask means that, but shares the zeroed features between both). ``shuffle`` False: sample n is row n, in
-    every epoch.
+    every epoch. ``block`` samples that come after each other are of images that lie near each other in the store; 0: all is shuffled.
     """
 
     seed: int
@@ -39,6 +39,7 @@ class StreamSettings:
     region_objective: Literal["class", "feature"] = "class"
     gate_msm: bool = False
     shuffle: bool = True
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Sampler:
     """Makes samples of ``pairs`` with regions from ``store`` and captions from ``tokens``; holds no state that a sample changes.
 
     At construction every image of the pairs is looked up in the store's index: a ``UsageError`` counts the captions without images.
+    ``by_storage`` are ``rows_by_storage`` where the settings have blocks; None: they are found here.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Sampler:
         vocabulary: VocabularyFacts,
         settings: StreamSettings,
         hard_negatives: HardNegatives | None = None,
+        by_storage: Int64s | None = None,
     ) -> None:
         if len(tokens) != len(pairs):
             raise UsageError(f"token table {tokens.path} holds {len(tokens):,} captions, the pairs {len(pairs):,}: build it again")
@@ -106,7 +109,13 @@ class Sampler:
             raise UsageError(f"hard negatives are for {len(hard_negatives):,} captions, the pairs are {len(pairs):,}: find them again")
         self.pairs, self.store, self.tokens, self.vocabulary, self.settings = pairs, store, tokens, vocabulary, settings
         self.hard_negatives = hard_negatives
+        if by_storage is None and settings.block:
+            by_storage = rows_by_storage(pairs, self.store_rows, store)
+        self.by_storage = by_storage
         self.recipe = recipe(settings.masking)
+        self._text_draws, self._region_draws = (
+            SampleGenerators(settings.seed, purpose) for purpose in (Purpose.TEXT_MASK, Purpose.REGION_MASK)
+        )
 
     def draws(self, epochs: Int64s, numbers: Int64s) -> Draws:
         """Rows and labels of samples ``numbers`` int64 [S] of ``epochs`` int64 [S]."""
@@ -117,11 +126,17 @@ class Sampler:
 
     def _draws_of_epoch(self, epoch: int, n: Int64s) -> tuple[Int64s, Int64s, Int64s]:
         settings, numbers = self.settings, self.pairs.image_numbers
-        rows = permuted(settings.seed, epoch, n, len(self.pairs)) if settings.shuffle else n
+        rows = self._shuffled(epoch, n) if settings.shuffle else n
         hard, share = self.hard_negatives, settings.hard_negative_share
         same = partial(same_text, self.pairs)
         captions, labels = choose_captions(numbers, rows, settings.seed, epoch, n, settings.mismatch_probability, hard, share, same)
         return rows, captions, labels
+
+    def _shuffled(self, epoch: int, n: Int64s) -> Int64s:
+        seed, size, block = self.settings.seed, len(self.pairs), self.settings.block
+        if self.by_storage is None:
+            return permuted(seed, epoch, n, size)
+        return self.by_storage[permuted_by_blocks(seed, epoch, n, size, block)].astype(np.int64)
 
     def lengths(self, draws: Draws) -> Int64s:
         """Text tokens and regions of each sample, [CLS], [SEP] and the global region included: int64 [S]."""
@@ -135,7 +150,7 @@ class Sampler:
         in_text, in_regions = self._sides(epoch, n)
         ids, positions, labels = self._text(epoch, n, caption_row, in_text)
         boxes = record.boxes[: self.settings.max_regions]
-        masked, zeroed = mask_regions(boxes, sample_generator(self.settings.seed, epoch, n, Purpose.REGION_MASK), self.recipe)
+        masked, zeroed = mask_regions(boxes, self._region_draws.at(epoch, n), self.recipe)
         if not in_regions:
             masked = zeroed = np.zeros(len(boxes), dtype=bool)
         itm_label = int(draws.itm_labels[i])
@@ -154,8 +169,8 @@ class Sampler:
         original = self.tokens[caption_row]
         masked, positions = original, np.zeros(0, dtype=np.int64)
         if in_text:
-            rng = sample_generator(self.settings.seed, epoch, n, Purpose.TEXT_MASK)
-            masked, positions = mask_text(original, rng, self.recipe, self.vocabulary, self.tokens.continues(caption_row))
+            rng, continues = self._text_draws.at(epoch, n), self.tokens.continues(caption_row)
+            masked, positions = mask_text(original, rng, self.recipe, self.vocabulary, continues)
         ids = np.empty(len(masked) + 2, dtype=np.int64)
         ids[0], ids[-1] = self.vocabulary.cls_id, self.vocabulary.sep_id
         ids[1:-1] = masked
@@ -177,6 +192,14 @@ def rows_in_store(pairs: Pairs, store: FeatureStore) -> NDArray[np.integer]:
     if pairs.found is not None and pairs.found.store_digest == store.digest:
         return pairs.found.rows
     return store.find(pairs.image_ids)
+
+
+def rows_by_storage(pairs: Pairs, store_rows: NDArray[np.integer], store: FeatureStore) -> Int64s:
+    """int64 [rows]: rows of the pairs in the order in which their images' records lie in the store; captions of one image as they came."""
+    order = store.rows_in_storage_order()
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return np.argsort(rank[store_rows][pairs.image_numbers], kind="stable")
 
 
 def missing_images(pairs: Pairs, store: FeatureStore) -> NDArray[np.bool_]:

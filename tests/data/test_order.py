@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megainter.data.order import Purpose, mixed, permuted, sample_generator, share_out, stream_key, uniform
+from megainter.data.order import Purpose, SampleGenerators, mixed, permuted, permuted_by_blocks, sample_generator, share_out, stream_key, uniform
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 10, 64, 99, 1000, 4097])
@@ -101,3 +101,42 @@ def test_share_out_is_a_fair_disjoint_cover(world_size: int, steps: int) -> None
 def test_share_out_of_a_remainder_leaves_nothing_out() -> None:
     shares = share_out(np.arange(11), 3, 2)
     assert sorted(np.concatenate([np.concatenate(rank) for rank in shares]).tolist()) == list(range(11))
+
+
+def test_a_generator_that_is_moved_draws_what_a_new_one_draws() -> None:
+    moved = SampleGenerators(11, Purpose.TEXT_MASK)
+    for epoch, n, count in ((0, 0, 3), (0, 1, 50), (5, 10**11, 1), (0, 0, 7), (2**40, 3, 5)):
+        fresh = sample_generator(11, epoch, n, Purpose.TEXT_MASK)
+        assert (moved.at(epoch, n).random(count) == fresh.random(count)).all()
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 1), (7, 3), (64, 8), (1000, 33), (1000, 999), (1000, 1000), (1000, 5000), (1001, 1)])
+def test_an_order_by_blocks_shows_everything_once(size: int, block: int) -> None:
+    for seed, epoch in ((0, 0), (0, 1), (42, 7)):
+        places = permuted_by_blocks(seed, epoch, np.arange(size), size, block)
+        assert sorted(places.tolist()) == list(range(size))
+        some = np.array([size - 1, 0, size // 2])
+        assert (permuted_by_blocks(seed, epoch, some, size, block) == places[some]).all()
+
+
+def test_samples_of_a_block_are_neighbours_and_blocks_are_not() -> None:
+    size, block = 10_007, 100
+    starts = []
+    for epoch in range(3):
+        places = permuted_by_blocks(5, epoch, np.arange(size), size, block)
+        blocks = places[: size // block * block].reshape(-1, block)
+        first = np.array([min(row, key=lambda place: (place - row[0] + block) % size) for row in blocks])  # it may go on at place 0
+        assert all(sorted((row - start) % size) == list(range(block)) for row, start in zip(blocks, first, strict=True))
+        assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.4  # 4 standard deviations of an independent order
+        inside = (blocks - first[:, None]) % size
+        assert len({tuple(row) for row in inside}) == len(blocks)  # every block has a shuffle of its own
+        starts.append(set(first.tolist()))
+    assert not (starts[0] & starts[1] and starts[0] & starts[2])  # and begins elsewhere in every epoch
+
+
+def test_an_order_by_blocks_of_billions_needs_no_table() -> None:
+    places = permuted_by_blocks(1, 2, np.arange(4096, 3 * 4096), 3_000_000_019, 4096)
+    assert len(set(places.tolist())) == 8192
+    assert np.ptp(places[:4096]) == np.ptp(places[4096:]) == 4095
+    with pytest.raises(ValueError, match="must be in"):
+        permuted_by_blocks(0, 0, np.array([5]), 5, 2)

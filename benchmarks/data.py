@@ -1,0 +1,438 @@
+"""``python -m benchmarks.data``: reading regions in random order, ours against the stores of earlier programs, and making samples of them.
+
+The same records are written in each format, as its program defines it, and each reader gives what its program's reader gives: features,
+boxes and class probabilities as arrays. Ours checks what it reads; the others do not. A plain copy of our records' bytes in memory, in
+the same random order, is the measure of what a reader can reach. Everything is written to a temporary folder by the benchmark itself:
+nothing else is ever unpickled.
+"""
+
+import argparse
+import base64
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import msgpack
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.batches import CAPTIONS_BY_LENGTH, VOCABULARY
+from megainter.data.batch import collate
+from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.manifest import Pairs
+from megainter.data.masking import VocabularyFacts
+from megainter.data.sampling import Sampler, StreamSettings
+from megainter.memory import keep_freed_memory
+
+FEATURES, CLASSES = 2048, 1601
+SCHEMA = StoreSchema(FEATURES, CLASSES, ("__background__", *(f"class {i}" for i in range(1, CLASSES))), "none")
+MAP_BYTES = 1 << 36
+Read = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to keep records: ``write`` them to a folder, ``reader`` opens it there (in the process that reads)."""
+
+    write: Callable[[Path, int], None]
+    reader: Callable[[Path], Read]
+
+
+def main() -> None:
+    """Write, measure, print tables and one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=600, help="10 to 100 regions each, 0.4 MB in our format")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="the temporary folder is made in it")
+    parser.add_argument("--parts", nargs="+", choices=("formats", "samples"), default=["formats", "samples"])
+    arguments = parser.parse_args()
+    keep_freed_memory()  # as a run does
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"records": arguments.records}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        if "formats" in arguments.parts:
+            found["formats"] = measure_formats(Path(name), arguments.records, arguments.rounds)
+        if "samples" in arguments.parts:
+            found["samples_per_s"] = measure_samples(Path(name), arguments.records, arguments.rounds)
+    print(json.dumps(found, indent=2))
+
+
+def record(number: int) -> RegionRecord:
+    """10 to 100 regions; features as after a ReLU, few classes likely."""
+    rng = np.random.default_rng(number)
+    n = int(rng.integers(10, 101))
+    corners = rng.uniform(0, 300, (n, 2, 2))
+    boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1).astype(np.float32)
+    features = np.abs(rng.standard_normal((n, FEATURES), np.float32))
+    logits = 4 * rng.standard_normal((n, CLASSES), np.float32)
+    probs = np.exp(logits - logits.max(1, keepdims=True))
+    return RegionRecord(boxes, features, probs / probs.sum(1, keepdims=True), 300, 300)
+
+
+def image_id(number: int) -> str:
+    return f"{number:012d}"
+
+
+# -- ours
+
+
+def write_ours(folder: Path, records: int) -> None:
+    with FeatureStoreWriter(folder / "regions.store", SCHEMA) as writer:
+        for number in range(records):
+            writer.add(image_id(number), record(number))
+    seal_store(folder / "regions.store")
+
+
+def read_ours(folder: Path) -> Read:
+    store = FeatureStore(folder / "regions.store")
+    return lambda number: store[image_id(number)]
+
+
+def read_ours_again(folder: Path) -> Read:
+    """As training reads: boxes and features, and the class probabilities of a quarter of the regions."""
+    store = FeatureStore(folder / "regions.store")
+
+    def read(number: int) -> object:
+        views = store.at(number)
+        return views.features, views.boxes, views.class_probs(np.arange(0, len(views), 4))
+
+    return read
+
+
+# -- ViLBERT's and InterBERT's LMDB: a pickled dictionary of strings, arrays in base64
+
+
+def write_base64(folder: Path, records: int) -> None:
+    def row(number: int) -> bytes:
+        regions = record(number)
+        arrays = {"features": regions.features, "boxes": regions.boxes, "cls_prob": regions.class_probs}
+        texts = {name: base64.b64encode(array.astype(np.float32)).decode() for name, array in arrays.items()}
+        facts = {"image_id": image_id(number), "image_h": "300", "image_w": "300", "num_boxes": str(len(regions))}
+        return pickle.dumps(facts | texts)
+
+    write_lmdb(folder, ((image_id(number).encode(), row(number)) for number in range(records)))
+
+
+def read_base64(folder: Path) -> Read:
+    get = lmdb_get(folder)
+
+    def read(number: int) -> object:
+        item = pickle.loads(get(image_id(number).encode()))
+        n = int(item["num_boxes"])
+        return tuple(np.frombuffer(base64.b64decode(item[name]), np.float32).reshape(n, -1) for name in ("features", "boxes", "cls_prob"))
+
+    return read
+
+
+# -- tensorpack's LMDB (Conceptual Captions): msgpack of a list, arrays as msgpack_numpy writes them
+
+
+def write_tensorpack(folder: Path, records: int) -> None:
+    def row(number: int) -> bytes:
+        regions = record(number)
+        arrays = [packed_array(array.astype(np.float32).ravel()) for array in (regions.features, regions.class_probs, regions.boxes)]
+        return msgpack.packb([*arrays, str(len(regions)), "300", "300", image_id(number), "two dogs on a beach"])
+
+    write_lmdb(folder, ((f"{number:08d}".encode(), row(number)) for number in range(records)))
+
+
+def read_tensorpack(folder: Path) -> Read:
+    get = lmdb_get(folder)
+
+    def read(number: int) -> object:
+        features, probs, boxes, count, *_ = unpacked(get(f"{number:08d}".encode()))
+        return tuple(array.reshape(int(count), -1) for array in (features, boxes, probs))
+
+    return read
+
+
+# -- UNITER's LMDB: half precision, as compressed npz; or msgpack, here also under LZ4
+
+
+def uniter_arrays(number: int) -> dict[str, np.ndarray]:
+    regions = record(number)
+    x1, y1, x2, y2 = regions.boxes.T / 300
+    arrays = {
+        "norm_bb": np.stack([x1, y1, x2, y2, x2 - x1, y2 - y1], axis=1),
+        "features": regions.features,
+        "conf": regions.class_probs.max(1, keepdims=True),
+        "soft_labels": regions.class_probs,
+    }
+    return {name: array.astype(np.float16) for name, array in arrays.items()}
+
+
+def write_npz(folder: Path, records: int) -> None:
+    def row(number: int) -> bytes:
+        file = io.BytesIO()
+        np.savez_compressed(file, **uniter_arrays(number))  # type: ignore[arg-type]
+        return file.getvalue()
+
+    write_lmdb(folder, ((image_id(number).encode(), row(number)) for number in range(records)))
+
+
+def read_npz(folder: Path) -> Read:
+    get = lmdb_get(folder)
+
+    def read(number: int) -> object:
+        item = np.load(io.BytesIO(get(image_id(number).encode())), allow_pickle=False)
+        return item["features"], item["norm_bb"], item["soft_labels"]
+
+    return read
+
+
+def write_lz4(folder: Path, records: int) -> None:
+    def row(number: int) -> bytes:
+        data = msgpack.packb({name: packed_array(array) for name, array in uniter_arrays(number).items()})
+        return len(data).to_bytes(8, "little") + pa.compress(data, "lz4", asbytes=True)
+
+    write_lmdb(folder, ((image_id(number).encode(), row(number)) for number in range(records)))
+
+
+def read_lz4(folder: Path) -> Read:
+    get = lmdb_get(folder)
+
+    def read(number: int) -> object:
+        value = get(image_id(number).encode())
+        data = pa.decompress(value[8:], int.from_bytes(value[:8], "little"), "lz4", asbytes=True)
+        item = unpacked(data)
+        return item["features"], item["norm_bb"], item["soft_labels"]
+
+    return read
+
+
+def packed_array(array: np.ndarray) -> dict[bytes, Any]:
+    return {b"nd": True, b"type": array.dtype.str, b"kind": b"", b"shape": array.shape, b"data": array.tobytes()}
+
+
+def unpacked(data: bytes) -> Any:
+    return msgpack.unpackb(data, object_hook=unpacked_array, raw=False, strict_map_key=False)
+
+
+def unpacked_array(item: dict[Any, Any]) -> Any:
+    if b"nd" not in item:
+        return item
+    return np.frombuffer(item[b"data"], np.dtype(item[b"type"])).reshape(item[b"shape"])
+
+
+def write_lmdb(folder: Path, rows: Iterator[tuple[bytes, bytes]]) -> None:
+    with lmdb.open(str(folder / "lmdb"), map_size=MAP_BYTES) as environment:
+        for key, value in rows:
+            with environment.begin(write=True) as transaction:
+                transaction.put(key, value)
+
+
+def lmdb_get(folder: Path) -> Callable[[bytes], bytes]:
+    """Opened as ViLBERT opens it."""
+    environment = lmdb.open(str(folder / "lmdb"), max_readers=1, readonly=True, lock=False, readahead=False, meminit=False)
+
+    def get(key: bytes) -> bytes:
+        with environment.begin(write=False) as transaction:
+            value: bytes = transaction.get(key)
+        return value
+
+    return get
+
+
+# -- a plain copy
+
+
+def read_copy(folder: Path) -> Read:
+    """The bytes of our records, copied within memory."""
+    store = FeatureStore(folder / "regions.store")
+    everything = memoryview(b"".join(store.encoded(name)[0] for name in store.ids))
+    ends = np.cumsum([len(store.encoded(name)[0]) for name in store.ids]).tolist()
+    starts = [0, *ends]
+    return lambda number: bytes(everything[starts[number] : ends[number]])
+
+
+FORMATS = {
+    "ours": Format(write_ours, read_ours_again),
+    "ours, every checksum and probability": Format(write_ours, read_ours),
+    "pickled base64 LMDB": Format(write_base64, read_base64),
+    "tensorpack msgpack LMDB": Format(write_tensorpack, read_tensorpack),
+    "UNITER npz LMDB": Format(write_npz, read_npz),
+    "UNITER msgpack lz4 LMDB": Format(write_lz4, read_lz4),
+}
+
+
+def measure_formats(folder: Path, records: int, rounds: int) -> dict[str, Any]:
+    """Records/s and GB/s of each, medians over rounds in which all take turns; GB/s counts the bytes that its file holds."""
+    places = {}
+    for name, kind in FORMATS.items():
+        places[name] = folder / kind.write.__name__
+        if not places[name].exists():
+            places[name].mkdir()
+            kind.write(places[name], records)
+            sync(places[name])
+    readers = {name: (kind.reader, places[name]) for name, kind in FORMATS.items()} | {"plain copy": (read_copy, places["ours"])}
+    sizes = {name: bytes_in(place) / records for name, (_, place) in readers.items()}
+    rates: dict[str, dict[str, list[float]]] = {name: {} for name in readers}
+    for turn in range(rounds):
+        for workers in (1, 2, 4):
+            for name, (reader, place) in readers.items():
+                rates[name].setdefault(f"warm, {workers}", []).append(rate(reader, place, records, workers, turn))
+    for turn in range(min(rounds, 3)):
+        for workers in (1, 4):
+            for name, (reader, place) in readers.items():
+                if name != "plain copy":
+                    drop_from_cache(place)
+                    rates[name].setdefault(f"cold, {workers}", []).append(rate(reader, place, records, workers, turn, warm=False))
+    return {name: summary(sizes[name], per_setting) for name, per_setting in rates.items()}
+
+
+def summary(size: float, per_setting: dict[str, list[float]]) -> dict[str, Any]:
+    medians = {setting: statistics.median(values) for setting, values in per_setting.items()}
+    return {
+        "bytes_per_record": round(size),
+        "records_per_s": {setting: round(value) for setting, value in medians.items()},
+        "gb_per_s": {setting: round(value * size / 1e9, 2) for setting, value in medians.items()},
+    }
+
+
+def rate(reader: Callable[[Path], Read], place: Path, records: int, workers: int, seed: int, warm: bool = True) -> float:
+    """Records/s over all workers, processes as the loader forks them; each reads its share of a random order, after one warming pass."""
+    context = multiprocessing.get_context("fork")
+    ready, seconds = context.Barrier(workers), context.SimpleQueue()
+    order = np.random.default_rng(seed).permutation(records)
+    shares = [order[i::workers].tolist() for i in range(workers)]
+    processes = [context.Process(target=work, args=(reader, place, share, warm, ready, seconds)) for share in shares]
+    for process in processes:
+        process.start()
+    slowest = max(seconds.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return records / slowest
+
+
+def work(reader: Callable[[Path], Read], place: Path, numbers: list[int], warm: bool, ready: Any, seconds: Any) -> None:
+    """One worker: opens, waits for the others, reads."""
+    read = reader(place)
+    if warm:
+        for number in numbers:
+            read(number)
+    ready.wait()
+    start = time.perf_counter()
+    for number in numbers:
+        read(number)
+    seconds.put(time.perf_counter() - start)
+
+
+def sync(folder: Path) -> None:
+    for path in files_in(folder):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Ask the system to forget the files' pages; nobody may have them mapped."""
+    for path in files_in(folder):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in files_in(folder))
+
+
+# -- samples: masked and packed
+
+
+@dataclass(frozen=True)
+class DrawnTokens:
+    """Captions of Flickr8k's lengths, tokens drawn at random: what a token table gives."""
+
+    ids: list[np.ndarray]
+    lengths: np.ndarray
+    path: str = "none"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.ids[row]
+
+    def continues(self, row: int) -> None:
+        return None
+
+
+def measure_samples(folder: Path, records: int, rounds: int) -> dict[str, float]:
+    """Samples/s on one core: drawn, read (from the system's cache), masked and packed in micro-batches of 64; and without the reading."""
+    place = folder / write_ours.__name__
+    if not place.exists():
+        place.mkdir()
+        write_ours(place, records)
+    found = {}
+    for masking in ("official", "paper", "bert"):
+        sampler = make_sampler(place, records, masking)
+        draws = sampler.draws(np.zeros(512, np.int64), np.arange(512))
+        whole, rest = [], []
+        kept: dict[int, Any] = {}
+        for turn in range(rounds + 1):
+            seconds = make_batches(sampler, draws)
+            rest_seconds = make_batches(without_reading(sampler, kept), draws)
+            if turn:  # the first reads everything once
+                whole.append(len(draws) / seconds)
+                rest.append(len(draws) / rest_seconds)
+        found[masking] = round(statistics.median(rest))
+        found[f"{masking}, with reading"] = round(statistics.median(whole))
+    return found
+
+
+def make_sampler(place: Path, records: int, masking: str) -> Sampler:
+    rng = np.random.default_rng(0)
+    share = np.array(CAPTIONS_BY_LENGTH) / sum(CAPTIONS_BY_LENGTH)
+    lengths = rng.choice(np.arange(2, 2 + len(share)), records, p=share)
+    tokens: Any = DrawnTokens([rng.integers(1000, VOCABULARY, n).astype(np.int32) for n in lengths], lengths)
+    texts = pa.array([f"caption {i}" for i in range(records)])
+    table = pa.table({"pair_id": texts, "caption": texts})
+    pairs = Pairs(table, np.arange(records, dtype=np.int32), [image_id(i) for i in range(records)], "none")
+    facts = VocabularyFacts(VOCABULARY, 0, 100, 101, 102, 103, rng.random(VOCABULARY) < 0.2)
+    settings = StreamSettings(seed=1, global_batch=512, micro_batch=64, masking=masking)
+    return Sampler(pairs, FeatureStore(place / "regions.store"), tokens, facts, settings)
+
+
+def without_reading(sampler: Sampler, kept: dict[int, Any]) -> Sampler:
+    """The same sampler over records that are kept in memory."""
+    store = sampler.store
+
+    class Kept:
+        """Gives a record that was read before."""
+
+        regions_at = store.regions_at
+
+        def at(self, row: int) -> Any:
+            if row not in kept:
+                kept[row] = store.at(row)
+            return kept[row]
+
+    other = object.__new__(Sampler)
+    other.__dict__.update(sampler.__dict__ | {"store": Kept()})
+    return other
+
+
+def make_batches(sampler: Sampler, draws: Any) -> float:
+    start = time.perf_counter()
+    drawn = sampler.draws(draws.epochs, draws.numbers)
+    for first in range(0, len(drawn), 64):
+        collate([sampler.sample(drawn, i) for i in range(first, min(first + 64, len(drawn)))], sampler.settings)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())
