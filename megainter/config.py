@@ -61,6 +61,10 @@ class DataConfig:
     """true: no masked-segment loss on mismatched captions."""
     max_missing: Probability = 0.01
     """Share of captions that may be left out because their image has no regions in the store."""
+    order: Literal["random", "blocks"] = "random"
+    """Of an epoch's samples: random, or blocks of images that lie near each other in the store, for network disks and hard disks."""
+    block: Positive | None = None
+    """Samples of a block, for order "blocks"; none: 4096."""
     workers: NotNegative = 2
     """Loader processes of each rank; 0: the rank loads for itself."""
 
@@ -451,6 +455,8 @@ def _check(config: RunConfig) -> None:
     for heads in ("num_attention_heads", "num_region_attention_heads"):
         if model.hidden_size % getattr(model, heads):
             raise UsageError(f"model.hidden_size {model.hidden_size} is not divisible by model.{heads} {getattr(model, heads)}")
+    if config.data.block is not None and config.data.order != "blocks":
+        raise UsageError(f'data.block is for data.order = "blocks", and data.order is {config.data.order!r}; leave it out')
     if config.data.word_segmentation != "auto" and config.data.masking != "paper":
         raise UsageError(f'data.word_segmentation is for data.masking = "paper", and data.masking is {config.data.masking!r}; leave it out')
     if config.data.max_text_tokens > model.max_position_embeddings:

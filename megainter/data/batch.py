@@ -165,8 +165,9 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
         rank: int = 0,
         world_size: int = 1,
         hard_negatives: HardNegatives | None = None,
+        by_storage: Int64s | None = None,
     ) -> None:
-        self.sampler = Sampler(pairs, store, tokens, vocabulary, settings, hard_negatives)
+        self.sampler = Sampler(pairs, store, tokens, vocabulary, settings, hard_negatives, by_storage)
         self.settings, self.rank, self.world_size = settings, rank, world_size
         self.accumulation_steps, left = divmod(settings.global_batch, settings.micro_batch * world_size)
         if left or not self.accumulation_steps:

@@ -78,7 +78,7 @@ class FeatureStore:
         self.digest: str = description["digest"] if self.sealed else index_digest(index)
 
     def _set_index(self, index: pa.Table) -> None:
-        columns = {name: index.column(name).combine_chunks() for name in INDEX_SCHEMA.names}  # one chunk: views of the mapped file
+        columns = {name: _joined(index.column(name)) for name in INDEX_SCHEMA.names}
         self.ids: Sequence[str] = Ids(columns.pop("id"))
         self._seen = np.zeros(len(self.ids), np.bool_)  # which records this process has verified
         self._column = {name: column.to_numpy() for name, column in columns.items()}
@@ -111,9 +111,13 @@ class FeatureStore:
         data, record = self._verified(image_id, row)
         return data, int(self._column["crc"][row]), len(record)
 
+    def rows_in_storage_order(self) -> np.ndarray:
+        """int64 [records]: rows of ``ids`` in the order in which their records lie on the disk."""
+        return np.lexsort((self._column["offset"], self._column["shard"]))
+
     def in_storage_order(self) -> Iterator[str]:
         """All ids in the order in which their records lie on the disk: the order to read everything in."""
-        for row in np.lexsort((self._column["offset"], self._column["shard"])).tolist():
+        for row in self.rows_in_storage_order().tolist():
             yield self.ids[row]
 
     def shard_sizes(self) -> dict[str, int]:
@@ -232,6 +236,11 @@ class FeatureStore:
         records = sum(count_records(shard) for shard in shard_files(self.path))
         partial = "from Python, FeatureStore(path, allow_partial=True) reads what is there"
         return f"{self.path} is incomplete: {records:,} records, not sealed; run the same extraction again ({partial})"
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    """One array: the chunk itself where there is one, so that a sealed index stays a view of its file (``combine_chunks`` copies)."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _read_index(path: Path, expected: dict[str, Any], verify: bool) -> pa.Table:

@@ -36,6 +36,7 @@ from megainter.data.manifest import (
 )
 from megainter.data.mapped import ArrayWriter, open_arrays
 from megainter.data.order import Int64s
+from megainter.data.sampling import require_images, rows_by_storage
 from megainter.errors import DamagedError, UsageError
 from megainter.progress import Progress
 
@@ -117,6 +118,26 @@ def open_pairs_index(folder: Path, key: str, store: FeatureStore) -> Pairs:
     return Pairs(table, arrays["image_numbers"], StoreIds(store.ids, rows), facts.digest, FoundImages(store.digest, rows), share)
 
 
+def build_storage_order(pairs: Pairs, store: FeatureStore, folder: Path) -> str:
+    """Write the pairs' ``sampling.rows_by_storage`` to ``folder``, for ``open_storage_order``; returns its key. One there is reused."""
+    key = json.dumps({"pairs": pairs.digest, "store": store.digest})
+    try:
+        open_arrays(folder, key)
+        return key
+    except (UsageError, DamagedError):
+        pass  # none there, or of other data
+    rows = rows_by_storage(pairs, require_images(pairs, store), store)
+    with ArrayWriter(folder, {"rows": "int32" if len(rows) < 2**31 else "int64"}) as writer:
+        writer.append("rows", rows)
+        writer.publish(key, {})
+    return key
+
+
+def open_storage_order(folder: Path, key: str) -> Int64s:
+    """Rows of the pairs by storage, mapped. Errors as for ``open_pairs_index``."""
+    return open_arrays(folder, key).arrays["rows"]
+
+
 def _write(manifest: Path, split: str, store: FeatureStore, writer: ArrayWriter, progress: bool) -> IndexFacts:
     total = open_parquet(manifest).metadata.num_rows
     hashes, keep = np.empty(total, np.uint64), np.empty(total, np.bool_)  # of the rows of the split, so far ``digest.rows``
@@ -182,4 +203,5 @@ def _any_twice(hashes: NDArray[np.uint64]) -> bool:
 
 
 def _column(table: pa.Table, name: str) -> pa.Array:
-    return table.column(name).combine_chunks()
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -12,7 +12,7 @@ from megainter.data.chinese import WORDPIECE, segmentation
 from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import ROWS_PER_GROUP, Pairs, has_split
 from megainter.data.negatives import HardNegatives, read_hard_negatives
-from megainter.data.pairs_index import build_pairs_index, open_pairs_index
+from megainter.data.pairs_index import build_pairs_index, build_storage_order, open_pairs_index, open_storage_order
 from megainter.data.sampling import missing_images
 from megainter.data.text import Vocabulary, build_token_table, load_vocabulary, open_token_table, table_key, train_vocabulary
 from megainter.errors import TooManyBadInputsError, UsageError
@@ -20,6 +20,7 @@ from megainter.files import sha256_of, write_atomically
 from megainter.model.configuration import InterBertConfig
 from megainter.training.collective import on_first_rank
 
+BLOCK = 4096  # samples, some hundred megabytes of records
 log = logging.getLogger("megainter")
 
 
@@ -160,8 +161,13 @@ def _stream(
         region_objective=config.model.region_objective,
         gate_msm=data.gate_msm,
         shuffle=name == "train",
+        block=(data.block or BLOCK) if data.order == "blocks" and name == "train" else 0,
     )
-    return PretrainStream(pairs, store, tokens, vocabulary.facts, settings, rank, world_size, hard_negatives)
+    by_storage = None
+    if settings.block:
+        folder = config.output / "cache" / f"storage-order-{name}"
+        by_storage = open_storage_order(folder, on_first_rank(lambda: build_storage_order(pairs, store, folder)))
+    return PretrainStream(pairs, store, tokens, vocabulary.facts, settings, rank, world_size, hard_negatives, by_storage)
 
 
 def _ignore(value: object) -> None:

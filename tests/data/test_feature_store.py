@@ -16,6 +16,7 @@ from pathlib import Path
 
 import lmdb
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, RegionRecord, StoreSchema, seal_store, stored_ids
@@ -520,3 +521,14 @@ def test_a_record_read_again_is_not_checked_again_but_never_gives_what_is_no_num
             store.at(0).class_probs(np.array([0]))
     with FeatureStore(tmp_path / "s") as fresh, pytest.raises(DamagedError, match="checksum"):
         fresh.at(0)
+
+
+def test_the_index_of_a_sealed_store_is_mapped_and_not_copied(tmp_path: Path) -> None:
+    with FeatureStoreWriter(tmp_path / "s", SCHEMA) as writer:
+        for seed in range(50):
+            writer.add(f"image {seed}", make_record(seed))
+    seal_store(tmp_path / "s")
+    allocated = pa.total_allocated_bytes()
+    with FeatureStore(tmp_path / "s") as store:
+        assert pa.total_allocated_bytes() == allocated
+        assert store["image 7"].width == make_record(7).width

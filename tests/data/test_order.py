@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from megainter.data.order import Purpose, SampleGenerators, mixed, permuted, permuted_by_blocks, sample_generator, share_out, stream_key, uniform
+from megainter.data.order import (
+    Purpose,
+    SampleGenerators,
+    mixed,
+    permuted,
+    permuted_by_blocks,
+    sample_generator,
+    share_out,
+    stream_key,
+    uniform,
+)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 10, 64, 99, 1000, 4097])

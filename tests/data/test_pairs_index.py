@@ -12,7 +12,7 @@ from megainter.data.batch import PretrainStream, StreamSettings, drop_missing
 from megainter.data.feature_store import FeatureStore
 from megainter.data.lookup import Lookup, string_hashes
 from megainter.data.manifest import DuplicatePairError, Pair, Pairs, has_split, read_pairs, write_pairs
-from megainter.data.pairs_index import build_pairs_index, open_pairs_index
+from megainter.data.pairs_index import build_pairs_index, build_storage_order, open_pairs_index, open_storage_order
 from megainter.data.text import build_token_table, load_vocabulary, train_vocabulary
 from megainter.errors import DamagedError, UsageError
 from tests.synthetic import open_store, write_data
@@ -141,7 +141,8 @@ def test_hashes_tell_strings_apart_and_do_not_depend_on_where_they_lie() -> None
 
 def test_splits_are_found_by_what_the_file_says_of_itself(tmp_path: Path) -> None:
     for split, statistics in ((["train"] * 9 + ["val"], True), (["train"] * 9 + ["val"], False)):
-        table = pa.table({name: [f"{name}{i}" for i in range(10)] for name in ("pair_id", "image_id", "image", "caption")} | {"split": split})
+        texts = {name: [f"{name}{i}" for i in range(10)] for name in ("pair_id", "image_id", "image", "caption")}
+        table = pa.table(texts | {"split": split})
         pq.write_table(table, tmp_path / "p.parquet", row_group_size=3, write_statistics=statistics)
         assert [has_split(tmp_path / "p.parquet", name) for name in ("train", "val", "test", "")] == [True, True, False, False]
 
@@ -158,3 +159,25 @@ def test_memory_of_a_process_does_not_grow_with_the_pairs(data: tuple[Path, Feat
     on_disk = sum(path.stat().st_size for path in (tmp_path / "index").iterdir() if path.suffix != ".json")
     ids = again.table.column("pair_id").to_pylist() + again.table.column("caption").to_pylist()
     assert on_disk == 4 * len(pairs) + 4 * len(pairs.image_ids) + 2 * 8 * (len(pairs) + 1) + sum(len(text.encode()) for text in ids)
+
+
+def test_blocks_are_of_images_that_lie_together_in_the_store(data: tuple[Path, FeatureStore], tmp_path: Path) -> None:
+    manifest, store = data
+    pairs = indexed(manifest, "train", store, tmp_path / "index")
+    by_storage = open_storage_order(tmp_path / "order", build_storage_order(pairs, store, tmp_path / "order"))
+    rank = {image: place for place, image in enumerate(store.in_storage_order())}
+    assert by_storage.tolist() == sorted(range(len(pairs)), key=lambda row: (rank[pairs.image_id(row)], row))
+    vocabulary = load_vocabulary(train_vocabulary(pairs.captions(range(len(pairs))), 60, tmp_path / "vocab.txt"))
+    tokens = build_token_table(pairs, vocabulary, 12, tmp_path / "tokens.arrow", progress=False)
+    sampler = PretrainStream(pairs, store, tokens, vocabulary.facts, replace(SETTINGS, block=8), by_storage=by_storage).sampler
+    alone = PretrainStream(pairs, store, tokens, vocabulary.facts, replace(SETTINGS, block=8)).sampler
+    numbers = np.arange(len(pairs))
+    for epoch in range(3):
+        rows = sampler.draws(np.full(len(pairs), epoch), numbers).rows
+        assert sorted(rows.tolist()) == numbers.tolist()
+        assert (alone.draws(np.full(len(pairs), epoch), numbers).rows == rows).all()
+        place = np.argsort(by_storage)[rows]
+        for first in range(0, len(pairs) // 8 * 8, 8):
+            block = np.sort((place[first : first + 8] - place[first]) % len(pairs))
+            gaps = np.diff(np.append(block, block[0] + len(pairs)))
+            assert np.sort(gaps)[:-1].tolist() == [1] * 7  # eight neighbours on the circle of all rows
