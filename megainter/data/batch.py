@@ -183,7 +183,9 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
 
     def __getitem__(self, step: int) -> list[PretrainBatch]:
         draws = self.draws(step)
-        return [self._batch(draws, share) for share in self._shares(draws)[self.rank]]
+        shares = self._shares(draws)[self.rank]
+        self.sampler.announce(draws, np.concatenate(shares))
+        return [self._batch(draws, share) for share in shares]
 
     def sample(self, epoch: int, n: int) -> Sample:
         """Sample ``n`` of ``epoch``, alone."""

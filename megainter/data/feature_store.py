@@ -142,6 +142,14 @@ class FeatureStore:
             raise UsageError(f"{self.path} has no regions for {len(missing):,} of {len(rows):,} images, first {first!r}; extract them")
         return self._column["regions"][rows]
 
+    def announce(self, rows: np.ndarray) -> None:
+        """Ask the system to fetch the records of ``ids[row]`` int64 [rows] while other work goes on; reading them then waits less."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        shards, offsets, lengths = (self._column[name][rows] for name in ("shard", "offset", "length"))
+        for i in np.lexsort((offsets, shards)).tolist():
+            os.posix_fadvise(self._file(int(shards[i])).fileno(), int(offsets[i]), int(lengths[i]), os.POSIX_FADV_WILLNEED)
+
     def regions_at(self, rows: np.ndarray) -> np.ndarray:
         """int32 [len(rows)]: region counts of ``ids[row]`` for each row, without reading the records."""
         return self._column["regions"][rows]

@@ -129,13 +129,17 @@ def build_storage_order(pairs: Pairs, store: FeatureStore, folder: Path) -> str:
     rows = rows_by_storage(pairs, require_images(pairs, store), store)
     with ArrayWriter(folder, {"rows": "int32" if len(rows) < 2**31 else "int64"}) as writer:
         writer.append("rows", rows)
-        writer.publish(key, {})
+        writer.publish(key, {"sha256": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()})
     return key
 
 
-def open_storage_order(folder: Path, key: str) -> Int64s:
-    """Rows of the pairs by storage, mapped. Errors as for ``open_pairs_index``."""
-    return open_arrays(folder, key).arrays["rows"]
+def open_storage_order(folder: Path, key: str) -> tuple[Int64s, str]:
+    """Rows of the pairs by storage, mapped, and their SHA-256. Errors as for ``open_pairs_index``.
+
+    The digest of a store does not tell in what order its records lie: a merged copy has the same one.
+    """
+    mapped = open_arrays(folder, key)
+    return mapped.arrays["rows"], mapped.facts["sha256"]
 
 
 def _write(manifest: Path, split: str, store: FeatureStore, writer: ArrayWriter, progress: bool) -> IndexFacts:

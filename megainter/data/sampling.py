@@ -143,6 +143,10 @@ class Sampler:
         regions = self.store.regions_at(self.store_rows[self.pairs.image_numbers[draws.rows]]).clip(max=self.settings.max_regions)
         return self.tokens.lengths[draws.caption_rows].astype(np.int64) + 2 + regions + 1
 
+    def announce(self, draws: Draws, places: Int64s) -> None:
+        """Let the system fetch the regions of samples ``places`` of ``draws`` ahead of their making."""
+        self.store.announce(self.store_rows[self.pairs.image_numbers[draws.rows[places]]])
+
     def sample(self, draws: Draws, i: int) -> Sample:
         """Sample ``i`` of ``draws``, read from the store and masked."""
         epoch, n, row, caption_row = int(draws.epochs[i]), int(draws.numbers[i]), int(draws.rows[i]), int(draws.caption_rows[i])

@@ -12,6 +12,7 @@ from megainter.data.chinese import WORDPIECE, segmentation
 from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import ROWS_PER_GROUP, Pairs, has_split
 from megainter.data.negatives import HardNegatives, read_hard_negatives
+from megainter.data.order import Int64s
 from megainter.data.pairs_index import build_pairs_index, build_storage_order, open_pairs_index, open_storage_order
 from megainter.data.sampling import missing_images
 from megainter.data.text import Vocabulary, build_token_table, load_vocabulary, open_token_table, table_key, train_vocabulary
@@ -49,10 +50,13 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
     vocabulary = load_vocabulary(vocabulary_path, lowercase=data.lowercase)
     hard_negatives = read_hard_negatives(data.hard_negatives, pairs) if data.hard_negatives is not None else None
     words = on_first_rank(lambda: word_boundaries(data, pairs))
-    training = _stream(config, "train", pairs, store, vocabulary, words, rank, world_size, hard_negatives)
+    by_storage, storage_digest = storage_order(config, pairs, store) if data.order == "blocks" else (None, None)
+    training = _stream(config, "train", pairs, store, vocabulary, words, rank, world_size, hard_negatives, by_storage)
     digests = {"pairs": pairs.digest, "store": store.digest, "vocabulary": vocabulary.digest}
     if words != WORDPIECE:
         digests["words"] = words
+    if storage_digest is not None:
+        digests["storage_order"] = storage_digest
     if data.hard_negatives is not None:
         digests["hard_negatives"] = sha256_of(data.hard_negatives)
     return Sources(
@@ -116,6 +120,12 @@ def mapped_pairs(config: RunConfig, name: str, manifest: Path, split: str, store
     return open_pairs_index(folder, key, store)
 
 
+def storage_order(config: RunConfig, pairs: Pairs, store: FeatureStore) -> tuple[Int64s, str]:
+    """Rows of the pairs by storage, mapped from the run's cache, where rank 0 puts them first, and their digest. Collective."""
+    folder = config.output / "cache" / "storage-order"
+    return open_storage_order(folder, on_first_rank(lambda: build_storage_order(pairs, store, folder)))
+
+
 def with_regions(pairs: Pairs, store: FeatureStore, limit: float, where: Path) -> Pairs:
     """The pairs whose images have regions; ``TooManyBadInputsError`` where more than ``limit`` of the captions have none."""
     missing = missing_images(pairs, store)
@@ -144,6 +154,7 @@ def _stream(
     rank: int,
     world_size: int,
     hard_negatives: HardNegatives | None = None,
+    by_storage: Int64s | None = None,
 ) -> PretrainStream:
     data, training = config.data, config.training
     table = config.output / "cache" / f"tokens-{name}.arrow"
@@ -161,12 +172,8 @@ def _stream(
         region_objective=config.model.region_objective,
         gate_msm=data.gate_msm,
         shuffle=name == "train",
-        block=(data.block or BLOCK) if data.order == "blocks" and name == "train" else 0,
+        block=(data.block or BLOCK) if by_storage is not None else 0,
     )
-    by_storage = None
-    if settings.block:
-        folder = config.output / "cache" / f"storage-order-{name}"
-        by_storage = open_storage_order(folder, on_first_rank(lambda: build_storage_order(pairs, store, folder)))
     return PretrainStream(pairs, store, tokens, vocabulary.facts, settings, rank, world_size, hard_negatives, by_storage)
 
 

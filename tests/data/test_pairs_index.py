@@ -164,7 +164,8 @@ def test_memory_of_a_process_does_not_grow_with_the_pairs(data: tuple[Path, Feat
 def test_blocks_are_of_images_that_lie_together_in_the_store(data: tuple[Path, FeatureStore], tmp_path: Path) -> None:
     manifest, store = data
     pairs = indexed(manifest, "train", store, tmp_path / "index")
-    by_storage = open_storage_order(tmp_path / "order", build_storage_order(pairs, store, tmp_path / "order"))
+    by_storage, digest = open_storage_order(tmp_path / "order", build_storage_order(pairs, store, tmp_path / "order"))
+    assert digest == open_storage_order(tmp_path / "order", build_storage_order(pairs, store, tmp_path / "order"))[1]
     rank = {image: place for place, image in enumerate(store.in_storage_order())}
     assert by_storage.tolist() == sorted(range(len(pairs)), key=lambda row: (rank[pairs.image_id(row)], row))
     vocabulary = load_vocabulary(train_vocabulary(pairs.captions(range(len(pairs))), 60, tmp_path / "vocab.txt"))
