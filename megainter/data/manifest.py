@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -312,7 +312,8 @@ def read_in_parts(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     """A Parquet file's columns of ``schema`` in tables of at most ``ROWS_PER_GROUP`` rows. ``UsageError`` as for ``read_table``."""
     file, row = open_parquet(path), 0
     refuse_other_columns(path, file, schema)
-    parts = file.iter_batches(ROWS_PER_GROUP, columns=schema.names)
+    every = range(file.num_row_groups)  # one at a time: a reader of all of them keeps what it has read of the file
+    parts = chain.from_iterable(file.iter_batches(ROWS_PER_GROUP, row_groups=[group], columns=schema.names) for group in every)
     while True:
         with _readable(path):
             batch = next(parts, None)
