@@ -91,11 +91,7 @@ class EfficientNetLite0Backbone(nn.Module):
 
     def __init__(self, weights: Path | None) -> None:
         super().__init__()
-        try:
-            from efficientnet_lite_pytorch import EfficientNet
-        except ModuleNotFoundError:
-            raise UsageError("the backbone efficientnet_lite0 needs: pip install 'megainter[imagenet]'") from None
-        body = EfficientNet.from_name("efficientnet-lite0")
+        body = _efficientnet_lite0()
         if weights is not None:
             _load_body(body, weights, ignored=("_fc.", "_conv_head.", "_bn1."))
         self.stem = nn.Sequential(body._conv_stem, body._bn0, nn.ReLU6())
@@ -113,6 +109,15 @@ class EfficientNetLite0Backbone(nn.Module):
 
     def freeze_stages(self, count: int) -> None:
         _freeze([self.stem, *self.stages], count)
+
+
+def _efficientnet_lite0() -> nn.Module:
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ModuleNotFoundError:
+        raise UsageError("efficientnet_lite0 needs: pip install 'megainter[imagenet]'") from None
+    body: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    return body
 
 
 def _freeze(stages: list[nn.Module], count: int) -> None:
@@ -172,3 +177,34 @@ def build_backbone(name: str, weights: Path | None = None) -> nn.Module:
     if weights is not None and not weights.is_file():
         raise UsageError(f"backbone weights {weights} do not exist")
     return BACKBONES[name](weights)
+
+
+class Describer(nn.Module):
+    """What an ImageNet network sees at every place: RGB in 0..1 [S, 3, H, W] -> its last map [S, ``out_channels``, H / 32, W / 32]."""
+
+    out_channels: int
+
+
+class EfficientNetLite0Describer(Describer):
+    """EfficientNet-Lite0 with the 1,280 channels that its ImageNet classifier reads; inputs are brought to -1..1 as it was trained."""
+
+    out_channels = 1280
+
+    def __init__(self, weights: Path | None) -> None:
+        super().__init__()
+        self.body = _efficientnet_lite0()
+        if weights is not None:
+            _load_body(self.body, weights, ignored=("_fc.",))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.body.extract_features((images * 255 - 127) / 128)
+        return features
+
+
+def _packaged_describer() -> tuple[Describer, Path]:
+    weights = packaged_efficientnet_weights()
+    return EfficientNetLite0Describer(weights), weights
+
+
+# name -> function that gives a network with its ImageNet weights, and the file they came from
+DESCRIBERS: dict[str, Callable[[], tuple[Describer, Path]]] = {"efficientnet_lite0": _packaged_describer}

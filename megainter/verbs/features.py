@@ -58,6 +58,44 @@ def merge(*stores: Path, output: Path) -> None:
     print(f"{output}: digest {merge_stores(list(stores), output)}")
 
 
+@features_app.command(name="redescribe")
+def redescribe(
+    store: Path,
+    /,
+    *,
+    images: Path,
+    output: Path,
+    network: str = "efficientnet_lite0",
+    side: int = 224,
+    batch: int = 32,
+    device: str = "auto",
+) -> None:
+    """Give the boxes of a store the features of an ImageNet network. The same command goes on after a stop.
+
+    Parameters
+    ----------
+    store
+        Feature store whose boxes and class probabilities are kept.
+    images
+        Folder of its images.
+    output
+        Feature store to write.
+    network
+        Network that describes the regions: the mean of its last map over each box.
+    side
+        Pixels per side that images are brought to, a multiple of 32: more see smaller regions apart, and take longer.
+    batch
+        Images per forward.
+    device
+        Torch device; "auto" takes CUDA where there is one.
+    """
+    from preprocessing.redescribe import redescribe
+
+    _stop_on_signals()
+    digest = redescribe(store, images, output, network=network, side=side, batch=batch, device=device)
+    print(f"{output}: digest {digest}")
+
+
 @features_app.command(name="import")
 def import_(
     src: Path,
