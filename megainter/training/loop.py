@@ -22,6 +22,7 @@ from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
 from megainter.training.optimizer import describe, learning_rate
+from megainter.training.profile import StepProfile
 from megainter.training.process import StopRequest, folder_lock
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
 
@@ -63,6 +64,9 @@ def train(config: RunSettings, open_job: Callable[[engine.World], Job]) -> Path:
         kinds = len(job.objectives)
         meter, (tallies, counts) = Throughput(), _interval(saved, world, kinds)
         pulse = Heartbeat(start, total_steps, accumulation)
+        profile = StepProfile(config.training.profile_steps, trained.module, config.output, world)
+        if warning := profile.warn_if_short(total_steps - start):
+            log.warning("%s", warning)
         failed_saves = 0
         finished = start
         for step in range(start, total_steps):
@@ -85,6 +89,7 @@ def train(config: RunSettings, open_job: Callable[[engine.World], Job]) -> Path:
                 meter.flops += 3 * job.flops(model.config, batch)
                 pulse.micro_batch(step, micro + 1)
             engine.average_weights(trained, config.training.ema_decay)
+            profile.step()
             counts += agreed[:kinds]
             finished = step + 1
             meter.steps += 1

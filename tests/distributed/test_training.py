@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,11 +40,26 @@ def test_it_learns(reference: list[float]) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_processes_give_the_losses_of_one(stage: int, data: tuple[Path, Path], reference: list[float], tmp_path: Path) -> None:
-    done = train(settings(*data, tmp_path / "run", engine__zero_stage=stage, **NO_DROPOUT), processes=2)
+    profiled = 2 if stage == 3 else 0
+    done = train(settings(*data, tmp_path / "run", engine__zero_stage=stage, training__profile_steps=profiled, **NO_DROPOUT), processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     ours = losses(tmp_path / "run")
     assert ours[0] == pytest.approx(reference[0], abs=1e-5)
     assert ours == pytest.approx(reference, abs=1e-4)
+    if profiled:
+        check_profile(tmp_path / "run" / "profile")
+
+
+def check_profile(folder: Path) -> None:
+    """Every rank has a trace with the module's marks; the table's parts of the encoder add up to it within their own overhead."""
+    for rank in (0, 1):
+        events = json.loads((folder / f"trace-rank-{rank:05}.json").read_text())["traceEvents"]
+        assert sum(event.get("name") == "module model.interbert.encoder" for event in events) == 2 * 2, "two steps of two micro-batches"
+    rows = {line.split()[0]: line.split()[1:] for line in (folder / "modules.txt").read_text().splitlines()[1:] if line[0] != "("}
+    encoder = float(rows["model.interbert.encoder"][1])
+    layers = [float(row[1]) for name, row in rows.items() if re.fullmatch(r"model\.interbert\.encoder\.\w+\.\d+", name)]
+    assert 0.5 * encoder < sum(layers) <= encoder * 1.01
+    assert "(update)" in (folder / "modules.txt").read_text()
 
 
 def test_same_seed_gives_bit_equal_losses(data: tuple[Path, Path], tmp_path: Path) -> None:
