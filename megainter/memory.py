@@ -4,15 +4,17 @@ import ctypes
 import sys
 
 # glibc's malloc.h
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-KEEP_UP_TO, GROW_BY = 2**31 - 1, 256 << 20  # bytes
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+KEEP_UP_TO, GROW_BY = 2**31 - 1, 32 << 20  # bytes
+LARGEST_THRESHOLD = 32 << 20  # bytes; glibc takes no larger one
 
 
 def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next allocation instead of returning it to the system; False where it cannot be told.
 
     Tensors of tens of megabytes are otherwise mapped and unmapped at every step, and the system clears each page anew: a third of the
-    time of a base-size training step on CPU (docs/performance.md). The peak stays what it was, give or take fragments.
+    time of a base-size training step on CPU (docs/performance.md). Blocks above 32 MiB come from what is kept where they fit in, else
+    from the system: a heap that has to hold DeepSpeed's buckets of 2 GB, too, finds no place for them again and grows at every step.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -20,4 +22,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, KEEP_UP_TO) and mallopt(M_TOP_PAD, GROW_BY))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, KEEP_UP_TO) and mallopt(M_TOP_PAD, GROW_BY))
