@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OUTPUT ?= demo-run
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench bench-check clean
 
 help:
 	@echo "make demo        scenes, extraction, pretraining, evaluation, export and a page, in $(OUTPUT) (about 10 minutes on 2 cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow   soak and fault suites, not in CI"
 	@echo "make lint        ruff, mypy, import-linter"
 	@echo "make bench       the speed figures the README states"
+	@echo "make bench-check the same benchmarks' ratios against those on record (quiet machine, about 5 minutes)"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== setting up .venv: torch, deepspeed and the rest, by pip"
@@ -44,6 +45,10 @@ bench: $(READY)
 	@echo "== benchmarks: the figures of the README, with hardware and date"
 	$(BIN)/python -m benchmarks.pretraining
 	$(BIN)/python -m benchmarks.retrieval
+
+bench-check: $(READY)
+	@echo "== ratios of speed against benchmarks/ratios.json; exit code 1 where one fell below 0.8 of it"
+	$(BIN)/python -m benchmarks.check
 
 clean:
 	rm -rf .venv build *.egg-info
