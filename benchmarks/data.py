@@ -33,6 +33,7 @@ from megainter.data.batch import collate
 from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts
+from megainter.data.order import permuted, permuted_by_blocks
 from megainter.data.sampling import Sampler, StreamSettings
 from megainter.memory import keep_freed_memory
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=600, help="10 to 100 regions each, 0.4 MB in our format")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="the temporary folder is made in it")
-    parser.add_argument("--parts", nargs="+", choices=("formats", "samples"), default=["formats", "samples"])
+    parser.add_argument("--parts", nargs="+", choices=("formats", "order", "samples"), default=["formats", "order", "samples"])
     arguments = parser.parse_args()
     keep_freed_memory()  # as a run does
     torch.set_num_threads(1)
@@ -64,6 +65,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         if "formats" in arguments.parts:
             found["formats"] = measure_formats(Path(name), arguments.records, arguments.rounds)
+        if "order" in arguments.parts:
+            found["order"] = measure_order(Path(name), arguments.records, arguments.rounds)
         if "samples" in arguments.parts:
             found["samples_per_s"] = measure_samples(Path(name), arguments.records, arguments.rounds)
     print(json.dumps(found, indent=2))
@@ -268,17 +271,15 @@ FORMATS = {
 
 
 def measure_formats(folder: Path, records: int, rounds: int) -> dict[str, Any]:
-    """Records/s and GB/s of each, medians over rounds in which all take turns; GB/s counts the bytes that its file holds."""
-    places = {}
-    for name, kind in FORMATS.items():
-        places[name] = folder / kind.write.__name__
-        if not places[name].exists():
-            places[name].mkdir()
-            kind.write(places[name], records)
-            sync(places[name])
+    """Rates of each format, medians over rounds in which all take turns. GB/s counts the bytes that its files hold.
+
+    "records_per_s" is by the clock, over all workers; "per_cpu_s" by the processor time that the workers spent together, which other
+    programs on the machine disturb less.
+    """
+    places = {name: written(folder, kind.write, records) for name, kind in FORMATS.items()}
     readers = {name: (kind.reader, places[name]) for name, kind in FORMATS.items()} | {"plain copy": (read_copy, places["ours"])}
     sizes = {name: bytes_in(place) / records for name, (_, place) in readers.items()}
-    rates: dict[str, dict[str, list[float]]] = {name: {} for name in readers}
+    rates: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in readers}
     for turn in range(rounds):
         for workers in (1, 2, 4):
             for name, (reader, place) in readers.items():
@@ -292,17 +293,31 @@ def measure_formats(folder: Path, records: int, rounds: int) -> dict[str, Any]:
     return {name: summary(sizes[name], per_setting) for name, per_setting in rates.items()}
 
 
-def summary(size: float, per_setting: dict[str, list[float]]) -> dict[str, Any]:
-    medians = {setting: statistics.median(values) for setting, values in per_setting.items()}
+def written(folder: Path, write: Callable[[Path, int], None], records: int) -> Path:
+    """The folder of a format, made where it is not there yet."""
+    place = folder / write.__name__
+    if not place.exists():
+        place.mkdir()
+        write(place, records)
+        sync(place)
+    return place
+
+
+def summary(size: float, per_setting: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    by_clock, by_cpu = ({name: statistics.median(pair[i] for pair in pairs) for name, pairs in per_setting.items()} for i in (0, 1))
     return {
         "bytes_per_record": round(size),
-        "records_per_s": {setting: round(value) for setting, value in medians.items()},
-        "gb_per_s": {setting: round(value * size / 1e9, 2) for setting, value in medians.items()},
+        "records_per_s": {setting: round(value) for setting, value in by_clock.items()},
+        "gb_per_s": {setting: round(value * size / 1e9, 2) for setting, value in by_clock.items()},
+        "per_cpu_s": {setting: round(value) for setting, value in by_cpu.items()},
     }
 
 
-def rate(reader: Callable[[Path], Read], place: Path, records: int, workers: int, seed: int, warm: bool = True) -> float:
-    """Records/s over all workers, processes as the loader forks them; each reads its share of a random order, after one warming pass."""
+def rate(reader: Callable[[Path], Read], place: Path, records: int, workers: int, seed: int, warm: bool = True) -> tuple[float, float]:
+    """Records per second and per second of processor time over all workers, processes as the loader forks them.
+
+    Each reads its share of a random order, after one warming pass.
+    """
     context = multiprocessing.get_context("fork")
     ready, seconds = context.Barrier(workers), context.SimpleQueue()
     order = np.random.default_rng(seed).permutation(records)
@@ -310,10 +325,10 @@ def rate(reader: Callable[[Path], Read], place: Path, records: int, workers: int
     processes = [context.Process(target=work, args=(reader, place, share, warm, ready, seconds)) for share in shares]
     for process in processes:
         process.start()
-    slowest = max(seconds.get() for _ in processes)
+    spent = [seconds.get() for _ in processes]
     for process in processes:
         process.join()
-    return records / slowest
+    return records / max(clock for clock, _ in spent), records / sum(cpu for _, cpu in spent)
 
 
 def work(reader: Callable[[Path], Read], place: Path, numbers: list[int], warm: bool, ready: Any, seconds: Any) -> None:
@@ -323,10 +338,10 @@ def work(reader: Callable[[Path], Read], place: Path, numbers: list[int], warm: 
         for number in numbers:
             read(number)
     ready.wait()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for number in numbers:
         read(number)
-    seconds.put(time.perf_counter() - start)
+    seconds.put((time.perf_counter() - start, time.process_time() - cpu))
 
 
 def sync(folder: Path) -> None:
@@ -348,6 +363,35 @@ def files_in(folder: Path) -> list[Path]:
 
 def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in files_in(folder))
+
+
+# -- the order of an epoch
+
+
+def measure_order(folder: Path, records: int, rounds: int) -> dict[str, int]:
+    """Records/s of one process from the disk itself, 64 at a time, medians: in random order and by blocks, asked for ahead or not."""
+    place, rates = written(folder, write_ours, records), {}
+    for turn in range(rounds):
+        for order in ("random", "blocks"):
+            for ahead in (False, True):
+                drop_from_cache(place)
+                name = f"{order}{', asked for ahead' if ahead else ''}"
+                rates.setdefault(name, []).append(cold_rate(place, order, ahead, turn))
+    return {name: round(statistics.median(values)) for name, values in rates.items()}
+
+
+def cold_rate(place: Path, order: str, ahead: bool, seed: int) -> float:
+    with FeatureStore(place / "regions.store") as store:
+        count = np.arange(len(store))
+        places = permuted(seed, 0, count, len(store)) if order == "random" else permuted_by_blocks(seed, 0, count, len(store), 64)
+        rows = store.rows_in_storage_order()[places]
+        start = time.perf_counter()
+        for first in range(0, len(rows), 64):
+            if ahead:
+                store.announce(rows[first : first + 64])
+            for row in rows[first : first + 64].tolist():
+                store.at(row)
+        return len(rows) / (time.perf_counter() - start)
 
 
 # -- samples: masked and packed
@@ -372,19 +416,16 @@ class DrawnTokens:
 
 
 def measure_samples(folder: Path, records: int, rounds: int) -> dict[str, float]:
-    """Samples/s on one core: drawn, read (from the system's cache), masked and packed in micro-batches of 64; and without the reading."""
-    place = folder / write_ours.__name__
-    if not place.exists():
-        place.mkdir()
-        write_ours(place, records)
-    found = {}
+    """Samples per second of one core's time, masked and packed in micro-batches of 64; with reading them, from the system's cache, too."""
+    place, found = written(folder, write_ours, records), {}
     for masking in ("official", "paper", "bert"):
         sampler = make_sampler(place, records, masking)
-        draws = sampler.draws(np.zeros(512, np.int64), np.arange(512))
+        count = min(512, records)
+        draws = sampler.draws(np.zeros(count, np.int64), np.arange(count))
         whole, rest = [], []
         kept: dict[int, Any] = {}
         for turn in range(rounds + 1):
-            seconds = make_batches(sampler, draws)
+            seconds = make_batches(sampler, draws)  # of processor time: the figure is for one core
             rest_seconds = make_batches(without_reading(sampler, kept), draws)
             if turn:  # the first reads everything once
                 whole.append(len(draws) / seconds)
@@ -427,11 +468,11 @@ def without_reading(sampler: Sampler, kept: dict[int, Any]) -> Sampler:
 
 
 def make_batches(sampler: Sampler, draws: Any) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     drawn = sampler.draws(draws.epochs, draws.numbers)
     for first in range(0, len(drawn), 64):
         collate([sampler.sample(drawn, i) for i in range(first, min(first + 64, len(drawn)))], sampler.settings)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 if __name__ == "__main__":
