@@ -455,7 +455,7 @@ class ContentDigest:
             for chunk in table.column(name).chunks:
                 offsets, characters = string_buffers(chunk)
                 lengths.update(np.diff(offsets).astype("<i4").tobytes())
-                content.update(characters)
+                content.update(characters.data)
 
     def hexdigest(self) -> str:
         """The digest of all rows so far."""

@@ -70,7 +70,7 @@ class ArrayWriter:
     def append(self, name: str, values: NDArray[Any]) -> None:
         """Add values [n] to an array. ``NoSpaceError`` where the disk is full."""
         try:
-            self._files[name].write(memoryview(np.ascontiguousarray(values, _little(self.dtypes[name]))).cast("B") if len(values) else b"")
+            self._files[name].write(np.ascontiguousarray(values, _little(self.dtypes[name])).data.cast("B") if len(values) else b"")
         except OSError as error:
             raise self._refusal(error) from None
 
