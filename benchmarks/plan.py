@@ -1,19 +1,22 @@
-"""``python -m benchmarks.plan``: what `megainter plan` predicts against real runs on the CPU, with constants measured here first.
+"""``python -m benchmarks.plan [--memory]``: what `megainter plan` predicts against real runs on the CPU.
 
-Constants: speed of matrix products and memory, of an all-reduce, and time and memory of a run whose model is next to nothing. Then
-three sizes at one and two processes (fp32, ZeRO stage 2), trained for some steps: the fastest step, and the largest memory of a rank before
-it saves. One thread a process. Prints one JSON object.
+First constants of this machine, each with as many processes running as the run will have: matrix products of the shapes of each size, an
+all-reduce over gloo, the time of runs whose model is next to nothing but has as many layers, and the memory speed that explains a run of
+a size that is not in the table. Then three sizes at one and two processes (fp32, ZeRO stage 2), trained for some steps: the median step,
+and the largest resident memory of a rank before it saves. One thread a process. Prints one JSON object; ``--memory`` leaves times out,
+which need a machine with nothing else on it.
 """
 
 import contextlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -29,76 +32,114 @@ from megainter.data.manifest import Pair, write_pairs
 from megainter.data.record import RegionRecord, StoreSchema
 from megainter.data.store_writer import FeatureStoreWriter, seal_store
 
-SIZES = {"4 M": (192, 2), "18 M": (384, 3), "43 M": (512, 4)}  # hidden size, layers of each kind
-TINY, MIDDLE = (16, 1), (256, 3)
+SIZES = {"3 M": (192, 2), "17 M": (384, 3), "39 M": (512, 4)}  # hidden size, layers of each kind
+TINY, TALL, MIDDLE = (16, 1), (16, 4), (256, 3)
 FEATURES, CLASSES, REGIONS, WORDS = 256, 100, 16, 18
-GLOBAL_BATCH, MICRO_BATCH, STEPS = 16, 8, 8
+GLOBAL_BATCH, MICRO_BATCH, STEPS, FIRST = 16, 8, 12, 3  # the first steps are not timed
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: parameters, the fastest step in seconds, the largest memory of a rank in bytes before saving."""
+    """One run: the median step in seconds, the largest memory of a rank in bytes before saving."""
 
     seconds: float
     memory: float
 
 
+@dataclass(frozen=True)
+class Constants:
+    """Measured with so many processes running: FLOP/s by hidden size, bytes/s of memory and all-reduce, runs of next to no model."""
+
+    flops: dict[int, float]
+    memory_speed: float
+    all_reduce: float
+    tiny: Measured
+    seconds_a_layer: float  # of each of the three kinds
+
+
 def main() -> None:
     """Measure constants and runs, and print the table."""
+    timed = "--memory" not in sys.argv[1:]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder)
-        tiny = {ranks: run(folder, TINY, ranks) for ranks in (1, 2)}
-        cluster = measured_cluster(folder, tiny[1])
+        constants = {ranks: measured_constants(folder, ranks, timed) for ranks in (1, 2)}
         rows = []
         for size, numbers in SIZES.items():
             for ranks in (1, 2):
-                rows.append(compared(folder, size, numbers, ranks, tiny[ranks], cluster))
+                rows.append(compared(folder, size, numbers, ranks, constants[ranks], timed))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, 1 thread a process"
-    rates = {"matmul_flops": cluster.device.flops["fp32"], "memory_bytes_s": cluster.device.hbm, "all_reduce_bytes_s": cluster.network}
-    print(json.dumps({"date": date.today().isoformat(), "machine": machine, "torch": torch.__version__, **rates, "rows": rows}, indent=2))
+    measured = {f"constants_of_{ranks}": asdict(found) for ranks, found in constants.items()}
+    about = {"date": date.today().isoformat(), "machine": machine, "torch": torch.__version__}
+    print(json.dumps({**about, **measured, "rows": rows}, indent=2))
 
 
-def compared(folder: Path, size: str, numbers: tuple[int, int], ranks: int, tiny: Measured, cluster: Cluster) -> dict[str, float | str]:
-    """One row: predicted and measured seconds and memory."""
+def compared(folder: Path, size: str, numbers: tuple[int, int], ranks: int, constants: Constants, timed: bool) -> dict[str, float | str]:
+    """One row: predicted and measured memory, and seconds."""
     shape, load, layout = described(folder, numbers, ranks)
-    small, _, _ = described(folder, TINY, ranks)
-    seconds = step_time(shape, load, layout, cluster).total - step_time(small, load, layout, cluster).total + tiny.seconds
-    space = memory(shape, load, layout, cpu=True).device - memory(small, load, layout, cpu=True).device + tiny.memory
+    small = described(folder, TINY, ranks)[0]
+    space = memory(shape, load, layout, cpu=True).device - memory(small, load, layout, cpu=True).device + constants.tiny.memory
     real = run(folder, numbers, ranks)
-    return {
-        "size": size, "parameters": parameters(shape), "ranks": ranks, "predicted_seconds": seconds, "seconds": real.seconds,
-        "time_error": seconds / real.seconds - 1, "predicted_memory": space, "memory": real.memory, "memory_error": space / real.memory - 1,
-        "memory_error_of_what_the_model_adds": (space - tiny.memory) / (real.memory - tiny.memory) - 1,
+    row: dict[str, float | str] = {
+        "size": size, "parameters": parameters(shape), "ranks": ranks, "predicted_memory": space, "memory": real.memory,
+        "memory_error": space / real.memory - 1,
     }  # fmt: skip
+    if timed:
+        seconds = predicted_seconds(shape, load, layout, constants, numbers)
+        row |= {"predicted_seconds": seconds, "seconds": real.seconds, "time_error": seconds / real.seconds - 1}
+    return row
 
 
-def measured_cluster(folder: Path, tiny: Measured) -> Cluster:
-    """The machine as the plan sees one: rates of matrix products and all-reduce, and the memory speed that explains a middle-sized run."""
-    flops, network = matmul_speed(), all_reduce_speed(folder)
-    shape, load, layout = described(folder, MIDDLE, 1)
-    device = Device("cpu", 0, {"fp32": flops}, 1.0, network, "measured here")
-    bare = step_time(shape, load, layout, Cluster(device, network=network, efficiency=1.0, traffic_efficiency=1.0, overlap=0.0))
-    bytes_moved = bare.elementwise + bare.optimizer  # at one byte a second
-    rest = run(folder, MIDDLE, 1).seconds - tiny.seconds - bare.matmul
-    speed = bytes_moved / max(rest, 1e-3)
-    cpu = Device("cpu", 0, {"fp32": flops}, speed, network, "measured here")
-    return Cluster(cpu, network=network, efficiency=1.0, traffic_efficiency=1.0, overlap=0.0)
+def predicted_seconds(shape: Shape, load: Load, layout: Layout, constants: Constants, numbers: tuple[int, int]) -> float:
+    """The plan's step time with the constants measured here, over the time of a run with as many layers and next to no model."""
+    device = Device("cpu", 0, {"fp32": constants.flops[numbers[0]]}, constants.memory_speed, constants.all_reduce, "measured here")
+    cluster = Cluster(device, network=constants.all_reduce, efficiency=1.0, traffic_efficiency=1.0, overlap=0.0)
+    return step_time(shape, load, layout, cluster).total + without_model(constants, numbers[1])
 
 
-def matmul_speed(rounds: int = 7) -> float:
-    """FLOP/s of the best fp32 product of the shapes a middle-sized model has."""
+def without_model(constants: Constants, layers: int) -> float:
+    """Seconds of a step whose model has so many layers of each kind, and next to no parameters."""
+    return constants.tiny.seconds + (layers - TINY[1]) * constants.seconds_a_layer
+
+
+def measured_constants(folder: Path, ranks: int, timed: bool) -> Constants:
+    """The machine as the plan sees one while so many processes run on it."""
+    tiny = run(folder, TINY, ranks)
+    if not timed:
+        return Constants({}, 1.0, 1.0, tiny, 0.0)
+    flops = {hidden: matmul_speed(hidden, ranks) for hidden in sorted({MIDDLE[0], *(hidden for hidden, _ in SIZES.values())})}
+    tall = run(folder, TALL, ranks)
+    first = Constants(flops, 1.0, all_reduce_speed(folder), tiny, (tall.seconds - tiny.seconds) / (TALL[1] - TINY[1]))
+    shape, load, layout = described(folder, MIDDLE, ranks)
+    device = Device("cpu", 0, {"fp32": flops[MIDDLE[0]]}, 1.0, first.all_reduce, "measured here")
+    bare = step_time(shape, load, layout, Cluster(device, network=first.all_reduce, efficiency=1.0, traffic_efficiency=1.0, overlap=0.0))
+    rest = run(folder, MIDDLE, ranks).seconds - without_model(first, MIDDLE[1]) - bare.matmul - bare.communication
+    return replace(first, memory_speed=(bare.elementwise + bare.optimizer) / max(rest, 1e-3))  # bare: at one byte a second
+
+
+def matmul_speed(hidden: int, ranks: int) -> float:
+    """FLOP/s of one of ``ranks`` processes that multiply at the same time, the products of a feed-forward block and its gradients."""
+    command = [sys.executable, "-c", f"from benchmarks.plan import time_products; time_products({hidden})"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(ranks)]
+    return statistics.mean(float(child.communicate()[0]) for child in children)
+
+
+def time_products(hidden: int, seconds: float = 3.0) -> None:
+    """Print the FLOP/s of fp32 products of the shapes that a model of this width has: forward, and the gradients of input and weight."""
     torch.set_num_threads(1)
-    rows, hidden = MICRO_BATCH * (WORDS + 2 + REGIONS + 1), 256
-    a, b = torch.randn(rows, hidden), torch.randn(hidden, 4 * hidden)
-    best = float("inf")
-    for _ in range(rounds):
+    rows, inner = MICRO_BATCH * (WORDS + 2 + REGIONS + 1), 4 * hidden
+    x, weight, gradient = torch.randn(rows, hidden), torch.randn(inner, hidden), torch.randn(rows, inner)
+    found, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
         start = time.perf_counter()
-        for _ in range(20):
-            a @ b
-        best = min(best, (time.perf_counter() - start) / 20)
-    return 2 * rows * hidden * 4 * hidden / best
+        for _ in range(10):
+            torch.nn.functional.linear(x, weight)
+            gradient @ weight
+            gradient.T @ x
+        found.append(10 * 3 * 2 * rows * hidden * inner / (time.perf_counter() - start))
+    print(statistics.median(found))
 
 
 def all_reduce_speed(folder: Path) -> float:
@@ -143,8 +184,8 @@ def run(folder: Path, numbers: tuple[int, int], ranks: int) -> Measured:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--module", "megainter.pretrain"]
     largest = launch(command, words(folder, numbers, output), output / "metrics.jsonl")
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    seconds = [record["step_seconds"] for record in records if record["kind"] == "train"][2:]
-    return Measured(min(seconds), largest)
+    seconds = [record["step_seconds"] for record in records if record["kind"] == "train"][FIRST:]
+    return Measured(statistics.median(seconds), largest)
 
 
 def launch(command: list[str], arguments: list[str], metrics: Path | None = None) -> float:

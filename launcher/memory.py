@@ -54,11 +54,11 @@ def memory(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> Memor
     host = optimizer if layout.offload else 0.0
     return Memory(
         weights=weights,
-        gradients=gradients,
+        gradients=0.0 if cpu and layout.stage else gradients,  # among the buffers there, as not all lie at one time
         optimizer=0.0 if layout.offload else optimizer,
         activations=activations(shape, load, layout, cpu),
         logits=logits(shape, load, layout.width),
-        buffers=_buffers(count, layout, cpu),
+        buffers=_cpu_buffers(shape, load, layout) if cpu else _buffers(count, layout),
         overhead=0.0 if cpu else CUDA_CONTEXT,
         host=host,
     )
@@ -81,15 +81,31 @@ def _states(count: int, layout: Layout) -> tuple[float, float, float]:
     return weights, gradients, 12.0 * share
 
 
-def _buffers(count: int, layout: Layout, cpu: bool) -> float:
-    """Buckets of the reductions (two on CUDA, where communication overlaps), and the fp32 share of gradients in hand at the update."""
+def _buffers(count: int, layout: Layout) -> float:
+    """Two buckets of the reductions, as communication overlaps, and the fp32 share of gradients in hand at the update."""
     if layout.stage == 0:
         return 0.0
     share = 4.0 * count / layout.ranks
-    if cpu:  # pages that are never touched take no memory
-        return share + min(BUCKET, count) * layout.width
     width = 4 if layout.stage == 1 else layout.width  # stage 1 stages its fp32 accumulator
     return share + BUCKET * width * 2
+
+
+def _cpu_buffers(shape: Shape, load: Load, layout: Layout) -> float:
+    """What a rank on the CPU holds besides weights, optimiser and one micro-batch's activations; compared with real runs at stage 2.
+
+    From the system: the bucket that all gradients are copied to, and with several ranks its flat copy on the way to the others. In the
+    heap, which keeps what was freed: the weights as they were built, before DeepSpeed made them one tensor (activations come to lie
+    there); the rank's share of the gradients, cut out of the bucket, and its flat form for the optimiser. An accumulated share stays
+    where activations were, so that those of the next micro-batch need room of their own.
+    """
+    count = parameters(shape)
+    own = activations(shape, load, layout, cpu=True)
+    built = max(0.0, 4.0 * count - own)
+    if layout.stage == 0:
+        return built
+    bucket = min(BUCKET, count) * layout.width  # pages that are never touched take no memory
+    copied = bucket if layout.ranks > 1 else 0.0
+    return built + bucket + copied + 8.0 * count / layout.ranks + (own if layout.accumulation > 1 else 0.0)
 
 
 def activations(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> float:

@@ -151,7 +151,8 @@ def spared_bytes(shape: Shape, load: Load, width: int, padded: bool) -> float:
     idle = idle_text(shape, load) + idle_regions(shape, load)
     asked = (load.text if shape.num_text_layers else 0) + (load.regions if shape.num_region_layers else 0) - idle
     copies = asked if idle else 0  # the rows that ask, picked out of the input
-    return load.samples * (idle * (kept_rows_bytes(shape, width, padded) - 3 * shape.hidden_size * width) - copies * shape.hidden_size * width)
+    row = shape.hidden_size * width
+    return load.samples * (idle * (kept_rows_bytes(shape, width, padded) - 3 * row) - copies * row)
 
 
 def idle_text(shape: Shape, load: Load) -> float:

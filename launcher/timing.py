@@ -97,8 +97,9 @@ def update_time(shape: Shape, layout: Layout, cluster: Cluster) -> float:
 def communication_bytes(shape: Shape, layout: Layout) -> float:
     """Bytes one rank sends in one optimiser step (ring algorithms): fp32 gradients out, working weights in.
 
-    Stage 0 all-reduces once. Stages 1 and 2 reduce and gather; stage 2 reduces at every micro-batch. Stage 3 also gathers the weights
-    for the forward and the backward pass of every micro-batch.
+    Stage 0 all-reduces once. Stage 1 all-reduces once and gathers the weights; stage 2 all-reduces at every micro-batch: DeepSpeed 0.19
+    sums whole buckets on all ranks, of which each keeps its share (``use_multi_rank_bucket_allreduce``). Stage 3 reduces to shares, and
+    gathers the weights for the forward and the backward pass of every micro-batch.
     """
     if layout.ranks == 1:
         return 0.0
@@ -109,7 +110,7 @@ def communication_bytes(shape: Shape, layout: Layout) -> float:
     if layout.stage == 1:
         return 8 * count + weights
     if layout.stage == 2:
-        return 4 * count * layout.accumulation + weights
+        return 8 * count * layout.accumulation + weights
     gathers = 3 if layout.checkpointing else 2
     return (4 * count + gathers * weights) * layout.accumulation
 

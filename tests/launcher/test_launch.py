@@ -119,19 +119,22 @@ def test_engines_give_equal_losses(engine: str, data: tuple[Path, Path], tmp_pat
 def test_sixty_random_kills(data: tuple[Path, Path], tmp_path: Path) -> None:
     """SIGTERM, SIGINT, SIGKILL to the launcher, the agent, one rank, at random times of one run that is always started again.
 
-    No orphan after 10 s, never 0, always a whole checkpoint; and at the end the losses of a run that nobody disturbed.
+    Every other time while it starts, else while it trains. No orphan after 10 s, never 0, always a whole checkpoint; and at the end the
+    losses of a run that nobody disturbed.
     """
     rng, run = random.Random(0), tmp_path / "run"
     arguments = settings(*data, run, training__steps=20 * TURNS, checkpoint__every_steps=3)
     blows = [(number, target) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL) for target in VICTIMS]
-    patience, ends = dict.fromkeys(ENGINES, 60.0), []
+    start, ends = dict.fromkeys(ENGINES, 10.0), []  # seconds to the first step, as far as known
     for turn in range(TURNS):
         (number, target), engine = blows[turn % len(blows)], ENGINES[turn // len(blows) % 2]
         began, before = time.monotonic(), last_step(run)
         job = start_launch(["--processes", "2", "--engine", engine], arguments, tmp_path / "log")
-        strike(job, run, target, number, rng.uniform(0, patience[engine]))
+        if turn % 2:
+            wait_for_step(run, before + 1, job)
+            start[engine] = time.monotonic() - began
+        strike(job, run, target, number, rng.uniform(0, 1 if turn % 2 else start[engine]))
         struck, steps = time.monotonic(), last_step(run) - before
-        patience[engine] = min(patience[engine], struck - began) if steps else patience[engine]
         code = job.wait(120)
         assert code != 0, f"turn {turn}: {number.name} to {target}"
         assert_no_orphan(run)
@@ -141,7 +144,7 @@ def test_sixty_random_kills(data: tuple[Path, Path], tmp_path: Path) -> None:
         assert whole_checkpoints(run) or not list((run / "checkpoints").glob("step_*")), f"turn {turn}: nothing to go on from"
     done = start_launch(["--processes", "2", *LOCAL[2:]], arguments, tmp_path / "log")
     assert done.wait(1200) == 0, (tmp_path / "log").read_text()[-4000:]
-    assert any(end["steps"] for end in ends)
+    assert sum(end["steps"] > 0 for end in ends) >= TURNS // 2
     assert train(settings(*data, tmp_path / "plain", training__steps=20 * TURNS), processes=2, timeout=1200).returncode == 0
     assert losses(run) == losses(tmp_path / "plain")
 

@@ -114,7 +114,7 @@ def test_more_devices_never_need_more_memory_each() -> None:
         assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize(("stage", "expected"), [(0, 8), (1, 10), (2, 4 * 4 + 2), (3, (4 + 2 * 2) * 4)])
+@pytest.mark.parametrize(("stage", "expected"), [(0, 8), (1, 10), (2, 8 * 4 + 2), (3, (4 + 2 * 2) * 4)])
 def test_bytes_sent(stage: int, expected: int) -> None:
     """Per parameter and rank, for many ranks and four micro-batches."""
     ranks = 10**6
