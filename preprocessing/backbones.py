@@ -7,6 +7,7 @@ first ``n`` stages. ``None`` for ``weights`` means random weights: those of a tr
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,13 +112,12 @@ class EfficientNetLite0Backbone(nn.Module):
         _freeze([self.stem, *self.stages], count)
 
 
-def _efficientnet_lite0() -> nn.Module:
+def _efficientnet_lite0() -> Any:
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError:
         raise UsageError("efficientnet_lite0 needs: pip install 'megainter[imagenet]'") from None
-    body: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-    return body
+    return EfficientNet.from_name("efficientnet-lite0")
 
 
 def _freeze(stages: list[nn.Module], count: int) -> None:

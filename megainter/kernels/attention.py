@@ -127,7 +127,7 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLa
 def _padded_sdpa(
     q_Mhd: torch.Tensor, k_Nhd: torch.Tensor, v_Nhd: torch.Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows, drop: float
 ) -> torch.Tensor:
-    heads, width = q_Mhd.shape[1:]
+    heads = q_Mhd.shape[1]
     key_rows, query_rows = _both_places(layout, asking, heads)
     q = _pad(q_Mhd, query_rows, layout.sequences, asking.max_length).unflatten(0, (-1, heads))
     k, v = (_pad(x, key_rows, layout.sequences, layout.max_length).unflatten(0, (-1, heads)) for x in (k_Nhd, v_Nhd))

@@ -22,8 +22,8 @@ from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
 from megainter.training.optimizer import describe, learning_rate
-from megainter.training.profile import StepProfile
 from megainter.training.process import StopRequest, folder_lock
+from megainter.training.profile import StepProfile
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
 
 log = logging.getLogger("megainter")

@@ -45,7 +45,8 @@ def trained(data: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def weak(data: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that misses some: what is lost must be seen."""
-    return finetune(*data, output=tmp_path_factory.mktemp("weak") / "prefilter", training=PrefilterTraining(epochs=1, batch=20, learning_rate=1e-6))
+    return finetune(*data, output=tmp_path_factory.mktemp("weak") / "prefilter",
+        training=PrefilterTraining(epochs=1, batch=20, learning_rate=1e-6))
 
 
 def vectors(data: tuple[Path, Path, Path], folder: Path, split: str | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
