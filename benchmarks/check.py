@@ -39,6 +39,9 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--record", action="store_true", help="put the measured ratios on record")
     given = options.parse_args()
+    if not given.record and not RECORD.exists():
+        print(f"{RECORD} does not exist; run `python -m benchmarks.check --record` on a quiet machine, before the change to be judged")
+        return 2
     measured = {ratio.name: measure(ratio) for ratio in RATIOS}
     if given.record:
         RECORD.write_text(json.dumps({"date": date.today().isoformat(), "ratios": measured}, indent=2) + "\n")
