@@ -394,7 +394,7 @@ def test_workers_ignore_sigterm_and_die_with_a_killed_trainer(data: Data) -> Non
 def test_a_trainer_that_leaves_the_loader_open_still_ends(data: Data) -> None:
     process, workers = start(data, "raise SystemExit(7)")
     try:
-        assert process.wait(timeout=20) == 7
+        assert process.wait(timeout=60) == 7
         assert gone(workers, 5)
     finally:
         process.kill()
