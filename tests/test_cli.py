@@ -118,7 +118,8 @@ def test_a_deepspeed_json_cannot_say_otherwise(tmp_path: Path) -> None:
 
 
 def test_a_mistake_is_told_once_by_many_ranks(tmp_path: Path) -> None:
-    done = train(settings(tmp_path / "no.parquet", tmp_path / "no.store", tmp_path / "run"), processes=2)
+    _, store = write_data(tmp_path, images=12)
+    done = train(settings(tmp_path / "no.parquet", store, tmp_path / "run"), processes=2)
     assert done.returncode != 0
     assert done.stderr.count("no.parquet") == 1, done.stderr
 
