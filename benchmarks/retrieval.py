@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from typing import NamedTuple
 
 import torch
 
@@ -41,9 +42,9 @@ def main() -> None:
         torch.rand(int(regions.sum()), 2048),
         torch.rand(int(regions.sum()), 5),
     )
-    rows = (ids, text, features, locations, regions)
-    ways = {"grid": _grid(matching, *rows), "packed": _packed(matching, *rows), "all heads": _padded(everything, *rows)}
-    seconds = _measure(ways, _training_forward(copy.deepcopy(matching).train(), *rows))
+    rows = Rows(ids, text, features, locations, regions)
+    ways = {"grid": _grid(matching, rows), "packed": _packed(matching, rows), "all heads": _padded(everything, rows)}
+    seconds = _measure(ways, _training_forward(copy.deepcopy(matching).train(), rows))
     speeds = {name: IMAGES * CAPTIONS / value for name, value in seconds.items()}
     tokens = IMAGES * int(text.sum()) + CAPTIONS * int(regions.sum())
     print(json.dumps({
@@ -75,61 +76,45 @@ def _seconds(way: Callable[[], torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def _grid(
-    model: InterBertForRetrieval,
-    ids: torch.Tensor,
-    text: torch.Tensor,
-    features: torch.Tensor,
-    locations: torch.Tensor,
-    regions: torch.Tensor,
-) -> Callable[[], torch.Tensor]:
-    return lambda: score_grid(model, embed_captions(model, ids, text), embed_images(model, features, locations, regions))
+class Rows(NamedTuple):
+    """Captions and images end to end: ``ids`` int64 [Nt] of captions of ``text`` [C] tokens; ``features`` [Nr, F] and ``locations`` [Nr, 5]
+    of images of ``regions`` [I] rows."""
+
+    ids: torch.Tensor
+    text: torch.Tensor
+    features: torch.Tensor
+    locations: torch.Tensor
+    regions: torch.Tensor
+
+    def every_pair(self) -> PackedInputs:
+        """Every pair as a packed sample, all captions of the first image first."""
+        features, locations = (
+            torch.cat([rows for rows in x.split(self.regions.tolist()) for _ in range(CAPTIONS)]) for x in (self.features, self.locations)
+        )
+        ids = self.ids.repeat(IMAGES)
+        return PackedInputs(
+            ids, torch.zeros_like(ids), self.text.repeat(IMAGES), features, locations, self.regions.repeat_interleave(CAPTIONS)
+        )
 
 
-def _packed(
-    model: InterBertForRetrieval,
-    ids: torch.Tensor,
-    text: torch.Tensor,
-    features: torch.Tensor,
-    locations: torch.Tensor,
-    regions: torch.Tensor,
-) -> Callable[[], torch.Tensor]:
-    inputs = _every_pair(ids, text, features, locations, regions)
+def _grid(model: InterBertForRetrieval, rows: Rows) -> Callable[[], torch.Tensor]:
+    images = rows.features, rows.locations, rows.regions
+    return lambda: score_grid(model, embed_captions(model, rows.ids, rows.text), embed_images(model, *images))
+
+
+def _packed(model: InterBertForRetrieval, rows: Rows) -> Callable[[], torch.Tensor]:
+    inputs = rows.every_pair()
     return lambda: model.score_packed(inputs).view(IMAGES, CAPTIONS)
 
 
-def _training_forward(
-    model: InterBertForRetrieval,
-    ids: torch.Tensor,
-    text: torch.Tensor,
-    features: torch.Tensor,
-    locations: torch.Tensor,
-    regions: torch.Tensor,
-) -> Callable[[], torch.Tensor]:
-    inputs = _every_pair(ids, text, features, locations, regions)
+def _training_forward(model: InterBertForRetrieval, rows: Rows) -> Callable[[], torch.Tensor]:
+    inputs = rows.every_pair()
     return lambda: model.logits_packed(inputs)
 
 
-def _every_pair(
-    ids: torch.Tensor, text: torch.Tensor, features: torch.Tensor, locations: torch.Tensor, regions: torch.Tensor
-) -> PackedInputs:
-    """Every pair as a packed sample, all captions of the first image first."""
-    every_feature, every_location = (
-        torch.cat([rows for rows in x.split(regions.tolist()) for _ in range(CAPTIONS)]) for x in (features, locations)
-    )
-    types = torch.zeros(len(ids) * IMAGES, dtype=torch.int64)
-    return PackedInputs(ids.repeat(IMAGES), types, text.repeat(IMAGES), every_feature, every_location, regions.repeat_interleave(CAPTIONS))
-
-
-def _padded(
-    model: InterBertForPreTraining,
-    ids: torch.Tensor,
-    text: torch.Tensor,
-    features: torch.Tensor,
-    locations: torch.Tensor,
-    regions: torch.Tensor,
-) -> Callable[[], torch.Tensor]:
+def _padded(model: InterBertForPreTraining, rows: Rows) -> Callable[[], torch.Tensor]:
     """Every pair padded; padding is zeros that attention is masked from, and is dropped before the layers (the model packs)."""
+    ids, text, features, locations, regions = rows
     padded_ids = torch.nn.utils.rnn.pad_sequence(list(ids.split(text.tolist())), batch_first=True)
     boxes = [torch.nn.utils.rnn.pad_sequence(list(x.split(regions.tolist())), batch_first=True) for x in (features, locations)]
     text_mask = torch.arange(padded_ids.shape[1]) < text[:, None]
