@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.peers import PaddedBatch
 from megainter.data.batch import PretrainBatch
+from megainter.data.order import share_out
 from megainter.model.packing import PackedInputs
 
 TEXT, REGIONS, FEATURES, CLASSES, VOCABULARY = 36, 37, 2048, 1601, 30522
@@ -30,10 +31,16 @@ def lengths(samples: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch
     return torch.from_numpy(text), torch.from_numpy(regions)
 
 
-def make_batch(samples: int, seed: int) -> PretrainBatch:
-    """A packed batch with a third of the text and a quarter of the regions masked (as the official recipe does), half the pairs matched."""
+def make_batch(samples: int, seed: int, rank: int = 0, ranks: int = 1) -> PretrainBatch:
+    """A packed batch with a third of the text and a quarter of the regions masked (as the official recipe does), half the pairs matched.
+
+    With ``ranks`` one rank's share of the global batch, dealt by length as the trainer deals.
+    """
     rng = np.random.default_rng(seed)
     text, regions = lengths(samples, rng)
+    if ranks > 1:
+        own = share_out((text + regions).numpy(), ranks, 1)[rank][0]
+        text, regions, samples = text[own], regions[own], len(own)
     rows, tokens = int(regions.sum()), int(text.sum())
     first = torch.zeros(rows, dtype=torch.bool)
     first[regions.cumsum(0) - regions] = True
