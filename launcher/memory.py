@@ -7,6 +7,7 @@ from launcher.shape import Load, Shape, forward_flops, kept_rows_bytes, kept_sco
 
 Precision = Literal["fp32", "bf16", "fp16"]
 BUCKET = 200_000_000  # numbers: reduce and all-gather buckets of the configurations in ds_configs/
+CPU_BUCKET = 25_000_000  # numbers: the trainer's own bucket on the CPU (`megainter.training.engine`)
 LIVE = 1_000_000_000  # numbers: DeepSpeed's stage3_max_live_parameters
 CUDA_CONTEXT = 1.5 * 2**30  # context, NCCL's and cuBLAS's own buffers: an assumption, not a measurement
 
@@ -103,7 +104,7 @@ def _cpu_buffers(shape: Shape, load: Load, layout: Layout) -> float:
     built = max(0.0, 4.0 * count - own)
     if layout.stage == 0:
         return built
-    bucket = min(BUCKET, count) * layout.width  # pages that are never touched take no memory
+    bucket = min(CPU_BUCKET, count) * layout.width  # pages that are never touched take no memory
     copied = bucket if layout.ranks > 1 else 0.0
     return built + bucket + copied + 8.0 * count / layout.ranks + (own if layout.accumulation > 1 else 0.0)
 

@@ -43,6 +43,9 @@ KNOWN = (
     "disable_allgather", "communication_bucket_size", "seq_parallel_communication_data_type", "timers", "compile",
 )  # fmt: skip
 
+# Elements. DeepSpeed's 500 million are for a network of many GPUs: on the CPU a bucket as large as the model holds a copy of all gradients,
+# from fresh pages at every step. The word embeddings of a base-size model just fit in.
+CPU_BUCKET = 25_000_000
 
 # What gloo and NCCL say when the other end of a connection has died.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
@@ -108,6 +111,8 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, training:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
     }
+    if not torch.cuda.is_available():
+        settings["zero_optimization"] |= {"reduce_bucket_size": CPU_BUCKET, "allgather_bucket_size": CPU_BUCKET}
     if half:
         settings[engine.precision] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

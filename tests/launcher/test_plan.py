@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.memory import Layout, activations, memory
+from launcher.memory import CPU_BUCKET, Layout, activations, memory
 from launcher.planning import Corpus, choices, deepspeed_settings, recommended
 from launcher.shape import Load, Shape, forward_flops, load_of, parameters, shape_of
 from launcher.simulate import Reliability, best_interval, curve, goodput, pace, simulate
@@ -20,6 +20,7 @@ from megainter.model.flops import BatchCounts
 from megainter.model.flops import forward_flops as counted_flops
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.model.packing import PackedInputs
+from megainter.training import engine
 
 SIZES = {"base": 157_021_565, "large": 342_074_749, "xl": 1_541_360_125, "10b": 9_875_529_085}
 SMALL = Shape(
@@ -208,3 +209,7 @@ def test_the_engine_takes_what_plan_writes(tmp_path: Path) -> None:
             config = recipe("base", *words, "--engine.offload_optimizer", str(offload))
             settings = deepspeed_config(config.engine, config.optimizer, config.training, 2)
             assert settings["zero_optimization"]["stage"] == stage
+
+
+def test_the_plan_knows_the_trainers_bucket_on_the_cpu() -> None:
+    assert CPU_BUCKET == engine.CPU_BUCKET
