@@ -6,7 +6,7 @@ once per caption and once per image. The pooled vectors see only [CLS] and the g
 layer compute these rows alone. The heads of masking do not exist here.
 
 Shape letters: C captions, I images, S pairs (of a grid I * C, all captions of the first image first), Nt and Nr rows of the captions and of
-the images, N rows of all pairs, H hidden, h heads, d width of a head, L longest sequence.
+the images, N rows of all pairs, H hidden.
 """
 
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megainter.kernels import SequenceLayout, varlen_attention
-from megainter.model.encoder import SelfAttention, TransformerLayer
+from megainter.kernels import QueryRows, SequenceLayout, varlen_attention
+from megainter.model.encoder import SelfAttention, TransformerLayer, run_stream
 from megainter.model.interbert import MATCHED, InterBertForRetrieval
 
 
@@ -107,14 +107,7 @@ def _interact(layers: nn.ModuleList, unique_NH: torch.Tensor, layout: GridLayout
 
 def _first_rows(layers: nn.ModuleList, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     """The first row of every sequence after all ``layers``, [S, H]; the last layer computes no other."""
-    starts = layout.cu_seqlens[:-1].long()
-    if not len(layers):
-        return x_NH.index_select(0, starts)
-    *lower, last = _transformer_layers(layers)
-    for layer in lower:
-        x_NH = layer(x_NH, layout)
-    first_SH = x_NH.index_select(0, starts)
-    return _after_attention(last, _attend_first(last.attention, first_SH, x_NH, layout), first_SH)
+    return run_stream(layers, x_NH, layout, QueryRows.of(layout.cu_seqlens[:-1].long(), layout))
 
 
 def _transformer_layers(layers: nn.ModuleList) -> Iterable[TransformerLayer]:
@@ -131,24 +124,6 @@ def _qkv(attention: SelfAttention, x_NH: torch.Tensor) -> tuple[torch.Tensor, to
 def _attend(attention: SelfAttention, q_NH: torch.Tensor, k_NH: torch.Tensor, v_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     q, k, v = (x.unflatten(-1, (attention.heads, -1)) for x in (q_NH, k_NH, v_NH))
     return attention.output(varlen_attention(q, k, v, layout, 0.0, False).flatten(1))
-
-
-def _attend_first(attention: SelfAttention, first_SH: torch.Tensor, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-    """What the first row of every sequence gathers from its sequence, [S, H]."""
-    sequences, longest = layout.sequences, layout.max_length
-    places = layout.sequence * longest + layout.position
-    key, value = (_by_head(linear(x_NH), places, sequences, longest, attention.heads) for linear in (attention.key, attention.value))
-    q_ShLd = attention.query(first_SH).unflatten(-1, (attention.heads, 1, -1))
-    scores_ShL = q_ShLd @ key.mT * q_ShLd.shape[-1] ** -0.5
-    if layout.key_bias is not None:
-        scores_ShL = scores_ShL + layout.key_bias[:, None, None, :].to(scores_ShL.dtype)
-    return attention.output((scores_ShL.softmax(-1) @ value).flatten(1))
-
-
-def _by_head(x_NH: torch.Tensor, places: torch.Tensor, sequences: int, longest: int, heads: int) -> torch.Tensor:
-    """[N, H] -> [S, h, L, d], zeros at padding."""
-    padded = x_NH.new_zeros(sequences * longest, x_NH.shape[1]).index_copy_(0, places, x_NH)
-    return padded.view(sequences, longest, heads, -1).transpose(1, 2)
 
 
 def _after_attention(layer: TransformerLayer, attended_NH: torch.Tensor, residual_NH: torch.Tensor) -> torch.Tensor:
