@@ -187,11 +187,13 @@ class PretrainingConfig(TrainingConfig):
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay; linear warmup, then linear decay to ``final_fraction``.
+    """AdamW or LAMB with decoupled weight decay; linear warmup, then linear decay to ``final_fraction``.
 
     ``optimizer.compat = "official"`` in a recipe or on the command line stands for the released code's choices (``COMPAT``).
     """
 
+    name: Literal["adamw", "lamb"] = "adamw"
+    """LAMB is for global batches of several thousand; its rates are larger (docs/optimizers.md)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -399,6 +401,8 @@ def _spell_out_compat(settings: dict[str, Any]) -> None:
     name = str(optimizer.pop("compat"))
     if name not in COMPAT:
         raise UsageError(f"setting optimizer.compat: {name!r} is unknown; choose {', '.join(COMPAT)} or leave it out")
+    if optimizer.get("name") == "lamb":
+        raise UsageError(f'optimizer.compat = "{name}" stands for BertAdam, and optimizer.name is "lamb"; leave one of them out')
     started = isinstance(model, dict) and model.get("start_from") is not None
     stands_for = {key: value for key, value in COMPAT[name].items() if started or key not in _COMPAT_OF_A_START}
     settings["optimizer"] = stands_for | optimizer
@@ -444,10 +448,20 @@ def _check_shared(config: Any) -> None:
         raise UsageError(f"training.micro_batch {training.micro_batch} exceeds training.global_batch {training.global_batch}")
     if engine.precision == "fp16" and engine.zero_stage == 0:
         raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")
+    if config.optimizer.name == "lamb":
+        _check_lamb(config.optimizer)
     if config.optimizer.start_rate != 1 and config.model.start_from is None:
         raise UsageError("optimizer.start_rate is for weights that are there already; give model.start_from, or leave it out")
     if engine.offload_optimizer and engine.zero_stage == 0:
         raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+
+
+def _check_lamb(optimizer: OptimizerConfig) -> None:
+    """LAMB adapts what decays, as is usual: without decaying matrices it would be Adam under another name."""
+    if optimizer.weight_decay == 0:
+        raise UsageError('optimizer.name "lamb" adapts the rates of what decays; give optimizer.weight_decay above 0 (usual: 0.01)')
+    if optimizer.decay_groups == "swapped":
+        raise UsageError('optimizer.name "lamb" adapts the rates of what decays: matrices, not biases; leave out optimizer.decay_groups')
 
 
 def _check(config: RunConfig) -> None:

@@ -24,7 +24,8 @@ from megainter.memory import keep_freed_memory
 from megainter.training import process
 from megainter.training.clipping import clip_each
 from megainter.training.ema import EMA, update_average
-from megainter.training.optimizer import build_adamw, first_step_count
+from megainter.training.lamb import Lamb, Place, layout_of
+from megainter.training.optimizer import build_optimizer, first_step_count
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -154,37 +155,61 @@ def _refuse(given: dict[str, Any], settings: dict[str, Any], engine: EngineConfi
 
 
 def build_engine(module: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world: World) -> Any:
-    """The DeepSpeed engine over ``module`` with our AdamW: its moments present and zero, the moving average at the weights."""
+    """The DeepSpeed engine over ``module`` with our optimiser: its moments present and zero, the moving average at the weights."""
     if engine.precision == "fp16" and world.device.type == "cpu":
         raise UsageError("engine.precision fp16 needs a CUDA device; use bf16 or fp32 on CPU")
     config = deepspeed_config(engine, optimizer, training, world.size)
     on_cpu = engine.offload_optimizer or world.device.type == "cpu"
-    adamw = build_adamw(module, optimizer, torch.device("cpu") if on_cpu else world.device)
+    ours = build_optimizer(module, optimizer, torch.device("cpu") if on_cpu else world.device)
+    if isinstance(ours, Lamb):
+        _admit_lamb(config, engine)
     with contextlib.redirect_stdout(None):
-        built = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)[0]
+        built = deepspeed.initialize(model=module, optimizer=ours, config=config, dist_init_required=False)[0]
+    if isinstance(ours, Lamb):
+        _lay_out(built, ours, world)
     _start_optimizer_state(built, first_step_count(optimizer), averaged=training.ema_decay > 0)
     if optimizer.clip == "tensor" and optimizer.clip_norm > 0:
         _clip_each_before_steps(built, optimizer.clip_norm, world)
     return built
 
 
+def _admit_lamb(config: dict[str, Any], engine: EngineConfig) -> None:
+    """Let DeepSpeed take our LAMB at every stage: by its list, since its setting for others warns of an untested optimiser."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+        raise UsageError(
+            f"{engine.deepspeed} offloads a part of the optimiser (offload_optimizer.ratio), and DeepSpeed updates the other part by its "
+            'own AdamW; leave ratio out, or set optimizer.name to "adamw"'
+        )
+    if Lamb not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(Lamb)
+
+
+def _lay_out(engine: Any, lamb: Lamb, world: World) -> None:
+    """Tell LAMB which elements of the flat tensors belong to which parameter, for its norms."""
+    by_flat = _pieces_by_flat(engine)
+    places = {flat: [Place(number, piece.offset, piece.numel) for number, piece in held] for flat, held in by_flat.items()}
+    lamb.lay_out(layout_of(places, len(pieces(engine)), world.device, _is_sharded(engine, world)))
+
+
 def _clip_each_before_steps(engine: Any, max_norm: float, world: World) -> None:
-    """Clip in torch's hook before each step of AdamW: there every wrapper has put the reduced, unscaled fp32 gradients in place.
+    """Clip in torch's hook before each step: there every wrapper has put the reduced, unscaled fp32 gradients in place.
 
     Some wrappers step one parameter group at a time, all ranks the same one, so that the hook's collectives match.
     """
-    everything = pieces(engine)
-    by_flat: dict[int, list[tuple[int, Piece]]] = {}
-    for number, piece in enumerate(everything):
-        if piece.numel:
-            by_flat.setdefault(id(piece.flat), []).append((number, piece))
+    by_flat, parameters = _pieces_by_flat(engine), len(pieces(engine))
 
     def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         flats = [flat for group in optimizer.param_groups for flat in group["params"] if flat.grad is not None]
         held = {number: piece.view(flat.grad) for flat in flats for number, piece in by_flat.get(id(flat), ())}
-        clip_each(held, len(everything), max_norm, world.device, sharded=world.size > 1 and engine.zero_optimization())
+        clip_each(held, parameters, max_norm, world.device, _is_sharded(engine, world))
 
     inner_optimizer(engine).register_step_pre_hook(clip)
+
+
+def _is_sharded(engine: Any, world: World) -> bool:
+    return world.size > 1 and bool(engine.zero_optimization())
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
@@ -218,7 +243,7 @@ def gradient_norm(engine: Any) -> float:
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The AdamW inside whatever DeepSpeed wrapped around it."""
+    """Our optimiser inside whatever DeepSpeed wrapped around it."""
     optimizer = engine.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -253,6 +278,15 @@ def pieces(engine: Any) -> list[Piece]:
     group's update); the flat tensors themselves are always right.
     """
     return [_piece(engine, name, parameter) for name, parameter in engine.module.named_parameters()]
+
+
+def _pieces_by_flat(engine: Any) -> dict[int, list[tuple[int, Piece]]]:
+    """This rank's pieces that are not empty, with the parameter's number, by the id of the flat tensor they lie in."""
+    by_flat: dict[int, list[tuple[int, Piece]]] = {}
+    for number, piece in enumerate(pieces(engine)):
+        if piece.numel:
+            by_flat.setdefault(id(piece.flat), []).append((number, piece))
+    return by_flat
 
 
 def _piece(engine: Any, name: str, parameter: Tensor) -> Piece:

@@ -13,7 +13,7 @@ from megainter.errors import UsageError
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training.clipping import clip_each
 from megainter.training.ema import EMA, update_average
-from megainter.training.optimizer import build_adamw, describe, first_step_count, learning_rate, parameter_groups, rate_factors
+from megainter.training.optimizer import build_optimizer, describe, first_step_count, learning_rate, parameter_groups, rate_factors
 from tests.model.tiny import tiny_config
 
 GOOD = ["--output", "run", "--data.pairs", "p.parquet", "--data.store", "s", "--training.steps", "10"]
@@ -77,7 +77,7 @@ def test_a_step_is_the_textbook_one(corrected: bool) -> None:
     layer = nn.Linear(3, 2)
     before = layer.weight.detach().clone()
     settings = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, epsilon=1e-6, bias_correction=corrected)
-    optimizer = build_adamw(layer, settings, torch.device("cpu"))
+    optimizer = build_optimizer(layer, settings, torch.device("cpu"))
     for parameter in layer.parameters():
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(first_step_count(settings)), **moments}
