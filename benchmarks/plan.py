@@ -3,8 +3,8 @@
 First constants of this machine, each with as many processes running as the run will have: matrix products of the shapes of each size, an
 all-reduce over gloo, the time of runs whose model is next to nothing but has as many layers, and the memory speed that explains a run of
 a size that is not in the table. Then three sizes at one and two processes (fp32, ZeRO stage 2), trained for some steps: the median step,
-and the largest resident memory of a rank before it saves. One thread a process. Prints one JSON object; ``--memory`` leaves times out,
-which need a machine with nothing else on it.
+and the largest resident memory of a rank before it saves; medians of ``REPEATS`` runs, since the heap places large blocks differently
+from run to run. One thread a process. Prints one JSON object; ``--memory`` leaves times out, which need a machine with nothing else on it.
 """
 
 import contextlib
@@ -36,11 +36,12 @@ SIZES = {"3 M": (192, 2), "17 M": (384, 3), "39 M": (512, 4)}  # hidden size, la
 TINY, TALL, MIDDLE = (16, 1), (16, 4), (256, 3)
 FEATURES, CLASSES, REGIONS, WORDS = 256, 100, 16, 18
 GLOBAL_BATCH, MICRO_BATCH, STEPS, FIRST = 16, 8, 12, 3  # the first steps are not timed
+REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: the median step in seconds, the largest memory of a rank in bytes before saving."""
+    """Of one run, or medians of several: the median step in seconds, the largest memory of a rank in bytes before saving."""
 
     seconds: float
     memory: float
@@ -179,8 +180,15 @@ def words(folder: Path, numbers: tuple[int, int], output: Path) -> list[str]:
 
 
 def run(folder: Path, numbers: tuple[int, int], ranks: int) -> Measured:
+    """Medians of some runs."""
+    found = [run_once(folder, numbers, ranks) for _ in range(REPEATS)]
+    print(f"hidden size {numbers[0]}, {ranks} ranks: {found}", file=sys.stderr, flush=True)
+    return Measured(statistics.median(one.seconds for one in found), statistics.median(one.memory for one in found))
+
+
+def run_once(folder: Path, numbers: tuple[int, int], ranks: int) -> Measured:
     """Train for some steps; memory is watched from outside until the last step but one is logged."""
-    output = folder / f"run-{numbers[0]}-{numbers[1]}-{ranks}"
+    output = Path(tempfile.mkdtemp(dir=folder)) / "run"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--module", "megainter.pretrain"]
     largest = launch(command, words(folder, numbers, output), output / "metrics.jsonl")
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
