@@ -234,6 +234,8 @@ class EngineConfig:
     """Keep the optimiser's state in the host's memory."""
     deepspeed: Path | None = None
     """A DeepSpeed JSON (see ds_configs/) laid over what the settings give."""
+    apex: Literal["off", "auto", "on"] = "off"
+    """NVIDIA apex's fused optimisers, checked at the start (docs/optimizers.md); auto: where it can be had."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -36,6 +36,13 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
+def first_said(message: str | None) -> str | None:
+    """What the lowest rank that has a message says, on all ranks; None where none has one. Collective."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return next((said for said in messages if said is not None), None)
+
+
 def all_equal(value: int, device: torch.device) -> bool:
     """Whether every rank holds the same integer. Collective."""
     limits = torch.tensor([value, -value], dtype=torch.int64, device=device)

@@ -21,11 +21,12 @@ from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig, accu
 from megainter.errors import MegainterError, UsageError
 from megainter.files import read_json
 from megainter.memory import keep_freed_memory
-from megainter.training import process
+from megainter.training import fused_apex, process
 from megainter.training.clipping import clip_each
+from megainter.training.collective import first_said
 from megainter.training.ema import EMA, update_average
 from megainter.training.lamb import Lamb, Place, layout_of
-from megainter.training.optimizer import build_optimizer, first_step_count
+from megainter.training.optimizer import build_optimizer, parameter_groups, set_step_count, start_state
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -34,8 +35,9 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
+log = logging.getLogger("megainter")
+
 WEIGHTS = "weights"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 OURS = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 KNOWN = (
     "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
@@ -160,30 +162,47 @@ def build_engine(module: nn.Module, engine: EngineConfig, optimizer: OptimizerCo
         raise UsageError("engine.precision fp16 needs a CUDA device; use bf16 or fp32 on CPU")
     config = deepspeed_config(engine, optimizer, training, world.size)
     on_cpu = engine.offload_optimizer or world.device.type == "cpu"
-    ours = build_optimizer(module, optimizer, torch.device("cpu") if on_cpu else world.device)
-    if isinstance(ours, Lamb):
-        _admit_lamb(config, engine)
+    ours = _build_optimizer(module, engine, optimizer, torch.device("cpu") if on_cpu else world.device)
+    _admit(type(ours))
     with contextlib.redirect_stdout(None):
         built = deepspeed.initialize(model=module, optimizer=ours, config=config, dist_init_required=False)[0]
     if isinstance(ours, Lamb):
         _lay_out(built, ours, world)
-    _start_optimizer_state(built, first_step_count(optimizer), averaged=training.ema_decay > 0)
+    _start_optimizer_state(built, optimizer, averaged=training.ema_decay > 0)
     if optimizer.clip == "tensor" and optimizer.clip_norm > 0:
         _clip_each_before_steps(built, optimizer.clip_norm, world)
     return built
 
 
-def _admit_lamb(config: dict[str, Any], engine: EngineConfig) -> None:
-    """Let DeepSpeed take our LAMB at every stage: by its list, since its setting for others warns of an untested optimiser."""
+def _build_optimizer(module: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Ours, or apex's where ``engine.apex`` asks for it and no rank lacks it; collective where it does.
+
+    ``UsageError`` where "on" cannot be had, and where apex's numbers are wrong on any rank.
+    """
+    if engine.apex == "off":
+        return build_optimizer(module, optimizer, device)
+    piece, obstacle = fused_apex.piece(optimizer), first_said(fused_apex.obstacle(optimizer, engine.zero_stage, device))
+    if obstacle is not None:
+        if engine.apex == "on":
+            raise UsageError(f'engine.apex is "on", but {obstacle}; or set engine.apex to "off"')
+        log.info("apex %s is not used: %s", piece, obstacle)
+        return build_optimizer(module, optimizer, device)
+    build = fused_apex.fused_build(optimizer)
+    error = fused_apex.disagreement(build, optimizer, device)
+    wrong = first_said(f"{error:.1e}" if not error <= fused_apex.TOLERANCE else None)
+    if wrong is not None:
+        raise UsageError(f'apex {piece} is {wrong} (relative) from float64 here, beyond {fused_apex.TOLERANCE:g}; set engine.apex to "off"')
+    log.info("apex %s updates the weights: within %.1e (relative) of float64 here", piece, error)
+    module.to(device)  # FusedLAMB keeps a buffer where the parameters are when it is built
+    return build(parameter_groups(module, optimizer), optimizer.learning_rate)
+
+
+def _admit(kind: type[torch.optim.Optimizer]) -> None:
+    """Let DeepSpeed take our optimiser with ZeRO: by its list, since its setting for others warns of an untested one."""
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    if config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
-        raise UsageError(
-            f"{engine.deepspeed} offloads a part of the optimiser (offload_optimizer.ratio), and DeepSpeed updates the other part by its "
-            'own AdamW; leave ratio out, or set optimizer.name to "adamw"'
-        )
-    if Lamb not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(Lamb)
+    if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(kind)
 
 
 def _lay_out(engine: Any, lamb: Lamb, world: World) -> None:
@@ -327,23 +346,15 @@ def _kept(engine: Any, flat: Tensor) -> dict[str, Tensor]:
     return {WEIGHTS: flat, **{kind: state for kind, state in flat_state(engine, flat).items() if kind != "step"}}
 
 
-def _start_optimizer_state(engine: Any, step_count: float, averaged: bool) -> None:
+def _start_optimizer_state(engine: Any, settings: OptimizerConfig, averaged: bool) -> None:
     """Create the Adam state as zeros at its first step: some stages have run an empty step by now, which shifts the bias correction."""
     optimizer = inner_optimizer(engine)
     flats = [flat for group in optimizer.param_groups for flat in group["params"]] + [piece.flat for piece in pieces(engine)]
-    for flat in {id(flat): flat for flat in flats}.values():
-        step = torch.full((), step_count, dtype=torch.float32, device=flat.device)
-        optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}}
-        if averaged:
+    own = list({id(flat): flat for flat in flats}.values())
+    start_state(optimizer, own, settings)
+    if averaged:
+        for flat in own:
             optimizer.state[flat][EMA] = flat.detach().clone()
-
-
-def _set_step_count(engine: Any, step: int) -> None:
-    """Set the number of updates, for each Adam state in its own tensor (a shared one would be counted per group)."""
-    engine.global_steps = step
-    for state in inner_optimizer(engine).state.values():
-        if math.isfinite(float(state["step"])):  # infinite: no bias correction
-            state["step"] = torch.full_like(state["step"], float(step))
 
 
 def _assembled(piece: Piece, local: Tensor, owner: int, world: World) -> Tensor | None:
@@ -433,7 +444,8 @@ def restore_state(engine: Any, read: Callable[[str, str], Tensor], step: int) ->
         for kind, local in _kept(engine, piece.flat).items():
             if piece.numel:
                 piece.view(local).copy_(read(kind, piece.name).view(-1).narrow(0, piece.start, piece.numel))
-    _set_step_count(engine, step)
+    engine.global_steps = step
+    set_step_count(inner_optimizer(engine), step)
 
 
 def update_count(engine: Any) -> int:

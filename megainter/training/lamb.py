@@ -2,9 +2,11 @@
 
 Choices that implementations differ in:
 
-- The ratio ||weights|| / ||update|| is not clamped (the paper's phi is the identity), and 1 where either norm is 0, as in NVIDIA apex's
-  ``FusedLAMB``. DeepSpeed's ``FusedLamb`` clamps it to [0.01, 10]. So what decays moves by the rate times its norm, whatever its gradient.
-- What does not decay (biases and norms in BERT's recipe) has ratio 1, as in ``FusedLAMB`` without ``use_nvlamb`` and in the authors' code.
+- The ratio ||weights|| / ||update|| is not clamped (the paper's phi is taken as the identity), and 1 where either norm is 0, as in NVIDIA
+  apex's ``FusedLAMB``. DeepSpeed's ``FusedLamb`` clamps it to [0.01, 10]. So what decays moves by the rate times its norm, whatever its
+  gradient.
+- What does not decay (biases and norms in BERT's recipe) has ratio 1, as in ``FusedLAMB`` without ``use_nvlamb``; NVLAMB and
+  DeepSpeed adapt every tensor.
 - Adam's direction has bias correction, as in algorithm 2 and both of the others.
 
 Norms are those of the parameters as the model has them, also where ZeRO keeps flat tensors with pieces of several.

@@ -9,13 +9,14 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megainter.config import OptimizerConfig
 from megainter.training.lamb import Lamb
 
 EMBEDDINGS = ("text_embeddings", "region_embeddings")
 LAYERS = ("interaction", "text", "region")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 FROM_BERT = ("text_embeddings", "interaction", "text")  # the official list of BERT's names: embeddings and encoder.layer.0-11
 _TRUNK = re.compile(r"(?:^|\.)interbert\.(?:(text_embeddings|region_embeddings)|encoder\.(interaction|text|region)\.(\d+))\.")
 
@@ -99,6 +100,29 @@ def first_step_count(settings: OptimizerConfig) -> float:
     1 - beta ** step is then exactly 1, and AdamW's update is BertAdam's: rate * (m / (sqrt(v) + epsilon) + decay * p).
     """
     return 0.0 if settings.bias_correction else math.inf
+
+
+def start_state(optimizer: torch.optim.Optimizer, flats: list[Tensor], settings: OptimizerConfig) -> None:
+    """Give each of the fp32 tensors ``flats`` Adam's state as zeros at its first step, whatever it had."""
+    for flat in flats:
+        step = torch.full((), first_step_count(settings), dtype=torch.float32, device=flat.device)
+        optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}}
+    _set_group_counts(optimizer, 0)
+
+
+def set_step_count(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the number of updates, for each Adam state in its own tensor (a shared one would be counted per group)."""
+    for state in optimizer.state.values():
+        if math.isfinite(float(state["step"])):  # infinite: no bias correction
+            state["step"] = torch.full_like(state["step"], float(step))
+    _set_group_counts(optimizer, step)
+
+
+def _set_group_counts(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """apex's optimisers count in their groups."""
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
 
 
 def describe(settings: OptimizerConfig, groups: list[dict[str, Any]]) -> str:
