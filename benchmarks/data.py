@@ -1,9 +1,9 @@
 """``python -m benchmarks.data``: reading regions in random order, ours against the stores of earlier programs, and making samples of them.
 
 The same records are written in each format, as its program defines it, and each reader gives what its program's reader gives: features,
-boxes and class probabilities as arrays. Ours checks what it reads; the others do not. A plain copy of our records' bytes in memory, in
-the same random order, is the measure of what a reader can reach. Everything is written to a temporary folder by the benchmark itself:
-nothing else is ever unpickled.
+boxes and class probabilities as arrays. Ours checks what it reads; the others do not. Plain copies within memory,
+in the same random order, are the measure of what a reader can reach: of our whole records, and of no more than what training is given of
+them. Everything is written to a temporary folder by the benchmark itself: nothing else is ever unpickled.
 """
 
 import argparse
@@ -34,12 +34,14 @@ from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, Regio
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts
 from megainter.data.order import permuted, permuted_by_blocks
+from megainter.data.record import RegionViews, decode_views, first_bytes, probs_span
 from megainter.data.sampling import Sampler, StreamSettings
 from megainter.memory import keep_freed_memory
 
 FEATURES, CLASSES = 2048, 1601
 SCHEMA = StoreSchema(FEATURES, CLASSES, ("__background__", *(f"class {i}" for i in range(1, CLASSES))), "none")
 MAP_BYTES = 1 << 36
+MOST = StreamSettings.max_regions
 Read = Callable[[int], object]
 
 
@@ -103,8 +105,24 @@ def read_ours(folder: Path) -> Read:
     return lambda number: store[image_id(number)]
 
 
-def read_ours_again(folder: Path) -> Read:
-    """As training reads: boxes and features, and the class probabilities of a quarter of the regions."""
+def read_for_training(folder: Path) -> Read:
+    """As training reads from the second time on: boxes and features of the first regions, and ``predicted`` class probabilities."""
+    store = FeatureStore(folder / "regions.store")
+
+    def read(number: int) -> object:
+        views = store.at(number, MOST)
+        return views.features, views.boxes, views.class_probs(predicted(number, len(views)))
+
+    return read
+
+
+def predicted(number: int, regions: int) -> np.ndarray:
+    """Whose class probabilities training asks for: a quarter of the regions of every second record, since half of the pairs match."""
+    return np.arange(0, 0 if number % 2 else regions, 4)
+
+
+def read_all_regions(folder: Path) -> Read:
+    """Boxes and features of all regions, and the class probabilities of a quarter of them, of every record."""
     store = FeatureStore(folder / "regions.store")
 
     def read(number: int) -> object:
@@ -248,37 +266,67 @@ def lmdb_get(folder: Path) -> Callable[[bytes], bytes]:
     return get
 
 
-# -- a plain copy
+# -- plain copies
 
 
 def read_copy(folder: Path) -> Read:
     """The bytes of our records, copied within memory."""
-    store = FeatureStore(folder / "regions.store")
-    everything = memoryview(b"".join(store.encoded(name)[0] for name in store.ids))
-    ends = np.cumsum([len(store.encoded(name)[0]) for name in store.ids]).tolist()
-    starts = [0, *ends]
-    return lambda number: bytes(everything[starts[number] : ends[number]])
+    records = records_in_memory(folder)
+    return lambda number: bytes(records[number])
 
 
+def read_copy_of_given(folder: Path) -> Read:
+    """The bytes of what ``read_for_training`` gives, copied within memory: all up to the last feature, and rows of probabilities."""
+    records, store = records_in_memory(folder), FeatureStore(folder / "regions.store")
+    firsts, tables, rows = [], [], []
+    for number, regions in enumerate(store.regions_at(np.arange(len(records))).tolist()):
+        id_bytes = len(image_id(number))
+        at, size = probs_span(regions, MOST, id_bytes, SCHEMA)
+        firsts.append(records[number][: first_bytes(regions, MOST, id_bytes, SCHEMA)])
+        tables.append(np.frombuffer(records[number][at : at + size], np.uint16).reshape(-1, CLASSES))
+        rows.append(predicted(number, min(regions, MOST)))
+    return lambda number: (bytes(firsts[number]), tables[number][rows[number]])
+
+
+def records_in_memory(folder: Path) -> list[memoryview]:
+    """Our records one behind the other, as on the disk."""
+    with FeatureStore(folder / "regions.store") as store:
+        everything = memoryview(b"".join(store.encoded(name)[0] for name in store.ids))
+        ends = np.cumsum([len(store.encoded(name)[0]) for name in store.ids]).tolist()
+    return [everything[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def given_bytes(records: int) -> float:
+    """Bytes of a record that training is given, a mean."""
+    counts = [len(record(number)) for number in range(records)]
+    probs = [SCHEMA.probs_bytes * len(predicted(number, min(n, MOST))) for number, n in enumerate(counts)]
+    return float(np.mean([first_bytes(n, MOST, 12, SCHEMA) for n in counts]) + np.mean(probs))
+
+
+TRAINING, COPY, COPY_OF_GIVEN = "ours, as training reads", "plain copy of whole records", "plain copy of what training reads"
 FORMATS = {
-    "ours": Format(write_ours, read_ours_again),
+    TRAINING: Format(write_ours, read_for_training),
+    "ours, all regions": Format(write_ours, read_all_regions),
     "ours, every checksum and probability": Format(write_ours, read_ours),
     "pickled base64 LMDB": Format(write_base64, read_base64),
     "tensorpack msgpack LMDB": Format(write_tensorpack, read_tensorpack),
     "UNITER npz LMDB": Format(write_npz, read_npz),
     "UNITER msgpack lz4 LMDB": Format(write_lz4, read_lz4),
 }
+COPIES = {COPY: read_copy, COPY_OF_GIVEN: read_copy_of_given}
 
 
 def measure_formats(folder: Path, records: int, rounds: int) -> dict[str, Any]:
-    """Rates of each format, medians over rounds in which all take turns. GB/s counts the bytes that its files hold.
+    """Rates of each format, medians over rounds in which all take turns. GB/s counts the bytes that its files hold, or that are given.
 
     "records_per_s" is by the clock, over all workers; "per_cpu_s" by the processor time that the workers spent together, which other
-    programs on the machine disturb less.
+    programs on the machine disturb less. "copies" is how many plain copies ours takes as long as: the median over the rounds.
     """
     places = {name: written(folder, kind.write, records) for name, kind in FORMATS.items()}
-    readers = {name: (kind.reader, places[name]) for name, kind in FORMATS.items()} | {"plain copy": (read_copy, places["ours"])}
+    readers = {name: (kind.reader, places[name]) for name, kind in FORMATS.items()}
+    readers |= {name: (reader, places[TRAINING]) for name, reader in COPIES.items()}
     sizes = {name: bytes_in(place) / records for name, (_, place) in readers.items()}
+    sizes |= dict.fromkeys((TRAINING, COPY_OF_GIVEN), given_bytes(records))
     rates: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in readers}
     for turn in range(rounds):
         for workers in (1, 2, 4):
@@ -286,11 +334,15 @@ def measure_formats(folder: Path, records: int, rounds: int) -> dict[str, Any]:
                 rates[name].setdefault(f"warm, {workers}", []).append(rate(reader, place, records, workers, turn))
     for turn in range(min(rounds, 3)):
         for workers in (1, 4):
-            for name, (reader, place) in readers.items():
-                if name != "plain copy":
-                    drop_from_cache(place)
-                    rates[name].setdefault(f"cold, {workers}", []).append(rate(reader, place, records, workers, turn, warm=False))
-    return {name: summary(sizes[name], per_setting) for name, per_setting in rates.items()}
+            for name, kind in FORMATS.items():
+                drop_from_cache(places[name])
+                rates[name].setdefault(f"cold, {workers}", []).append(rate(kind.reader, places[name], records, workers, turn, warm=False))
+    copies = {name: per_cpu_ratio(rates[name]["warm, 1"], rates[TRAINING]["warm, 1"]) for name in COPIES}
+    return {"copies": copies} | {name: summary(sizes[name], per_setting) for name, per_setting in rates.items()}
+
+
+def per_cpu_ratio(copying: list[tuple[float, float]], reading: list[tuple[float, float]]) -> float:
+    return round(statistics.median(copy / read for (_, copy), (_, read) in zip(copying, reading, strict=True)), 2)
 
 
 def written(folder: Path, write: Callable[[Path, int], None], records: int) -> Path:
@@ -457,9 +509,9 @@ def without_reading(sampler: Sampler, kept: dict[int, Any]) -> Sampler:
 
         regions_at = store.regions_at
 
-        def at(self, row: int) -> Any:
+        def at(self, row: int, most: int) -> RegionViews:
             if row not in kept:
-                kept[row] = store.at(row)
+                kept[row] = decode_views(store.encoded(store.ids[row])[0], store.ids[row], store.schema, "memory", most)
             return kept[row]
 
     other = object.__new__(Sampler)
@@ -471,7 +523,7 @@ def make_batches(sampler: Sampler, draws: Any) -> float:
     start = time.process_time()
     drawn = sampler.draws(draws.epochs, draws.numbers)
     for first in range(0, len(drawn), 64):
-        collate([sampler.sample(drawn, i) for i in range(first, min(first + 64, len(drawn)))], sampler.settings)
+        collate(sampler.samples(drawn, np.arange(first, min(first + 64, len(drawn)))), sampler.settings)
     return time.process_time() - start
 
 

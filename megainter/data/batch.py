@@ -211,7 +211,7 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
         return share_out(self.sampler.lengths(draws), self.world_size, self.accumulation_steps)
 
     def _batch(self, draws: Draws, share: Int64s) -> PretrainBatch:
-        return collate([self.sampler.sample(draws, int(i)) for i in share], self.settings)
+        return collate(self.sampler.samples(draws, share), self.settings)
 
 
 def combined_digest(digests: list[tuple[int, str]]) -> str:
@@ -243,7 +243,7 @@ class ValidationBatches(Dataset[PretrainBatch]):
             raise IndexError(i)
         share = self._shares[i * self.stream.world_size + self.stream.rank]
         filler = len(share) == 0
-        samples = [self.stream.sampler.sample(self._draws, int(k)) for k in (self._shares[0][:1] if filler else share)]
+        samples = self.stream.sampler.samples(self._draws, self._shares[0][:1] if filler else share)
         return collate(samples, self.stream.settings, counted=not filler)
 
 

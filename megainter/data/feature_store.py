@@ -12,6 +12,7 @@ truncated file turns into SIGBUS, no environment that may be opened only once pe
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megainter.data.lookup import Lookup
-from megainter.data.record import RegionRecord, RegionViews, StoreSchema, decode, decode_views
+from megainter.data.record import RegionRecord, RegionViews, StoreSchema, decode, decode_first, decode_views, first_bytes, probs_span
 from megainter.data.shard import INDEX_SCHEMA, count_records, read_store_json, refuse_live_writers, shard_files
 from megainter.data.store_writer import FeatureStoreWriter, index_digest, seal_store, sorted_index, stored_ids
 from megainter.errors import DamagedError, UsageError
@@ -93,17 +94,32 @@ class FeatureStore:
         """The record of one image; ``UsageError`` where there is none, ``DamagedError`` naming it where it is not as it was written."""
         return self._verified(image_id, self._existing_row(image_id))[1]
 
-    def at(self, row: int) -> RegionViews:
-        """The record of ``ids[row]`` as views of its bytes: the way to read it again and again, in training.
+    def at(self, row: int, most: int | None = None) -> RegionViews:
+        """The first ``most`` regions (None: all) of the record of ``ids[row]``: the way to read it again and again, in training.
 
-        ``DamagedError`` as for the id. The checksum is verified when this process reads the record first; later its sizes, its id and
-        that its features are finite numbers.
+        When this process reads a record first, it reads all of it and verifies its checksum. Later it reads what it gives and no more:
+        header, id, boxes and features of these regions, and the class probabilities when they are asked for; it verifies the header, the
+        id, the length and that what it gives are finite numbers. ``DamagedError`` as for the id.
         """
-        image_id, (data, where) = self.ids[row], self._data(row)
-        record = decode_views(data, image_id, self.schema, where, verify=not self._seen[row])
-        self._refuse_another(image_id, row, len(record), where)
+        image_id, where = self.ids[row], self._shards[self._column["shard"][row]][0]
+        if self._seen[row]:
+            views = self._first_regions(row, image_id, where, most)
+        else:
+            views = decode_views(self._data(row)[0], image_id, self.schema, where, most)
+        self._refuse_another(image_id, row, views.regions, where)
         self._seen[row] = True
-        return record
+        return views
+
+    def _first_regions(self, row: int, image_id: str, where: Path, most: int | None) -> RegionViews:
+        column = self._column
+        shard, offset, length = int(column["shard"][row]), int(column["offset"][row]), int(column["length"][row])
+        regions = int(column["regions"][row])
+        most = regions if most is None else most
+        data = self._read(row, shard, offset, first_bytes(regions, most, len(image_id.encode()), self.schema))
+        return decode_first(data, image_id, self.schema, where, most, length, partial(self._part, row, shard, offset))
+
+    def _part(self, row: int, shard: int, offset: int, at: int, size: int) -> bytes:
+        return self._read(row, shard, offset + at, size)
 
     def encoded(self, image_id: str) -> tuple[bytes, int, int]:
         """A record's bytes, CRC-32 and region count, verified; for copying it to another store of the same schema."""
@@ -142,13 +158,23 @@ class FeatureStore:
             raise UsageError(f"{self.path} has no regions for {len(missing):,} of {len(rows):,} images, first {first!r}; extract them")
         return self._column["regions"][rows]
 
-    def announce(self, rows: np.ndarray) -> None:
-        """Ask the system to fetch the records of ``ids[row]`` int64 [rows] while other work goes on; reading them then waits less."""
+    def announce(self, rows: np.ndarray, most: int | None = None) -> None:
+        """Ask the system to fetch what ``at`` will read of ``ids[row]``, int64 [rows], while other work goes on; it then waits less."""
         if not hasattr(os, "posix_fadvise"):
             return
-        shards, offsets, lengths = (self._column[name][rows] for name in ("shard", "offset", "length"))
-        for i in np.lexsort((offsets, shards)).tolist():
-            os.posix_fadvise(self._file(int(shards[i])).fileno(), int(offsets[i]), int(lengths[i]), os.POSIX_FADV_WILLNEED)
+        shards, offsets = (self._column[name][rows] for name in ("shard", "offset"))
+        for row in rows[np.lexsort((offsets, shards))].tolist():
+            shard, offset = int(self._column["shard"][row]), int(self._column["offset"][row])
+            for at, size in self._parts(row, most):
+                os.posix_fadvise(self._file(shard).fileno(), offset + at, size, os.POSIX_FADV_WILLNEED)
+
+    def _parts(self, row: int, most: int | None) -> list[tuple[int, int]]:
+        """Which bytes of a record ``at`` reads, class probabilities included: (from, how many)."""
+        regions = int(self._column["regions"][row])
+        if not self._seen[row] or most is None or most >= regions:
+            return [(0, int(self._column["length"][row]))]
+        id_bytes = len(self.ids[row].encode())
+        return [(0, first_bytes(regions, most, id_bytes, self.schema)), probs_span(regions, most, id_bytes, self.schema)]
 
     def regions_at(self, rows: np.ndarray) -> np.ndarray:
         """int32 [len(rows)]: region counts of ``ids[row]`` for each row, without reading the records."""

@@ -8,8 +8,9 @@ length is believed before it is checked.
 
 import struct
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ FEATURE_KINDS = {"float16": 0, "float32": 1}
 EXTRA_DTYPES = ("int64", "float32", "float16")
 MAX_ID_BYTES = 4096
 BOX_TOLERANCE = 1.0  # pixels: rounding and the inclusive last pixel of some detectors; clipped when written
-HALF_TO_FLOAT = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)  # a table is 3x as fast as NumPy's cast
+HALF_INFINITY, FLOAT_INFINITY = 0x7C00, 0x7F800000  # as bits; what is negative, infinite or no number has bits from here on
 PROBS_TOLERANCE = 0.02  # float16 sums of some thousand classes stay well inside
 
 
@@ -81,6 +82,21 @@ class StoreSchema:
         if any(dtype not in EXTRA_DTYPES or not name.isidentifier() for name, dtype in self.extras.items()):
             raise UsageError(f"extras {self.extras!r} of a store are not names with one of {', '.join(EXTRA_DTYPES)}")
 
+    @cached_property
+    def feature_bytes(self) -> int:
+        """Bytes of a region's feature."""
+        return self.feature_size * np.dtype(self.feature_dtype).itemsize
+
+    @cached_property
+    def probs_bytes(self) -> int:
+        """Bytes of a region's class probabilities."""
+        return 2 * self.num_classes if self.probs == "dense" else 4 * self.top_k
+
+    @cached_property
+    def extra_bytes(self) -> int:
+        """Bytes of a region's extras."""
+        return sum(np.dtype(dtype).itemsize for dtype in self.extras.values())
+
     def to_json(self) -> dict[str, Any]:
         """As store.json holds it; what came later is left out where it is the default, so that earlier versions read such stores."""
         value = asdict(self) | {"class_names": list(self.class_names)}
@@ -107,59 +123,138 @@ def encode(image_id: str, record: RegionRecord, schema: StoreSchema) -> tuple[by
     boxes, features, probs = _checked_arrays(image_id, record, schema)
     extras = _checked_extras(image_id, record, schema)
     n, width, height = len(boxes), int(record.width), int(record.height)
-    numbers = (n, width, height, schema.feature_size, schema.num_classes, schema.top_k, len(name), _extra_bytes(schema), 0)
+    numbers = (n, width, height, schema.feature_size, schema.num_classes, schema.top_k, len(name), schema.extra_bytes, 0)
     header = HEADER.pack(MAGIC, VERSION, PROBS_KINDS[schema.probs], FEATURE_KINDS[schema.feature_dtype], *numbers, 0)[:-4]
     body = b"".join([_padded(name), boxes.tobytes(), features.tobytes(), _encode_probs(probs, schema), *(e.tobytes() for e in extras)])
     crc = zlib.crc32(body, zlib.crc32(header))
     return b"".join([header, crc.to_bytes(4, "little"), body]), crc
 
 
+Bytes = bytes | memoryview
+Read = Callable[[int, int], Bytes]  # bytes of a record: from which one on, and how many
+
+
 @dataclass(frozen=True, eq=False)
 class RegionViews:
-    """A record as it lies in its bytes: what `RegionRecord` has, but class probabilities are decoded for the regions asked for alone.
+    """The first regions of a record as they lie in its bytes: what `RegionRecord` has, but class probabilities are read and decoded for
+    the regions asked for alone.
 
-    ``damaged``: the error to raise where they are no numbers.
+    ``regions`` are those of the whole record, ``probs_at`` is where its class probabilities begin; ``image_id`` and ``where`` are for
+    errors.
     """
 
     boxes: np.ndarray
     features: np.ndarray
     width: int
     height: int
-    data: bytes | memoryview
+    regions: int
     probs_at: int
+    read: Read
     schema: StoreSchema
-    damaged: DamagedError
+    image_id: str
+    where: object
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def class_probs(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [rows, C] of some regions, int64 [rows] or bool [n]; ``DamagedError`` where they hold NaN or Inf."""
-        probs = _decode_probs(self.data, self.probs_at, len(self), self.schema, rows)
-        if not np.isfinite(probs).all():
-            raise self.damaged
+        """float32 [rows, C] of some of these regions, int64 [rows] or bool [len(self)].
+
+        ``DamagedError`` where they hold NaN or Inf, or are no longer there; ``IndexError`` for a region that is not among these.
+        """
+        if rows.dtype == np.bool_:
+            if len(rows) != len(self):
+                raise IndexError(f"{len(rows)} choices for {len(self)} regions")
+            rows = np.flatnonzero(rows)
+        if not len(rows):
+            return np.zeros((0, self.schema.num_classes), np.float32)
+        if self.schema.probs == "dense":
+            return self._floats(self._bits(self.probs_at, self.schema.num_classes, rows))
+        ids = self._bits(self.probs_at, self.schema.top_k, rows).astype(np.int64)
+        values = self._floats(self._bits(self.probs_at + 2 * self.regions * self.schema.top_k, self.schema.top_k, rows))
+        return self._spread(ids, values)
+
+    def _bits(self, at: int, width: int, rows: np.ndarray) -> np.ndarray:
+        """uint16 [rows, width] of a table of ``regions`` such rows that begins at byte ``at``.
+
+        From the first to the last row asked for in one go: a call for every row takes longer than the bytes between them.
+        """
+        places = rows.tolist()  # so few that Python's minimum is faster than NumPy's
+        first, last = min(places), max(places)
+        if first < 0 or last >= len(self):
+            raise IndexError(f"regions {first} to {last} of {len(self)}")
+        size = 2 * width * (last + 1 - first)
+        data = self.read(at + 2 * width * first, size)
+        if len(data) != size:
+            raise _damaged(self.image_id, self.where, f"{len(data)} bytes of class probabilities where {size} belong")
+        return np.frombuffer(data, "<u2").reshape(-1, width)[rows - first]
+
+    def _floats(self, bits: np.ndarray) -> np.ndarray:
+        if np.maximum.reduce(bits, axis=None) < HALF_INFINITY:
+            return _positive_halves(bits)
+        halves = bits.view("<f2").astype(np.float32)
+        if not np.isfinite(halves).all():
+            raise _not_finite(self.image_id, self.where)
+        return halves
+
+    def _spread(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """float32 [rows, C] from the likeliest classes, int64 and float32 [rows, k]."""
+        if ids.max() >= self.schema.num_classes:
+            raise _not_finite(self.image_id, self.where)
+        rest = np.maximum(0, 1 - values.sum(1, keepdims=True)) / (self.schema.num_classes - self.schema.top_k)
+        probs = np.repeat(rest.astype(np.float32), self.schema.num_classes, 1)
+        np.put_along_axis(probs, ids, values, 1)
         return probs
 
 
-def decode(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object) -> RegionRecord:
+def decode(data: Bytes, image_id: str, schema: StoreSchema, where: object) -> RegionRecord:
     """The record in ``data``; boxes and features are views of it. ``DamagedError`` naming the id where anything is not as written."""
     views = decode_views(data, image_id, schema, where)
     probs = views.class_probs(np.arange(len(views)))
     return RegionRecord(views.boxes, views.features, probs, views.width, views.height, _decode_extras(data, len(views), schema))
 
 
-def decode_views(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object, verify: bool = True) -> RegionViews:
-    """The record in ``data``, as views of it. ``DamagedError`` as for ``decode``; ``verify`` False leaves the checksum out."""
-    n, width, height = _checked_header(data, image_id, schema, where, verify)
-    name = image_id.encode()
-    at = HEADER.size + len(_padded(name))
-    boxes = np.frombuffer(data, "<f4", n * 4, at).reshape(n, 4)
-    at += boxes.nbytes
-    features = np.frombuffer(data, _little(schema.feature_dtype), n * schema.feature_size, at).reshape(n, schema.feature_size)
-    damaged = DamagedError(f"record {image_id!r} in {where} holds NaN or Inf; extract the image again")
-    if not _all_finite(features) or not np.isfinite(boxes).all():
-        raise damaged
-    return RegionViews(boxes, features, width, height, data, at + features.nbytes, schema, damaged)
+def decode_views(data: Bytes, image_id: str, schema: StoreSchema, where: object, most: int | None = None) -> RegionViews:
+    """The first ``most`` regions (None: all) of the record in ``data``, as views of it; ``DamagedError`` as for ``decode``."""
+    regions, width, height = _checked_header(data, len(data), image_id, schema, where, verify=True)
+    views = _views(data, regions, width, height, regions, image_id, schema, where, lambda at, size: memoryview(data)[at : at + size])
+    return views if most is None else replace(views, boxes=views.boxes[:most], features=views.features[:most])
+
+
+def decode_first(data: Bytes, image_id: str, schema: StoreSchema, where: object, most: int, size: int, read: Read) -> RegionViews:
+    """The first ``most`` regions of a record of ``size`` bytes that was verified before, from its ``first_bytes`` alone.
+
+    ``read`` fetches class probabilities when they are asked for. ``DamagedError`` where the header, the id or the length of ``data`` are
+    not the record's, or these regions hold NaN or Inf.
+    """
+    regions, width, height = _checked_header(data, size, image_id, schema, where, verify=False)
+    wanted = first_bytes(regions, most, len(image_id.encode()), schema)
+    if len(data) != wanted:
+        raise _damaged(image_id, where, f"only {len(data)} bytes of the first {wanted}")
+    return _views(data, regions, width, height, most, image_id, schema, where, read)
+
+
+def first_bytes(regions: int, most: int, id_bytes: int, schema: StoreSchema) -> int:
+    """Bytes from the beginning of a record of ``regions`` regions up to the end of the features of the first ``most``."""
+    return HEADER.size + _padded_length(id_bytes) + 16 * regions + schema.feature_bytes * min(regions, most)
+
+
+def probs_span(regions: int, most: int, id_bytes: int, schema: StoreSchema) -> tuple[int, int]:
+    """Where in a record of ``regions`` regions the class probabilities of the first ``most`` begin, and their bytes."""
+    at = first_bytes(regions, regions, id_bytes, schema)
+    return at, schema.probs_bytes * (min(regions, most) if schema.probs == "dense" else regions)
+
+
+def _views(
+    data: Bytes, regions: int, width: int, height: int, most: int, image_id: str, schema: StoreSchema, where: object, read: Read
+) -> RegionViews:
+    kept, at = min(regions, most), HEADER.size + _padded_length(len(image_id.encode()))
+    boxes = np.frombuffer(data, "<f4", kept * 4, at).reshape(kept, 4)
+    at += 16 * regions
+    features = np.frombuffer(data, _little(schema.feature_dtype), kept * schema.feature_size, at).reshape(kept, schema.feature_size)
+    if not _all_finite(features) or not _all_finite(boxes):
+        raise _not_finite(image_id, where)
+    return RegionViews(boxes, features, width, height, regions, at + schema.feature_bytes * regions, read, schema, image_id, where)
 
 
 def check_record(image_id: str, record: RegionRecord, schema: StoreSchema) -> None:
@@ -171,9 +266,8 @@ def check_record(image_id: str, record: RegionRecord, schema: StoreSchema) -> No
 
 def record_size(n: int, id_bytes: int, schema: StoreSchema) -> int:
     """Bytes of a record of ``n`` regions."""
-    probs = 2 * schema.num_classes if schema.probs == "dense" else 4 * schema.top_k
-    per_region = 16 + np.dtype(schema.feature_dtype).itemsize * schema.feature_size + probs + _extra_bytes(schema)
-    return HEADER.size + -(-id_bytes // ALIGNMENT) * ALIGNMENT + n * per_region
+    per_region = 16 + schema.feature_bytes + schema.probs_bytes + schema.extra_bytes
+    return HEADER.size + _padded_length(id_bytes) + n * per_region
 
 
 def encode_id(image_id: str) -> bytes:
@@ -191,19 +285,45 @@ def _little(dtype: str) -> np.dtype:
     return np.dtype(dtype).newbyteorder("<")
 
 
-def _extra_bytes(schema: StoreSchema) -> int:
-    return sum(np.dtype(dtype).itemsize for dtype in schema.extras.values())
+def _all_finite(numbers: np.ndarray) -> bool:
+    """Whether all of them are, float16 or float32, any shape.
+
+    The bits are several times as fast as NumPy's isfinite in half precision; their maximum alone tells where none is negative.
+    """
+    half = numbers.dtype.itemsize == 2
+    bits, infinity = (numbers.view(np.uint16), HALF_INFINITY) if half else (numbers.view(np.uint32), FLOAT_INFINITY)
+    return bool(np.maximum.reduce(bits, axis=None, initial=0) < infinity) or not (bits & infinity == infinity).any()
 
 
-def _all_finite(features: np.ndarray) -> bool:
-    if features.dtype.itemsize == 2:  # the exponent's bits are several times as fast as NumPy's isfinite in half precision
-        bits = features.view(np.uint16)
-        return bool(bits.max(initial=0) < 0x7C00) or not (bits & 0x7C00 == 0x7C00).any()  # the first where none is negative
-    return bool(np.isfinite(features).all())
+def _positive_halves(bits: np.ndarray) -> np.ndarray:
+    """float32 of float16 numbers from 0 on, given as bits, exactly; several times as fast as NumPy's cast.
+
+    The bits with the exponent's offset of float32 are the number where it is normal. They are 2^-15 (1 + m / 1024) where it is m / 1024
+    times 2^-14, which twice as much, less 2^-14, gives; that is more than the number everywhere else. No step meets a subnormal float32.
+    """
+    shifted = bits.astype(np.uint32)
+    shifted <<= 13
+    shifted += (127 - 15) << 23
+    normal = shifted.view(np.float32)
+    small = normal + normal
+    small -= np.float32(2.0**-14)
+    return np.minimum(normal, small, out=normal)
 
 
 def _padded(name: bytes) -> bytes:
     return name + bytes(-len(name) % ALIGNMENT)
+
+
+def _padded_length(id_bytes: int) -> int:
+    return -(-id_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _damaged(image_id: str, where: object, what: str) -> DamagedError:
+    return DamagedError(f"record {image_id!r} in {where} is damaged ({what}); extract the image again")
+
+
+def _not_finite(image_id: str, where: object) -> DamagedError:
+    return DamagedError(f"record {image_id!r} in {where} holds NaN or Inf; extract the image again")
 
 
 def _checked_arrays(image_id: str, record: RegionRecord, schema: StoreSchema) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -253,47 +373,32 @@ def _encode_probs(probs: np.ndarray, schema: StoreSchema) -> bytes:
     return best.astype("<u2").tobytes() + np.take_along_axis(probs, best, 1).astype("<f2").tobytes()
 
 
-def _decode_probs(data: bytes | memoryview, at: int, n: int, schema: StoreSchema, rows: np.ndarray) -> np.ndarray:
-    """float32 [rows, C] of the regions ``rows`` of n."""
-    if schema.probs == "dense":
-        return np.take(HALF_TO_FLOAT, np.frombuffer(data, "<u2", n * schema.num_classes, at).reshape(n, -1)[rows])
-    every = np.frombuffer(data, "<u2", n * schema.top_k, at).reshape(n, -1)
-    ids = every[rows].astype(np.int64)
-    values = np.frombuffer(data, "<f2", n * schema.top_k, at + every.nbytes).reshape(n, -1)[rows].astype(np.float32)
-    if ids.max(initial=0) >= schema.num_classes:
-        return np.full((len(ids), schema.num_classes), np.nan, np.float32)  # the finite check of the caller reports it
-    rest = np.maximum(0, 1 - values.sum(1, keepdims=True)) / (schema.num_classes - schema.top_k)
-    probs = np.repeat(rest.astype(np.float32), schema.num_classes, 1)
-    np.put_along_axis(probs, ids, values, 1)
-    return probs
-
-
-def _decode_extras(data: bytes | memoryview, n: int, schema: StoreSchema) -> dict[str, np.ndarray]:
-    at, extras = len(data) - n * _extra_bytes(schema), {}
+def _decode_extras(data: Bytes, n: int, schema: StoreSchema) -> dict[str, np.ndarray]:
+    at, extras = len(data) - n * schema.extra_bytes, {}
     for name, dtype in schema.extras.items():
         extras[name] = np.frombuffer(data, _little(dtype), n, at)
         at += extras[name].nbytes
     return extras
 
 
-def _checked_header(data: bytes | memoryview, image_id: str, schema: StoreSchema, where: object, verify: bool) -> tuple[int, int, int]:
-    def damaged(what: str) -> DamagedError:
-        return DamagedError(f"record {image_id!r} in {where} is damaged ({what}); extract the image again")
-
+def _checked_header(data: Bytes, size: int, image_id: str, schema: StoreSchema, where: object, verify: bool) -> tuple[int, int, int]:
+    """Regions, width and height of the record of ``size`` bytes that ``data`` begins; ``verify`` its checksum (``data`` is all of it)."""
     if len(data) < HEADER.size:
-        raise damaged(f"only {len(data)} bytes")
-    magic, version, probs, features, n, width, height, size, classes, top_k, id_bytes, extras, _, crc = HEADER.unpack_from(data)
+        raise _damaged(image_id, where, f"only {len(data)} bytes")
+    magic, version, probs, features, n, width, height, floats, classes, top_k, id_bytes, extras, _, crc = HEADER.unpack_from(data)
     if (magic, version) != (MAGIC, VERSION):
-        raise damaged("no record stands there")
+        raise _damaged(image_id, where, "no record stands there")
     kinds = PROBS_KINDS[schema.probs], FEATURE_KINDS[schema.feature_dtype]
-    sizes = schema.feature_size, schema.num_classes, schema.top_k, _extra_bytes(schema)
-    if (probs, features, size, classes, top_k, extras) != kinds + sizes:
-        raise damaged("its sizes are not the store's")
-    if n == 0 or len(data) != record_size(n, id_bytes, schema):
-        raise damaged(f"{len(data)} bytes for {n} regions")
+    sizes = schema.feature_size, schema.num_classes, schema.top_k, schema.extra_bytes
+    if (probs, features, floats, classes, top_k, extras) != kinds + sizes:
+        raise _damaged(image_id, where, "its sizes are not the store's")
+    if n == 0 or size != record_size(n, id_bytes, schema):
+        raise _damaged(image_id, where, f"{size} bytes for {n} regions")
+    if len(data) < HEADER.size + id_bytes:
+        raise _damaged(image_id, where, f"only {len(data)} bytes")
     view = memoryview(data)
     if verify and zlib.crc32(view[HEADER.size :], zlib.crc32(view[: HEADER.size - 4])) != crc:
-        raise damaged("checksum")
+        raise _damaged(image_id, where, "checksum")
     if bytes(view[HEADER.size : HEADER.size + id_bytes]) != image_id.encode():
-        raise damaged("it belongs to another image")
+        raise _damaged(image_id, where, "it belongs to another image")
     return n, width, height

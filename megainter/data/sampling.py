@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, digest_of_kept
-from megainter.data.masking import VocabularyFacts, mask_regions, mask_text, recipe
+from megainter.data.masking import REGION_DRAWS, TEXT_DRAWS, Bools, Uniforms, VocabularyFacts, mask_regions_of_images, mask_texts, recipe
 from megainter.data.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text
 from megainter.data.order import Int64s, Purpose, SampleGenerators, permuted, permuted_by_blocks, uniform
+from megainter.data.record import RegionViews
 from megainter.data.text import TokenTable
 from megainter.errors import UsageError
 
@@ -145,40 +146,92 @@ class Sampler:
 
     def announce(self, draws: Draws, places: Int64s) -> None:
         """Let the system fetch the regions of samples ``places`` of ``draws`` ahead of their making."""
-        self.store.announce(self.store_rows[self.pairs.image_numbers[draws.rows[places]]])
+        self.store.announce(self.store_rows[self.pairs.image_numbers[draws.rows[places]]], self.settings.max_regions)
 
     def sample(self, draws: Draws, i: int) -> Sample:
         """Sample ``i`` of ``draws``, read from the store and masked."""
-        epoch, n, row, caption_row = int(draws.epochs[i]), int(draws.numbers[i]), int(draws.rows[i]), int(draws.caption_rows[i])
-        record = self.store.at(int(self.store_rows[self.pairs.image_numbers[row]]))
-        in_text, in_regions = self._sides(epoch, n)
-        ids, positions, labels = self._text(epoch, n, caption_row, in_text)
-        boxes = record.boxes[: self.settings.max_regions]
-        masked, zeroed = mask_regions(boxes, self._region_draws.at(epoch, n), self.recipe)
-        if not in_regions:
-            masked = zeroed = np.zeros(len(boxes), dtype=bool)
-        itm_label = int(draws.itm_labels[i])
-        asked = np.flatnonzero(masked) if itm_label == 0 and self.settings.region_objective == "class" else np.zeros(0, np.int64)
-        regions = boxes, record.features[: len(boxes)], record.class_probs(asked), record.width, record.height
-        return Sample(epoch, n, row, caption_row, itm_label, ids, positions, labels, *regions, masked, zeroed)
+        return self.samples(draws, np.array([i]))[0]
 
-    def _sides(self, epoch: int, n: int) -> tuple[bool, bool]:
-        """Whether text and regions of a sample are masked."""
+    def samples(self, draws: Draws, places: Int64s) -> list[Sample]:
+        """Samples ``places`` int64 [S] of ``draws``, read from the store and masked together; each is what it is alone."""
+        if not len(places):
+            return []
+        epochs, numbers, rows, caption_rows, labels = (
+            column[places].tolist() for column in (draws.epochs, draws.numbers, draws.rows, draws.caption_rows, draws.itm_labels)
+        )
+        store_rows = self.store_rows[self.pairs.image_numbers[draws.rows[places]]].tolist()
+        records = [self.store.at(row, self.settings.max_regions) for row in store_rows]
+        in_text, in_regions = self._sides(draws.epochs[places], draws.numbers[places])
+        texts = self._texts(epochs, numbers, caption_rows, in_text)
+        masks = self._masks(epochs, numbers, records, in_regions)
+        facts = zip(epochs, numbers, rows, caption_rows, labels, texts, records, masks, strict=True)
+        return [self._sample(*fact) for fact in facts]
+
+    def _sample(
+        self,
+        epoch: int,
+        n: int,
+        row: int,
+        caption_row: int,
+        itm_label: int,
+        text: tuple[Int64s, Int64s, Int64s],
+        record: RegionViews,
+        masks: tuple[Bools, Bools],
+    ) -> Sample:
+        scored = itm_label == 0 and self.settings.region_objective == "class"
+        probs = record.class_probs(np.flatnonzero(masks[0]) if scored else np.zeros(0, np.int64))
+        regions = record.boxes, record.features, probs, record.width, record.height
+        return Sample(epoch, n, row, caption_row, itm_label, *text, *regions, *masks)
+
+    def _sides(self, epochs: Int64s, numbers: Int64s) -> tuple[Bools, Bools]:
+        """bool [S] each: whether text and whether regions of a sample are masked."""
         if not self.settings.conditional_masking:
-            return True, True
-        in_text = bool(uniform(self.settings.seed, epoch, np.array([n]), Purpose.CONDITION)[0] < 0.5)
-        return in_text, not in_text
+            every = np.ones(len(numbers), np.bool_)
+            return every, every
+        coins = np.empty(len(numbers))
+        for epoch in np.unique(epochs).tolist():
+            coins[epochs == epoch] = uniform(self.settings.seed, epoch, numbers[epochs == epoch], Purpose.CONDITION)
+        return coins < 0.5, coins >= 0.5
 
-    def _text(self, epoch: int, n: int, caption_row: int, in_text: bool) -> tuple[Int64s, Int64s, Int64s]:
-        original = self.tokens[caption_row]
-        masked, positions = original, np.zeros(0, dtype=np.int64)
-        if in_text:
-            rng, continues = self._text_draws.at(epoch, n), self.tokens.continues(caption_row)
-            masked, positions = mask_text(original, rng, self.recipe, self.vocabulary, continues)
-        ids = np.empty(len(masked) + 2, dtype=np.int64)
-        ids[0], ids[-1] = self.vocabulary.cls_id, self.vocabulary.sep_id
-        ids[1:-1] = masked
-        return ids, positions + 1, original[positions].astype(np.int64)
+    def _texts(self, epochs: list[int], numbers: list[int], caption_rows: list[int], in_text: Bools) -> list[tuple[Int64s, Int64s, Int64s]]:
+        """[CLS] masked caption [SEP], masked positions in it, and labels, of each sample."""
+        captions = [self.tokens[row] for row in caption_rows]
+        original, lengths = np.concatenate(captions), np.array([len(caption) for caption in captions], dtype=np.int64)
+        draws = _drawn(self._text_draws, TEXT_DRAWS, epochs, numbers, lengths)
+        masked, positions = mask_texts(original, lengths, draws, self.recipe, self.vocabulary, self._continues(caption_rows))
+        caption = np.repeat(np.arange(len(lengths)), lengths)  # of each token
+        masked = np.where(in_text[caption], masked, original)
+        positions = positions[in_text[caption[positions]]]
+        begins = np.cumsum(lengths) - lengths
+        bounds = np.searchsorted(positions, np.append(begins, len(original))).tolist()
+        inside, labels = positions - begins[caption[positions]] + 1, original[positions].astype(np.int64)
+        ids, ends = self._between_marks(masked, caption, lengths)
+        return [
+            (ids[end - length - 2 : end], inside[first:last], labels[first:last])
+            for end, length, first, last in zip(ends.tolist(), lengths.tolist(), bounds[:-1], bounds[1:], strict=True)
+        ]
+
+    def _between_marks(self, tokens: NDArray[np.int32], caption: Int64s, lengths: Int64s) -> tuple[Int64s, Int64s]:
+        """Captions end to end, each between [CLS] and [SEP], and where each ends; ``caption`` [N] is the caption of each token."""
+        ends = np.cumsum(lengths + 2)
+        ids = np.empty(len(tokens) + 2 * len(lengths), dtype=np.int64)
+        ids[np.arange(len(tokens)) + 2 * caption + 1] = tokens
+        ids[ends - lengths - 2], ids[ends - 1] = self.vocabulary.cls_id, self.vocabulary.sep_id
+        return ids, ends
+
+    def _continues(self, caption_rows: list[int]) -> Bools | None:
+        """Which tokens of the captions go on with the word before them; None where the vocabulary alone tells."""
+        told = [continues for row in caption_rows if (continues := self.tokens.continues(row)) is not None]
+        return np.concatenate(told) if told else None
+
+    def _masks(self, epochs: list[int], numbers: list[int], records: list[RegionViews], in_regions: Bools) -> list[tuple[Bools, Bools]]:
+        """Which regions of each sample are predicted, and which lose their feature."""
+        counts = np.array([len(record) for record in records], dtype=np.int64)
+        draws = _drawn(self._region_draws, REGION_DRAWS, epochs, numbers, counts)
+        boxes = np.concatenate([record.boxes for record in records])
+        masked, zeroed = (chosen & np.repeat(in_regions, counts) for chosen in mask_regions_of_images(boxes, counts, draws, self.recipe))
+        ends = np.cumsum(counts).tolist()
+        return [(masked[first:end], zeroed[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
 
     def digest(self, sample: Sample) -> bytes:
         """SHA-256 over what was drawn: both pair ids, masked ids, masked positions, region masks, ITM label."""
@@ -189,6 +242,12 @@ class Sampler:
         for array in (sample.ids, sample.msm_positions, sample.masked, sample.zeroed):
             total.update(np.ascontiguousarray(array).tobytes())
         return total.digest()
+
+
+def _drawn(generators: SampleGenerators, each: int, epochs: list[int], numbers: list[int], sizes: Int64s) -> Uniforms:
+    """float64 [each, sum of sizes]: ``each`` uniform numbers for every token or region of every sample, from its own generator."""
+    samples = zip(epochs, numbers, sizes.tolist(), strict=True)
+    return np.concatenate([generators.at(epoch, n).random((each, size)) for epoch, n, size in samples], axis=1)
 
 
 def rows_in_store(pairs: Pairs, store: FeatureStore) -> NDArray[np.integer]:

@@ -255,6 +255,25 @@ def test_conditional_masking_masks_one_side_of_a_sample(data: Data, masking: str
     assert abs(np.mean(turns) - 0.5) < 5 * 0.5 / np.sqrt(len(turns))
 
 
+@pytest.mark.parametrize("masking", ["official", "paper", "bert"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_samples_made_together_are_those_made_alone(data: Data, masking: str, conditional: bool) -> None:
+    sampler = data.stream(replace(SETTINGS, masking=masking, conditional_masking=conditional)).sampler
+    draws = sampler.draws(np.arange(100) // 62, np.arange(100) % 62)
+    places = np.random.default_rng(0).permutation(100)
+    assert sampler.samples(draws, places[:0]) == []
+    for first, end in ((0, 1), (1, 3), (3, 40), (40, 100)):
+        together = sampler.samples(draws, places[first:end])
+        assert len(together) == end - first
+        for i, sample in zip(places[first:end].tolist(), together, strict=True):
+            alone = sampler.sample(draws, i)
+            for name, value in vars(alone).items():
+                other = getattr(sample, name)
+                assert np.array_equal(value, other), name
+                assert getattr(value, "dtype", None) == getattr(other, "dtype", None), name
+            assert sampler.digest(sample) == sampler.digest(alone)
+
+
 def test_a_step_of_conditional_masking_has_counts_and_targets_that_fit(data: Data) -> None:
     for batch in data.stream(replace(SETTINGS, conditional_masking=True))[0]:
         assert len(batch.msm_positions) == len(batch.msm_labels)
