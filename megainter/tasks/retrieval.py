@@ -47,7 +47,8 @@ class FirstStage:
 
     ``bound_text_to_image``: share of captions whose own image is among their candidates; ``bound_image_to_text``: share of images with an
     own caption among theirs. No recall can be above these. ``text_to_image`` and ``image_to_text`` are the dual encoder's own recalls.
-    ``candidates`` of each query, ``pairs`` in all; ``seconds`` for vectors and candidates.
+    ``candidates`` of each query, ``pairs`` in all; ``seconds`` for vectors and candidates. ``scale``: what a dot product of its vectors is
+    multiplied by to be the logit it was trained with.
     """
 
     model: str
@@ -58,7 +59,16 @@ class FirstStage:
     bound_image_to_text: float
     text_to_image: Recall
     image_to_text: Recall
+    scale: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class BothStages:
+    """Recalls where candidates are ranked by the sum of InterBERT's log-odds and the dual encoder's logit."""
+
+    text_to_image: Recall
+    image_to_text: Recall
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ class RetrievalReport:
     top: str
     scores: str | None
     prefilter: FirstStage | None
+    both_stages: BothStages | None
 
 
 def evaluate(
@@ -123,7 +134,8 @@ def evaluate(
 
     With ``prefilter`` the dual encoder in ``prefilter_model`` chooses so many images for every caption and captions for every image, and
     only the union of these pairs is scored (``scores`` then has one row per pair). A query is ranked among its own candidates; where the
-    right one is not among them, its rank is counted as the last of the gallery.
+    right one is not among them, its rank is counted as the last of the gallery. The figures are of InterBERT's order; beside them stand
+    those of the first stage's and of both together.
 
     Raises ``UsageError`` for inputs that do not fit each other, ``NumericsError`` naming the pair for a score that is not a number.
     """
@@ -164,7 +176,8 @@ def evaluate(
             write_pair_scores(scores, file.scores[:, 0], chosen.keys, gallery)
         recalls: dict[str, Any] = {"text_to_image": text_to_image(ranks), "image_to_text": image_to_text(ranks, gallery.image_of_caption)}
         files: dict[str, Any] = {"top": top.name, "scores": str(scores) if scores is not None else None}
-        report = RetrievalReport(**recalls, **facts, **speed, **files, processes=len(devices), prefilter=stage)
+        together = None if stage is None or chosen is None else _both_stages(file.scores[:, 0], gallery, chosen, stage.scale)
+        report = RetrievalReport(**recalls, **facts, **speed, **files, processes=len(devices), prefilter=stage, both_stages=together)
         write_json(output, asdict(report))
     print(summary(report), flush=True)
     return report
@@ -181,7 +194,15 @@ def _first_stage(
     ranks = rank_candidates(chosen, gallery.image_of_caption, chosen.images.scores, chosen.captions.scores)
     bounds = found_shares(chosen, gallery.image_of_caption)
     own = text_to_image(ranks), image_to_text(ranks, gallery.image_of_caption)
-    return FirstStage(str(folder), prefilter_digest(folder), keep, len(chosen.keys), *bounds, *own, round(seconds, 3)), chosen
+    scale = float(encoder.log_scale.exp())
+    return FirstStage(str(folder), prefilter_digest(folder), keep, len(chosen.keys), *bounds, *own, scale, round(seconds, 3)), chosen
+
+
+def _both_stages(scores_P: NDArray[np.float32], gallery: Gallery, chosen: Candidates, scale: float) -> BothStages:
+    of_captions = chosen.scores_of_captions(scores_P) + np.float32(scale) * chosen.images.scores
+    of_images = chosen.scores_of_images(scores_P) + np.float32(scale) * chosen.captions.scores
+    ranks = rank_candidates(chosen, gallery.image_of_caption, of_captions, of_images)
+    return BothStages(text_to_image(ranks), image_to_text(ranks, gallery.image_of_caption))
 
 
 def _ranks(scores: NDArray[np.float32], gallery: Gallery, chosen: Candidates | None) -> Ranks:
@@ -192,7 +213,7 @@ def _ranks(scores: NDArray[np.float32], gallery: Gallery, chosen: Candidates | N
 
 
 def summary(report: RetrievalReport) -> str:
-    """Two lines for people, one for each direction; and with a first stage two on what it did."""
+    """Two lines for people, one for each direction; and with a first stage three on what it did."""
     both = (("text to image", report.text_to_image), ("image to text", report.image_to_text))
     lines = []
     for name, recall in both:
@@ -203,9 +224,14 @@ def summary(report: RetrievalReport) -> str:
         share = first.pairs / (report.images * report.captions)
         found = f"text to image {first.bound_text_to_image:.1%}, image to text {first.bound_image_to_text:.1%}"
         lines.append(f"first stage: {first.candidates:,} candidates each, {share:.1%} of all pairs; the right one is among them: {found}")
-        alone = f"text to image {_recalls(first.text_to_image)}; image to text {_recalls(first.image_to_text)}"
-        lines.append(f"first stage alone: {alone}")
+        lines.append(f"first stage alone: {_both_ways(first)}")
+    if report.both_stages is not None:
+        lines.append(f"both stages together: {_both_ways(report.both_stages)}")
     return "\n".join(lines)
+
+
+def _both_ways(found: FirstStage | BothStages) -> str:
+    return f"text to image {_recalls(found.text_to_image)}; image to text {_recalls(found.image_to_text)}"
 
 
 def _recalls(recall: Recall) -> str:

@@ -200,6 +200,10 @@ def test_few_candidates_equal_brute_force(
     assert stored["bound_text_to_image"] == np.isfinite(of_captions[own, np.arange(len(own))]).mean() < 1
     assert stored["bound_image_to_text"] == np.mean([np.isfinite(of_images[i, own == i]).any() for i in range(len(images))])
     assert stored["pairs"] == chosen.sum() == len(found)
+    assert report.both_stages is not None
+    logits = stored["scale"] * products
+    assert report.both_stages.text_to_image.r_at_5 == np.mean(np.array(brute_force(of_captions + logits, own)[0]) <= 5)
+    assert report.both_stages.image_to_text.r_at_5 == np.mean(np.array(brute_force(of_images + logits, own)[1]) <= 5)
     assert f"first stage: {KEEP} candidates each, {chosen.mean():.1%} of all pairs" in capsys.readouterr().out
 
 
