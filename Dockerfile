@@ -5,6 +5,9 @@ FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv python3-dev git build-essential ninja-build \
         openssh-server openssh-client pdsh openmpi-bin libopenmpi-dev libaio-dev tini \
     && rm -rf /var/lib/apt/lists/* && mkdir -p /run/sshd
+# Pods of an MPIJob have new host keys at every start, and their keys lie on a read-only mount that sshd finds too open.
+RUN printf 'Host *\n    StrictHostKeyChecking no\n    UserKnownHostsFile /dev/null\n    LogLevel ERROR\n' > /etc/ssh/ssh_config.d/mpi.conf \
+    && printf 'StrictModes no\nPasswordAuthentication no\n' > /etc/ssh/sshd_config.d/mpi.conf
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN python3 -m venv /opt/venv
 

@@ -15,7 +15,7 @@ from megainter.errors import UsageError
 from megainter.training.process import RANKS_VARIABLE
 
 Engine = Literal["deepspeed", "torchrun", "mpirun", "srun"]
-RemoteShell = Literal["pdsh", "openmpi", "mpich", "slurm"]
+RemoteShell = Literal["pdsh", "openmpi", "mpich"]
 MODULE = "megainter.pretrain"  # what ranks run where nothing else is said
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -107,11 +107,18 @@ def _deepspeed(job: Job) -> list[str]:
     for path in (Path.cwd(), Path(sys.executable)):
         if PLAIN.fullmatch(str(path)) is None:
             raise UsageError(f"{str(path)!a} would pass through shells on other hosts; move to a path without special characters")
-    chosen = "@".join(f"{host.name}:{','.join(map(str, host.devices))}" for host in job.hosts)
     return [
-        *runner, "--hostfile", str(job.folder / "hostfile"), "--include", chosen, "--master_addr", job.master, "--launcher",
+        *runner, "--hostfile", str(job.folder / "hostfile"), *_chosen_devices(job), "--master_addr", job.master, "--launcher",
         job.remote_shell, "--force_multi", "--module", job.module, *job.arguments,
     ]  # fmt: skip
+
+
+def _chosen_devices(job: Job) -> list[str]:
+    """DeepSpeed's filter. Its MPI runners refuse one: they get whole hosts, out of the job's own hostfile."""
+    if job.remote_shell == "pdsh":
+        return ["--include", "@".join(f"{host.name}:{','.join(map(str, host.devices))}" for host in job.hosts)]
+    _require_whole_hosts(job)
+    return []
 
 
 def _torchrun(job: Job) -> list[str]:
@@ -154,14 +161,15 @@ def _srun(job: Job) -> list[str]:
 def _require_whole_hosts(job: Job) -> None:
     for host in job.hosts:
         if host.devices != tuple(range(host.slots)):
-            raise UsageError(f"{job.engine} numbers the devices of {host.name} from 0; choosing others needs --engine deepspeed")
+            how = job.engine if job.engine != "deepspeed" else f"--remote-shell {job.remote_shell}"
+            raise UsageError(f"{how} numbers the devices of {host.name} from 0; choosing others needs --engine deepspeed over pdsh")
 
 
 def require_programs(job: Job) -> None:
     """``UsageError`` naming the package where a program of the engine is not installed, or is not the one this speaks to."""
     needed = {"mpirun": "mpirun", "srun": "srun"}.get(job.engine)
     if job.engine == "deepspeed" and job.hosts:
-        needed = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "slurm": "srun"}[job.remote_shell]
+        needed = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun"}[job.remote_shell]
     if needed is not None and shutil.which(needed) is None:
         raise UsageError(f"{needed} is not installed here; {job.engine} needs it (Debian: pdsh, openmpi-bin, slurm-client)")
     if job.engine == "mpirun":

@@ -84,6 +84,8 @@ def launch(settings: LaunchSettings, own_words: tuple[str, ...], dry_run: bool) 
         print(describe(job, settings))
         return
     require_programs(job)
+    if job.engine == "deepspeed" and job.remote_shell == "pdsh":
+        _require_answers(hosts)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "command.txt", describe(job, settings) + "\n")
     code = _supervised(settings, hosts, folder)
@@ -236,6 +238,15 @@ def _wait_for(settings: LaunchSettings, hosts: tuple[Host, ...], requests: Reque
         time.sleep(10)
 
 
+def _require_answers(hosts: tuple[Host, ...]) -> None:
+    """``UsageError`` naming the hosts that ssh does not reach, before DeepSpeed finds the first of them in a traceback."""
+    alive = answering(hosts)
+    missing = ", ".join(host.name for host in hosts if host not in alive)
+    if missing:
+        first = missing.split(",")[0]
+        raise UsageError(f"{missing}: no answer over ssh without a password; see that `ssh {first} true` works, or --exclude it")
+
+
 def answering(hosts: tuple[Host, ...], seconds: int = 10) -> tuple[Host, ...]:
     """The hosts on which ssh runs a command without asking for anything."""
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={seconds}", "-o", "StrictHostKeyChecking=yes"]
@@ -257,7 +268,7 @@ def answering(hosts: tuple[Host, ...], seconds: int = 10) -> tuple[Host, ...]:
 def _submit(settings: LaunchSettings, request: slurm.SlurmRequest, own_words: tuple[str, ...], folder: Path, dry_run: bool) -> None:
     check_arguments(own_words, remote=False)
     check_environment(settings.environment, remote=True)
-    text = slurm.sbatch_file(request, own_words, folder, Path.cwd())
+    text = slurm.sbatch_file(request, _without_dry_run(own_words), folder, Path.cwd())
     accumulation_steps(settings.training, request.nodes * request.processes)
     slurm.parse_sbatch(text)
     if dry_run:
@@ -266,3 +277,9 @@ def _submit(settings: LaunchSettings, request: slurm.SlurmRequest, own_words: tu
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "job.sbatch", text)
     print(f"launch: submitted as job {slurm.submit(folder / 'job.sbatch')}; its log: {folder}/slurm-JOB.log")
+
+
+def _without_dry_run(own_words: tuple[str, ...]) -> tuple[str, ...]:
+    """The launch command of the job itself: what was typed to have it printed first would have it print once more."""
+    end = own_words.index("--") if "--" in own_words else len(own_words)
+    return (*(word for word in own_words[:end] if word != "--dry-run"), *own_words[end:])

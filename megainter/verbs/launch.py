@@ -21,18 +21,18 @@ def launch(
     exclude: str = "",
     processes: int | None = None,
     engine: Literal["deepspeed", "torchrun", "mpirun", "srun"] | None = None,
-    remote_shell: Literal["pdsh", "openmpi", "mpich", "slurm"] = "pdsh",
+    remote_shell: Literal["pdsh", "openmpi", "mpich"] = "pdsh",
     master_addr: str | None = None,
     port: int | None = None,
     env: list[str] | None = None,
     restarts: int = 0,
     min_nodes: int | None = None,
     grace: float = 120.0,
-    nodes: int = 1,
-    time: str = "24:00:00",
+    nodes: int | None = None,
+    time: str | None = None,
     partition: str | None = None,
     account: str | None = None,
-    gpus: bool = True,
+    gpus: bool | None = None,
     dry_run: bool = False,
 ) -> None:
     """Start pretraining or fine-tuning on the devices of this machine, of a hostfile's or of a Slurm job, and stay until it is done.
@@ -53,7 +53,7 @@ def launch(
     exclude
         Hosts and devices to leave out.
     processes
-        Processes on this machine, or on each Slurm node; default one per GPU.
+        Processes on this machine (default one per GPU), or on each Slurm node (no default).
     engine
         What starts the processes; default deepspeed, and srun in Slurm jobs.
     remote_shell
@@ -71,20 +71,20 @@ def launch(
     grace
         Seconds that a stopped job gets to save.
     nodes
-        Slurm nodes.
+        Slurm nodes; default 1.
     time
-        Slurm time limit, days-hours:minutes:seconds.
+        Slurm time limit, days-hours:minutes:seconds; default 24:00:00.
     partition
         Slurm partition.
     account
         Slurm account.
     gpus
-        Ask Slurm for a GPU per process.
+        Ask Slurm for a GPU per process; the default.
     dry_run
         Print what would run, and run nothing.
     """
     from launcher.command import check_arguments
-    from launcher.launch import LaunchSettings, visible_devices
+    from launcher.launch import LaunchSettings
     from launcher.launch import launch as run
     from launcher.slurm import SlurmRequest
     if hostfile is not None and slurm:
@@ -98,10 +98,15 @@ def launch(
     config = _configuration(command)
     request = None
     if slurm:
-        import os
-
-        per_node = processes or visible_devices(os.environ) or 1
-        request = SlurmRequest(nodes, per_node, time, min_nodes, partition, account, gpus)
+        if processes is None:
+            raise UsageError("--slurm needs --processes: how many on each node, one per GPU there (this machine may have others)")
+        request = SlurmRequest(
+            1 if nodes is None else nodes, processes, "24:00:00" if time is None else time, min_nodes, partition, account, gpus is not False
+        )
+    for_slurm = {"--nodes": nodes, "--time": time, "--partition": partition, "--account": account, "--gpus": gpus}
+    given = [name for name, value in for_slurm.items() if value is not None]
+    if given and not slurm:
+        raise UsageError(f"{given[0]} is for Slurm; give --slurm too, or a --hostfile with the hosts")
     settings = LaunchSettings(
         command[1:], config.training, config.output, hostfile, include, exclude, processes, engine, remote_shell, master_addr, port,
         tuple(env or ()), restarts, min_nodes, grace, request, f"megainter.{command[0]}",

@@ -92,6 +92,9 @@ def plan(
             raise UsageError(f"--{name} is {value}; give a number above 0")
     if not 0 < efficiency <= 1:
         raise UsageError(f"--efficiency is {efficiency}; give a share of the peak, above 0 and at most 1")
+    for path in (ds_config, report, simulate):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
     run = load_config(config, settings)
     cluster = Cluster(device(gpu), per_node, network * 1e9, efficiency=efficiency)
     corpus = Corpus(pairs, text_tokens, regions if regions is not None else run.data.max_regions + 1)
@@ -133,8 +136,14 @@ def _print_summary(figures: dict, gpus: int) -> None:
         f"update {time['optimizer']:.3f}, communication not hidden {time['communication']:.3f})"
     )
     print(f"{figures['samples_per_second']:,.0f} samples/s, {figures['tokens_per_second']:,.0f} tokens/s on {gpus} devices")
-    print(
-        f"checkpoint {figures['checkpoint_bytes'] / 1e9:.1f} GB, {figures['checkpoint_stall_seconds']:.1f} s each; "
-        f"best every {figures['checkpoint_every_seconds'] / 60:.0f} min (--checkpoint.every_steps {figures['checkpoint_every_steps']})"
-    )
-    print(f"{figures['steps']:,} steps, {figures['days']:.2f} days at {figures['goodput']:.2%} useful time")
+    often = f"best every {figures['checkpoint_every_seconds'] / 60:.0f} min"
+    if figures["checkpoint_every_steps"] < figures["steps"]:
+        often += f" (--checkpoint.every_steps {figures['checkpoint_every_steps']})"
+    else:
+        often += ": longer than the run, so keep the recipe's checkpoint.every_steps"
+    print(f"checkpoint {figures['checkpoint_bytes'] / 1e9:.1f} GB, {figures['checkpoint_stall_seconds']:.1f} s each; {often}")
+    days, useful = figures["days"], figures["goodput"]
+    length = f"{days:.2f} days" if days >= 1 else f"{24 * days:.1f} hours" if days >= 1 / 24 else f"{1440 * days:.0f} minutes"
+    print(f"{figures['steps']:,} steps, {length} at {useful:.2%} useful time (failures and checkpoints; no stragglers)")
+    if gpus > 1 and time["communication"] > figures["step_seconds"] / 2:
+        print("more than half of a step is communication: fewer devices, a faster --network or a larger global batch will use them better")

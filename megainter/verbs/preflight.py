@@ -13,7 +13,7 @@ def preflight(
     exclude: str = "",
     processes: int | None = None,
     engine: Literal["deepspeed", "torchrun", "mpirun", "srun"] | None = None,
-    remote_shell: Literal["pdsh", "openmpi", "mpich", "slurm"] = "pdsh",
+    remote_shell: Literal["pdsh", "openmpi", "mpich"] = "pdsh",
     master_addr: str | None = None,
     env: list[str] | None = None,
     steps: bool = True,

@@ -180,7 +180,7 @@ def test_inherited_environment(value: str, tmp_path: Path, monkeypatch: pytest.M
         {"master_addr": "-oProxyCommand=x"}, {"port": 80}, {"port": 70000}, {"restarts": -1}, {"grace": 0}, {"grace": float("nan")},
         {"processes": 0}, {"processes": 10**9}, {"include": "a;b"}, {"slurm": True, "time": "1:00; touch canary", "processes": 1},
         {"slurm": True, "partition": "x\n#SBATCH --wrap=touch", "processes": 1}, {"slurm": True, "account": "-x", "processes": 1},
-        {"slurm": True, "nodes": 0, "processes": 1},
+        {"slurm": True, "nodes": 0, "processes": 1}, {"slurm": True, "nodes": 2}, {"nodes": 2}, {"time": "1:00:00"}, {"gpus": False},
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("nothing_starts")

@@ -8,10 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher.multinode_runner import MPICHRunner, OpenMPIRunner
+from deepspeed.launcher.runner import parse_args
 
+from launcher.command import Job, RemoteShell, build
+from launcher.hostfile import Host
+from megainter.errors import UsageError
 from megainter.verbs.launch import launch
 from tests.launcher.jobs import agents_of, assert_no_orphan, last_step, ranks_of, start_launch, wait_for_step, whole_checkpoints
 from tests.launcher.test_supervise import wait_until
@@ -60,6 +66,20 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(tmp_path
     assert job.wait(60) == 2
     assert "not a multiple" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("shell", ["openmpi", "mpich"])
+def test_deepspeeds_own_mpi_runners_take_the_command(shell: RemoteShell, tmp_path: Path) -> None:
+    hosts = Host("a", (0, 1)), Host("b", (0, 1))
+    job = Job("deepspeed", ("--config", "base"), hosts, 0, {}, tmp_path, "a", 29500, shell)
+    words = build(job)
+    arguments = parse_args(words[words.index("deepspeed.launcher.runner") + 1 :])
+    maker = {"openmpi": OpenMPIRunner, "mpich": MPICHRunner}[shell]
+    started = maker(arguments, "", {"a": 2, "b": 2}).get_cmd({}, {"a": [0, 1], "b": [0, 1]})
+    assert started[: started.index("4") + 1] == ["mpirun", "-n", "4"]
+    assert started[-3:] == ["megainter.pretrain", "--config", "base"]
+    with pytest.raises(UsageError, match="over pdsh"):
+        build(replace(job, hosts=(Host("a", (1,)),)))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The batch file: what Slurm's own parser makes of it where Slurm can be started, else our reading of it."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from launcher.hostfile import Host
 from launcher.launch import fit_batch, reduced
 from launcher.slurm import SlurmRequest, parse_sbatch, sbatch_file
 from megainter.errors import UsageError
+from megainter.verbs.launch import launch
 from tests.launcher.jobs import last_step
 from tests.launcher.slurm_here import slurm
 from tests.synthetic import environment as quiet
@@ -47,6 +49,18 @@ def test_the_command_comes_out_of_a_shell_as_it_went_in(tmp_path: Path) -> None:
     assert last.startswith("exec ")
     printed = subprocess.run(["bash", "-c", f"printf '%s\\n' {last[5:]}"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert printed == [sys.executable, "-m", "megainter", *WORDS]
+
+
+def test_what_is_printed_first_is_what_is_submitted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    options = ["launch", "--slurm", "--processes", "8", "--dry-run"]
+    command = ["pretrain", "--config", "base", "--output", str(tmp_path / "run"), "--data.split", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["megainter", *options, "--", *command])
+    launch(*command, slurm=True, processes=8, dry_run=True)
+    words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+    assert words == ["exec", sys.executable, "-m", "megainter", *options[:-1], "--", *command]
 
 
 WRONG = [
