@@ -180,8 +180,9 @@ class Sampler:
     ) -> Sample:
         scored = itm_label == 0 and self.settings.region_objective == "class"
         probs = record.class_probs(np.flatnonzero(masks[0]) if scored else np.zeros(0, np.int64))
-        regions = record.boxes, record.features, probs, record.width, record.height
-        return Sample(epoch, n, row, caption_row, itm_label, *text, *regions, *masks)
+        return Sample(
+            epoch, n, row, caption_row, itm_label, *text, record.boxes, record.features, probs, record.width, record.height, *masks
+        )
 
     def _sides(self, epochs: Int64s, numbers: Int64s) -> tuple[Bools, Bools]:
         """bool [S] each: whether text and whether regions of a sample are masked."""
