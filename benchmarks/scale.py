@@ -194,7 +194,7 @@ def open_all(folder: Path, rows: int) -> dict[str, Any]:
     drawing = timed(lambda: [draw(step) for step in range(200)])
     seen = np.concatenate([sampler.draws(epoch, step * STEP + np.arange(STEP)).rows for step in range(min(200, len(pairs) // STEP))])
     draws = sampler.draws(epoch, np.arange(STEP))
-    making = timed(lambda: [sampler.sample(draws, i) for i in range(STEP)])
+    making = timed(lambda: sampler.samples(draws, np.arange(STEP)))
     return {
         "open_s": opened,
         "open_parts_s": seconds,
