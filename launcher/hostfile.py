@@ -64,9 +64,12 @@ def parse_hostfile(content: bytes, where: str) -> tuple[Host, ...]:
         line = raw.partition(b"#")[0].strip(b" \t")
         if not line:
             continue
+        if raw.endswith(b"\r"):
+            raise UsageError(f"{where}, line {number} ends as on Windows; take the carriage returns out: sed -i 's/\\r$//' {where}")
         found = LINE.fullmatch(line.decode("latin-1"))
         if found is None or not 0 < int(found["slots"]) <= MOST_SLOTS:
-            raise UsageError(f"{where}, line {number}: {raw[:80].decode('latin-1')!r} is not of the form: host slots=8")
+            form = "host slots=8 (a user or port: ~/.ssh/config)"
+            raise UsageError(f"{where}, line {number}: {raw[:80].decode('latin-1')!r} is not of the form: {form}")
         if found["host"] in hosts:
             raise UsageError(f"{where}, line {number}: host {found['host']} stands there twice")
         hosts[found["host"]] = Host(found["host"], tuple(range(int(found["slots"]))))

@@ -59,6 +59,8 @@ def device(name: str) -> Device:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{name} is not valid TOML: {error}") from None
     chosen = next(iter(table)) if path.suffix == ".toml" and len(table) == 1 else name.lower()
+    if not table:
+        raise UsageError(f"{name} is empty; it needs one table like those of launcher/gpus.toml")
     if chosen not in table:
         raise UsageError(f"no device {name!r}; known: {', '.join(table)}; or give a TOML file with one table like them")
     try:
@@ -73,7 +75,8 @@ def step_time(shape: Shape, load: Load, layout: Layout, cluster: Cluster) -> Ste
     """One optimiser step of ``layout`` on ``cluster``; ``UsageError`` where the device lacks the precision."""
     peak = cluster.device.flops.get(layout.precision) or (cluster.device.flops.get("fp32") if layout.precision == "fp32" else None)
     if peak is None:
-        raise UsageError(f"{cluster.device.name} has no {layout.precision}; it has {', '.join(cluster.device.flops)} (--engine.precision)")
+        others = " or ".join(f"--engine.precision {name}" for name in cluster.device.flops)
+        raise UsageError(f"{cluster.device.name} has no {layout.precision}; give {others}")
     matmul = flops_per_step(shape, load, layout) / (peak * cluster.efficiency)
     elementwise = layout.accumulation * traffic(shape, load, layout) / (cluster.device.hbm * cluster.traffic_efficiency)
     hidden = cluster.overlap * (matmul + elementwise) * 2 / 3

@@ -309,7 +309,7 @@ def read_settings(kind: type[Config], path: Path | None, overrides: Sequence[str
     try:
         config = TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
-        raise UsageError(_explain(error, path, kind)) from None
+        raise UsageError(_explain(error, path, kind, [key for key, _ in given])) from None
     _check_shared(config)
     return config
 
@@ -364,7 +364,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"recipe {path} does not exist") from None
+        near = difflib.get_close_matches(str(path), [found.stem for found in (Path(__file__).parent / "recipes").glob("*.toml")], n=1)
+        raise UsageError(f"recipe {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")) from None
     except IsADirectoryError:
         raise UsageError(f"recipe {path} is a folder; give the TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -428,17 +429,19 @@ def _known_keys(kind: type) -> list[str]:
     return keys
 
 
-def _explain(error: ValidationError, path: Path | None, kind: type) -> str:
+def _explain(error: ValidationError, path: Path | None, kind: type, typed: list[str]) -> str:
+    """One line on the first mistake: what, in the recipe or (``typed``) on the command line, and what to do."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     first = sorted(error.errors(), key=lambda found: found["type"] not in unknown)[0]  # a misspelt key explains a missing one
     key = ".".join(str(part) for part in first["loc"])
-    where = f" in {path}" if path is not None else ""
+    key = next((given for given in typed if given == key or given.startswith(f"{key}.")), key)  # a whole section may be unknown
+    where = "" if path is None or key in typed else f" in {path}"
     if first["type"] in unknown:
         near = difflib.get_close_matches(key, _known_keys(kind), n=1, cutoff=0.4)
         return f"unknown setting {key}{where}" + (f"; did you mean {near[0]}?" if near else "")
     if first["type"] in ("missing", "missing_argument"):
-        return f"setting {key} is missing{where}; give it there or as --{key} VALUE"
-    return f"setting {key}{where}: {first['msg']} (given: {first['input']!r})"
+        return f"setting {key} is missing{where}; give it {'there or ' if path is not None else ''}as --{key} VALUE"
+    return f"setting {'--' if key in typed else ''}{key}{where}: {first['msg']} (given: {first['input']!r})"
 
 
 def _check_shared(config: Any) -> None:

@@ -51,7 +51,7 @@ def test_shipped_recipes_are_valid_and_say_what_they_are(recipe: Path) -> None:
     ("tokens", "words"),
     [
         (["--training.stpes", "5"], ["training.stpes", "did you mean training.steps"]),
-        (["--trainning.steps", "5"], ["trainning", "did you mean training"]),
+        (["--trainning.steps", "5"], ["trainning.steps", "did you mean training.steps"]),
         (["--optimizer.learning_rate", "fast"], ["optimizer.learning_rate", "'fast'"]),
         (["--engine.zero_stage", "4"], ["engine.zero_stage", "3"]),
         (["--training.epochs", "2"], ["exactly one of training.steps and training.epochs"]),
@@ -82,7 +82,20 @@ def test_broken_recipe_is_named(content: str, word: str, tmp_path: Path) -> None
     assert str(recipe) in str(caught.value)
 
 
+def test_a_mistake_is_where_it_was_made(tmp_path: Path) -> None:
+    """A recipe is not blamed for what stands on the command line."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[data]\nsplit = "train"\n')
+    with pytest.raises(UsageError, match=r"^setting --validation\.samples: "):
+        load_config(recipe, [*GOOD, "--validation.samples", "x"])
+    recipe.write_text('[validation]\nsamples = "x"\n')
+    with pytest.raises(UsageError, match=rf"^setting validation\.samples in {recipe}: "):
+        load_config(recipe, GOOD)
+
+
 def test_missing_recipe_and_missing_setting() -> None:
+    with pytest.raises(UsageError, match="recipe bsae does not exist; did you mean base"):
+        load_config(Path("bsae"))
     with pytest.raises(UsageError, match=r"nowhere\.toml does not exist"):
         load_config(Path("nowhere.toml"))
     with pytest.raises(UsageError, match=r"setting data\.store is missing"):
