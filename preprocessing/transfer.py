@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,8 @@ from preprocessing.formats.entry import Background, BadEntryError, Entry, Region
 SHARD_BYTES = 64 << 30  # then the next shard is begun: a file that can still be copied
 SAMPLES, TRIED = 5, 200  # the entries that settle feature size and classes, among the first ones
 Encoded = tuple[str, bytes, int, int]  # id, record, CRC-32, regions
+
+BOXES = "boxes"  # the setting of an extraction that holds the digest of its table of boxes
 
 
 @dataclass(frozen=True)
@@ -230,15 +232,25 @@ def merge_stores(stores: list[Path], output: Path) -> str:
         raise UsageError("give two stores or more, and another path for what they are merged into")
     with ExitStack() as stack:
         opened = [stack.enter_context(FeatureStore(path)) for path in stores]
-        for store in opened[1:]:
-            if difference := opened[0].schema.difference(store.schema):
+        schemas = _with_joint_boxes([store.schema for store in opened])
+        for store, schema in zip(opened[1:], schemas[1:], strict=True):
+            if difference := schemas[0].difference(schema):
                 raise UsageError(f"{opened[0].path} and {store.path} cannot be merged: in the first {difference}")
         for one, two in itertools.combinations(opened, 2):
             _refuse_conflict(one, two)
-        create_store(output, opened[0].schema)
+        create_store(output, schemas[0])
         refuse_live_writers(output)
-        _write(output, opened[0].schema, _merged(opened, stored_ids(output)))
+        _write(output, schemas[0], _merged(opened, stored_ids(output)))
     return seal_store(output)
+
+
+def _with_joint_boxes(schemas: list[StoreSchema]) -> list[StoreSchema]:
+    """The same schemas where all were extracted from given boxes, of one table each: as if from the tables together."""
+    if not all(BOXES in schema.settings for schema in schemas):
+        return schemas
+    tables = {digest for schema in schemas for digest in str(schema.settings[BOXES]).split("+")}
+    joint = {BOXES: "+".join(sorted(tables))}
+    return [replace(schema, settings=schema.settings | joint) for schema in schemas]
 
 
 def _refuse_conflict(one: FeatureStore, two: FeatureStore) -> None:

@@ -390,8 +390,10 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
     ) -> torch.Tensor:
         """How well texts and images match, row by row: log-odds of "matched", float32 [N] on the CPU, the scores of `evaluate retrieval`.
 
-        One text is set against all records, one record against all texts. Pairs run ``batch_pairs`` at a time, those of like length
-        together. ``processor`` None: that of the folder the model came from (give one where many calls are made: it is read each time).
+        One text (alone or in a list) is set against all records, one record against all texts; for all texts against all records repeat
+        both, or use `evaluate retrieval`. A record without regions is judged by its text alone. Pairs run ``batch_pairs`` at a time,
+        those of like length together. ``processor`` None: that of the folder the model came from (give one where many calls are made: it
+        is read each time).
         ``UsageError`` for a model in training mode, numbers that do not go together, and a processor of another model.
         """
         texts, records = _side_by_side(texts, records)
@@ -436,13 +438,18 @@ def _side_by_side(
     texts: str | Sequence[str], records: RegionRecord | Sequence[RegionRecord]
 ) -> tuple[Sequence[str], Sequence[RegionRecord]]:
     """Texts and records of the same number: one of either is set beside all others."""
-    one_text, one_record = isinstance(texts, str), isinstance(records, RegionRecord)
-    all_texts = [texts] if isinstance(texts, str) else texts
-    all_records = [records] if isinstance(records, RegionRecord) else records
-    all_texts = list(all_texts) * len(all_records) if one_text else all_texts
-    all_records = list(all_records) * len(all_texts) if one_record else all_records
+    all_texts = [texts] if isinstance(texts, str) else list(texts)
+    all_records = [records] if isinstance(records, RegionRecord) else list(records)
+    for kind, wanted, given in (("texts", str, all_texts), ("records", RegionRecord, all_records)):
+        wrong = [type(one).__name__ for one in given if not isinstance(one, wanted)]
+        if wrong:
+            raise UsageError(f"{kind} are {wanted.__name__}, not {wrong[0]}; records come from a store: FeatureStore(path)[id]")
+    if len(all_texts) == 1:
+        all_texts *= len(all_records)
+    elif len(all_records) == 1:
+        all_records *= len(all_texts)
     if len(all_texts) != len(all_records):
-        raise UsageError(f"{len(all_texts)} texts and {len(all_records)} records do not go together row by row")
+        raise UsageError(f"{len(all_texts)} texts and {len(all_records)} records do not go together row by row, and neither is one")
     return all_texts, all_records
 
 

@@ -17,7 +17,7 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.masking import VocabularyFacts
 from megainter.data.order import Int64s, permuted, share_out
 from megainter.data.text import Vocabulary
-from megainter.errors import TooManyBadInputsError
+from megainter.errors import TooManyBadInputsError, UsageError
 from megainter.model.packing import PackedInputs
 from megainter.tasks.classification_metrics import Labels, labels_of
 from megainter.tasks.gallery import region_rows
@@ -203,7 +203,8 @@ def fixed_batches(examples: EncodedExamples, size: int) -> list[Int64s]:
 
 
 def with_regions(examples: Examples, store: FeatureStore, limit: float, where: Path) -> Examples:
-    """Examples all of whose images have regions; ``TooManyBadInputsError`` where more than ``limit`` have not."""
+    """Examples all of whose images have regions; ``TooManyBadInputsError`` where more than ``limit`` have not,
+    ``UsageError`` where none has."""
     images = examples.column("images")
     missing = (store.find([image for row in images for image in row]) < 0).reshape(len(images), -1)
     lacking = missing.any(axis=1)
@@ -213,6 +214,8 @@ def with_regions(examples: Examples, store: FeatureStore, limit: float, where: P
     first = images[row][int(missing[row].argmax())]
     told = f"{where}: {int(lacking.sum()):,} of {len(images):,} examples have images without regions in {store.path}, first {first!r}"
     if lacking.sum() > limit * len(images):
-        raise TooManyBadInputsError(f"{told}: extract these images, or allow more with max_missing")
+        raise TooManyBadInputsError(f"{told}: extract these images, or leave the examples out with max_missing {lacking.mean():.2g}")
+    if lacking.all():
+        raise UsageError(f"{told}; the store's ids look like {store.ids[0]!r} (see --image-names of `megainter prepare examples`)")
     log.warning("%s: left out", told)
     return examples.take(np.flatnonzero(~lacking))

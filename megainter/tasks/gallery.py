@@ -12,7 +12,7 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs, read_pairs
 from megainter.data.regions import GLOBAL_LOCATION, region_rows
 from megainter.data.text import Vocabulary
-from megainter.errors import UsageError
+from megainter.errors import TooManyBadInputsError, UsageError
 
 __all__ = ["GLOBAL_LOCATION", "Gallery", "Tokens", "read_gallery", "region_rows", "tokenize"]
 
@@ -57,10 +57,18 @@ class Tokens:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)), torch.from_numpy(self.lengths[captions])
 
 
-def read_gallery(pairs: Path, store: FeatureStore, split: str | None, images: int | None, captions_per_image: int | None) -> Gallery:
+def read_gallery(
+    pairs: Path,
+    store: FeatureStore,
+    split: str | None,
+    images: int | None,
+    captions_per_image: int | None,
+    max_missing: float = 1.0,
+) -> Gallery:
     """The first ``images`` images of a split and the first ``captions_per_image`` captions of each, in manifest order (None: all).
 
-    Images that the store lacks are left out and counted. ``UsageError`` where none is left, or fewer than ``images``.
+    Images that the store lacks are left out and counted. ``UsageError`` where none is left, or fewer than ``images``;
+    ``TooManyBadInputsError`` where ``images`` is None and a share above ``max_missing`` of all is left out: the smaller gallery is easier.
     """
     for name, limit in (("--images", images), ("--captions-per-image", captions_per_image)):
         if limit is not None and limit < 1:
@@ -70,6 +78,12 @@ def read_gallery(pairs: Path, store: FeatureStore, split: str | None, images: in
     missing = len(everything.image_ids) - len(present.image_ids)
     if not present.image_ids:
         raise UsageError(f"{store.path} has no regions for any of the {missing:,} images of {pairs}; run `megainter extract` on them")
+    if images is None and missing > max_missing * len(everything.image_ids):
+        share = missing / len(everything.image_ids)
+        raise TooManyBadInputsError(
+            f"{store.path} has no regions for {missing:,} of {len(everything.image_ids):,} images of {pairs}; a smaller gallery is easier: "
+            f"extract them, say --images {len(present.image_ids)}, or leave them out with --max-missing {share:.2g}"
+        )
     if images is not None and images > len(present.image_ids):
         raise UsageError(f"{pairs} has {len(present.image_ids):,} images of split {split!r} with regions, and --images asks for {images:,}")
     numbers = present.image_numbers

@@ -122,6 +122,7 @@ def evaluate(
     scores: Path | None = None,
     prefilter: int | None = None,
     prefilter_model: Path | None = None,
+    max_missing: float = 0.01,
 ) -> RetrievalReport:
     """Score every caption against every image of a gallery, rank both ways, and write the figures to ``output`` (JSON).
 
@@ -137,7 +138,8 @@ def evaluate(
     right one is not among them, its rank is counted as the last of the gallery. The figures are of InterBERT's order; beside them stand
     those of the first stage's and of both together.
 
-    Raises ``UsageError`` for inputs that do not fit each other, ``NumericsError`` naming the pair for a score that is not a number.
+    Raises ``UsageError`` for inputs that do not fit each other, ``TooManyBadInputsError`` where ``images`` is None and more than
+    ``max_missing`` of the split's images have no regions, ``NumericsError`` naming the pair for a score that is not a number.
     """
     _check_numbers({"--batch-pairs": batch_pairs, "--max-regions": max_regions, "--processes": processes})
     _check_prefilter(prefilter, prefilter_model)
@@ -149,7 +151,9 @@ def evaluate(
     feature_store = FeatureStore(store)
     vocabulary = check_model(model, config, feature_store, max_text_tokens)
     encoder = load_prefilter(prefilter_model, vocabulary, feature_store) if prefilter_model is not None else None
-    gallery = read_gallery(pairs, feature_store, split, images, captions_per_image)
+    if not 0 <= max_missing <= 1:
+        raise UsageError(f"--max-missing is {max_missing}; give a share, 0 to 1")
+    gallery = read_gallery(pairs, feature_store, split, images, captions_per_image, max_missing)
     if gallery.missing_images:
         print(f"left out: {gallery.missing_images:,} images of {pairs} that have no regions in {store}", flush=True)
     tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
@@ -194,7 +198,7 @@ def _first_stage(
     ranks = rank_candidates(chosen, gallery.image_of_caption, chosen.images.scores, chosen.captions.scores)
     bounds = found_shares(chosen, gallery.image_of_caption)
     own = text_to_image(ranks), image_to_text(ranks, gallery.image_of_caption)
-    scale = float(encoder.log_scale.exp())
+    scale = float(encoder.log_scale.detach().exp())
     return FirstStage(str(folder), prefilter_digest(folder), keep, len(chosen.keys), *bounds, *own, scale, round(seconds, 3)), chosen
 
 

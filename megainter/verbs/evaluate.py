@@ -28,6 +28,7 @@ def evaluate_retrieval(
     scores: Path | None = None,
     prefilter: int | None = None,
     prefilter_model: Path | None = None,
+    max_missing: float = 0.01,
 ) -> None:
     """Image-text retrieval both ways: every caption against every image of the gallery, or against chosen ones.
 
@@ -65,13 +66,15 @@ def evaluate_retrieval(
         For a large gallery: score only so many images of each caption and captions of each image, the nearest by --prefilter-model.
     prefilter_model
         Folder that `megainter finetune prefilter` made.
+    max_missing
+        Share of the split's images that may be left out because they have no regions; with --images it does not matter.
     """
     from megainter.tasks.retrieval import evaluate
 
     evaluate(
         model, pairs, store, split=split, images=images, captions_per_image=captions_per_image, max_regions=max_regions,
         max_text_tokens=max_text_tokens, batch_pairs=batch_pairs, processes=processes, precision=precision, device=device,
-        output=output, scores=scores, prefilter=prefilter, prefilter_model=prefilter_model,
+        output=output, scores=scores, prefilter=prefilter, prefilter_model=prefilter_model, max_missing=max_missing,
     )  # fmt: skip
 
 

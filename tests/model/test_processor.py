@@ -56,6 +56,8 @@ def test_the_processor_of_the_models_folder_is_the_usual_one(data: Data) -> None
 def test_one_text_against_many_images_and_the_other_way_round(data: Data) -> None:
     of_text = data.model.score(data.texts[3], data.records)
     of_image = data.model.score(data.texts, data.records[5])
+    assert torch.equal(data.model.score(data.texts, data.records[5:6]), of_image)
+    assert torch.equal(data.model.score(data.texts[3:4], data.records), of_text)
     assert of_text.shape == (13,)
     assert of_image.shape == (26,)
     assert float(of_text[5]) == pytest.approx(float(of_image[3]), abs=1e-5)
@@ -115,6 +117,10 @@ def test_saved_beside_a_model_and_read_again(data: Data, tmp_path: Path) -> None
 
 def test_what_does_not_fit_is_one_line(data: Data, tmp_path: Path) -> None:
     processor = InterBertProcessor.from_pretrained(data.folder)
+    with pytest.raises(UsageError, match="records are RegionRecord, not str"):
+        data.model.score("red", ["x.jpg"])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="texts are str, not NoneType"):
+        data.model.score([None], data.records)  # type: ignore[list-item]
     with pytest.raises(UsageError, match="2 texts and 13 records"):
         data.model.score(data.texts[:2], data.records)
     wide = RegionRecord(np.zeros((1, 4), np.float32), np.zeros((1, 9), np.float16), np.zeros((1, 8), np.float32), 10, 10)

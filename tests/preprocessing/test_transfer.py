@@ -121,6 +121,21 @@ def test_merging_gives_the_content_of_one_import(tmp_path: Path) -> None:
     assert merge_stores([two.path, one.path], tmp_path / "c") == whole.digest  # again, and the other way round
 
 
+def test_stores_of_given_boxes_are_merged_whatever_their_tables(tmp_path: Path) -> None:
+    parts = [make_store(tmp_path / name, seeds) for name, seeds in [("a", range(4)), ("b", range(4, 9))]]
+    for part, table in zip(parts, ("1f", "0e"), strict=True):
+        schema = replace(part.schema, settings=part.schema.settings | {"boxes": table})
+        with FeatureStoreWriter(tmp_path / table, schema) as writer:
+            writer.add_encoded([(image_id, *part.encoded(image_id)) for image_id in part.ids])
+        seal_store(tmp_path / table)
+    first, second = tmp_path / "1f", tmp_path / "0e"
+    assert merge_stores([first, second], tmp_path / "c") == merge_stores([second, first], tmp_path / "d")
+    with FeatureStore(tmp_path / "c") as merged:
+        assert (merged.schema.settings["boxes"], len(merged)) == ("0e+1f", 9)
+    with pytest.raises(UsageError, match="in the first boxes is"):
+        merge_stores([first, parts[1].path], tmp_path / "e")
+
+
 def test_a_merge_that_was_stopped_goes_on(tmp_path: Path) -> None:
     one, two, whole = (make_store(tmp_path / name, seeds) for name, seeds in [("a", range(9)), ("b", range(9, 20)), ("w", range(20))])
     with FeatureStoreWriter(tmp_path / "c", one.schema) as writer:

@@ -306,6 +306,9 @@ def test_what_does_not_fit_is_refused(data: tuple[Path, Path, Path], tmp_path: P
     with pytest.raises(TooManyBadInputsError, match=r"1 of 2 examples have images without regions .* first 'nowhere'"):
         evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None)
     assert evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None, max_missing=0.5).missing_examples == 1
+    write_examples(tmp_path / "missing.parquet", rows[1:], read_examples(questions).task)
+    with pytest.raises(UsageError, match=r"1 of 1 examples .* the store's ids look like 'image-"):
+        evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None, max_missing=1)
 
 
 def test_scores_that_are_no_numbers_are_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from megainter import InterBertConfig, InterBertForPreTraining, InterBertForRetr
 from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pair, read_pairs, write_pairs
 from megainter.data.text import load_vocabulary, train_vocabulary
-from megainter.errors import NumericsError, UsageError
+from megainter.errors import NumericsError, TooManyBadInputsError, UsageError
 from megainter.tasks import retrieval
 from megainter.tasks.ranking import rank_scores
 from megainter.tasks.retrieval import evaluate
@@ -176,7 +176,9 @@ def test_images_without_regions_are_left_out_and_counted(
 ) -> None:
     rows = [Pair(f"{image}#0", image, f"{image}.jpg", "red and blue") for image in ("image-001", "elsewhere", "image-002")]
     write_pairs(tmp_path / "pairs.parquet", rows)
-    report = evaluate(data[0], tmp_path / "pairs.parquet", data[2], output=tmp_path / "out.json", split=None)
+    with pytest.raises(TooManyBadInputsError, match=r"1 of 3 images .* a smaller gallery is easier"):
+        evaluate(data[0], tmp_path / "pairs.parquet", data[2], output=tmp_path / "out.json", split=None, max_missing=0.3)
+    report = evaluate(data[0], tmp_path / "pairs.parquet", data[2], output=tmp_path / "out.json", split=None, max_missing=0.34)
     assert (report.images, report.captions, report.missing_images) == (2, 2, 1)
     assert "left out: 1 images" in capsys.readouterr().out
 
