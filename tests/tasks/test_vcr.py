@@ -289,7 +289,7 @@ def test_tied_names_are_understood(tmp_path: Path) -> None:
     made = write_scene_questions(tmp_path / "set", {"train": 1500, "val": 300})
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_interaction_layers": 2, "pooler_size": 64, "initializer_range": 0.1}
     begin = write_start(tmp_path / "start", made.questions, **sizes)
-    changes = {"data__mode": "answer", "training__steps": 1000, "training__global_batch": 32, "training__micro_batch": 32,
+    changes = {"data__mode": "answer", "training__steps": 2000, "training__global_batch": 32, "training__micro_batch": 32,
                "optimizer__warmup": 0.06, "optimizer__final_fraction": 0.3, "training__log_every": 50}  # fmt: skip
     accuracy = {}
     for tied in ("true", "false"):
