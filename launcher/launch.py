@@ -85,7 +85,7 @@ def launch(settings: LaunchSettings, own_words: tuple[str, ...], dry_run: bool) 
         return
     require_programs(job)
     if job.engine == "deepspeed" and job.remote_shell == "pdsh":
-        _require_answers(hosts)
+        _require_answers(hosts, settings.min_nodes or len(hosts))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "command.txt", describe(job, settings) + "\n")
     code = _supervised(settings, hosts, folder)
@@ -238,13 +238,14 @@ def _wait_for(settings: LaunchSettings, hosts: tuple[Host, ...], requests: Reque
         time.sleep(10)
 
 
-def _require_answers(hosts: tuple[Host, ...]) -> None:
-    """``UsageError`` naming the hosts that ssh does not reach, before DeepSpeed finds the first of them in a traceback."""
+def _require_answers(hosts: tuple[Host, ...], least: int) -> None:
+    """``UsageError`` naming the hosts that ssh does not reach where fewer than ``least`` answer, instead of the engine's traceback."""
     alive = answering(hosts)
-    missing = ", ".join(host.name for host in hosts if host not in alive)
-    if missing:
-        first = missing.split(",")[0]
-        raise UsageError(f"{missing}: no answer over ssh without a password; see that `ssh {first} true` works, or --exclude it")
+    missing = [host.name for host in hosts if host not in alive]
+    if len(alive) < least:
+        raise UsageError(
+            f"{', '.join(missing)}: no answer over ssh without a password; see that `ssh {missing[0]} true` works, or --exclude it"
+        )
 
 
 def answering(hosts: tuple[Host, ...], seconds: int = 10) -> tuple[Host, ...]:

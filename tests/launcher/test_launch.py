@@ -15,6 +15,7 @@ import pytest
 from deepspeed.launcher.multinode_runner import MPICHRunner, OpenMPIRunner
 from deepspeed.launcher.runner import parse_args
 
+from launcher import launch as launching
 from launcher.command import Job, RemoteShell, build
 from launcher.hostfile import Host
 from megainter.errors import UsageError
@@ -66,6 +67,15 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(tmp_path
     assert job.wait(60) == 2
     assert "not a multiple" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run").exists()
+
+
+def test_hosts_that_do_not_answer_are_named_unless_fewer_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = Host("a", (0,)), Host("b", (0,)), Host("c", (0,))
+    monkeypatch.setattr(launching, "answering", lambda asked: asked[1:2])
+    with pytest.raises(UsageError, match=r"^a, c: no answer over ssh .* `ssh a true`"):
+        launching._require_answers(hosts, 2)
+    launching._require_answers(hosts, 1)
+    launching._require_answers((), 0)
 
 
 @pytest.mark.parametrize("shell", ["openmpi", "mpich"])
