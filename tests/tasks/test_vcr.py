@@ -199,7 +199,7 @@ def test_one_mode_alone(files: VcrFiles, start: Path, tmp_path: Path, capsys: py
         ({"data__objects_store": "none", "validation__objects_store": "x"}, "validation.objects_store needs data.objects_store"),
         ({"data__mode": "answer", "training__answer_weight": 2}, "are for data.mode joint"),
         ({"training__answer_weight": 0, "training__rationale_weight": 0}, "both 0"),
-        ({"data__mode": "both"}, "setting data.mode"),
+        ({"data__mode": "both"}, r"setting --data\.mode: Input should be"),
         ({"data__maximum_regions": 3}, "did you mean data.max_regions"),
     ],
 )
