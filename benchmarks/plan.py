@@ -1,9 +1,10 @@
 """``python -m benchmarks.plan [--memory]``: what `megainter plan` predicts against real runs on the CPU.
 
 First constants of this machine, each with as many processes running as the run will have: matrix products of the shapes of each size, an
-all-reduce over gloo, the time of runs whose model is next to nothing but has as many layers, and the memory speed that explains a run of
-a size that is not in the table. Then three sizes at one and two processes (fp32, ZeRO stage 2), trained for some steps: the median step,
-and the largest resident memory of a rank before it saves; medians of ``REPEATS`` runs, since the heap places large blocks differently
+all-reduce over gloo, the time of runs whose model is next to nothing but has as many layers, and the memory speeds that explain runs of
+two sizes that are not in the table: a small one whose tensors mostly stay in the processor's cache, and a larger one. Then three sizes at
+one and two processes (fp32, ZeRO stage 2), trained for some steps: the median step, and the largest resident memory of a rank before it
+saves; medians of ``REPEATS`` runs, since the heap places large blocks differently
 from run to run. One thread a process. Prints one JSON object; ``--memory`` leaves times out, which need a machine with nothing else on it.
 """
 
@@ -33,7 +34,8 @@ from megainter.data.record import RegionRecord, StoreSchema
 from megainter.data.store_writer import FeatureStoreWriter, seal_store
 
 SIZES = {"3 M": (192, 2), "17 M": (384, 3), "39 M": (512, 4)}  # hidden size, layers of each kind
-TINY, TALL, MIDDLE = (16, 1), (16, 4), (256, 3)
+TINY, TALL = (16, 1), (16, 4)
+CALIBRATION = ((160, 2), (320, 3))  # of which the memory speeds are measured
 FEATURES, CLASSES, REGIONS, WORDS = 256, 100, 16, 18
 GLOBAL_BATCH, MICRO_BATCH, STEPS, FIRST = 16, 8, 12, 3  # the first steps are not timed
 REPEATS = 3
@@ -52,7 +54,7 @@ class Constants:
     """Measured with so many processes running: FLOP/s by hidden size, bytes/s of memory and all-reduce, runs of next to no model."""
 
     flops: dict[int, float]
-    memory_speed: float
+    memory_speeds: dict[int, float]  # by parameters
     all_reduce: float
     tiny: Measured
     seconds_a_layer: float  # of each of the three kinds
@@ -94,7 +96,7 @@ def compared(folder: Path, size: str, numbers: tuple[int, int], ranks: int, cons
 
 def predicted_seconds(shape: Shape, load: Load, layout: Layout, constants: Constants, numbers: tuple[int, int]) -> float:
     """The plan's step time with the constants measured here, over the time of a run with as many layers and next to no model."""
-    device = Device("cpu", 0, {"fp32": constants.flops[numbers[0]]}, constants.memory_speed, constants.all_reduce, "measured here")
+    device = Device("cpu", 0, {"fp32": constants.flops[numbers[0]]}, memory_speed(constants, shape), constants.all_reduce, "measured here")
     cluster = Cluster(device, network=constants.all_reduce, efficiency=1.0, traffic_efficiency=1.0, overlap=0.0)
     return step_time(shape, load, layout, cluster).total + without_model(constants, numbers[1])
 
@@ -104,19 +106,32 @@ def without_model(constants: Constants, layers: int) -> float:
     return constants.tiny.seconds + (layers - TINY[1]) * constants.seconds_a_layer
 
 
+def memory_speed(constants: Constants, shape: Shape) -> float:
+    """Bytes/s for a model of this size: between those of the calibrating runs, by the logarithm of the parameters."""
+    sizes = sorted(constants.memory_speeds)
+    return float(np.interp(np.log(parameters(shape)), np.log(sizes), [constants.memory_speeds[size] for size in sizes]))
+
+
 def measured_constants(folder: Path, ranks: int, timed: bool) -> Constants:
     """The machine as the plan sees one while so many processes run on it."""
     tiny = run(folder, TINY, ranks)
     if not timed:
-        return Constants({}, 1.0, 1.0, tiny, 0.0)
-    flops = {hidden: matmul_speed(hidden, ranks) for hidden in sorted({MIDDLE[0], *(hidden for hidden, _ in SIZES.values())})}
+        return Constants({}, {}, 1.0, tiny, 0.0)
+    widths = sorted({hidden for hidden, _ in (*CALIBRATION, *SIZES.values())})
+    flops = {hidden: matmul_speed(hidden, ranks) for hidden in widths}
     tall = run(folder, TALL, ranks)
-    first = Constants(flops, 1.0, all_reduce_speed(folder), tiny, (tall.seconds - tiny.seconds) / (TALL[1] - TINY[1]))
-    shape, load, layout = described(folder, MIDDLE, ranks)
-    device = Device("cpu", 0, {"fp32": flops[MIDDLE[0]]}, 1.0, first.all_reduce, "measured here")
-    bare = step_time(shape, load, layout, Cluster(device, network=first.all_reduce, efficiency=1.0, traffic_efficiency=1.0, overlap=0.0))
-    rest = run(folder, MIDDLE, ranks).seconds - without_model(first, MIDDLE[1]) - bare.matmul - bare.communication
-    return replace(first, memory_speed=(bare.elementwise + bare.optimizer) / max(rest, 1e-3))  # bare: at one byte a second
+    first = Constants(flops, {}, all_reduce_speed(folder), tiny, (tall.seconds - tiny.seconds) / (TALL[1] - TINY[1]))
+    return replace(first, memory_speeds=dict(calibrated(folder, numbers, ranks, first) for numbers in CALIBRATION))
+
+
+def calibrated(folder: Path, numbers: tuple[int, int], ranks: int, constants: Constants) -> tuple[int, float]:
+    """Parameters of a size, and the bytes/s of memory that explain what its run takes beside the other parts."""
+    shape, load, layout = described(folder, numbers, ranks)
+    device = Device("cpu", 0, {"fp32": constants.flops[numbers[0]]}, 1.0, constants.all_reduce, "measured here")
+    cluster = Cluster(device, network=constants.all_reduce, efficiency=1.0, traffic_efficiency=1.0, overlap=0.0)
+    bare = step_time(shape, load, layout, cluster)  # at one byte a second
+    rest = run(folder, numbers, ranks).seconds - without_model(constants, numbers[1]) - bare.matmul - bare.communication
+    return parameters(shape), (bare.elementwise + bare.optimizer) / max(rest, 1e-3)
 
 
 def matmul_speed(hidden: int, ranks: int) -> float:
