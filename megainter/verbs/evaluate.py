@@ -29,6 +29,7 @@ def evaluate_retrieval(
     prefilter: int | None = None,
     prefilter_model: Path | None = None,
     max_missing: float = 0.01,
+    folds: int | None = None,
 ) -> None:
     """Image-text retrieval both ways: every caption against every image of the gallery, or against chosen ones.
 
@@ -68,13 +69,15 @@ def evaluate_retrieval(
         Folder that `megainter finetune prefilter` made.
     max_missing
         Share of the split's images that may be left out because they have no regions; with --images it does not matter.
+    folds
+        Also give the mean recalls of so many equal parts of the gallery: 5 for COCO's "1K" figures beside its "5K" ones.
     """
     from megainter.tasks.retrieval import evaluate
 
     evaluate(
         model, pairs, store, split=split, images=images, captions_per_image=captions_per_image, max_regions=max_regions,
         max_text_tokens=max_text_tokens, batch_pairs=batch_pairs, processes=processes, precision=precision, device=device,
-        output=output, scores=scores, prefilter=prefilter, prefilter_model=prefilter_model, max_missing=max_missing,
+        output=output, scores=scores, prefilter=prefilter, prefilter_model=prefilter_model, max_missing=max_missing, folds=folds,
     )  # fmt: skip
 
 

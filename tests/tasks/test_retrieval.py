@@ -18,7 +18,7 @@ from megainter.data.text import load_vocabulary, train_vocabulary
 from megainter.errors import NumericsError, TooManyBadInputsError, UsageError
 from megainter.tasks import retrieval
 from megainter.tasks.ranking import rank_scores
-from megainter.tasks.retrieval import evaluate
+from megainter.tasks.retrieval import evaluate, mean_over_folds
 from megainter.tasks.scoring import ChunkScorer
 from tests.synthetic import CLASSES, FEATURE_SIZE, TINY, environment, write_data
 
@@ -96,6 +96,38 @@ def test_scores_and_figures_equal_one_pair_at_a_time(data: tuple[Path, Path, Pat
     assert stored["text_to_image"]["r_at_1"] == report.text_to_image.r_at_1
     assert (stored["images"], stored["captions"], stored["missing_images"]) == (IMAGES, IMAGES * CAPTIONS, 0)
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_folds_are_galleries_of_their_own() -> None:
+    """Against counting wrong candidates one by one, with ties and captions in no order."""
+    rng = np.random.default_rng(3)
+    images, count = 12, 3
+    owner = rng.permutation(np.concatenate([np.arange(images), rng.integers(0, images, 20)]))
+    scores = rng.integers(0, 6, (images, len(owner))).astype(np.float32)
+    found = mean_over_folds(scores, owner, count)
+    for k in (1, 5, 10):
+        to_image, to_text = [], []
+        for fold in np.split(np.arange(images), count):
+            captions = [c for c in range(len(owner)) if owner[c] in fold]
+            hits = [sum(scores[i, c] >= scores[owner[c], c] for i in fold if i != owner[c]) < k for c in captions]
+            best = {i: max(scores[i, c] for c in captions if owner[c] == i) for i in fold}
+            backward = [sum(scores[i, c] >= best[i] for c in captions if owner[c] != i) < k for i in fold]
+            to_image.append(np.mean(hits))
+            to_text.append(np.mean(backward))
+        assert found.text_to_image[f"r_at_{k}"] == pytest.approx(np.mean(to_image), abs=1e-12)
+        assert found.image_to_text[f"r_at_{k}"] == pytest.approx(np.mean(to_text), abs=1e-12)
+
+
+def test_folds_stand_in_the_report(data: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = evaluate(*data, output=tmp_path / "out.json", split=None, images=4, folds=1)
+    assert whole.folds is not None
+    assert whole.folds.text_to_image["r_at_1"] == pytest.approx(whole.text_to_image.r_at_1)
+    assert whole.folds.image_to_text["r_at_5"] == pytest.approx(whole.image_to_text.r_at_5)
+    evaluate(*data, output=tmp_path / "two.json", split=None, images=4, folds=2)
+    assert json.loads((tmp_path / "two.json").read_text())["folds"]["count"] == 2
+    assert "mean of 2 folds of 2 images" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--folds is 3; give a number that divides the gallery's 4 images"):
+        evaluate(*data, output=tmp_path / "three.json", split=None, images=4, folds=3)
 
 
 def test_two_processes_give_the_same_bits_as_one(data: tuple[Path, Path, Path], tmp_path: Path) -> None:
