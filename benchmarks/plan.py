@@ -4,8 +4,8 @@ First constants of this machine, each with as many processes running as the run 
 all-reduce over gloo, the time of runs whose model is next to nothing but has as many layers, and the memory speeds that explain runs of
 two sizes that are not in the table: a small one whose tensors mostly stay in the processor's cache, and a larger one. Then three sizes at
 one and two processes (fp32, ZeRO stage 2), trained for some steps: the median step, and the largest resident memory of a rank before it
-saves; medians of ``REPEATS`` runs, since the heap places large blocks differently
-from run to run. One thread a process. Prints one JSON object; ``--memory`` leaves times out, which need a machine with nothing else on it.
+saves; medians of ``REPEATS`` runs, since the heap places large blocks differently from run to run. One thread a process. Prints one JSON
+object; ``--memory`` leaves times out, which need a machine with nothing else on it.
 """
 
 import contextlib

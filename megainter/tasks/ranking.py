@@ -44,6 +44,15 @@ class Recall:
     chance_at_10: float
 
 
+@dataclass(frozen=True)
+class Folds:
+    """Means over ``count`` galleries, the folds: consecutive images, each with its own captions alone. Recalls are shares, 0 to 1."""
+
+    count: int
+    text_to_image: dict[str, float]
+    image_to_text: dict[str, float]
+
+
 def rank_scores(scores_IC: NDArray[np.float32], image_of_caption_C: NDArray[np.integer], top: int = 10) -> Ranks:
     """Ranks of all queries in both directions, in one pass over blocks of images (``scores_IC`` may be memory-mapped).
 
@@ -124,6 +133,22 @@ def chance_of_a_hit(candidates: int, right: int, k: int) -> float:
     """Probability that at least one of ``right`` right candidates is among the first ``k`` of a random order."""
     orders = math.comb(candidates, min(k, candidates))
     return (orders - math.comb(candidates - right, min(k, candidates))) / orders
+
+
+def mean_over_folds(scores_IC: NDArray[np.float32], image_of_caption_C: NDArray[np.integer], count: int) -> Folds:
+    """Recalls of ``count`` parts of the gallery, each ranked for itself, averaged (COCO's five folds of 1,000 are its "1K" gallery).
+
+    ``scores_IC`` float32 as `rank_scores` takes them; ``count`` must divide the number of images, and every image needs a caption.
+    """
+    size = len(scores_IC) // count
+    found: tuple[list[Recall], list[Recall]] = ([], [])
+    for first in range(0, count * size, size):
+        (mine,) = np.nonzero((image_of_caption_C >= first) & (image_of_caption_C < first + size))
+        images = image_of_caption_C[mine] - first
+        ranks = rank_scores(np.ascontiguousarray(scores_IC[first : first + size][:, mine]), images, 1)
+        found[0].append(text_to_image(ranks))
+        found[1].append(image_to_text(ranks, images))
+    return Folds(count, *({f"r_at_{k}": float(np.mean([getattr(one, f"r_at_{k}") for one in way])) for k in RECALL_AT} for way in found))
 
 
 def _recall(ranks: NDArray[np.int64], candidates: int, chances: list[float]) -> Recall:

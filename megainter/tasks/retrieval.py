@@ -31,7 +31,7 @@ from megainter.progress import Progress
 from megainter.tasks.candidates import Candidates, choose_candidates, found_shares, rank_candidates
 from megainter.tasks.gallery import Gallery, read_gallery, tokenize
 from megainter.tasks.prefilter import DualEncoder, caption_vectors, image_vectors, load_prefilter, prefilter_digest
-from megainter.tasks.ranking import BLOCK_BYTES, RECALL_AT, Ranks, Recall, image_to_text, rank_scores, text_to_image
+from megainter.tasks.ranking import BLOCK_BYTES, RECALL_AT, Folds, Ranks, Recall, image_to_text, mean_over_folds, rank_scores, text_to_image
 from megainter.tasks.score_file import ScoreFile, open_score_file
 from megainter.tasks.scoring import DTYPES, CandidateJob, Job, make_job, score_chunks
 
@@ -69,15 +69,6 @@ class BothStages:
 
     text_to_image: Recall
     image_to_text: Recall
-
-
-@dataclass(frozen=True)
-class Folds:
-    """Means over ``count`` galleries, the folds: consecutive images, each with its own captions alone. Recalls are shares, 0 to 1."""
-
-    count: int
-    text_to_image: dict[str, float]
-    image_to_text: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -157,6 +148,8 @@ def evaluate(
     """
     _check_numbers({"--batch-pairs": batch_pairs, "--max-regions": max_regions, "--processes": processes})
     _check_prefilter(prefilter, prefilter_model)
+    if folds is not None and prefilter is not None:
+        raise UsageError("--folds needs every score; leave out --prefilter, or give --images for one fold")
     top = output.with_name(f"{output.stem}.top.parquet")
     _check_places({"--output": output, "--output's list of best images": top, "--scores": scores})
     config = read_config(model)
@@ -168,7 +161,8 @@ def evaluate(
     if not 0 <= max_missing <= 1:
         raise UsageError(f"--max-missing is {max_missing}; give a share, 0 to 1")
     gallery = read_gallery(pairs, feature_store, split, images, captions_per_image, max_missing)
-    _check_folds(folds, len(gallery.image_ids), prefilter)
+    if folds is not None and (folds < 1 or len(gallery.image_ids) % folds):
+        raise UsageError(f"--folds is {folds}; give a number that divides the gallery's {len(gallery.image_ids):,} images")
     if gallery.missing_images:
         print(f"left out: {gallery.missing_images:,} images of {pairs} that have no regions in {store}", flush=True)
     tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
@@ -197,8 +191,8 @@ def evaluate(
         files: dict[str, Any] = {"top": top.name, "scores": str(scores) if scores is not None else None}
         together = None if stage is None or chosen is None else _both_stages(file.scores[:, 0], gallery, chosen, stage.scale)
         parts = None if folds is None else mean_over_folds(file.scores, gallery.image_of_caption, folds)
-        both: dict[str, Any] = {"prefilter": stage, "both_stages": together, "folds": parts}
-        report = RetrievalReport(**recalls, **facts, **speed, **files, **both, processes=len(devices))
+        more: dict[str, Any] = {"prefilter": stage, "both_stages": together, "folds": parts}
+        report = RetrievalReport(**recalls, **facts, **speed, **files, **more, processes=len(devices))
         write_json(output, asdict(report))
     print(summary(report), flush=True)
     return report
@@ -224,28 +218,6 @@ def _both_stages(scores_P: NDArray[np.float32], gallery: Gallery, chosen: Candid
     of_images = chosen.scores_of_images(scores_P) + np.float32(scale) * chosen.captions.scores
     ranks = rank_candidates(chosen, gallery.image_of_caption, of_captions, of_images)
     return BothStages(text_to_image(ranks), image_to_text(ranks, gallery.image_of_caption))
-
-
-def mean_over_folds(scores_IC: NDArray[np.float32], image_of_caption_C: NDArray[np.integer], count: int) -> Folds:
-    """Recalls of ``count`` parts of the gallery, each ranked for itself, averaged. ``count`` must divide the number of images."""
-    size = len(scores_IC) // count
-    found: tuple[list[Recall], list[Recall]] = ([], [])
-    for first in range(0, count * size, size):
-        (mine,) = np.nonzero((image_of_caption_C >= first) & (image_of_caption_C < first + size))
-        images = image_of_caption_C[mine] - first
-        ranks = rank_scores(np.ascontiguousarray(scores_IC[first : first + size][:, mine]), images, 1)
-        found[0].append(text_to_image(ranks))
-        found[1].append(image_to_text(ranks, images))
-    return Folds(count, *({f"r_at_{k}": float(np.mean([getattr(one, f"r_at_{k}") for one in way])) for k in RECALL_AT} for way in found))
-
-
-def _check_folds(folds: int | None, images: int, prefilter: int | None) -> None:
-    if folds is None:
-        return
-    if prefilter is not None:
-        raise UsageError("--folds needs every score; leave out --prefilter, or give --images for one fold")
-    if folds < 1 or images % folds:
-        raise UsageError(f"--folds is {folds}; give a number that divides the gallery's {images:,} images")
 
 
 def _ranks(scores: NDArray[np.float32], gallery: Gallery, chosen: Candidates | None) -> Ranks:

@@ -17,8 +17,8 @@ from megainter.data.manifest import Pair, read_pairs, write_pairs
 from megainter.data.text import load_vocabulary, train_vocabulary
 from megainter.errors import NumericsError, TooManyBadInputsError, UsageError
 from megainter.tasks import retrieval
-from megainter.tasks.ranking import rank_scores
-from megainter.tasks.retrieval import evaluate, mean_over_folds
+from megainter.tasks.ranking import mean_over_folds, rank_scores
+from megainter.tasks.retrieval import evaluate
 from megainter.tasks.scoring import ChunkScorer
 from tests.synthetic import CLASSES, FEATURE_SIZE, TINY, environment, write_data
 
@@ -128,6 +128,8 @@ def test_folds_stand_in_the_report(data: tuple[Path, Path, Path], tmp_path: Path
     assert "mean of 2 folds of 2 images" in capsys.readouterr().out
     with pytest.raises(UsageError, match="--folds is 3; give a number that divides the gallery's 4 images"):
         evaluate(*data, output=tmp_path / "three.json", split=None, images=4, folds=3)
+    with pytest.raises(UsageError, match="--folds needs every score"):
+        evaluate(*data, output=tmp_path / "four.json", split=None, images=4, folds=2, prefilter=10, prefilter_model=tmp_path)
 
 
 def test_two_processes_give_the_same_bits_as_one(data: tuple[Path, Path, Path], tmp_path: Path) -> None:
