@@ -3,7 +3,9 @@
 Shape letters: N rows (tokens of all sequences), S sequences, L length of the longest, h heads, d width of a head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,8 +28,7 @@ class SequenceLayout:
     """Where S sequences lie in N packed rows: everything attention needs, derived once per batch.
 
     ``cu_seqlens`` int32 [S + 1] first row of each sequence; ``sequence`` and ``position`` int64 [N] tell a row's sequence and its
-    place in it; ``key_bias`` float32 [S, L] is 0 at real keys and MASKED_SCORE at padding, None when all lengths are equal.
-    ``lengths`` stays on the CPU (int64 [S]), so that nothing here waits for the device.
+    place in it. ``lengths`` stays on the CPU (int64 [S]), so that nothing here waits for the device.
     """
 
     lengths: torch.Tensor
@@ -35,7 +36,6 @@ class SequenceLayout:
     cu_seqlens: torch.Tensor
     sequence: torch.Tensor
     position: torch.Tensor
-    key_bias: torch.Tensor | None
 
     @classmethod
     def of(cls, lengths: torch.Tensor, device: torch.device) -> "SequenceLayout":
@@ -44,15 +44,34 @@ class SequenceLayout:
         max_length = int(lengths.max()) if len(lengths) else 0
         sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         position = torch.arange(len(sequence)) - (ends - lengths)[sequence]
-        real = torch.arange(max_length) < lengths[:, None]
-        key_bias = None if bool(real.all()) else torch.where(real, 0.0, MASKED_SCORE).to(device, non_blocking=True)
-        cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
-        cu_seqlens, sequence, position = (t.to(device, non_blocking=True) for t in (cu_seqlens, sequence, position))
-        return cls(lengths, max_length, cu_seqlens, sequence, position, key_bias)
+        return cls(lengths, max_length, F.pad(ends, (1, 0)).to(torch.int32), sequence, position).to(device)
+
+    def to(self, device: torch.device) -> "SequenceLayout":
+        """The same layout with its tensors on ``device``; the copies are not waited for where they come from pinned memory."""
+        if self.cu_seqlens.device == device:
+            return self
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "SequenceLayout":
+        """The same layout in memory that a GPU can read by itself; a data loader calls this."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "SequenceLayout":
+        tensors = (change(tensor) for tensor in (self.cu_seqlens, self.sequence, self.position))
+        return SequenceLayout(self.lengths, self.max_length, *tensors)
 
     @property
     def sequences(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def key_bias(self) -> torch.Tensor | None:
+        """Float32 [S, L], 0 at real keys and MASKED_SCORE at padding; None when all lengths are equal. Made where the layout is, when a
+        padded form first asks for it: the packed forms neither build nor copy it."""
+        if bool((self.lengths == self.max_length).all()):
+            return None
+        real = torch.arange(self.max_length, device=self.cu_seqlens.device) < self.cu_seqlens.diff()[:, None]
+        return torch.where(real, 0.0, MASKED_SCORE)
 
 
 @dataclass(frozen=True)
@@ -71,11 +90,11 @@ class QueryRows:
 
     @classmethod
     def of(cls, rows: torch.Tensor, layout: SequenceLayout) -> "QueryRows":
-        """``rows`` int64 [M], ascending, on the layout's device."""
+        """``rows`` int64 [M], ascending, none more than twice (a first row may also be asked for by itself), on the layout's device."""
         sequence = layout.sequence.index_select(0, rows)
         firsts = torch.searchsorted(sequence, torch.arange(layout.sequences + 1, device=rows.device))
         position = torch.arange(len(rows), device=rows.device) - firsts.index_select(0, sequence)
-        longest = min(layout.max_length, len(rows)) if rows.is_cuda or not len(rows) else int(position.max()) + 1
+        longest = min(2 * layout.max_length, len(rows)) if rows.is_cuda or not len(rows) else int(position.max()) + 1
         return cls(rows, firsts.to(torch.int32), sequence, position, longest)
 
 

@@ -1,6 +1,7 @@
 """Packed attention against a loop over sequences and heads in float64."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -139,6 +140,34 @@ def test_layout_places() -> None:
     assert attention_module._padded_places(layout, 1).tolist() == [0, 1, 6, 7, 8]
     assert attention_module._padded_places(layout, 2).tolist() == [0, 3, 1, 4, 12, 15, 13, 16, 14, 17]
     assert layout_of([2, 2]).key_bias is None
+
+
+def test_key_bias_is_zero_at_keys_and_masks_padding() -> None:
+    bias = layout_of([2, 0, 3]).key_bias
+    assert bias is not None
+    assert bias.tolist() == [[0.0, 0.0, -30000.0], [-30000.0] * 3, [0.0] * 3]
+
+
+def test_a_layout_moves_between_devices_and_processes_without_its_padded_bias() -> None:
+    layout = layout_of([2, 0, 3])
+    assert layout.to(CPU) is layout
+    assert layout.key_bias is layout.key_bias
+    moved = layout.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in (moved.cu_seqlens, moved.sequence, moved.position)} == {"meta"}
+    assert moved.lengths.tolist() == [2, 0, 3]  # stays on the CPU
+    assert "key_bias" not in vars(moved)
+    sent = pickle.loads(pickle.dumps(layout_of([2, 0, 3])))
+    assert "key_bias" not in vars(sent)
+    assert torch.equal(sent.position, layout.position)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA device")
+def test_a_pinned_layout_arrives_as_it_was() -> None:
+    pinned = layout_of([2, 0, 3]).pin_memory()
+    assert all(tensor.is_pinned() for tensor in (pinned.cu_seqlens, pinned.sequence, pinned.position))
+    arrived, made_there = pinned.to(torch.device("cuda", 0)), SequenceLayout.of(torch.tensor([2, 0, 3]), torch.device("cuda", 0))
+    for name in ("cu_seqlens", "sequence", "position", "key_bias"):
+        assert torch.equal(getattr(arrived, name), getattr(made_there, name))
 
 
 def test_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
