@@ -28,7 +28,7 @@ from launcher.command import (
 )
 from launcher.hostfile import HOST, Host, format_hostfile, read_hostfile, select
 from launcher.supervise import Requests, adopt_orphans, control_variables, run_attempt, supervise
-from megainter.config import TrainingConfig, accumulation_steps
+from megainter.config import TrainingConfig, check_portions
 from megainter.errors import STOPPED_EARLY, MegainterError, UsageError
 from megainter.files import write_atomically
 
@@ -79,7 +79,7 @@ def launch(settings: LaunchSettings, own_words: tuple[str, ...], dry_run: bool) 
         return
     hosts = hosts_of(settings)
     job = job_of(settings, hosts, folder / "attempt-1")
-    accumulation_steps(settings.training, job.world_size)
+    check_portions(settings.training, job.world_size)
     if dry_run:
         print(describe(job, settings))
         return
@@ -217,7 +217,11 @@ def _job_of_attempt(settings: LaunchSettings, hosts: tuple[Host, ...], folder: P
     alive = _wait_for(settings, hosts, requests)
     if len(alive) == len(hosts):
         return job_of(settings, hosts, folder)
-    ranks, micro = fit_batch(settings.training.global_batch, settings.training.micro_batch, sum(host.slots for host in alive))
+    slots = sum(host.slots for host in alive)
+    if settings.training.micro_tokens is not None:  # tokens divide over any number of ranks
+        print(f"launch: going on with {len(alive)} of {len(hosts)} hosts, {slots} ranks", flush=True)
+        return job_of(settings, reduced(alive, slots), folder)
+    ranks, micro = fit_batch(settings.training.global_batch, settings.training.micro_batch, slots)
     print(f"launch: going on with {len(alive)} of {len(hosts)} hosts, {ranks} ranks, micro-batch {micro}", flush=True)
     arguments = (*settings.arguments, "--training.micro_batch", str(micro))
     return job_of(replace(settings, arguments=arguments), reduced(alive, ranks), folder)
@@ -270,7 +274,7 @@ def _submit(settings: LaunchSettings, request: slurm.SlurmRequest, own_words: tu
     check_arguments(own_words, remote=False)
     check_environment(settings.environment, remote=True)
     text = slurm.sbatch_file(request, _without_dry_run(own_words), folder, Path.cwd())
-    accumulation_steps(settings.training, request.nodes * request.processes)
+    check_portions(settings.training, request.nodes * request.processes)
     slurm.parse_sbatch(text)
     if dry_run:
         print(text)

@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -162,7 +162,9 @@ class TrainingConfig:
     global_batch: Positive = 512
     """Samples of one optimiser step over all ranks."""
     micro_batch: Positive = 64
-    """Samples of one forward on one rank."""
+    """Samples of one forward on one rank, where micro_tokens is not given."""
+    micro_tokens: Positive | None = None
+    """Real tokens, text and regions, of one forward on one rank, in place of micro_batch; the samples of a step stay the same."""
     seed: NotNegative = 42
     """Of weights, order, masks, mismatches and dropout."""
     log_every: Positive = 20
@@ -303,6 +305,7 @@ def read_settings(kind: type[Config], path: Path | None, overrides: Sequence[str
     settings = _read_toml(path) if path is not None else {}
     given = _pairs(overrides)
     _let_length_replace(settings, [key for key, _ in given])
+    _let_portion_replace(settings, [key for key, _ in given])
     for key, value in given:
         _assign(settings, key, value)
     _spell_out_compat(settings)
@@ -337,8 +340,30 @@ def section_defaults(section: str, kind: type = RunConfig) -> dict[str, Any]:
     return {field.name: field.default for field in known if isinstance(field.default, bool | int | float | str | None)}
 
 
-def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
-    """Micro-batches that each rank runs per optimiser step; a ``UsageError`` where the batch does not divide."""
+class Portioned(Protocol):
+    """Whatever says in which portions a step runs: ``TrainingConfig``, and the settings of the streams."""
+
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def micro_tokens(self) -> int | None: ...
+
+
+def check_portions(training: Portioned, world_size: int) -> None:
+    """A ``UsageError`` where ``world_size`` ranks cannot share the global batch out; what needs no data to know."""
+    if training.micro_tokens is None:
+        accumulation_steps(training, world_size)
+    elif training.global_batch < world_size:
+        raise UsageError(f"training.global_batch {training.global_batch} has no sample for each of {world_size} processes; raise it")
+
+
+def accumulation_steps(training: Portioned, world_size: int) -> int:
+    """Micro-batches of ``micro_batch`` samples that each rank runs per optimiser step; a ``UsageError`` where the batch does not divide.
+
+    With ``micro_tokens`` the data decide: ``data.portions.accumulation``.
+    """
     portion = training.micro_batch * world_size
     if training.global_batch % portion:
         raise UsageError(
@@ -396,6 +421,20 @@ def _let_length_replace(settings: dict[str, Any], keys: list[str]) -> None:
         training.pop("epochs", None)
 
 
+def _let_portion_replace(settings: dict[str, Any], keys: list[str]) -> None:
+    """A micro-batch given on the command line, in samples or in tokens, takes the place of the recipe's; two from one place contradict."""
+    training = settings.get("training")
+    if not isinstance(training, dict):
+        return
+    ways = {f"training.{name}" for name in ("micro_batch", "micro_tokens")}
+    typed = ways & set(keys)
+    if len(typed) == 1:
+        for key in ways - typed:
+            training.pop(key.removeprefix("training."), None)
+    if len(typed) == 2 or (not typed and {"micro_batch", "micro_tokens"} <= training.keys()):
+        raise UsageError("training.micro_batch counts samples and training.micro_tokens real tokens; give one of them")
+
+
 def _spell_out_compat(settings: dict[str, Any]) -> None:
     """Replace ``optimizer.compat`` by the settings it stands for, so that the run records these; what is given for itself stays."""
     optimizer, model = settings.get("optimizer"), settings.get("model")
@@ -449,7 +488,7 @@ def _check_shared(config: Any) -> None:
     training, engine = config.training, config.engine
     if (training.steps is None) == (training.epochs is None):
         raise UsageError("give exactly one of training.steps and training.epochs")
-    if training.micro_batch > training.global_batch:
+    if training.micro_tokens is None and training.micro_batch > training.global_batch:
         raise UsageError(f"training.micro_batch {training.micro_batch} exceeds training.global_batch {training.global_batch}")
     if engine.precision == "fp16" and engine.zero_stage == 0:
         raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")

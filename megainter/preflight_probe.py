@@ -110,11 +110,11 @@ def _vocabulary(config: RunConfig) -> dict[str, Any]:
 
 def _engine(config: RunConfig) -> dict[str, Any]:
     """What DeepSpeed would be given; unknown settings and contradictions are errors here."""
-    from megainter.config import accumulation_steps
+    from megainter.config import check_portions
     from megainter.training.engine import deepspeed_config
 
     ranks = int(os.environ.get("MEGAINTER_PREFLIGHT_RANKS", "1"))
-    accumulation_steps(config.training, ranks)
+    check_portions(config.training, ranks)
     return deepspeed_config(config.engine, config.optimizer, config.training, ranks)
 
 

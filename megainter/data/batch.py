@@ -14,7 +14,8 @@ from megainter.data.loader import StepLoader, make_loader
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts
 from megainter.data.negatives import HardNegatives
-from megainter.data.order import Int64s, share_out
+from megainter.data.order import Int64s
+from megainter.data.portions import accumulation, forwards, shares
 from megainter.data.sampling import Draws, Sample, Sampler, StreamSettings, drop_missing
 from megainter.data.text import TokenTable
 from megainter.errors import UsageError
@@ -67,12 +68,10 @@ class PretrainBatch:
     def pin_memory(self) -> "PretrainBatch":
         """The same batch in page-locked memory (called by the loader); lengths stay as they are, they never leave the CPU."""
         pinned = {name: getattr(self, name).pin_memory() for name in _TENSORS}
-        inputs = {name: getattr(self.inputs, name).pin_memory() for name in _INPUT_TENSORS}
-        return replace(self, inputs=replace(self.inputs, **inputs), **pinned)
+        return replace(self, inputs=self.inputs.pin_memory(), **pinned)
 
 
 _TENSORS = ("msm_positions", "msm_labels", "mrm_positions", "mrm_targets", "itm_labels")
-_INPUT_TENSORS = ("input_ids", "token_type_ids", "region_features", "region_locations")
 
 
 def collate(samples: Sequence[Sample], settings: StreamSettings, counted: bool = True) -> PretrainBatch:
@@ -169,12 +168,7 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
     ) -> None:
         self.sampler = Sampler(pairs, store, tokens, vocabulary, settings, hard_negatives, by_storage)
         self.settings, self.rank, self.world_size = settings, rank, world_size
-        self.accumulation_steps, left = divmod(settings.global_batch, settings.micro_batch * world_size)
-        if left or not self.accumulation_steps:
-            raise UsageError(
-                f"global_batch {settings.global_batch} must be a multiple of micro_batch {settings.micro_batch} x {world_size} processes "
-                f"= {settings.micro_batch * world_size}"
-            )
+        self.accumulation_steps = accumulation(settings, world_size, lambda step: self.sampler.lengths(self.draws(step)))
 
     @property
     def size(self) -> int:
@@ -183,9 +177,9 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
 
     def __getitem__(self, step: int) -> list[PretrainBatch]:
         draws = self.draws(step)
-        shares = self._shares(draws)[self.rank]
-        self.sampler.announce(draws, np.concatenate(shares))
-        return [self._batch(draws, share) for share in shares]
+        mine = self._shares(draws)[self.rank]
+        self.sampler.announce(draws, np.concatenate(mine))
+        return [self._batch(draws, share) for share in mine]
 
     def sample(self, epoch: int, n: int) -> Sample:
         """Sample ``n`` of ``epoch``, alone."""
@@ -208,7 +202,7 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
         return combined_digest([(i, self.sampler.digest(self.sampler.sample(draws, i)).hex()) for i in range(len(draws))])
 
     def _shares(self, draws: Draws) -> list[list[Int64s]]:
-        return share_out(self.sampler.lengths(draws), self.world_size, self.accumulation_steps)
+        return shares(self.settings, self.sampler.lengths(draws), self.world_size, self.accumulation_steps)
 
     def _batch(self, draws: Draws, share: Int64s) -> PretrainBatch:
         return collate(self.sampler.samples(draws, share), self.settings)
@@ -231,9 +225,9 @@ class ValidationBatches(Dataset[PretrainBatch]):
         self.count = min(count, stream.size)
         numbers = np.arange(self.count, dtype=np.int64)
         self._draws = stream.sampler.draws(np.zeros_like(numbers), numbers)
-        self._forwards = -(-self.count // (stream.world_size * stream.settings.micro_batch))
-        longest_first = np.argsort(-stream.sampler.lengths(self._draws), kind="stable")
-        self._shares = np.array_split(longest_first, self._forwards * stream.world_size)
+        lengths = stream.sampler.lengths(self._draws)
+        self._forwards = forwards(stream.settings, lengths, stream.world_size)
+        self._shares = _fixed_shares(stream, lengths, self._forwards)
 
     def __len__(self) -> int:
         return self._forwards
@@ -245,6 +239,14 @@ class ValidationBatches(Dataset[PretrainBatch]):
         filler = len(share) == 0
         samples = self.stream.sampler.samples(self._draws, self._shares[0][:1] if filler else share)
         return collate(samples, self.stream.settings, counted=not filler)
+
+
+def _fixed_shares(stream: PretrainStream, lengths: Int64s, turns: int) -> list[Int64s]:
+    """The samples of each forward of each rank, those of a turn side by side; some are empty where samples are few."""
+    if stream.settings.micro_tokens is None or len(lengths) < stream.world_size:
+        return np.array_split(np.argsort(-lengths, kind="stable"), turns * stream.world_size)
+    by_rank = shares(stream.settings, lengths, stream.world_size, turns)
+    return [by_rank[rank][turn] for turn in range(turns) for rank in range(stream.world_size)]
 
 
 def validation_batches(stream: PretrainStream, count: int) -> ValidationBatches:

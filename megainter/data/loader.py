@@ -59,7 +59,7 @@ class StepLoader(Iterator[Item]):
             self.close()
             raise StopIteration
         step = self._steps[self._next]
-        item = next(self._running[0]) if self._running else self._source[step]
+        item = next(self._running[0]) if self._running else _pinned(self._source[step])
         self._next += 1
         if isinstance(item, MegainterError):
             self.close()
@@ -76,6 +76,13 @@ class StepLoader(Iterator[Item]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _pinned(item: Any) -> Any:
+    """What the DataLoader does with what its workers made: batches in page-locked memory where CUDA is there."""
+    if not torch.cuda.is_available():
+        return item
+    return [batch.pin_memory() for batch in item] if isinstance(item, list) else item.pin_memory()
 
 
 def _close_at_exit(loader: "weakref.ref[StepLoader[Any]]") -> None:

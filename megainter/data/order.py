@@ -159,9 +159,33 @@ def share_out(lengths: Int64s, world_size: int, accumulation_steps: int) -> list
     Returns ``[rank][micro-batch]`` int64 arrays of indexes into ``lengths``: disjoint, together all of them. Counts are equal over ranks
     when G is a multiple of ``world_size * accumulation_steps``; the caller validates that.
     """
-    longest_first = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    return _dealt(np.array_split(_longest_first(lengths), accumulation_steps), world_size)
+
+
+def share_out_tokens(lengths: Int64s, world_size: int, accumulation_steps: int) -> list[list[Int64s]]:
+    """As ``share_out``, but in runs of equally many tokens instead of samples, each of at least ``world_size`` samples.
+
+    G must be at least ``world_size * accumulation_steps``. A run is off by one sample at most, except where it would have fewer samples
+    than there are ranks. With one run it is ``share_out``.
+    """
+    order = _longest_first(lengths)
+    before = np.cumsum(lengths[order]) - lengths[order]  # tokens of the samples before each
+    cuts = [0]
+    for run in range(1, accumulation_steps):
+        wanted = int(np.searchsorted(before, lengths.sum() * run / accumulation_steps))
+        most = len(order) - (accumulation_steps - run) * world_size
+        cuts.append(min(max(wanted, cuts[-1] + world_size), most))
+    return _dealt(np.split(order, cuts[1:]), world_size)
+
+
+def _longest_first(lengths: Int64s) -> Int64s:
+    return np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+
+
+def _dealt(runs: list[Int64s], world_size: int) -> list[list[Int64s]]:
+    """Each run dealt to the ranks in snake order: ``[rank][run]``."""
     shares: list[list[Int64s]] = [[] for _ in range(world_size)]
-    for run in np.array_split(longest_first, accumulation_steps):
+    for run in runs:
         places = np.arange(len(run))
         turn, place = places // world_size, places % world_size
         ranks = np.where(turn % 2 == 0, place, world_size - 1 - place)

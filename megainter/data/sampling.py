@@ -32,6 +32,7 @@ class StreamSettings:
     seed: int
     global_batch: int
     micro_batch: int
+    micro_tokens: int | None = None
     max_regions: int = 36
     masking: str = "official"
     conditional_masking: bool = False

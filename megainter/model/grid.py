@@ -18,6 +18,7 @@ from torch import nn
 from megainter.kernels import QueryRows, SequenceLayout, varlen_attention
 from megainter.model.encoder import SelfAttention, TransformerLayer, run_stream
 from megainter.model.interbert import MATCHED, InterBertForRetrieval
+from megainter.model.packing import layouts_on
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class GridLayout:
         source_N = (images.cumsum(0) - images)[image_N] + joint.position
         source_N = torch.where(in_text_N < 0, source_N, caption_starts[caption_N] + in_text_N)
         text_rows, region_rows = (in_text_N >= 0).nonzero()[:, 0], (in_text_N < 0).nonzero()[:, 0]
-        joint, text, region = (SequenceLayout.of(lengths, device) for lengths in (joint.lengths, text_S, region_S))
-        return cls(joint, text, region, source_N.to(device), text_rows.to(device), region_rows.to(device))
+        text, region = (SequenceLayout.of(lengths, torch.device("cpu")) for lengths in (text_S, region_S))
+        return cls(*layouts_on(device, (joint, text, region), (source_N, text_rows, region_rows)))
 
 
 def embed_captions(model: InterBertForRetrieval, input_ids: torch.Tensor, lengths: torch.Tensor) -> EmbeddedRows:

@@ -4,12 +4,15 @@ Shape letters: S samples, Nt text tokens of all samples, Nr regions of all sampl
 B, T, R the sizes of a padded batch, F the width of a region feature.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from megainter.errors import UsageError
 from megainter.kernels import SequenceLayout
+from megainter.transfers import sent_together
 
 
 @dataclass(frozen=True)
@@ -73,22 +76,33 @@ class PackedLayout:
 
     @classmethod
     def of(cls, inputs: PackedInputs, max_text_length: int) -> "PackedLayout":
-        """Layout of ``inputs`` on their device. UsageError when lengths and tensors disagree or a text is too long."""
-        device = inputs.input_ids.device
+        """Layout of ``inputs`` on their device, from the lengths on the CPU: index arithmetic there costs a GPU's host less than launches.
+
+        UsageError when lengths and tensors disagree or a text is too long.
+        """
         lengths_t, lengths_r = inputs.text_lengths.cpu(), inputs.region_lengths.cpu()
         _check_lengths(inputs, lengths_t, lengths_r, max_text_length)
-        text, region = SequenceLayout.of(lengths_t, device), SequenceLayout.of(lengths_r, device)
-        joint = SequenceLayout.of(lengths_t + lengths_r, device)
-        joint_starts, joint_ends = joint.cu_seqlens[:-1].long(), joint.cu_seqlens[1:].long()
-        starts_t, starts_r = text.cu_seqlens[:-1].long(), region.cu_seqlens[:-1].long()
+        host = torch.device("cpu")
+        text, region, joint = (SequenceLayout.of(lengths, host) for lengths in (lengths_t, lengths_r, lengths_t + lengths_r))
+        starts_t, starts_r, joint_starts = (layout.cu_seqlens[:-1].long() for layout in (text, region, joint))
         region_rows = joint_starts[region.sequence] + region.position
-        text_rows = (joint_ends - text.cu_seqlens.diff())[text.sequence] + text.position
-        order = torch.empty(len(text_rows) + len(region_rows), dtype=torch.int64, device=device)
-        order[torch.cat([region_rows, text_rows])] = torch.arange(len(order), device=device)
-        return cls(
-            text, region, joint, order, text_rows, region_rows,
-            starts_t if text.max_length else starts_t[:0], starts_r if region.max_length else starts_r[:0],
-        )  # fmt: skip
+        text_rows = (joint_starts + lengths_r)[text.sequence] + text.position
+        order = torch.empty(len(text_rows) + len(region_rows), dtype=torch.int64)
+        order[torch.cat([region_rows, text_rows])] = torch.arange(len(order))
+        starts_t = starts_t if text.max_length else starts_t[:0]
+        starts_r = starts_r if region.max_length else starts_r[:0]
+        rows = (order, text_rows, region_rows, starts_t, starts_r)
+        return cls(*layouts_on(inputs.input_ids.device, (text, region, joint), rows))
+
+
+def layouts_on(device: torch.device, layouts: Sequence[SequenceLayout], rows: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Layouts and index tensors that were made on the CPU, on ``device``: the host does not wait, and there is one copy for each dtype."""
+    parts = [tensor for layout in layouts for tensor in (layout.cu_seqlens, layout.sequence, layout.position)]
+    moved = sent_together([*parts, *rows], device)
+    there = (
+        replace(layout, cu_seqlens=moved[3 * i], sequence=moved[3 * i + 1], position=moved[3 * i + 2]) for i, layout in enumerate(layouts)
+    )
+    return (*there, *moved[len(parts) :])
 
 
 def _check_lengths(inputs: PackedInputs, text: torch.Tensor, region: torch.Tensor, max_text_length: int) -> None:

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from megainter.data.examples import Examples
 from megainter.data.feature_store import FeatureStore
 from megainter.data.masking import VocabularyFacts
-from megainter.data.order import Int64s, permuted, share_out
+from megainter.data.order import Int64s, permuted
+from megainter.data.portions import Portions, accumulation, shares
 from megainter.data.text import Vocabulary
 from megainter.errors import TooManyBadInputsError, UsageError
 from megainter.model.packing import PackedInputs
@@ -99,8 +100,12 @@ class LabelledBatch:
         return len(self.inputs.input_ids) + len(self.inputs.region_features)
 
     def to(self, device: torch.device | str) -> "LabelledBatch":
-        """The same batch on ``device``."""
+        """The same batch on ``device``, copied without waiting where its memory is pinned."""
         return replace(self, inputs=self.inputs.to(device), labels=self.labels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "LabelledBatch":
+        """The same batch in page-locked memory (called by the loader)."""
+        return replace(self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,25 +179,22 @@ class ClassificationStream(Dataset[list[LabelledBatch]]):
     order of its own. What the examples are does not depend on rank or world size, only who gets them does.
     """
 
-    def __init__(
-        self, examples: EncodedExamples, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.examples, self.seed, self.global_batch = examples, seed, global_batch
-        self.rank, self.world_size = rank, world_size
-        self.accumulation_steps = global_batch // (micro_batch * world_size)
+    def __init__(self, examples: EncodedExamples, portions: Portions, rank: int = 0, world_size: int = 1) -> None:
+        self.examples, self.portions, self.rank, self.world_size = examples, portions, rank, world_size
         self._lengths = examples.lengths()
+        self.accumulation_steps = accumulation(portions, world_size, lambda step: self._lengths[self.rows(step)])
 
     def __getitem__(self, step: int) -> list[LabelledBatch]:
         rows = self.rows(step)
-        shares = share_out(self._lengths[rows], self.world_size, self.accumulation_steps)[self.rank]
-        return [self.examples.batch(rows[share]) for share in shares]
+        mine = shares(self.portions, self._lengths[rows], self.world_size, self.accumulation_steps)[self.rank]
+        return [self.examples.batch(rows[share]) for share in mine]
 
     def rows(self, step: int) -> Int64s:
         """The examples of a global step, int64 [global_batch]."""
-        size = len(self.examples)
-        sequence = step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
+        size, seed = len(self.examples), self.portions.seed
+        sequence = step * self.portions.global_batch + np.arange(self.portions.global_batch, dtype=np.int64)
         epochs = sequence // size
-        parts = [permuted(self.seed, int(epoch), sequence[epochs == epoch] % size, size) for epoch in np.unique(epochs)]
+        parts = [permuted(seed, int(epoch), sequence[epochs == epoch] % size, size) for epoch in np.unique(epochs)]
         return np.concatenate(parts)
 
 

@@ -26,6 +26,7 @@ from megainter.config import (
 from megainter.data.examples import Examples, TaskFacts, has_examples, read_examples
 from megainter.data.feature_store import FeatureStore
 from megainter.data.order import Int64s
+from megainter.data.portions import Portions
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForSequenceClassification, classification_losses
@@ -145,12 +146,15 @@ def task_job(
     config: ClassificationConfig, task: OpenTask, world: engine.World, build_model: Callable[[InterBertConfig | None], Any]
 ) -> Job:  # fmt: skip
     """The job of training a model that ``build_model`` gives on an open task."""
-    training, stream = config.training, task.training
+    training = config.training
+    portions = Portions(training.seed, training.global_batch, training.micro_batch, training.micro_tokens)
+    stream = ClassificationStream(task.training, portions, world.rank, world.size)
     return Job(
         objectives=("label",),
         weights=(1.0,),
-        batches=ClassificationStream(stream, training.seed, training.global_batch, training.micro_batch, world.rank, world.size),
-        samples=len(stream),
+        batches=stream,
+        accumulation=stream.accumulation_steps,
+        samples=len(task.training),
         build_model=build_model,
         build_step=ClassificationStep,
         flops=lambda config, batch: inputs_flops(config, batch.inputs),

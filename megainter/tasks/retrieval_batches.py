@@ -20,7 +20,8 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts
 from megainter.data.negatives import negative_rows, same_text
-from megainter.data.order import Int64s, Purpose, permuted, share_out, uniform
+from megainter.data.order import Int64s, Purpose, permuted, uniform
+from megainter.data.portions import accumulation, shares
 from megainter.data.text import TokenTable
 from megainter.errors import UsageError
 from megainter.model.interbert import MATCHED, InterBertForRetrieval
@@ -39,6 +40,7 @@ class GroupSettings:
     random_images: int
     hard_captions: int
     hard_images: int
+    micro_tokens: int | None = None
 
     @property
     def group(self) -> int:
@@ -67,8 +69,12 @@ class RetrievalBatch:
         return len(self.inputs.input_ids) + len(self.inputs.region_features)
 
     def to(self, device: torch.device | str) -> "RetrievalBatch":
-        """The same batch on ``device``."""
+        """The same batch on ``device``, copied without waiting where its memory is pinned."""
         return replace(self, inputs=self.inputs.to(device))
+
+    def pin_memory(self) -> "RetrievalBatch":
+        """The same batch in page-locked memory (called by the loader)."""
+        return replace(self, inputs=self.inputs.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -103,19 +109,19 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
         self.pairs, self.store, self.tokens, self.vocabulary, self.settings = pairs, store, tokens, vocabulary, settings
         self.max_regions, self.listwise, self.neighbours = max_regions, listwise, neighbours
         self.rank, self.world_size = rank, world_size
-        self.accumulation_steps = settings.global_batch // (settings.micro_batch * world_size)
         self.region_counts = store.region_counts(pairs.image_ids).clip(max=max_regions)
         self._rows_by_image = np.argsort(pairs.image_numbers, kind="stable").astype(np.int64)
         self._captions_of = np.bincount(pairs.image_numbers, minlength=len(pairs.image_ids))
         self._first_of = np.cumsum(self._captions_of) - self._captions_of
+        self.accumulation_steps = accumulation(settings, world_size, lambda step: self.lengths(self.groups(step)))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, step: int) -> list[RetrievalBatch]:
         groups = self.groups(step)
-        shares = share_out(self.lengths(groups), self.world_size, self.accumulation_steps)[self.rank]
-        return [self._batch(groups, share) for share in shares]
+        mine = shares(self.settings, self.lengths(groups), self.world_size, self.accumulation_steps)[self.rank]
+        return [self._batch(groups, share) for share in mine]
 
     def groups(self, step: int) -> Groups:
         """All pairs of a global step, in the order of the sequence."""

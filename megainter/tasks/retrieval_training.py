@@ -113,7 +113,7 @@ def group_settings(config: RetrievalConfig) -> GroupSettings:
     """The pairs beside a caption's own, and the portions of a step."""
     data, training = config.data, config.training
     numbers = (data.random_captions, data.random_images, data.hard_captions, data.hard_images)
-    return GroupSettings(training.seed, training.global_batch, training.micro_batch, *numbers)
+    return GroupSettings(training.seed, training.global_batch, training.micro_batch, *numbers, training.micro_tokens)
 
 
 def open_job(config: RetrievalConfig, world: engine.World) -> Job:
@@ -133,6 +133,7 @@ def open_job(config: RetrievalConfig, world: engine.World) -> Job:
         objectives=(data.objective,),
         weights=(1.0,),
         batches=stream,
+        accumulation=stream.accumulation_steps,
         samples=len(pairs),
         build_model=lambda saved: start.build(InterBertForRetrieval, saved),
         build_step=RetrievalStep,

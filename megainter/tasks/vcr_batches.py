@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from megainter.data.order import Int64s, permuted, share_out
+from megainter.data.order import Int64s, permuted
+from megainter.data.portions import Portions, accumulation, shares
 from megainter.data.questions import CHOICES, Question, Questions
-from megainter.errors import UsageError
 from megainter.model.interbert import InterBertForMultipleChoice
 from megainter.model.packing import PackedInputs
 from megainter.tasks.vcr_examples import (
@@ -29,6 +29,7 @@ from megainter.tasks.vcr_examples import (
     choice_texts,
     image_regions,
 )
+from megainter.transfers import Constants
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,6 @@ def _named_rows(text: Text, image: ImageRegions, start: int) -> Int64s:
     return np.where(rows < 0, -1, start + rows)
 
 
-@dataclass(frozen=True)
-class Portions:
-    """The order and the portions of a run, in questions."""
-
-    seed: int
-    global_batch: int
-    micro_batch: int
-
-
 class ChoiceStream(Dataset[list[ChoiceBatch]]):
     """``stream[step]``: the micro-batches of this rank at that global step (from 0). Endless, a pure function of its arguments.
 
@@ -162,12 +154,7 @@ class ChoiceStream(Dataset[list[ChoiceBatch]]):
 
     def __init__(self, examples: Examples, portions: Portions, rank: int = 0, world_size: int = 1) -> None:
         self.examples, self.portions, self.rank, self.world_size = examples, portions, rank, world_size
-        self.accumulation_steps, left = divmod(portions.global_batch, portions.micro_batch * world_size)
-        if left or not self.accumulation_steps:
-            raise UsageError(
-                f"global_batch {portions.global_batch} must be a multiple of micro_batch {portions.micro_batch} x {world_size} processes "
-                f"= {portions.micro_batch * world_size}"
-            )
+        self.accumulation_steps = accumulation(portions, world_size, lambda step: examples.tokens(self._examples(step)))
 
     @property
     def size(self) -> int:
@@ -175,9 +162,12 @@ class ChoiceStream(Dataset[list[ChoiceBatch]]):
         return len(self.examples.questions) * len(self.examples.kinds)
 
     def __getitem__(self, step: int) -> list[ChoiceBatch]:
-        examples = [self.examples.of(item) for item in self.items(step)]
-        shares = share_out(self.examples.tokens(examples), self.world_size, self.accumulation_steps)[self.rank]
-        return [self.examples.collate([examples[int(i)] for i in share]) for share in shares]
+        examples = self._examples(step)
+        mine = shares(self.portions, self.examples.tokens(examples), self.world_size, self.accumulation_steps)[self.rank]
+        return [self.examples.collate([examples[int(i)] for i in share]) for share in mine]
+
+    def _examples(self, step: int) -> list[Example]:
+        return [self.examples.of(item) for item in self.items(step)]
 
     def items(self, step: int) -> list[Item]:
         """All samples of a global step, in the order of the sequence."""
@@ -198,7 +188,7 @@ class ChoiceStep(nn.Module):
     def __init__(self, model: InterBertForMultipleChoice, weights: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        self.weights = tuple(weights)
+        self._weights_K = Constants(weights)
 
     def forward(self, batch: ChoiceBatch, counts: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         """Loss share (scalar, fp32) and ``tallies`` [2, K]: sums of the four-way cross-entropy, and right choices, of each objective.
@@ -211,9 +201,8 @@ class ChoiceStep(nn.Module):
         # By product with the kinds' table: no waiting for a GPU, and a fixed order of summation.
         table_KQ = F.one_hot(batch.kinds, batch.objectives).T.float() * float(batch.counted)
         sums_K = table_KQ @ F.cross_entropy(logits_Q4, batch.labels, reduction="none")
-        weights_K = torch.tensor(self.weights, device=sums_K.device)
         right_K = table_KQ @ (logits_Q4.detach().argmax(-1) == batch.labels).float()
-        return (weights_K * sums_K / counts).sum(), torch.stack([sums_K.detach(), right_K])
+        return (self._weights_K.on(sums_K.device) * sums_K / counts).sum(), torch.stack([sums_K.detach(), right_K])
 
 
 def choice_logits(model: InterBertForMultipleChoice, inputs: PackedInputs) -> Tensor:

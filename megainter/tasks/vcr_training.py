@@ -22,11 +22,12 @@ from megainter.config import (
     StartConfig,
     TrainingConfig,
 )
+from megainter.data.portions import Portions
 from megainter.data.questions import Questions
 from megainter.errors import UsageError
 from megainter.model.interbert import InterBertForMultipleChoice
 from megainter.tasks.finetuning import Start, finetune_job, inputs_flops, open_start
-from megainter.tasks.vcr_batches import ChoiceStep, ChoiceStream, Examples, Portions, all_items
+from megainter.tasks.vcr_batches import ChoiceStep, ChoiceStream, Examples, all_items
 from megainter.tasks.vcr_examples import (
     FACTS,
     KINDS,
@@ -147,7 +148,7 @@ def open_job(config: VcrConfig, world: engine.World) -> Job:
     questions, digest = open_questions(data.questions, data.split, stores, data.max_missing)
     require_labels(questions, kinds, data.questions)
     examples = _examples(config, start, questions, stores)
-    portions = Portions(config.training.seed, config.training.global_batch, config.training.micro_batch)
+    portions = Portions(config.training.seed, config.training.global_batch, config.training.micro_batch, config.training.micro_tokens)
     stream = ChoiceStream(examples, portions, world.rank, world.size)
     held_out = _held_out(config, start, stores)
     weights = (config.training.answer_weight, config.training.rationale_weight) if data.mode == "joint" else (1.0,)
@@ -155,6 +156,7 @@ def open_job(config: VcrConfig, world: engine.World) -> Job:
         objectives=tuple(KINDS[kind] for kind in kinds),
         weights=weights,
         batches=stream,
+        accumulation=stream.accumulation_steps,
         samples=stream.size,
         build_model=lambda saved: start.build(InterBertForMultipleChoice, saved, fresh="choice_head."),
         build_step=lambda model: ChoiceStep(model, weights),

@@ -100,14 +100,17 @@ def _device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run: our settings, and over them the user's file, in which what we own is refused."""
+def deepspeed_config(
+    engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world_size: int, accumulation: int | None = None
+) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run: our settings, and over them the user's file, in which what we own is refused.
+
+    ``accumulation``: micro-batches of a step on each rank; None: what ``training`` says by itself.
+    """
     given = read_json(engine.deepspeed) if engine.deepspeed is not None else {}
     half = engine.precision != "fp32" and engine.zero_stage > 0
     settings: dict[str, Any] = {
-        "train_batch_size": training.global_batch,
-        "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": accumulation_steps(training, world_size),
+        **_portions(training, world_size, accumulation),
         "gradient_clipping": optimizer.clip_norm if optimizer.clip == "global" else 0.0,
         "steps_per_print": 10**9,
         "communication_data_type": "fp32",
@@ -126,6 +129,21 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, training:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     _refuse(given, settings, engine)
     return _merged(settings, given)
+
+
+def _portions(training: TrainingConfig, world_size: int, accumulation: int | None) -> dict[str, int]:
+    """DeepSpeed's three numbers; it wants the first to be the product of the others and the ranks, and does nothing with the samples.
+
+    Micro-batches of so many tokens have no fixed number of samples: they are told as one each.
+    """
+    portion = training.micro_batch if training.micro_tokens is None else 1
+    if accumulation is None:
+        accumulation = accumulation_steps(training, world_size) if training.micro_tokens is None else 1
+    return {
+        "train_batch_size": portion * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": portion,
+        "gradient_accumulation_steps": accumulation,
+    }
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -156,11 +174,17 @@ def _refuse(given: dict[str, Any], settings: dict[str, Any], engine: EngineConfi
             raise UsageError(f"{engine.deepspeed} and engine.precision {engine.precision} disagree about {precision}; make them agree")
 
 
-def build_engine(module: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world: World) -> Any:
-    """The DeepSpeed engine over ``module`` with our optimiser: its moments present and zero, the moving average at the weights."""
+def build_engine(
+    module: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world: World,
+    accumulation: int | None = None,
+) -> Any:  # fmt: skip
+    """The DeepSpeed engine over ``module`` with our optimiser: its moments present and zero, the moving average at the weights.
+
+    ``accumulation`` as for ``deepspeed_config``.
+    """
     if engine.precision == "fp16" and world.device.type == "cpu":
         raise UsageError("engine.precision fp16 needs a CUDA device; use bf16 or fp32 on CPU")
-    config = deepspeed_config(engine, optimizer, training, world.size)
+    config = deepspeed_config(engine, optimizer, training, world.size, accumulation)
     on_cpu = engine.offload_optimizer or world.device.type == "cpu"
     ours = _build_optimizer(module, engine, optimizer, torch.device("cpu") if on_cpu else world.device)
     _admit(type(ours))

@@ -50,6 +50,9 @@ class Batch(Protocol):
     def to(self, device: torch.device | str) -> Any:
         """The same batch on ``device``."""
 
+    def pin_memory(self) -> Any:
+        """The same batch in page-locked memory, for a copy that the host does not wait for."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -67,6 +70,7 @@ class Job:
     objectives: tuple[str, ...]
     weights: tuple[float, ...]
     batches: Dataset[list[Any]]
+    accumulation: int  # micro-batches of a step
     samples: int  # of one epoch
     build_model: Callable[[InterBertConfig | None], PreTrainedModel]
     build_step: Callable[[Any], nn.Module]  # of the model

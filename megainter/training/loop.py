@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megainter import kernels
-from megainter.config import accumulation_steps
+from megainter.config import check_portions
 from megainter.data.loader import make_loader
 from megainter.errors import NoSpaceError, NumericsError, StoppedEarly
 from megainter.model.configuration import InterBertConfig
 from megainter.training import checkpoint, engine
+from megainter.training.arrival import Arrivals, StopVote
 from megainter.training.collective import on_first_rank, summed
 from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
@@ -25,6 +26,7 @@ from megainter.training.optimizer import describe, learning_rate
 from megainter.training.process import StopRequest, folder_lock
 from megainter.training.profile import StepProfile
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
+from megainter.transfers import read, sent
 
 log = logging.getLogger("megainter")
 PREFIX = "model."  # of parameter names inside the step module
@@ -46,15 +48,15 @@ def train(config: RunSettings, open_job: Callable[[engine.World], Job]) -> Path:
         if first:
             stack.enter_context(removed_where_nothing_began(config.output))
         start_log(config.output if first else None)
-        accumulation = accumulation_steps(config.training, world.size)
+        check_portions(config.training, world.size)
         on_first_rank(lambda: _lock(stack, config.output))
         job = open_job(world)
-        ds_config = engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size)
+        ds_config = engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size, job.accumulation)
         on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests)))
         total_steps = steps_of(config, job.samples)
         saved = on_first_rank(lambda: checkpoint.newest(config.output / "checkpoints", log.warning))
         model = _model(config, job, saved)
-        trained = engine.build_engine(job.build_step(model), config.engine, config.optimizer, config.training, world)
+        trained = engine.build_engine(job.build_step(model), config.engine, config.optimizer, config.training, world, job.accumulation)
         start = _resume(trained, saved)
         _describe(config, job, model, world, start, total_steps)
         log.info("%s", describe(config.optimizer, engine.inner_optimizer(trained).param_groups))
@@ -63,7 +65,8 @@ def train(config: RunSettings, open_job: Callable[[engine.World], Job]) -> Path:
         peak = peak_flops(world.device, config.engine.precision)
         kinds = len(job.objectives)
         meter, (tallies, counts) = Throughput(), _interval(saved, world, kinds)
-        pulse = Heartbeat(start, total_steps, accumulation)
+        arrivals, vote = Arrivals(world.device), StopVote(world.device)
+        pulse = Heartbeat(start, total_steps, job.accumulation)
         profile = StepProfile(config.training.profile_steps, trained.module, config.output, world)
         if warning := profile.warn_if_short(total_steps - start):
             log.warning("%s", warning)
@@ -73,15 +76,16 @@ def train(config: RunSettings, open_job: Callable[[engine.World], Job]) -> Path:
             waiting = time.perf_counter()
             batches = next(steps)
             meter.waited += time.perf_counter() - waiting
-            agreed = summed(torch.cat([counted(batches), torch.tensor([float(stop.signal_name is not None)])]).to(world.device))
-            if agreed[kinds] > 0:
+            wish = torch.tensor([float(stop.signal_name is not None)])
+            agreed = summed(sent(torch.cat([counted(batches), wish]), world.device))
+            if vote.passed(agreed[kinds]):
                 break
             clamped = agreed[:kinds].clamp(min=1)
             engine.set_learning_rate(trained, learning_rate(config.optimizer, step, total_steps))
-            for micro, batch in enumerate(batches):
+            for micro, (batch, here) in enumerate(arrivals.each(batches)):
                 torch.manual_seed(_dropout_seed(config.training.seed, step, micro, world.rank))
-                loss, parts = trained(batch.to(world.device), clamped)
-                trained.backward(loss * (world.size * accumulation))
+                loss, parts = trained(here, clamped)
+                trained.backward(loss * (world.size * job.accumulation))
                 trained.step()
                 tallies += parts
                 meter.tokens += batch.tokens()
@@ -95,7 +99,7 @@ def train(config: RunSettings, open_job: Callable[[engine.World], Job]) -> Path:
             meter.steps += 1
             due = finished % config.training.log_every == 0 or finished == total_steps
             if due:
-                _report(job, trained, metrics, meter, summarise(job, summed(tallies), counts), finished, total_steps, world, peak)
+                _report(job, trained, metrics, meter, tallies, counts, finished, total_steps, world, peak)
                 tallies, counts = torch.zeros_like(tallies), torch.zeros_like(counts)
                 meter.reset()
             pulse.step(finished, reported=due)
@@ -153,11 +157,17 @@ def _model(config: RunSettings, job: Job, saved: checkpoint.Checkpoint | None) -
     model = job.build_model(InterBertConfig.from_json_file(saved.folder / "config.json") if saved is not None else None)
     model.config.architectures = [type(model).__name__]
     if job.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        _recompute_activations(model)
     if saved is not None:
         load_weights(model, saved)
     trainable: PreTrainedModel = model.float().train()
     return trainable
+
+
+def _recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing, by the name that the installed transformers has for it: it was renamed within version 5."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def load_weights(model: PreTrainedModel, saved: checkpoint.Checkpoint) -> None:
@@ -245,13 +255,13 @@ def _keep_best(config: RunSettings, job: Job, trained: Any, finished: int, world
 
 
 def _report(
-    job: Job, trained: Any, metrics: MetricsLog | None, meter: Throughput, values: dict[str, float], finished: int, total: int,
+    job: Job, trained: Any, metrics: MetricsLog | None, meter: Throughput, tallies: Tensor, counts: Tensor, finished: int, total: int,
     world: engine.World, peak: float | None,
 ) -> None:  # fmt: skip
-    """One line, one record; collective, as throughput is summed over ranks."""
-    work = summed(
-        torch.tensor([meter.samples, meter.tokens, meter.flops, meter.waited / world.size], dtype=torch.float64, device=world.device)
-    )
+    """One line, one record; collective, as tallies and throughput are summed over ranks. Here a run waits for its device."""
+    work = torch.tensor([meter.samples, meter.tokens, meter.flops, meter.waited / world.size], dtype=torch.float64)
+    tallies, counts, work = read(summed(tallies), counts, summed(sent(work, world.device)))
+    values = summarise(job, tallies, counts)
     meter.samples, meter.tokens, meter.flops, meter.waited = int(work[0]), int(work[1]), int(work[2]), float(work[3])
     rates = meter.rates(world.size, peak)
     rate, norm, scale = engine.current_learning_rate(trained), engine.gradient_norm(trained), engine.loss_scale(trained)
@@ -272,12 +282,21 @@ def _report(
         )
 
 
+def _portion_told(config: RunSettings, job: Job, world: engine.World) -> str:
+    """What a micro-batch is where tokens count: its number in a step follows from the data."""
+    training = config.training
+    if training.micro_tokens is None:
+        return ""
+    samples = training.global_batch / (job.accumulation * world.size)
+    return f", {job.accumulation} micro-batch(es) of about {samples:.0f} samples and at most {training.micro_tokens:,} tokens on each rank"
+
+
 def _describe(config: RunSettings, job: Job, model: PreTrainedModel, world: engine.World, start: int, total: int) -> None:
     """The start-up lines: what is trained on what, and which form of each kernel runs and why."""
     log.info("%d process(es) on %s, %s, ZeRO stage %d", world.size, world.device.type, config.engine.precision, config.engine.zero_stage)
     for line in job.started:
         log.info("%s", line)
-    log.info("steps %d to %d of %d samples", start, total, config.training.global_batch)
+    log.info("steps %d to %d of %d samples%s", start, total, config.training.global_batch, _portion_told(config, job, world))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
     for choice in kernels.choices(world.device, dtype, model.config.attention_probs_dropout_prob):
         log.info("kernel %s", choice)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megainter import kernels
 from megainter.data.batch import PretrainBatch
 from megainter.model.interbert import InterBertForPreTraining, PackedLosses
+from megainter.transfers import Constants
 
 OBJECTIVES = ("msm", "mrm", "itm")
 
@@ -32,7 +33,7 @@ class PretrainingStep(nn.Module):
     def __init__(self, model: InterBertForPreTraining, weights: ObjectiveWeights) -> None:
         super().__init__()
         self.model = model
-        self.weights = weights
+        self._weights = Constants((weights.msm, weights.mrm, weights.itm))
 
     def forward(self, batch: PretrainBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Loss share (scalar, fp32) and ``tallies`` [2, 3] fp32: loss sums and correct predictions of the three objectives.
@@ -45,8 +46,7 @@ class PretrainingStep(nn.Module):
         sums = torch.stack([made.msm_sum, region_sum, kernels.cross_entropy_sum(made.itm_logits, batch.itm_labels)])
         if not batch.counted:
             sums = sums * 0.0
-        weights = torch.tensor([self.weights.msm, self.weights.mrm, self.weights.itm], device=sums.device)
-        loss = (weights * sums / counts).sum()
+        loss = (self._weights.on(sums.device) * sums / counts).sum()
         return loss, torch.stack([sums.detach(), self._correct(made, batch) * float(batch.counted)])
 
     def _region_sum(self, logits: Tensor, targets: Tensor) -> Tensor:

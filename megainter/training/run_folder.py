@@ -26,7 +26,7 @@ log = logging.getLogger("megainter")
 FREE_SECTIONS = ("validation", "engine", "checkpoint", "tensorboard", "output")
 FREE_KEYS = {
     "data": ("workers",),
-    "training": ("micro_batch", "log_every", "steps", "epochs", "profile_steps"),
+    "training": ("micro_batch", "micro_tokens", "log_every", "steps", "epochs", "profile_steps"),
     "model": ("gradient_checkpointing",),
 }
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "lmdb", "numpy")

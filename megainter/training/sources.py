@@ -164,6 +164,7 @@ def _stream(
         seed=training.seed,
         global_batch=training.global_batch,
         micro_batch=training.micro_batch,
+        micro_tokens=training.micro_tokens,
         max_regions=data.max_regions,
         masking=data.masking,
         conditional_masking=data.conditional_masking,

@@ -460,9 +460,9 @@ def test_captions_without_images_are_counted(data: Data, tmp_path: Path) -> None
 
 
 def test_settings_that_do_not_fit_are_one_line(data: Data, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"global_batch 24 must be a multiple of micro_batch 2 x 5 processes = 10"):
+    with pytest.raises(UsageError, match=r"global_batch 24 is not a multiple of training.micro_batch 2 x 5 processes = 10"):
         data.stream(rank=0, world_size=5)
-    with pytest.raises(UsageError, match="global_batch 24 must be"):
+    with pytest.raises(UsageError, match="global_batch 24 is not a multiple"):
         data.stream(replace(SETTINGS, micro_batch=48))
     with pytest.raises(UsageError, match="unknown"):
         data.stream(replace(SETTINGS, masking="papers"))

