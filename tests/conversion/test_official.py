@@ -46,7 +46,6 @@ def assert_same_model(folder: Path, expected: InterBertForPreTraining) -> None:
         assert torch.equal(loaded.get_parameter(name), parameter), name
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the original implementation's numbers are not beside this checkout")
 def test_golden_weights_pass_through_and_come_back(tmp_path: Path) -> None:
     with np.load(GOLDEN) as file:
         golden = {name: file[name] for name in file.files}
