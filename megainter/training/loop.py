@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,85 +44,112 @@ def train(config: RunSettings, open_job: Callable[[engine.World], Job]) -> Path:
     """
     stop = StopRequest()
     with ExitStack() as stack:
-        world = stack.enter_context(engine.distributed())
-        first = world.rank == 0
-        if first:
-            stack.enter_context(removed_where_nothing_began(config.output))
-        start_log(config.output if first else None)
-        check_portions(config.training, world.size)
-        on_first_rank(lambda: _lock(stack, config.output))
-        job = open_job(world)
-        ds_config = engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size, job.accumulation)
-        on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests)))
-        total_steps = steps_of(config, job.samples)
-        saved = on_first_rank(lambda: checkpoint.newest(config.output / "checkpoints", log.warning))
-        model = _model(config, job, saved)
-        trained = engine.build_engine(job.build_step(model), config.engine, config.optimizer, config.training, world, job.accumulation)
-        start = _resume(trained, saved)
-        _describe(config, job, model, world, start, total_steps)
-        log.info("%s", describe(config.optimizer, engine.inner_optimizer(trained).param_groups))
-        metrics = MetricsLog(config.output, start, config.tensorboard) if first else None
-        steps = stack.enter_context(make_loader(job.batches, start, total_steps, workers=job.workers))
-        peak = peak_flops(world.device, config.engine.precision)
-        kinds = len(job.objectives)
-        meter, (tallies, counts) = Throughput(), _interval(saved, world, kinds)
+        run = _open(stack, config, open_job)
+        job, trained, world = run.job, run.trained, run.world
+        steps = stack.enter_context(make_loader(job.batches, run.start, run.total_steps, workers=job.workers))
         arrivals, vote = Arrivals(world.device), StopVote(world.device)
-        pulse = Heartbeat(start, total_steps, job.accumulation)
+        meter, (tallies, counts) = Throughput(), _interval(run)
+        pulse = Heartbeat(run.start, run.total_steps, job.accumulation)
         profile = StepProfile(config.training.profile_steps, trained.module, config.output, world)
-        if warning := profile.warn_if_short(total_steps - start):
+        if warning := profile.warn_if_short(run.total_steps - run.start):
             log.warning("%s", warning)
-        failed_saves = 0
-        finished = start
-        for step in range(start, total_steps):
+        failed_saves, finished = 0, run.start
+        for step in range(run.start, run.total_steps):
+            # The step's micro-batches, made ahead by the loader.
             waiting = time.perf_counter()
             batches = next(steps)
             meter.waited += time.perf_counter() - waiting
+
+            # What all ranks together score, and whether one of them was asked to stop: one sum, which no host waits for on a GPU.
             wish = torch.tensor([float(stop.signal_name is not None)])
             agreed = summed(sent(torch.cat([counted(batches), wish]), world.device))
-            if vote.passed(agreed[kinds]):
+            scored = agreed[:-1]
+            divisors = scored.clamp(min=1)
+            if vote.passed(agreed[-1]):
                 break
-            clamped = agreed[:kinds].clamp(min=1)
-            engine.set_learning_rate(trained, learning_rate(config.optimizer, step, total_steps))
+
+            # One update.
+            engine.set_learning_rate(trained, learning_rate(config.optimizer, step, run.total_steps))
             for micro, (batch, here) in enumerate(arrivals.each(batches)):
                 torch.manual_seed(_dropout_seed(config.training.seed, step, micro, world.rank))
-                loss, parts = trained(here, clamped)
-                trained.backward(loss * (world.size * job.accumulation))
+                loss, parts = trained(here, divisors)
+                trained.backward(loss * (world.size * job.accumulation))  # the engine divides by both
                 trained.step()
                 tallies += parts
-                meter.tokens += batch.tokens()
-                meter.samples += len(batch.inputs)
-                meter.flops += 3 * job.flops(model.config, batch)
+                meter.add(batch.tokens(), len(batch.inputs), 3 * job.flops(trained.module.model.config, batch))
                 pulse.micro_batch(step, micro + 1)
             engine.average_weights(trained, config.training.ema_decay)
             profile.step()
-            counts += agreed[:kinds]
+            counts += scored
             finished = step + 1
             meter.steps += 1
-            due = finished % config.training.log_every == 0 or finished == total_steps
+
+            # Once in a while: report, validate, save. Here the host waits for the device.
+            due = finished % config.training.log_every == 0 or finished == run.total_steps
             if due:
-                _report(job, trained, metrics, meter, tallies, counts, finished, total_steps, world, peak)
+                _report(run, meter, tallies, counts, finished)
                 tallies, counts = torch.zeros_like(tallies), torch.zeros_like(counts)
                 meter.reset()
             pulse.step(finished, reported=due)
-            if job.validate is not None and _due(job.validate_every, finished, total_steps):
-                values = _validate(config, job, trained, world, metrics, finished)
-                _keep_best(config, job, trained, finished, world, values)
+            if job.validate is not None and _due(job.validate_every, finished, run.total_steps):
+                _keep_best(run, finished, _validate(run, finished))
                 meter.reset()
-            if finished % config.checkpoint.every_steps == 0 and finished < total_steps:
-                failed_saves = 0 if _save(config, job, trained, finished, world, summed(tallies), counts) else failed_saves + 1
+            if finished % config.checkpoint.every_steps == 0 and finished < run.total_steps:
+                failed_saves = 0 if _save(run, finished, summed(tallies), counts) else failed_saves + 1
                 if failed_saves >= FAILED_SAVES:
                     raise NoSpaceError(
                         f"{failed_saves} checkpoints in a row could not be written to {config.output}; free space and run the same command"
                     )
                 meter.reset()
-        if finished > start and not _save(config, job, trained, finished, world, summed(tallies), counts):
+
+        if finished > run.start and not _save(run, finished, summed(tallies), counts):
             raise NoSpaceError(f"the last checkpoint could not be written to {config.output}; free space and run the same command")
-        if metrics is not None:
-            metrics.close()
-        if finished < total_steps:
-            raise StoppedEarly(f"stopped at step {finished:,} of {total_steps:,} on request; run the same command to go on")
+        if run.metrics is not None:
+            run.metrics.close()
+        if finished < run.total_steps:
+            raise StoppedEarly(f"stopped at step {finished:,} of {run.total_steps:,} on request; run the same command to go on")
         log.info("finished: %s", config.output / "checkpoints" / checkpoint.step_name(finished))
     return config.output / "checkpoints" / checkpoint.step_name(finished)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is open: what its reports, validations and checkpoints need. ``metrics`` is None on all ranks but the first."""
+
+    config: RunSettings
+    job: Job
+    world: engine.World
+    trained: Any  # the DeepSpeed engine over the job's step module
+    metrics: MetricsLog | None
+    saved: checkpoint.Checkpoint | None  # where it goes on from
+    start: int  # finished steps
+    total_steps: int
+    peak: float | None  # FLOP/s of one device, where known
+
+
+def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[engine.World], Job]) -> Run:
+    """Join the group, take the run folder, open the data, build the model and go on where the newest checkpoint stands. Collective."""
+    world = stack.enter_context(engine.distributed())
+    first = world.rank == 0
+    if first:
+        stack.enter_context(removed_where_nothing_began(config.output))
+    start_log(config.output if first else None)
+
+    check_portions(config.training, world.size)
+    on_first_rank(lambda: _lock(stack, config.output))
+    job = open_job(world)
+    ds_config = engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size, job.accumulation)
+    on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests)))
+    total_steps = steps_of(config, job.samples)
+
+    saved = on_first_rank(lambda: checkpoint.newest(config.output / "checkpoints", log.warning))
+    model = _model(config, job, saved)
+    trained = engine.build_engine(job.build_step(model), config.engine, config.optimizer, config.training, world, job.accumulation)
+    start = _resume(trained, saved)
+    _describe(config, job, model, world, start, total_steps)
+    log.info("%s", describe(config.optimizer, engine.inner_optimizer(trained).param_groups))
+    metrics = MetricsLog(config.output, start, config.tensorboard) if first else None
+    return Run(config, job, world, trained, metrics, saved, start, total_steps, peak_flops(world.device, config.engine.precision))
 
 
 def steps_of(config: RunSettings, samples: int) -> int:
@@ -188,21 +216,22 @@ def _resume(trained: Any, saved: checkpoint.Checkpoint | None) -> int:
     return saved.step
 
 
-def _interval(saved: checkpoint.Checkpoint | None, world: engine.World, kinds: int) -> tuple[Tensor, Tensor]:
+def _interval(run: Run) -> tuple[Tensor, Tensor]:
     """Tallies [2, K] (this rank's) and counts [K] since the last record of the metrics, as the checkpoint has them."""
+    kinds = len(run.job.objectives)
     tallies, counts = torch.zeros(2, kinds), torch.zeros(kinds)
-    since = saved.state.get("since_record") if saved is not None else None
+    since = run.saved.state.get("since_record") if run.saved is not None else None
     if since is not None:
         counts = torch.tensor(since["counts"])
-        tallies = torch.tensor(since["tallies"]) if world.rank == 0 else tallies
-    return tallies.to(world.device), counts.to(world.device)
+        tallies = torch.tensor(since["tallies"]) if run.world.rank == 0 else tallies
+    return tallies.to(run.world.device), counts.to(run.world.device)
 
 
-def _save(config: RunSettings, job: Job, trained: Any, finished: int, world: engine.World, tallies: Tensor, counts: Tensor) -> bool:
+def _save(run: Run, finished: int, tallies: Tensor, counts: Tensor) -> bool:
     """Publish a checkpoint on all ranks; False (and a loud line) where it could not be written."""
     began = time.perf_counter()
     since = {"since_record": {"tallies": tallies.tolist(), "counts": counts.tolist()}}
-    failure = _publish(config, job, trained, finished, world, config.output / "checkpoints", config.checkpoint.keep, since)
+    failure = _publish(run, finished, run.config.output / "checkpoints", run.config.checkpoint.keep, since)
     if failure is not None:
         log.error("checkpoint of step %d NOT written: %s; older checkpoints stand, training goes on", finished, failure)
         return False
@@ -210,70 +239,67 @@ def _save(config: RunSettings, job: Job, trained: Any, finished: int, world: eng
     return True
 
 
-def _publish(
-    config: RunSettings, job: Job, trained: Any, finished: int, world: engine.World, root: Path, keep: int, more: dict[str, Any]
-) -> str | None:
+def _publish(run: Run, finished: int, root: Path, keep: int, more: dict[str, Any]) -> str | None:
     """Write a checkpoint into ``root``; None, or what went wrong. Collective."""
-    state = {"step": finished, "updates": engine.update_count(trained), "samples": finished * config.training.global_batch,
+    job, trained = run.job, run.trained
+    state = {"step": finished, "updates": engine.update_count(trained), "samples": finished * run.config.training.global_batch,
              "loss_scale": engine.loss_scale(trained), "digests": dict(job.digests), "lowercase": job.lowercase, **more}  # fmt: skip
     configuration = trained.module.model.config.to_json_string(use_diff=False).encode()
     files = {"config.json": configuration, "vocab.txt": job.vocabulary, **job.files}
-    return checkpoint.publish(root, state, engine.owned_state(trained, world), files, keep)
+    return checkpoint.publish(root, state, engine.owned_state(trained, run.world), files, keep)
 
 
 @torch.no_grad()
-def _validate(
-    config: RunSettings, job: Job, trained: Any, world: engine.World, metrics: MetricsLog | None, finished: int
-) -> dict[str, float]:
+def _validate(run: Run, finished: int) -> dict[str, float]:
     """The job's validation figures, of the averaged weights where the best checkpoint is chosen by them and there is an average."""
-    assert job.validate is not None
-    trained.eval()
-    averaged = config.training.ema_decay > 0 and job.best is not None
-    with engine.averaged_weights(trained, world, averaged):
-        values = job.validate(trained, world)
-    trained.train()
-    if metrics is not None:
-        metrics.write("validation", finished, values)
+    assert run.job.validate is not None
+    run.trained.eval()
+    averaged = run.config.training.ema_decay > 0 and run.job.best is not None
+    with engine.averaged_weights(run.trained, run.world, averaged):
+        values = run.job.validate(run.trained, run.world)
+    run.trained.train()
+    if run.metrics is not None:
+        run.metrics.write("validation", finished, values)
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
     log.info("validation at step %d%s: %s", finished, " (averaged weights)" if averaged else "", parts)
     return values
 
 
-def _keep_best(config: RunSettings, job: Job, trained: Any, finished: int, world: engine.World, values: dict[str, float]) -> None:
+def _keep_best(run: Run, finished: int, values: dict[str, float]) -> None:
     """Publish the checkpoint as the best one where its figure is above that of every earlier validation."""
-    if job.best is None:
+    figure = run.job.best
+    if figure is None:
         return
-    root = config.output / BEST
+    root = run.config.output / BEST
     known = on_first_rank(lambda: checkpoint.newest(root, log.warning))
-    if known is not None and known.step < finished and known.state["validation"][job.best] >= values[job.best]:
+    if known is not None and known.step < finished and known.state["validation"][figure] >= values[figure]:
         return
-    failure = _publish(config, job, trained, finished, world, root, 1, {"validation": values})
+    failure = _publish(run, finished, root, 1, {"validation": values})
     if failure is not None:
         log.error("the best checkpoint so far, step %d, NOT written: %s; training goes on", finished, failure)
     else:
-        log.info("best %s so far: %.4f, kept in %s", job.best.replace("_", " "), values[job.best], root)
+        log.info("best %s so far: %.4f, kept in %s", figure.replace("_", " "), values[figure], root)
 
 
-def _report(
-    job: Job, trained: Any, metrics: MetricsLog | None, meter: Throughput, tallies: Tensor, counts: Tensor, finished: int, total: int,
-    world: engine.World, peak: float | None,
-) -> None:  # fmt: skip
-    """One line, one record; collective, as tallies and throughput are summed over ranks. Here a run waits for its device."""
+def _report(run: Run, meter: Throughput, tallies: Tensor, counts: Tensor, finished: int) -> None:
+    """One line, one record; collective, as tallies and throughput are summed over ranks. The device is waited for once."""
+    world, trained = run.world, run.trained
     work = torch.tensor([meter.samples, meter.tokens, meter.flops, meter.waited / world.size], dtype=torch.float64)
     tallies, counts, work = read(summed(tallies), counts, summed(sent(work, world.device)))
-    values = summarise(job, tallies, counts)
+    values = summarise(run.job, tallies, counts)
     meter.samples, meter.tokens, meter.flops, meter.waited = int(work[0]), int(work[1]), int(work[2]), float(work[3])
-    rates = meter.rates(world.size, peak)
+    rates = meter.rates(world.size, run.peak)
     rate, norm, scale = engine.current_learning_rate(trained), engine.gradient_norm(trained), engine.loss_scale(trained)
     values = values | {"learning_rate": rate, "gradient_norm": norm, "loss_scale": scale} | rates
-    if metrics is not None:
-        metrics.write("train", finished, values)
-    left = (total - finished) * values["step_seconds"]
+    if run.metrics is not None:
+        run.metrics.write("train", finished, values)
+
+    left = (run.total_steps - finished) * values["step_seconds"]
     utilisation = f", MFU {values['model_flop_utilisation']:.1%}" if "model_flop_utilisation" in values else ""
-    losses = " ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in job.objectives)
+    losses = " ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in run.job.objectives)
     log.info(
         "step %d/%d loss %.3f (%s) lr %.2e, %.0f samples/s, %.0f tokens/s, waiting for data %.0f %%%s, %.1f min left",
-        finished, total, values["loss"], losses, rate, values["samples_per_second"], values["tokens_per_second"],
+        finished, run.total_steps, values["loss"], losses, rate, values["samples_per_second"], values["tokens_per_second"],
         100 * values["data_wait_share"], utilisation, left / 60,
     )  # fmt: skip
     if not torch.isfinite(torch.tensor(values["loss"])):

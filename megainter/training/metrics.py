@@ -93,6 +93,12 @@ class Throughput:
         self.steps = self.samples = self.tokens = self.flops = 0
         self.waited = 0.0
 
+    def add(self, tokens: int, samples: int, flops: int) -> None:
+        """Count the work of a micro-batch."""
+        self.tokens += tokens
+        self.samples += samples
+        self.flops += flops
+
     def rates(self, world_size: int, peak: float | None) -> dict[str, float]:
         """Samples/s and real tokens/s of all ranks, share of time waiting for data, seconds of a step, and MFU where ``peak`` is known."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
