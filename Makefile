@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OUTPUT ?= demo-run
+GPU_OUTPUT ?= gpu-run
 
-.PHONY: help demo test test-slow lint bench bench-check clean
+.PHONY: help demo test test-slow lint bench bench-check gpu clean
 
 help:
 	@echo "make demo        scenes, extraction, pretraining, evaluation, export and a page, in $(OUTPUT) (about 10 minutes on 2 cores)"
@@ -13,6 +14,7 @@ help:
 	@echo "make lint        ruff, mypy, import-linter"
 	@echo "make bench       the speed figures the README states"
 	@echo "make bench-check the same benchmarks' ratios against those on record (quiet machine, about 5 minutes)"
+	@echo "make gpu         on a machine with a GPU: right, trained, timed and profiled in at most 9 minutes, in $(GPU_OUTPUT) (docs/gpu.md)"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== setting up .venv: torch, deepspeed and the rest, by pip"
@@ -49,6 +51,10 @@ bench: $(READY)
 bench-check: $(READY)
 	@echo "== ratios of speed against benchmarks/ratios.json; exit code 1 where one fell below 0.8 of it"
 	$(BIN)/python -m benchmarks.check
+
+gpu: $(READY)
+	@echo "== one run on a GPU: checks, training, speeds, profile; the table is in $(GPU_OUTPUT)/table.txt"
+	$(BIN)/python -m benchmarks.gpu --output $(GPU_OUTPUT)
 
 clean:
 	rm -rf .venv build *.egg-info

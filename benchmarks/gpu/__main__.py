@@ -1,0 +1,65 @@
+"""``make gpu``, or ``python -m benchmarks.gpu``: nine minutes on one GPU that say whether megainter is right there, how fast, and why.
+
+Every part is a process of its own with its own time limit; what fails or takes too long hides nothing else. Results go to the output
+folder: ``results.jsonl`` (a line for each part), ``table.txt`` and ``table.md``, and every part's log. docs/gpu.md says what the parts
+are. The exit code is 0 where all parts that ran are ok, 1 where one is not, 2 where there is no GPU.
+"""
+
+import argparse
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from benchmarks.gpu.part import add_options, setting_of
+from benchmarks.gpu.plan import PARTS
+from benchmarks.gpu.runner import FAILED, OVER, run_parts, write_line
+from benchmarks.gpu.table import markdown, plain, rows_of
+
+SECONDS = 540.0
+NO_GPU = (
+    "no GPU that PyTorch can use here; to run the same parts at toy sizes on the CPU, type: python -m benchmarks.gpu --device cpu --toy"
+)
+
+
+def main() -> int:
+    """Run the parts, print the table, and return the exit code."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(options)
+    names = [part.name for part in PARTS]
+    options.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=f"only these of {', '.join(names)}")
+    options.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together (default: %(default)g)")
+    given = options.parse_args()
+    if given.device == "cuda" and not has_gpu():
+        print(NO_GPU, file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, _stop)
+    setting = setting_of(given)
+    setting.output.mkdir(parents=True, exist_ok=True)
+    (setting.output / "results.jsonl").unlink(missing_ok=True)
+    results = []
+    for result in run_parts([part for part in PARTS if part.name in given.parts], setting, given.seconds):
+        write_line(result, setting.output)
+        results.append(result)
+        print(f"{result.part}: {result.outcome}, {result.seconds:.0f} s", file=sys.stderr, flush=True)
+        rows = rows_of(results)
+        (setting.output / "table.txt").write_text(plain(rows), encoding="utf-8")
+        (setting.output / "table.md").write_text(markdown(rows), encoding="utf-8")
+    print(plain(rows_of(results)), end="")
+    return 1 if any(result.outcome in (FAILED, OVER) for result in results) else 0
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch finds a GPU; asked in another process, as this one is to hold no memory there."""
+    asked = subprocess.run([sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"], capture_output=True)
+    return asked.returncode == 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # the parts that run are ended on the way out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

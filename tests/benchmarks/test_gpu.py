@@ -1,0 +1,85 @@
+"""The run of `make gpu` at toy sizes on the CPU: every part is green, and none can hide another."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.part import Setting
+from benchmarks.gpu.plan import PARTS
+from benchmarks.gpu.runner import FAILED, NOT_RUN, OK, OVER, Part, Result, run_parts
+from benchmarks.gpu.table import markdown, plain, rows_of
+
+FAILING = Part("failing", "", 60, alone=True, module="tests.benchmarks.failing_part")
+HANGING = Part("hanging", "", 4, alone=True, module="tests.benchmarks.hanging_part")
+GOOD = Part("environment", "", 100, alone=True)
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is more than an entry that nobody has asked for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def setting(folder: Path) -> Setting:
+    return Setting(folder, "cpu", toy=True)
+
+
+@pytest.mark.parametrize("name", [part.name for part in PARTS])
+def test_every_part_is_green_at_toy_sizes(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--toy", "--parts", name, "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (line,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert (done.returncode, line["outcome"]) == (0, OK), done.stdout + "\n".join(line["tail"])
+    assert line["figures"]["rows"], "a part that says nothing could as well not run"
+    for what, found in line["figures"]["rows"]:
+        assert what in done.stdout
+        assert found in (tmp_path / "table.txt").read_text()
+
+
+def test_a_part_that_fails_hides_neither_its_figures_nor_the_next_part(tmp_path: Path) -> None:
+    failed, good = run_parts([FAILING, GOOD], setting(tmp_path), 200)
+    assert (failed.outcome, good.outcome) == (FAILED, OK)
+    assert failed.figures == {"rows": [["found before", "1"]], "failures": ["two and two are five here"]}
+    text = plain(rows_of([failed, good]))
+    assert "two and two are five here" in text
+    assert "found before" in text
+    assert text.count("\n") == 1 + len(rows_of([failed, good]))
+
+
+def test_a_part_over_its_time_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    (result,) = run_parts([HANGING], setting(tmp_path), 200)
+    assert result.outcome == OVER
+    assert result.seconds == pytest.approx(HANGING.seconds, abs=2)
+    assert result.figures == {"rows": [["found before", "1"]]}, "what it had found by then counts"
+    grandchild = int((tmp_path / "work/hanging/pid").read_text())
+    time.sleep(0.2)
+    assert not runs(grandchild)
+
+
+def test_parts_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
+    results = list(run_parts([HANGING, GOOD, FAILING], setting(tmp_path), HANGING.seconds + 2))
+    assert [(result.part, result.outcome) for result in results] == [("hanging", OVER), ("environment", NOT_RUN), ("failing", NOT_RUN)]
+    assert "not run: no time left" in plain(rows_of(results))
+
+
+def test_without_a_gpu_one_line_names_the_toy_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--device cpu --toy" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cell_with_a_bar_stays_one_cell_in_markdown() -> None:
+    (line,) = markdown([("a", "b | c", "d")]).splitlines()[2:]
+    assert line == "| a | b \\| c | d |"
+    result = Result("x", FAILED, 1.0, 2.0, {}, ["what", "the reason"])
+    assert "the reason" in markdown(rows_of([result]))
