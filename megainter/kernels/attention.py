@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from megainter.kernels.choice import KernelChoice
+from megainter.kernels.choice import KernelChoice, has_triton
 from megainter.kernels.dropout import dropout
 
 # Added to the scores of keys that are padding. exp(-3e4) is exactly 0 in every dtype, the number itself fits float16, and a
 # sequence of length 0 gives a uniform softmax (whose rows nobody reads) instead of NaN.
 MASKED_SCORE = -30000.0
 
-# The forms `varlen_attention` has.
-FLASH, SDPA, MATMUL = "variable-length flash attention", "padded SDPA", "padded matmul, softmax, matmul"
+# The forms `varlen_attention` has. The first two pad nothing.
+FLASH, TRITON = "variable-length flash attention", "Triton variable-length attention"
+SDPA, MATMUL = "padded SDPA", "padded matmul, softmax, matmul"
 
 
 @dataclass(frozen=True)
@@ -115,26 +116,55 @@ def varlen_attention(
     if not len(k_Nhd):
         return q_Mhd + k_Nhd + v_Nhd
     drop = dropout_p if training else 0.0
+    return attend(attention_choice(q_Mhd.device, q_Mhd.dtype, drop).form, q_Mhd, k_Nhd, v_Nhd, layout, drop, queries)
+
+
+def attend(
+    form: str,
+    q_Mhd: torch.Tensor,
+    k_Nhd: torch.Tensor,
+    v_Nhd: torch.Tensor,
+    layout: SequenceLayout,
+    drop: float,
+    queries: QueryRows | None = None,
+) -> torch.Tensor:
+    """`varlen_attention` by this one of the `attention_forms`, probabilities dropped with ``drop``; there must be rows."""
     asking = layout if queries is None else queries
-    form = attention_choice(q_Mhd.device, q_Mhd.dtype, drop).form
     if form == FLASH:
         return _flash(q_Mhd, k_Nhd, v_Nhd, layout, asking)
-    if form == SDPA:
-        return _padded_sdpa(q_Mhd, k_Nhd, v_Nhd, layout, asking, drop)
-    return _padded_matmul(q_Mhd, k_Nhd, v_Nhd, layout, asking, drop)
+    if form == TRITON:
+        from megainter.kernels.triton import attention
+
+        return attention.varlen_attention(q_Mhd, k_Nhd, v_Nhd, asking.cu_seqlens, layout.cu_seqlens, layout.max_length, drop)
+    padded = _padded_sdpa if form == SDPA else _padded_matmul
+    return padded(q_Mhd, k_Nhd, v_Nhd, layout, asking, drop)
+
+
+def attention_forms(device: torch.device, dtype: torch.dtype, dropout_p: float) -> list[str]:
+    """The forms that can compute attention on ``device`` for inputs of this dtype, dropping with ``dropout_p``."""
+    recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    flash = recent and dtype in (torch.bfloat16, torch.float16) and dropout_p == 0
+    triton = recent and has_triton(device) and dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return [form for form, runs in ((FLASH, flash), (TRITON, triton), (SDPA, True), (MATMUL, True)) if runs]
 
 
 def attention_choice(device: torch.device, dtype: torch.dtype, dropout_p: float) -> KernelChoice:
-    """Which form `varlen_attention` takes for inputs of this device and dtype, dropping with ``dropout_p``, and why."""
+    """Which form `varlen_attention` takes for inputs of this device and dtype, dropping with ``dropout_p``, and why.
+
+    On CUDA those that pad nothing first: flash attention where it can, ours where there is dropout or float32.
+    """
     if device.type != "cuda":
         return KernelChoice("attention", MATMUL, "2 to 4 times faster than SDPA on CPU at these lengths")
-    if dtype not in (torch.bfloat16, torch.float16):
-        return KernelChoice("attention", SDPA, f"flash attention takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
+    form = attention_forms(device, dtype, dropout_p)[0]
+    if form == FLASH:
+        return KernelChoice("attention", FLASH, "no padding is computed")
+    lacks = f"has no dropout, and {dropout_p:g} is asked for" if dropout_p > 0 else f"does not take {str(dtype).removeprefix('torch.')}"
+    if form == TRITON:
+        return KernelChoice("attention", TRITON, f"no padding is computed; PyTorch's variable-length flash attention {lacks}")
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return KernelChoice("attention", SDPA, "flash attention needs compute capability 8.0")
-    if dropout_p > 0:
-        return KernelChoice("attention", SDPA, f"variable-length flash attention has no dropout, and {dropout_p:g} is asked for")
-    return KernelChoice("attention", FLASH, "no padding is computed")
+        return KernelChoice("attention", SDPA, "the forms without padding need compute capability 8.0")
+    no_triton = "no Triton is installed" if not has_triton(device) else f"ours does not take {str(dtype).removeprefix('torch.')}"
+    return KernelChoice("attention", SDPA, f"PyTorch's variable-length flash attention {lacks}, and {no_triton}")
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from megainter.kernels import QueryRows, SequenceLayout, attention_choice, choices, varlen_attention
+from megainter.kernels import QueryRows, SequenceLayout, attend, attention_choice, attention_forms, choices, varlen_attention
 from megainter.kernels import attention as attention_module
 
 CPU = torch.device("cpu")
@@ -50,16 +50,16 @@ def test_equals_a_loop_over_sequences(lengths: list[int]) -> None:
 def test_gradients_and_their_gradients(lengths: list[int]) -> None:
     inputs = [x.requires_grad_() for x in rows(lengths, heads=2, width=3, seed=2)]
     layout = layout_of(lengths)
-    attend = lambda q, k, v: varlen_attention(q, k, v, layout, 0.0, training=True)  # noqa: E731
-    assert torch.autograd.gradcheck(attend, inputs)
-    assert torch.autograd.gradgradcheck(attend, inputs)
+    packed = lambda q, k, v: varlen_attention(q, k, v, layout, 0.0, training=True)  # noqa: E731
+    assert torch.autograd.gradcheck(packed, inputs)
+    assert torch.autograd.gradgradcheck(packed, inputs)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_the_sdpa_form_agrees(lengths: list[int]) -> None:
     q, k, v = rows(lengths, heads=3, width=4, seed=3)
     layout = layout_of(lengths)
-    sdpa = attention_module._padded_sdpa(q, k, v, layout, layout, 0.0)
+    sdpa = attend(attention_module.SDPA, q, k, v, layout, 0.0)
     torch.testing.assert_close(sdpa, by_hand(q, k, v, lengths))
 
 
@@ -82,10 +82,10 @@ def test_rows_that_ask_get_what_all_rows_would_get(lengths: list[int], asked: li
     expected = by_hand(q, k, v, lengths)[wanted]
     some = varlen_attention(q[wanted], k, v, layout, 0.5, training=False, queries=queries)
     torch.testing.assert_close(some, expected)
-    torch.testing.assert_close(attention_module._padded_sdpa(q[wanted], k, v, layout, queries, 0.0), expected)
+    torch.testing.assert_close(attend(attention_module.SDPA, q[wanted], k, v, layout, 0.0, queries), expected)
     if asked:
-        attend = lambda q, k, v: varlen_attention(q, k, v, layout, 0.0, True, queries)  # noqa: E731
-        assert torch.autograd.gradcheck(attend, [q[wanted].detach().requires_grad_(), k, v])
+        packed = lambda q, k, v: varlen_attention(q, k, v, layout, 0.0, True, queries)  # noqa: E731
+        assert torch.autograd.gradcheck(packed, [q[wanted].detach().requires_grad_(), k, v])
 
 
 def test_sequences_do_not_see_each_other() -> None:
@@ -173,12 +173,32 @@ def test_a_pinned_layout_arrives_as_it_was() -> None:
 def test_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     assert "SDPA on CPU" in attention_choice(CPU, torch.float32, 0.1).why
-    assert "not float32" in attention_choice(cuda, torch.float32, 0.0).why
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert attention_choice(cuda, torch.float16, 0.0).form == attention_module.SDPA
     assert "capability" in attention_choice(cuda, torch.float16, 0.0).why
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert attention_choice(cuda, torch.bfloat16, 0.0).form == attention_module.FLASH
-    assert "0.1" in attention_choice(cuda, torch.bfloat16, 0.1).why
+    dropping, single, double = (
+        attention_choice(cuda, *case) for case in ((torch.bfloat16, 0.1), (torch.float32, 0.0), (torch.float64, 0.1))
+    )
+    assert (dropping.form, single.form, double.form) == (attention_module.TRITON, attention_module.TRITON, attention_module.SDPA)
+    assert "0.1 is asked for" in dropping.why
+    assert "does not take float32" in single.why
+    assert "ours does not take float64" in double.why
+    monkeypatch.setattr(attention_module, "has_triton", lambda device: False)
+    without = attention_choice(cuda, torch.bfloat16, 0.1)
+    assert without.form == attention_module.SDPA
+    assert "0.1 is asked for, and no Triton" in without.why
+
+
+def test_the_chosen_form_is_the_first_that_can_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    flash, triton, sdpa, matmul = (getattr(attention_module, name) for name in ("FLASH", "TRITON", "SDPA", "MATMUL"))
+    assert attention_forms(cuda, torch.bfloat16, 0.0) == [flash, triton, sdpa, matmul]
+    assert attention_forms(cuda, torch.float16, 0.1) == [triton, sdpa, matmul]
+    assert attention_forms(cuda, torch.float64, 0.0) == [sdpa, matmul]
+    assert attention_forms(CPU, torch.float32, 0.1) == [sdpa, matmul]
 
 
 def test_every_operation_is_reported() -> None:
@@ -187,16 +207,17 @@ def test_every_operation_is_reported() -> None:
     assert lines[0].startswith("attention: ")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a CUDA device")
-@pytest.mark.parametrize("lengths", [[3, 1, 7, 2], [4, 4, 4], [5]], ids=["ragged", "equal", "one"])
-def test_flash_form_agrees_with_the_padded_one(lengths: list[int]) -> None:
-    cuda = torch.device("cuda")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the forms without padding need a CUDA device")
+@pytest.mark.parametrize("form", [attention_module.FLASH, attention_module.TRITON])
+@pytest.mark.parametrize("lengths", [[3, 1, 7, 2], [4, 4, 4], [5], [130, 0, 64]], ids=["ragged", "equal", "one", "long"])
+def test_the_forms_without_padding_agree_with_a_padded_one(form: str, lengths: list[int]) -> None:
+    cuda = torch.device("cuda", 0)
     layout = SequenceLayout.of(torch.tensor(lengths), cuda)
     q, k, v = (x.to(cuda, torch.bfloat16).requires_grad_() for x in rows(lengths, heads=2, width=64, seed=7))
-    out = varlen_attention(q, k, v, layout, 0.0, training=True)
-    reference = attention_module._padded_matmul(*(x.double() for x in (q, k, v)), layout, 0.0)
+    out = attend(form, q, k, v, layout, 0.0)
+    reference = attend(attention_module.MATMUL, *(x.double() for x in (q, k, v)), layout, 0.0)
     torch.testing.assert_close(out.double(), reference, atol=0.02, rtol=0.02)
     grads = torch.autograd.grad(out.double().square().sum(), (q, k, v))
     expected = torch.autograd.grad(reference.square().sum(), (q, k, v))
     for grad, want in zip(grads, expected, strict=True):
-        torch.testing.assert_close(grad, want, atol=0.05, rtol=0.05)
+        torch.testing.assert_close(grad, want.to(grad.dtype), atol=0.05, rtol=0.05)
