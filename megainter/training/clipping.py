@@ -30,6 +30,19 @@ def clip_each(pieces: dict[int, Tensor], parameters: int, max_norm: float, devic
         torch._foreach_mul_(gradients, list(factors[numbers].to(gradients[0]).unbind()))
 
 
+def total_norm(gradients: Sequence[Tensor], sharded: bool) -> Tensor:
+    """The norm of all ``gradients`` (of any shapes, on one device) together: float32 []. Where ``sharded``, of all ranks': collective."""
+    pieces = [tensor.view(-1) for tensor in gradients if tensor.numel()]
+    chunks = pieces if not pieces or pieces[0].is_cuda else [chunk for piece in pieces for chunk in piece.split(_CHUNK)]
+    device = gradients[0].device
+    squares = (
+        torch.stack(torch._foreach_norm(chunks)).double().square().sum() if chunks else torch.zeros((), dtype=torch.float64, device=device)
+    )
+    if sharded:
+        dist.all_reduce(squares)
+    return squares.sqrt().float()
+
+
 def chunk_owners(sizes: Iterable[tuple[int, int]]) -> Tensor:
     """The parameter's number, once for each chunk of its piece, from (number, elements) of each piece: int64 [chunks]."""
     return torch.tensor([number for number, numel in sizes for _ in range(0, numel, _CHUNK)], dtype=torch.long)

@@ -21,7 +21,7 @@ from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig, accu
 from megainter.errors import MegainterError, UsageError
 from megainter.files import read_json
 from megainter.memory import keep_freed_memory
-from megainter.training import fused_apex, process
+from megainter.training import fused_apex, process, zero_speed
 from megainter.training.clipping import clip_each
 from megainter.training.collective import first_said
 from megainter.training.ema import EMA, update_average
@@ -182,20 +182,27 @@ def build_engine(
 
     ``accumulation`` as for ``deepspeed_config``.
     """
-    if engine.precision == "fp16" and world.device.type == "cpu":
-        raise UsageError("engine.precision fp16 needs a CUDA device; use bf16 or fp32 on CPU")
+    _check_precision(engine, world)
     config = deepspeed_config(engine, optimizer, training, world.size, accumulation)
     on_cpu = engine.offload_optimizer or world.device.type == "cpu"
     ours = _build_optimizer(module, engine, optimizer, torch.device("cpu") if on_cpu else world.device)
     _admit(type(ours))
     with contextlib.redirect_stdout(None):
         built = deepspeed.initialize(model=module, optimizer=ours, config=config, dist_init_required=False)[0]
+    built.updates = zero_speed.join(built, inner_optimizer(built), _is_sharded(built, world))
+    if isinstance(built.updates, str):
+        log.info("DeepSpeed %s does its own work around a step, launch by launch: %s", deepspeed.__version__, built.updates)
     if isinstance(ours, Lamb):
         _lay_out(built, ours, world)
     _start_optimizer_state(built, optimizer, averaged=training.ema_decay > 0)
     if optimizer.clip == "tensor" and optimizer.clip_norm > 0:
         _clip_each_before_steps(built, optimizer.clip_norm, world)
     return built
+
+
+def _check_precision(engine: EngineConfig, world: World) -> None:
+    if engine.precision == "fp16" and world.device.type == "cpu":
+        raise UsageError("engine.precision fp16 needs a CUDA device; use bf16 or fp32 on CPU")
 
 
 def _build_optimizer(module: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -264,7 +271,7 @@ def set_learning_rate(engine: Any, rate: float) -> None:
 def average_weights(engine: Any, decay: float) -> None:
     """Move the average of the weights after a step that was not skipped; nothing to do where ``decay`` is 0."""
     if decay > 0 and engine.was_step_applied():
-        update_average(inner_optimizer(engine), decay)
+        update_average(inner_optimizer(engine), decay, getattr(engine.updates, "left_out", None))
 
 
 def loss_scale(engine: Any) -> float:
@@ -473,8 +480,9 @@ def restore_state(engine: Any, read: Callable[[str, str], Tensor], step: int) ->
 
 
 def update_count(engine: Any) -> int:
-    """Updates the optimiser has made: fewer than the finished steps where fp16 skipped some."""
-    return int(engine.global_steps - engine.skipped_steps)
+    """Updates the optimiser has made: fewer than the finished steps where gradients were not finite. Waits for the device."""
+    on_device = 0 if isinstance(engine.updates, str) else engine.updates.count_left_out()
+    return int(engine.global_steps - engine.skipped_steps - on_device)
 
 
 def current_learning_rate(engine: Any) -> float:
