@@ -4,6 +4,9 @@ The same records are written in each format, as its program defines it, and each
 boxes and class probabilities as arrays. Ours checks what it reads; the others do not. Plain copies within memory,
 in the same random order, are the measure of what a reader can reach: of our whole records, and of no more than what training is given of
 them. Everything is written to a temporary folder by the benchmark itself: nothing else is ever unpickled.
+
+"loaders" counts how many reads are whole and verified, over 15 epochs and for up to 256 loader processes: each is a store opened for
+itself, with memory of its own for what it verified, or with the memory that the processes of a host share.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,7 @@ from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, Regio
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts
 from megainter.data.order import permuted, permuted_by_blocks
-from megainter.data.record import RegionViews, decode_views, first_bytes, probs_span
+from megainter.data.record import first_bytes, probs_span
 from megainter.data.sampling import Sampler, StreamSettings
 from megainter.memory import keep_freed_memory
 
@@ -42,6 +46,7 @@ FEATURES, CLASSES = 2048, 1601
 SCHEMA = StoreSchema(FEATURES, CLASSES, ("__background__", *(f"class {i}" for i in range(1, CLASSES))), "none")
 MAP_BYTES = 1 << 36
 MOST = StreamSettings.max_regions
+EPOCHS, SMALL_RECORDS, SMALL_STEP = 15, 2048, 4
 Read = Callable[[int], object]
 
 
@@ -59,7 +64,8 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=600, help="10 to 100 regions each, 0.4 MB in our format")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="the temporary folder is made in it")
-    parser.add_argument("--parts", nargs="+", choices=("formats", "order", "samples"), default=["formats", "order", "samples"])
+    parts = ("formats", "order", "samples", "loaders")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
     keep_freed_memory()  # as a run does
     torch.set_num_threads(1)
@@ -70,7 +76,9 @@ def main() -> None:
         if "order" in arguments.parts:
             found["order"] = measure_order(Path(name), arguments.records, arguments.rounds)
         if "samples" in arguments.parts:
-            found["samples_per_s"] = measure_samples(Path(name), arguments.records, arguments.rounds)
+            found["samples_per_cpu_s"] = measure_samples(Path(name), arguments.records, arguments.rounds)
+        if "loaders" in arguments.parts:
+            found["whole_reads"] = measure_loaders(Path(name))
     print(json.dumps(found, indent=2))
 
 
@@ -280,11 +288,11 @@ def read_copy_of_given(folder: Path) -> Read:
     records, store = records_in_memory(folder), FeatureStore(folder / "regions.store")
     firsts, tables, rows = [], [], []
     for number, regions in enumerate(store.regions_at(np.arange(len(records))).tolist()):
-        id_bytes = len(image_id(number))
-        at, size = probs_span(regions, MOST, id_bytes, SCHEMA)
-        firsts.append(records[number][: first_bytes(regions, MOST, id_bytes, SCHEMA)])
+        id_bytes, kept = len(image_id(number)), min(regions, MOST)
+        at, size = probs_span(regions, kept, id_bytes, SCHEMA)
+        firsts.append(records[number][: first_bytes(regions, kept, id_bytes, SCHEMA)])
         tables.append(np.frombuffer(records[number][at : at + size], np.uint16).reshape(-1, CLASSES))
-        rows.append(predicted(number, min(regions, MOST)))
+        rows.append(predicted(number, kept))
     return lambda number: (bytes(firsts[number]), tables[number][rows[number]])
 
 
@@ -300,7 +308,7 @@ def given_bytes(records: int) -> float:
     """Bytes of a record that training is given, a mean."""
     counts = [len(record(number)) for number in range(records)]
     probs = [SCHEMA.probs_bytes * len(predicted(number, min(n, MOST))) for number, n in enumerate(counts)]
-    return float(np.mean([first_bytes(n, MOST, 12, SCHEMA) for n in counts]) + np.mean(probs))
+    return float(np.mean([first_bytes(n, min(n, MOST), 12, SCHEMA) for n in counts]) + np.mean(probs))
 
 
 TRAINING, COPY, COPY_OF_GIVEN = "ours, as training reads", "plain copy of whole records", "plain copy of what training reads"
@@ -467,24 +475,37 @@ class DrawnTokens:
         return None
 
 
-def measure_samples(folder: Path, records: int, rounds: int) -> dict[str, float]:
-    """Samples per second of one core's time, masked and packed in micro-batches of 64; with reading them, from the system's cache, too."""
+def measure_samples(folder: Path, records: int, rounds: int) -> dict[str, dict[int, int]]:
+    """Samples per second of processor time, medians: read from the system's cache, masked and packed in micro-batches of 64.
+
+    By masking recipe and number of processes that do it at once, as the loader forks them; every record was verified before.
+    """
     place, found = written(folder, write_ours, records), {}
     for masking in ("official", "paper", "bert"):
         sampler = make_sampler(place, records, masking)
-        count = min(512, records)
-        draws = sampler.draws(np.zeros(count, np.int64), np.arange(count))
-        whole, rest = [], []
-        kept: dict[int, Any] = {}
-        for turn in range(rounds + 1):
-            seconds = make_batches(sampler, draws)  # of processor time: the figure is for one core
-            rest_seconds = make_batches(without_reading(sampler, kept), draws)
-            if turn:  # the first reads everything once
-                whole.append(len(draws) / seconds)
-                rest.append(len(draws) / rest_seconds)
-        found[masking] = round(statistics.median(rest))
-        found[f"{masking}, with reading"] = round(statistics.median(whole))
+        make_batches(sampler, 0, records)
+        rates = {processes: [sample_rate(sampler, processes, turn) for turn in range(rounds)] for processes in (1, 2, 4)}
+        found[masking] = {processes: round(statistics.median(values)) for processes, values in rates.items()}
     return found
+
+
+def sample_rate(sampler: Sampler, processes: int, epoch: int) -> float:
+    """Samples per second of the processor time of all processes together, each of which makes as many of an epoch's first 512."""
+    context = multiprocessing.get_context("fork")
+    ready, seconds, count = context.Barrier(processes), context.SimpleQueue(), min(512, len(sampler.pairs))
+
+    def work() -> None:
+        make_batches(sampler, epoch, count)  # the first time a fork touches memory it is copied
+        ready.wait()
+        seconds.put(make_batches(sampler, epoch + 1, count))
+
+    started = [context.Process(target=work) for _ in range(processes)]
+    for process in started:
+        process.start()
+    spent = [seconds.get() for _ in started]
+    for process in started:
+        process.join()
+    return processes * count / sum(spent)
 
 
 def make_sampler(place: Path, records: int, masking: str) -> Sampler:
@@ -500,31 +521,74 @@ def make_sampler(place: Path, records: int, masking: str) -> Sampler:
     return Sampler(pairs, FeatureStore(place / "regions.store"), tokens, facts, settings)
 
 
-def without_reading(sampler: Sampler, kept: dict[int, Any]) -> Sampler:
-    """The same sampler over records that are kept in memory."""
-    store = sampler.store
-
-    class Kept:
-        """Gives a record that was read before."""
-
-        regions_at = store.regions_at
-
-        def at(self, row: int, most: int) -> RegionViews:
-            if row not in kept:
-                kept[row] = decode_views(store.encoded(store.ids[row])[0], store.ids[row], store.schema, "memory", most)
-            return kept[row]
-
-    other = object.__new__(Sampler)
-    other.__dict__.update(sampler.__dict__ | {"store": Kept()})
-    return other
-
-
-def make_batches(sampler: Sampler, draws: Any) -> float:
+def make_batches(sampler: Sampler, epoch: int, count: int) -> float:
+    """The processor time of making the first samples of an epoch."""
     start = time.process_time()
-    drawn = sampler.draws(draws.epochs, draws.numbers)
+    drawn = sampler.draws(np.full(count, epoch), np.arange(count))
     for first in range(0, len(drawn), 64):
         collate(sampler.samples(drawn, np.arange(first, min(first + 64, len(drawn)))), sampler.settings)
     return time.process_time() - start
+
+
+# -- whole reads
+
+
+class CountingStore(FeatureStore):
+    """Counts the records that it reads whole to verify them."""
+
+    wholes = 0
+
+    def _whole(self, row: int) -> bytes:
+        self.wholes += 1
+        return super()._whole(row)
+
+
+def measure_loaders(folder: Path) -> dict[str, Any]:
+    """Per cent of reads that are whole: of all over 15 epochs, and of those after the first epoch; and what arithmetic says."""
+    place, found = folder / "small.store", dict[str, Any]()
+    write_small(place, SMALL_RECORDS)
+    for processes in (1, 2, 4, 8, 32, 128, 256):
+        own, shared = (whole_shares(place, processes, EPOCHS, hosts) for hosts in (None, 1))
+        expected = [(1 - 1 / processes) ** epoch for epoch in range(EPOCHS)]
+        found[f"{processes} processes"] = {
+            "each for itself": per_cent(own),
+            "by arithmetic": per_cent(expected),
+            "together": per_cent(shared),
+        }
+    for hosts in (2, 4, 8):
+        found[f"256 processes on {hosts} hosts, together on each"] = per_cent(whole_shares(place, 256, EPOCHS, hosts))
+    return found
+
+
+def per_cent(shares: list[float]) -> dict[str, float]:
+    return {"of all": round(100 * float(np.mean(shares)), 1), "after the first epoch": round(100 * float(np.mean(shares[1:])), 1)}
+
+
+def write_small(place: Path, records: int) -> None:
+    boxes, probs = np.array([[0, 0, 9, 9]], np.float32), np.array([[0.5, 0.5]], np.float32)
+    regions = RegionRecord(boxes, np.ones((1, 2), np.float32), probs, 9, 9)
+    with FeatureStoreWriter(place, StoreSchema(2, 2, ("__background__", "class"), "none"), batch_records=records) as writer:
+        writer.add_all((image_id(number), regions) for number in range(records))
+    seal_store(place)
+
+
+def whole_shares(place: Path, processes: int, epochs: int, hosts: int | None) -> list[float]:
+    """For each epoch, the share of its reads that were whole. None for ``hosts``: every process remembers for itself."""
+    stores = [CountingStore(place) for _ in range(processes)]
+    with ExitStack() as stack:
+        for number, store in enumerate(stores):
+            if hosts is not None and (reason := stack.enter_context(store.verified_together(f"{place} {number % hosts}"))) is not None:
+                sys.exit(reason)
+    size, shares = len(stores[0]), []
+    for epoch in range(epochs):
+        before = sum(store.wholes for store in stores)
+        rows = permuted(0, epoch, np.arange(size), size)
+        for step, first in enumerate(range(0, size, SMALL_STEP)):
+            stores[step % processes].first_regions(rows[first : first + SMALL_STEP], MOST)
+        shares.append((sum(store.wholes for store in stores) - before) / size)
+    for store in stores:
+        store.close()
+    return shares
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.batches import CAPTIONS_BY_LENGTH
+from megainter.data.batch import collate
 from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
 from megainter.data.manifest import PAIRS_SCHEMA, ROWS_PER_GROUP, read_pairs
 from megainter.data.masking import VocabularyFacts
@@ -194,7 +195,7 @@ def open_all(folder: Path, rows: int) -> dict[str, Any]:
     drawing = timed(lambda: [draw(step) for step in range(200)])
     seen = np.concatenate([sampler.draws(epoch, step * STEP + np.arange(STEP)).rows for step in range(min(200, len(pairs) // STEP))])
     draws = sampler.draws(epoch, np.arange(STEP))
-    making = timed(lambda: sampler.samples(draws, np.arange(STEP)))
+    making = timed(lambda: collate(sampler.samples(draws, np.arange(STEP)), sampler.settings))
     return {
         "open_s": opened,
         "open_parts_s": seconds,

@@ -1,7 +1,6 @@
 """Packed micro-batches of the deterministic stream: every rank's share of every global step, and their background loading."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,13 +9,14 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from megainter.data.feature_store import FeatureStore
+from megainter.data.first_regions import FirstRegions
 from megainter.data.loader import StepLoader, make_loader
 from megainter.data.manifest import Pairs
 from megainter.data.masking import VocabularyFacts
 from megainter.data.negatives import HardNegatives
 from megainter.data.order import Int64s
 from megainter.data.portions import accumulation, forwards, shares
-from megainter.data.sampling import Draws, Sample, Sampler, StreamSettings, drop_missing
+from megainter.data.sampling import Draws, Sample, Sampler, Samples, StreamSettings, drop_missing
 from megainter.data.text import TokenTable
 from megainter.errors import UsageError
 from megainter.model.packing import PackedInputs
@@ -74,77 +74,85 @@ class PretrainBatch:
 _TENSORS = ("msm_positions", "msm_labels", "mrm_positions", "mrm_targets", "itm_labels")
 
 
-def collate(samples: Sequence[Sample], settings: StreamSettings, counted: bool = True) -> PretrainBatch:
-    """Lay samples end to end as one micro-batch; regions of each sample follow its global region."""
-    regions = np.array([len(sample.masked) + 1 for sample in samples], dtype=np.int64)
-    starts = np.cumsum(regions) - regions
-    is_region = np.ones(int(regions.sum()), dtype=bool)
-    is_region[starts] = False
-    rows = np.flatnonzero(is_region)  # packed rows of the detector's regions, the global regions left out
-    ids, msm_positions, msm_labels, text_lengths = _texts(samples, settings.gate_msm)
-    scored = np.concatenate([sample.masked if sample.itm_label == 0 else np.zeros_like(sample.masked) for sample in samples])
+def collate(samples: Samples, settings: StreamSettings, counted: bool = True) -> PretrainBatch:
+    """Samples as one micro-batch, their features and class probabilities read; regions of each sample follow its global region.
+
+    ``DamagedError`` for a record that is not as it was written.
+    """
+    counts = samples.regions.counts
+    record = np.repeat(np.arange(len(counts)), counts)  # of each region
+    rows = np.arange(len(record)) + record + 1  # its packed row, the global regions left out
+    spoken = _spoken(samples, settings.gate_msm)
+    features, predicted = _features(samples, settings.region_objective == "feature")
     inputs = PackedInputs(
-        input_ids=torch.from_numpy(ids),
-        token_type_ids=torch.zeros(len(ids), dtype=torch.int64),
-        text_lengths=torch.from_numpy(text_lengths),
-        region_features=_features(samples, starts, rows),
-        region_locations=torch.from_numpy(_locations(samples, starts, rows, regions - 1)),
-        region_lengths=torch.from_numpy(regions),
+        input_ids=torch.from_numpy(samples.ids),
+        token_type_ids=torch.zeros(len(samples.ids), dtype=torch.int64),
+        text_lengths=torch.from_numpy(samples.text_lengths),
+        region_features=features,
+        region_locations=torch.from_numpy(_locations(samples.regions, rows)),
+        region_lengths=torch.from_numpy(counts + 1),
     )
     return PretrainBatch(
         inputs=inputs,
-        msm_positions=torch.from_numpy(msm_positions),
-        msm_labels=torch.from_numpy(msm_labels),
-        mrm_positions=torch.from_numpy(rows[scored]),
-        mrm_targets=torch.from_numpy(_targets(samples, settings.region_objective)),
-        itm_labels=torch.tensor([sample.itm_label for sample in samples], dtype=torch.int64),
+        msm_positions=torch.from_numpy(samples.msm_positions[spoken]),
+        msm_labels=torch.from_numpy(samples.msm_labels[spoken]),
+        mrm_positions=torch.from_numpy(rows[samples.scored]),
+        mrm_targets=_class_targets(samples, record) if settings.region_objective == "class" else torch.from_numpy(predicted),
+        itm_labels=torch.from_numpy(samples.draws.itm_labels),
         counted=counted,
     )
 
 
-def _texts(samples: Sequence[Sample], gate_msm: bool) -> tuple[Int64s, Int64s, Int64s, Int64s]:
-    """Packed ids, masked positions among them, labels, and text lengths."""
-    lengths = np.array([len(sample.ids) for sample in samples], dtype=np.int64)
-    starts = np.cumsum(lengths) - lengths
-    scored = [(start, sample) for start, sample in zip(starts, samples, strict=True) if not (gate_msm and sample.itm_label)]
-    none = np.zeros(0, dtype=np.int64)
-    positions = np.concatenate([none, *(start + sample.msm_positions for start, sample in scored)])
-    labels = np.concatenate([none, *(sample.msm_labels for _, sample in scored)])
-    return np.concatenate([sample.ids for sample in samples]), positions, labels, lengths
+def _spoken(samples: Samples, gate_msm: bool) -> NDArray[np.bool_]:
+    """bool [M]: which of the masked tokens are scored."""
+    if not gate_msm:
+        return np.ones(len(samples.msm_positions), np.bool_)
+    sample = np.searchsorted(np.cumsum(samples.text_lengths), samples.msm_positions, side="right")
+    return samples.draws.itm_labels[sample] == 0
 
 
-def _features(samples: Sequence[Sample], starts: Int64s, rows: Int64s) -> torch.Tensor:
-    """float16 [Nr, F]: masked regions are zero, and the global region is the mean over all of them after masking (official code)."""
-    size = samples[0].features.shape[1]
-    packed = np.empty((len(rows) + len(samples), size), dtype=np.float16)
-    blank = np.zeros((1, size), dtype=np.float16)
-    np.concatenate([part for sample in samples for part in (blank, sample.features)], out=packed)
-    packed[rows[np.concatenate([sample.zeroed for sample in samples])]] = 0
-    features = torch.from_numpy(packed)  # torch sums half precision several times faster than numpy
-    for start, sample in zip(starts.tolist(), samples, strict=True):
-        count = len(sample.masked)
-        if count:
-            features[start] = features[start + 1 : start + 1 + count].sum(0, dtype=torch.float32) / count
-    return features
+def _features(samples: Samples, wanted: bool) -> tuple[torch.Tensor, NDArray[np.float32]]:
+    """float16 [Nr, F]: masked regions are zero, and the global region is the mean over all of them after masking (official code).
+
+    Where ``wanted`` also float32 [K, F], what the scored regions were. A sample is read, blanked and summed while it is in the cache.
+    """
+    regions, size = samples.regions, samples.regions.schema.feature_size
+    ends, numbers = np.cumsum(regions.counts), np.arange(len(samples))
+    features, sums = torch.empty(len(samples.masked) + len(samples), size, dtype=torch.float16), torch.empty(len(samples), size)
+    packed = features.numpy()
+    parts = features.split([count for own in regions.counts.tolist() for count in (1, own)])[1::2]
+    zeroed = np.flatnonzero(samples.zeroed)
+    begins, cuts = (ends - regions.counts).tolist(), np.searchsorted(zeroed, np.append(0, ends)).tolist()
+    predicted = [np.zeros((0, size), np.float32)]
+    for i, (begin, part, total) in enumerate(zip(begins, parts, sums.unbind(), strict=True)):
+        own = packed[begin + i + 1 : begin + i + 1 + len(part)]
+        stored = regions.features(i, own)
+        if wanted:
+            predicted.append(stored[samples.scored[begin : begin + len(own)]].astype(np.float32))
+        own[zeroed[cuts[i] : cuts[i + 1]] - begin] = 0
+        torch.sum(part, 0, dtype=torch.float32, out=total)  # several times as fast as NumPy's
+    means = sums / torch.from_numpy(regions.counts.clip(min=1))[:, None]
+    features[torch.from_numpy(ends - regions.counts + numbers)] = means.half()
+    return features, np.concatenate(predicted)
 
 
-def _locations(samples: Sequence[Sample], starts: Int64s, rows: Int64s, counts: Int64s) -> NDArray[np.float32]:
+def _locations(regions: FirstRegions, rows: Int64s) -> NDArray[np.float32]:
     """float32 [Nr, 5]: x1/W, y1/H, x2/W, y2/H, share of the area; [0, 0, 1, 1, 1] for global regions."""
-    sizes = np.array([(sample.width, sample.height) for sample in samples], dtype=np.float32)
-    boxes = np.concatenate([sample.boxes for sample in samples]) / np.tile(np.repeat(sizes, counts, axis=0), 2)
-    locations = np.empty((len(rows) + len(samples), 5), dtype=np.float32)
-    locations[starts] = (0, 0, 1, 1, 1)
+    sizes = np.stack([regions.widths, regions.heights, regions.widths, regions.heights], axis=1).astype(np.float32)
+    boxes = regions.boxes / np.repeat(sizes, regions.counts, axis=0)
+    locations = np.empty((len(rows) + len(regions), 5), dtype=np.float32)
+    locations[:] = (0, 0, 1, 1, 1)
     locations[rows, :4] = boxes
     locations[rows, 4] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return locations
 
 
-def _targets(samples: Sequence[Sample], objective: str) -> NDArray[np.float32]:
-    """float32 [K, C] or [K, F]: what the masked regions of matched pairs were."""
-    if objective == "class":
-        return np.concatenate([sample.class_probs for sample in samples])
-    none = np.zeros((0, samples[0].features.shape[1]), dtype=np.float32)
-    return np.concatenate([none, *(sample.features[sample.masked] for sample in samples if sample.itm_label == 0)], dtype=np.float32)
+def _class_targets(samples: Samples, record: Int64s) -> torch.Tensor:
+    """float32 [K, C]: the class probabilities of the scored regions."""
+    first = np.cumsum(samples.regions.counts) - samples.regions.counts
+    scored = np.flatnonzero(samples.scored)
+    of = record[scored]
+    return torch.from_numpy(samples.regions.class_probs(of, scored - first[of])).float()  # from half precision exactly, and fast
 
 
 class PretrainStream(Dataset[list[PretrainBatch]]):

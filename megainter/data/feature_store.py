@@ -11,25 +11,28 @@ truncated file turns into SIGBUS, no environment that may be opened only once pe
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from megainter.data.first_regions import FirstRegions
 from megainter.data.lookup import Lookup
-from megainter.data.record import RegionRecord, RegionViews, StoreSchema, decode, decode_first, decode_views, first_bytes, probs_span
+from megainter.data.record import RegionRecord, RegionViews, StoreSchema, decode, decode_views, first_bytes, probs_span
 from megainter.data.shard import INDEX_SCHEMA, count_records, read_store_json, refuse_live_writers, shard_files
 from megainter.data.store_writer import FeatureStoreWriter, index_digest, seal_store, sorted_index, stored_ids
+from megainter.data.verified import VerifiedRecords, files_identity
 from megainter.errors import DamagedError, UsageError
 from megainter.files import sha256_of
 
 __all__ = ["FeatureStore", "FeatureStoreWriter", "RegionRecord", "StoreSchema", "seal_store", "stored_ids"]
 
+Result = TypeVar("Result")
 READ_ATTEMPTS = 3  # network disks report passing input/output errors
 
 
@@ -44,6 +47,15 @@ class Ids(Sequence[str]):
 
     def __getitem__(self, row: Any) -> Any:
         return self.column[row].as_py() if not isinstance(row, slice) else self.column[row].to_pylist()
+
+    def encoded(self, rows: np.ndarray) -> list[bytes]:
+        """The ids of ``rows`` int64 [n] in UTF-8, without an Arrow scalar for each."""
+        if not len(rows):
+            return []
+        _, offsets, content = self.column.buffers()
+        ends = np.frombuffer(offsets, np.int64, len(self) + 1, 8 * self.column.offset)
+        data = memoryview(content)
+        return [data[first:end].tobytes() for first, end in zip(ends[rows].tolist(), ends[rows + 1].tolist(), strict=True)]
 
 
 class FeatureStore:
@@ -81,7 +93,7 @@ class FeatureStore:
     def _set_index(self, index: pa.Table) -> None:
         columns = {name: _joined(index.column(name)) for name in INDEX_SCHEMA.names}
         self.ids: Sequence[str] = Ids(columns.pop("id"))
-        self._seen = np.zeros(len(self.ids), np.bool_)  # which records this process has verified
+        self._seen = VerifiedRecords(len(self.ids))  # by this process and its forks
         self._column = {name: column.to_numpy() for name, column in columns.items()}
 
     def __len__(self) -> int:
@@ -95,31 +107,48 @@ class FeatureStore:
         return self._verified(image_id, self._existing_row(image_id))[1]
 
     def at(self, row: int, most: int | None = None) -> RegionViews:
-        """The first ``most`` regions (None: all) of the record of ``ids[row]``: the way to read it again and again, in training.
+        """The first ``most`` regions (None: all) of the record of ``ids[row]``: ``first_regions`` of one."""
+        return self.first_regions(np.array([row]), most).views(0)
 
-        When this process reads a record first, it reads all of it and verifies its checksum. Later it reads what it gives and no more:
-        header, id, boxes and features of these regions, and the class probabilities when they are asked for; it verifies the header, the
-        id, the length and that what it gives are finite numbers. ``DamagedError`` as for the id.
+    def first_regions(self, rows: np.ndarray, most: int | None = None) -> FirstRegions:
+        """The first ``most`` regions (None: all) of the records of ``rows`` int64 [S]: to read them again and again, in training.
+
+        A record that nobody has verified yet (`megainter.data.verified`) is read whole and its checksum verified. Of others no more is
+        read than is given: header, id and boxes, features and class probabilities when they are asked for; header, id and length are
+        verified, and that what is given are finite numbers. ``DamagedError`` as for the id.
         """
-        image_id, where = self.ids[row], self._shards[self._column["shard"][row]][0]
-        if self._seen[row]:
-            views = self._first_regions(row, image_id, where, most)
-        else:
-            views = decode_views(self._data(row)[0], image_id, self.schema, where, most)
-        self._refuse_another(image_id, row, views.regions, where)
-        self._seen[row] = True
-        return views
+        columns = {name: column[rows] for name, column in self._column.items()}
+        shards, offsets = columns["shard"].tolist(), columns["offset"].tolist()
+        whole = {i: self._whole(int(rows[i])) for i in np.flatnonzero(~self._seen.of(rows)).tolist()}
 
-    def _first_regions(self, row: int, image_id: str, where: Path, most: int | None) -> RegionViews:
-        column = self._column
-        shard, offset, length = int(column["shard"][row]), int(column["offset"][row]), int(column["length"][row])
-        regions = int(column["regions"][row])
-        most = regions if most is None else most
-        data = self._read(row, shard, offset, first_bytes(regions, most, len(image_id.encode()), self.schema))
-        return decode_first(data, image_id, self.schema, where, most, length, partial(self._part, row, shard, offset))
+        def read(i: int, out: memoryview, at: int) -> int:
+            try:
+                return os.preadv(self._file(shards[i]).fileno(), [out], offsets[i] + at)
+            except OSError:
+                return self._retried(int(rows[i]), shards[i], lambda descriptor: os.preadv(descriptor, [out], offsets[i] + at))
 
-    def _part(self, row: int, shard: int, offset: int, at: int, size: int) -> bytes:
-        return self._read(row, shard, offset + at, size)
+        ids, regions = self.ids.encoded(rows), columns["regions"].astype(np.int64)  # type: ignore[attr-defined]
+        numbers = columns["length"], regions, columns["crc"]
+        return FirstRegions(ids, *numbers, most, self.schema, whole, read, lambda i: self._shards[shards[i]][0])
+
+    def _whole(self, row: int) -> bytes:
+        """A record's bytes after its checksum was found right, which is noted."""
+        image_id, (data, where) = self.ids[row], self._data(row)
+        self._refuse_another(image_id, row, decode_views(data, image_id, self.schema, where).regions, where)
+        self._seen.add(row)
+        return data
+
+    @contextmanager
+    def verified_together(self, token: str) -> Iterator[str | None]:
+        """From here on a record counts as verified when any process of this host that came here with the same ``token`` verified it.
+
+        Leave the block when all have entered it. Gives None, or why that is not possible here: then each process counts for itself and
+        those forked from it.
+        """
+        files = [shard for shard, _ in self._shards]
+        index = [self.path / "index.arrow"] if self.sealed else []
+        with self._seen.shared(files_identity(token, self.digest, [*index, *files])) as reason:
+            yield reason
 
     def encoded(self, image_id: str) -> tuple[bytes, int, int]:
         """A record's bytes, CRC-32 and region count, verified; for copying it to another store of the same schema."""
@@ -163,18 +192,30 @@ class FeatureStore:
         if not hasattr(os, "posix_fadvise"):
             return
         shards, offsets = (self._column[name][rows] for name in ("shard", "offset"))
-        for row in rows[np.lexsort((offsets, shards))].tolist():
-            shard, offset = int(self._column["shard"][row]), int(self._column["offset"][row])
-            for at, size in self._parts(row, most):
-                os.posix_fadvise(self._file(shard).fileno(), offset + at, size, os.POSIX_FADV_WILLNEED)
+        order = np.lexsort((offsets, shards))
+        firsts, sizes = self._parts(rows[order], most)
+        for shard, offset, first, size in zip(
+            shards[order].tolist(), offsets[order].tolist(), firsts.tolist(), sizes.tolist(), strict=True
+        ):
+            for at, length in zip(first, size, strict=True):
+                if length:
+                    os.posix_fadvise(self._file(shard).fileno(), offset + at, length, os.POSIX_FADV_WILLNEED)
 
-    def _parts(self, row: int, most: int | None) -> list[tuple[int, int]]:
-        """Which bytes of a record ``at`` reads, class probabilities included: (from, how many)."""
-        regions = int(self._column["regions"][row])
-        if not self._seen[row] or most is None or most >= regions:
-            return [(0, int(self._column["length"][row]))]
-        id_bytes = len(self.ids[row].encode())
-        return [(0, first_bytes(regions, most, id_bytes, self.schema)), probs_span(regions, most, id_bytes, self.schema)]
+    def _parts(self, rows: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Which bytes of records ``first_regions`` reads, class probabilities included: int64 [n, 2] from, int64 [n, 2] how many.
+
+        All of it as one part where it was not verified before, or all regions are wanted.
+        """
+        regions = self._column["regions"][rows].astype(np.int64)
+        kept = regions if most is None else regions.clip(max=most)
+        id_bytes = np.array([len(image_id) for image_id in self.ids.encoded(rows)], np.int64)  # type: ignore[attr-defined]
+        probs_at, probs_bytes = probs_span(regions, kept, id_bytes, self.schema)
+        firsts = np.stack([np.zeros_like(regions), probs_at], axis=1)
+        sizes = np.stack([first_bytes(regions, kept, id_bytes, self.schema), probs_bytes], axis=1)
+        all_of_it = ~self._seen.of(rows) | (kept == regions)
+        firsts[all_of_it], sizes[all_of_it] = 0, 0
+        sizes[all_of_it, 0] = self._column["length"][rows[all_of_it]]
+        return firsts, sizes
 
     def regions_at(self, rows: np.ndarray) -> np.ndarray:
         """int32 [len(rows)]: region counts of ``ids[row]`` for each row, without reading the records."""
@@ -256,10 +297,13 @@ class FeatureStore:
         return self._files[number]
 
     def _read(self, row: int, shard: int, offset: int, length: int) -> bytes:
-        """``pread`` moves no file position, so forked processes and threads may share the descriptor."""
+        return self._retried(row, shard, lambda descriptor: os.pread(descriptor, length, offset))
+
+    def _retried(self, row: int, shard: int, read: Callable[[int], Result]) -> Result:
+        """``pread`` and ``preadv`` move no file position, so forked processes and threads may share the descriptor."""
         for attempt in range(READ_ATTEMPTS):
             try:
-                return os.pread(self._file(shard).fileno(), length, offset)
+                return read(self._file(shard).fileno())
             except OSError as error:
                 if attempt == READ_ATTEMPTS - 1:
                     where = self._shards[shard][0]

@@ -8,10 +8,10 @@ length is believed before it is checked.
 
 import struct
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ FEATURE_KINDS = {"float16": 0, "float32": 1}
 EXTRA_DTYPES = ("int64", "float32", "float16")
 MAX_ID_BYTES = 4096
 BOX_TOLERANCE = 1.0  # pixels: rounding and the inclusive last pixel of some detectors; clipped when written
+_FREE_WORDS = (3, 4, 10)  # of a header, as 32-bit words: width, height and the unused one may be anything
 HALF_INFINITY, FLOAT_INFINITY = 0x7C00, 0x7F800000  # as bits; what is negative, infinite or no number has bits from here on
 PROBS_TOLERANCE = 0.02  # float16 sums of some thousand classes stay well inside
 
@@ -131,6 +132,7 @@ def encode(image_id: str, record: RegionRecord, schema: StoreSchema) -> tuple[by
 
 
 Bytes = bytes | memoryview
+Count = TypeVar("Count", int, np.ndarray)  # of one record, or int64 [S] of several
 Read = Callable[[int, int], Bytes]  # bytes of a record: from which one on, and how many
 
 
@@ -186,7 +188,7 @@ class RegionViews:
         size = 2 * width * (last + 1 - first)
         data = self.read(at + 2 * width * first, size)
         if len(data) != size:
-            raise _damaged(self.image_id, self.where, f"{len(data)} bytes of class probabilities where {size} belong")
+            raise damaged(self.image_id, self.where, f"{len(data)} bytes of class probabilities where {size} belong")
         return np.frombuffer(data, "<u2").reshape(-1, width)[rows - first]
 
     def _floats(self, bits: np.ndarray) -> np.ndarray:
@@ -194,13 +196,13 @@ class RegionViews:
             return _positive_halves(bits)
         halves = bits.view("<f2").astype(np.float32)
         if not np.isfinite(halves).all():
-            raise _not_finite(self.image_id, self.where)
+            raise not_finite(self.image_id, self.where)
         return halves
 
     def _spread(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
         """float32 [rows, C] from the likeliest classes, int64 and float32 [rows, k]."""
         if ids.max() >= self.schema.num_classes:
-            raise _not_finite(self.image_id, self.where)
+            raise not_finite(self.image_id, self.where)
         rest = np.maximum(0, 1 - values.sum(1, keepdims=True)) / (self.schema.num_classes - self.schema.top_k)
         probs = np.repeat(rest.astype(np.float32), self.schema.num_classes, 1)
         np.put_along_axis(probs, ids, values, 1)
@@ -217,44 +219,67 @@ def decode(data: Bytes, image_id: str, schema: StoreSchema, where: object) -> Re
 def decode_views(data: Bytes, image_id: str, schema: StoreSchema, where: object, most: int | None = None) -> RegionViews:
     """The first ``most`` regions (None: all) of the record in ``data``, as views of it; ``DamagedError`` as for ``decode``."""
     regions, width, height = _checked_header(data, len(data), image_id, schema, where, verify=True)
-    views = _views(data, regions, width, height, regions, image_id, schema, where, lambda at, size: memoryview(data)[at : at + size])
-    return views if most is None else replace(views, boxes=views.boxes[:most], features=views.features[:most])
-
-
-def decode_first(data: Bytes, image_id: str, schema: StoreSchema, where: object, most: int, size: int, read: Read) -> RegionViews:
-    """The first ``most`` regions of a record of ``size`` bytes that was verified before, from its ``first_bytes`` alone.
-
-    ``read`` fetches class probabilities when they are asked for. ``DamagedError`` where the header, the id or the length of ``data`` are
-    not the record's, or these regions hold NaN or Inf.
-    """
-    regions, width, height = _checked_header(data, size, image_id, schema, where, verify=False)
-    wanted = first_bytes(regions, most, len(image_id.encode()), schema)
-    if len(data) != wanted:
-        raise _damaged(image_id, where, f"only {len(data)} bytes of the first {wanted}")
-    return _views(data, regions, width, height, most, image_id, schema, where, read)
-
-
-def first_bytes(regions: int, most: int, id_bytes: int, schema: StoreSchema) -> int:
-    """Bytes from the beginning of a record of ``regions`` regions up to the end of the features of the first ``most``."""
-    return HEADER.size + _padded_length(id_bytes) + 16 * regions + schema.feature_bytes * min(regions, most)
-
-
-def probs_span(regions: int, most: int, id_bytes: int, schema: StoreSchema) -> tuple[int, int]:
-    """Where in a record of ``regions`` regions the class probabilities of the first ``most`` begin, and their bytes."""
-    at = first_bytes(regions, regions, id_bytes, schema)
-    return at, schema.probs_bytes * (min(regions, most) if schema.probs == "dense" else regions)
-
-
-def _views(
-    data: Bytes, regions: int, width: int, height: int, most: int, image_id: str, schema: StoreSchema, where: object, read: Read
-) -> RegionViews:
-    kept, at = min(regions, most), HEADER.size + _padded_length(len(image_id.encode()))
-    boxes = np.frombuffer(data, "<f4", kept * 4, at).reshape(kept, 4)
+    at = boxes_at(len(image_id.encode()))
+    boxes = np.frombuffer(data, "<f4", regions * 4, at).reshape(regions, 4)
     at += 16 * regions
-    features = np.frombuffer(data, _little(schema.feature_dtype), kept * schema.feature_size, at).reshape(kept, schema.feature_size)
-    if not _all_finite(features) or not _all_finite(boxes):
-        raise _not_finite(image_id, where)
-    return RegionViews(boxes, features, width, height, regions, at + schema.feature_bytes * regions, read, schema, image_id, where)
+    features = np.frombuffer(data, little(schema.feature_dtype), regions * schema.feature_size, at).reshape(regions, schema.feature_size)
+    if not all_finite(features) or not all_finite(boxes):
+        raise not_finite(image_id, where)
+    at += schema.feature_bytes * regions
+    read = partial(_part_of, memoryview(data))
+    return RegionViews(boxes[:most], features[:most], width, height, regions, at, read, schema, image_id, where)
+
+
+def _part_of(data: memoryview, at: int, size: int) -> memoryview:
+    return data[at : at + size]
+
+
+def refuse_head(data: Bytes, image_id: str, schema: StoreSchema, where: object, size: int, wanted: int) -> None:
+    """``DamagedError`` where ``data``, up to ``wanted`` bytes from the beginning of a record of ``size`` bytes, are not the record's."""
+    _checked_header(data, size, image_id, schema, where, verify=False)
+    if len(data) != wanted:
+        raise damaged(image_id, where, f"only {len(data)} bytes of the first {wanted}")
+
+
+def doubtful_heads(heads: np.ndarray, ids: Sequence[bytes], regions: np.ndarray, crcs: np.ndarray, schema: StoreSchema) -> np.ndarray:
+    """bool [S]: which of S records' beginnings are not what the index says: header, id, region count and checksum, for all at once.
+
+    ``heads`` uint8 [S, B], each row a record's beginning (header and id at least); ``regions`` [S] and ``crcs`` [S] are the index's.
+    """
+    lengths = np.array([len(image_id) for image_id in ids], np.int64)
+    kinds = VERSION | PROBS_KINDS[schema.probs] << 16 | FEATURE_KINDS[schema.feature_dtype] << 24
+    words = heads[:, : HEADER.size].view("<u4")
+    wanted = np.zeros(words.shape, np.uint32)
+    wanted[:] = (int.from_bytes(MAGIC, "little"), kinds, 0, 0, 0, schema.feature_size, schema.num_classes, schema.top_k, 0, 0, 0, 0)
+    wanted[:, 2], wanted[:, 8], wanted[:, 9], wanted[:, 11] = regions, lengths, schema.extra_bytes, crcs
+    wanted[:, _FREE_WORDS] = words[:, _FREE_WORDS]
+    doubtful = (words != wanted).any(1)
+    record = np.repeat(np.arange(len(ids)), lengths)
+    place = np.arange(len(record)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    doubtful[record[heads[record, HEADER.size + place] != np.frombuffer(b"".join(ids), np.uint8)]] = True
+    return doubtful
+
+
+def head_sizes(heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Widths and heights of images, int64 [S] each, from the beginnings of their records, uint8 [S, B]."""
+    words = heads[:, : HEADER.size].view("<u4")
+    return words[:, 3].astype(np.int64), words[:, 4].astype(np.int64)
+
+
+def boxes_at(id_bytes: Count) -> Count:
+    """Where in a record the boxes begin; the features begin 16 bytes a region behind."""
+    return HEADER.size + _padded_length(id_bytes)
+
+
+def first_bytes(regions: Count, kept: Count, id_bytes: Count, schema: StoreSchema) -> Count:
+    """Bytes from the beginning of a record of ``regions`` regions up to the end of the features of the first ``kept``."""
+    return boxes_at(id_bytes) + 16 * regions + schema.feature_bytes * kept
+
+
+def probs_span(regions: Count, kept: Count, id_bytes: Count, schema: StoreSchema) -> tuple[Count, Count]:
+    """Where in a record of ``regions`` regions the class probabilities of the first ``kept`` begin, and their bytes."""
+    at = first_bytes(regions, regions, id_bytes, schema)
+    return at, schema.probs_bytes * (kept if schema.probs == "dense" else regions)
 
 
 def check_record(image_id: str, record: RegionRecord, schema: StoreSchema) -> None:
@@ -264,7 +289,7 @@ def check_record(image_id: str, record: RegionRecord, schema: StoreSchema) -> No
     _checked_extras(image_id, record, schema)
 
 
-def record_size(n: int, id_bytes: int, schema: StoreSchema) -> int:
+def record_size(n: Count, id_bytes: Count, schema: StoreSchema) -> Count:
     """Bytes of a record of ``n`` regions."""
     per_region = 16 + schema.feature_bytes + schema.probs_bytes + schema.extra_bytes
     return HEADER.size + _padded_length(id_bytes) + n * per_region
@@ -281,11 +306,11 @@ def encode_id(image_id: str) -> bytes:
     return name
 
 
-def _little(dtype: str) -> np.dtype:
+def little(dtype: str) -> np.dtype:
     return np.dtype(dtype).newbyteorder("<")
 
 
-def _all_finite(numbers: np.ndarray) -> bool:
+def all_finite(numbers: np.ndarray) -> bool:
     """Whether all of them are, float16 or float32, any shape.
 
     The bits are several times as fast as NumPy's isfinite in half precision; their maximum alone tells where none is negative.
@@ -314,15 +339,15 @@ def _padded(name: bytes) -> bytes:
     return name + bytes(-len(name) % ALIGNMENT)
 
 
-def _padded_length(id_bytes: int) -> int:
+def _padded_length(id_bytes: Count) -> Count:
     return -(-id_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def _damaged(image_id: str, where: object, what: str) -> DamagedError:
+def damaged(image_id: str, where: object, what: str) -> DamagedError:
     return DamagedError(f"record {image_id!r} in {where} is damaged ({what}); extract the image again")
 
 
-def _not_finite(image_id: str, where: object) -> DamagedError:
+def not_finite(image_id: str, where: object) -> DamagedError:
     return DamagedError(f"record {image_id!r} in {where} holds NaN or Inf; extract the image again")
 
 
@@ -334,7 +359,7 @@ def _checked_arrays(image_id: str, record: RegionRecord, schema: StoreSchema) ->
         raise UsageError(f"image {image_id!r}: boxes, features, class_probs have shapes {shapes}; the store takes {wanted}")
     boxes = _checked_boxes(image_id, np.asarray(record.boxes, "<f4"), record.width, record.height)
     with np.errstate(over="ignore"):
-        features = np.asarray(record.features, _little(schema.feature_dtype))
+        features = np.asarray(record.features, little(schema.feature_dtype))
     if not np.isfinite(features).all():
         raise UsageError(f"image {image_id!r}: features hold NaN, Inf or values beyond {schema.feature_dtype}")
     probs = np.asarray(record.class_probs, np.float32)
@@ -348,7 +373,7 @@ def _checked_extras(image_id: str, record: RegionRecord, schema: StoreSchema) ->
     shapes = {name: np.shape(value) for name, value in record.extras.items()}
     if shapes != {name: (len(record),) for name in schema.extras}:
         raise UsageError(f"image {image_id!r}: extras have shapes {shapes}; the store takes {[*schema.extras]}, [{len(record)}] each")
-    extras = [np.asarray(record.extras[name]).astype(_little(dtype), casting="same_kind") for name, dtype in schema.extras.items()]
+    extras = [np.asarray(record.extras[name]).astype(little(dtype), casting="same_kind") for name, dtype in schema.extras.items()]
     if not all(np.isfinite(value).all() for value in extras):
         raise UsageError(f"image {image_id!r}: extras hold NaN or Inf")
     return extras
@@ -376,7 +401,7 @@ def _encode_probs(probs: np.ndarray, schema: StoreSchema) -> bytes:
 def _decode_extras(data: Bytes, n: int, schema: StoreSchema) -> dict[str, np.ndarray]:
     at, extras = len(data) - n * schema.extra_bytes, {}
     for name, dtype in schema.extras.items():
-        extras[name] = np.frombuffer(data, _little(dtype), n, at)
+        extras[name] = np.frombuffer(data, little(dtype), n, at)
         at += extras[name].nbytes
     return extras
 
@@ -384,21 +409,21 @@ def _decode_extras(data: Bytes, n: int, schema: StoreSchema) -> dict[str, np.nda
 def _checked_header(data: Bytes, size: int, image_id: str, schema: StoreSchema, where: object, verify: bool) -> tuple[int, int, int]:
     """Regions, width and height of the record of ``size`` bytes that ``data`` begins; ``verify`` its checksum (``data`` is all of it)."""
     if len(data) < HEADER.size:
-        raise _damaged(image_id, where, f"only {len(data)} bytes")
+        raise damaged(image_id, where, f"only {len(data)} bytes")
     magic, version, probs, features, n, width, height, floats, classes, top_k, id_bytes, extras, _, crc = HEADER.unpack_from(data)
     if (magic, version) != (MAGIC, VERSION):
-        raise _damaged(image_id, where, "no record stands there")
+        raise damaged(image_id, where, "no record stands there")
     kinds = PROBS_KINDS[schema.probs], FEATURE_KINDS[schema.feature_dtype]
     sizes = schema.feature_size, schema.num_classes, schema.top_k, schema.extra_bytes
     if (probs, features, floats, classes, top_k, extras) != kinds + sizes:
-        raise _damaged(image_id, where, "its sizes are not the store's")
+        raise damaged(image_id, where, "its sizes are not the store's")
     if n == 0 or size != record_size(n, id_bytes, schema):
-        raise _damaged(image_id, where, f"{size} bytes for {n} regions")
+        raise damaged(image_id, where, f"{size} bytes for {n} regions")
     if len(data) < HEADER.size + id_bytes:
-        raise _damaged(image_id, where, f"only {len(data)} bytes")
+        raise damaged(image_id, where, f"only {len(data)} bytes")
     view = memoryview(data)
     if verify and zlib.crc32(view[HEADER.size :], zlib.crc32(view[: HEADER.size - 4])) != crc:
-        raise _damaged(image_id, where, "checksum")
+        raise damaged(image_id, where, "checksum")
     if bytes(view[HEADER.size : HEADER.size + id_bytes]) != image_id.encode():
-        raise _damaged(image_id, where, "it belongs to another image")
+        raise damaged(image_id, where, "it belongs to another image")
     return n, width, height

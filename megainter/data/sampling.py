@@ -1,20 +1,21 @@
 """One sample of the stream: which caption beside which image, and what of both is masked, from (seed, epoch, n) alone."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from megainter.data.feature_store import FeatureStore
+from megainter.data.first_regions import FirstRegions
 from megainter.data.manifest import Pairs, digest_of_kept
 from megainter.data.masking import REGION_DRAWS, TEXT_DRAWS, Bools, Uniforms, VocabularyFacts, mask_regions_of_images, mask_texts, recipe
 from megainter.data.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text
 from megainter.data.order import Int64s, Purpose, SampleGenerators, permuted, permuted_by_blocks, uniform
-from megainter.data.record import RegionViews
 from megainter.data.text import TokenTable
 from megainter.errors import UsageError
 
@@ -60,10 +61,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample with its masks; a batch lays these end to end.
+    """One sample with its masks, to look at; batches are made of ``Samples``.
 
     ``ids`` int64 [T] are [CLS] masked caption [SEP]; ``msm_positions`` int64 index ``ids`` and ``msm_labels`` int64 are the original ids
-    there. ``features`` float16 [n, F] are as stored (not masked); ``masked`` and ``zeroed`` bool [n]. ``class_probs`` float32 [M, C] are
+    there. ``features`` [n, F] are as stored (not masked); ``masked`` and ``zeroed`` bool [n]. ``class_probs`` float32 [M, C] are
     those of the masked regions, in order, where they are predicted (a matched pair, the objective "class"), else of none. Boxes are
     float32 [n, 4] in pixels of a ``width`` x ``height`` image. ``row`` and ``caption_row`` are rows of the pairs.
     """
@@ -77,12 +78,65 @@ class Sample:
     msm_positions: Int64s
     msm_labels: Int64s
     boxes: NDArray[np.float32]
-    features: NDArray[np.float16]
+    features: NDArray[np.floating]
     class_probs: NDArray[np.float32]
     width: int
     height: int
     masked: NDArray[np.bool_]
     zeroed: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence[Sample]):
+    """S samples end to end, as a batch takes them; ``samples[i]`` is one of them, cut out and read.
+
+    ``ids`` int64 [Nt] are those of all samples, ``text_lengths`` int64 [S]; ``msm_positions`` int64 [M] index ``ids``, ``msm_labels``
+    int64 [M]. ``regions`` has boxes [N, 4], and features and class probabilities where they are asked for; ``masked`` and ``zeroed``
+    bool [N]. ``scored`` bool [N] are the masked regions of matched pairs. The rest is as in ``Sample``.
+    """
+
+    draws: Draws
+    ids: Int64s
+    text_lengths: Int64s
+    msm_positions: Int64s
+    msm_labels: Int64s
+    regions: FirstRegions
+    masked: Bools
+    zeroed: Bools
+    scored: Bools
+    with_class_probs: bool  # the objective is "class"
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[place] for place in range(*i.indices(len(self)))]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        draws, regions = self.draws, self.regions
+        begin, first = (int(lengths[:i].sum()) for lengths in (self.text_lengths, regions.counts))
+        end, last = begin + int(self.text_lengths[i]), first + int(regions.counts[i])
+        spoken = slice(*np.searchsorted(self.msm_positions, (begin, end)).tolist())
+        views = regions.views(i)
+        predicted = self.scored[first:last] if self.with_class_probs else np.zeros(last - first, np.bool_)
+        return Sample(
+            epoch=int(draws.epochs[i]),
+            n=int(draws.numbers[i]),
+            row=int(draws.rows[i]),
+            caption_row=int(draws.caption_rows[i]),
+            itm_label=int(draws.itm_labels[i]),
+            ids=self.ids[begin:end],
+            msm_positions=self.msm_positions[spoken] - begin,
+            msm_labels=self.msm_labels[spoken],
+            boxes=views.boxes,
+            features=views.features,
+            class_probs=views.class_probs(predicted),
+            width=views.width,
+            height=views.height,
+            masked=self.masked[first:last],
+            zeroed=self.zeroed[first:last],
+        )
 
 
 class Sampler:
@@ -147,43 +201,23 @@ class Sampler:
 
     def announce(self, draws: Draws, places: Int64s) -> None:
         """Let the system fetch the regions of samples ``places`` of ``draws`` ahead of their making."""
-        self.store.announce(self.store_rows[self.pairs.image_numbers[draws.rows[places]]], self.settings.max_regions)
+        self.store.announce(self._store_rows(draws.rows[places]), self.settings.max_regions)
 
     def sample(self, draws: Draws, i: int) -> Sample:
         """Sample ``i`` of ``draws``, read from the store and masked."""
         return self.samples(draws, np.array([i]))[0]
 
-    def samples(self, draws: Draws, places: Int64s) -> list[Sample]:
-        """Samples ``places`` int64 [S] of ``draws``, read from the store and masked together; each is what it is alone."""
-        if not len(places):
-            return []
-        epochs, numbers, rows, caption_rows, labels = (
-            column[places].tolist() for column in (draws.epochs, draws.numbers, draws.rows, draws.caption_rows, draws.itm_labels)
-        )
-        store_rows = self.store_rows[self.pairs.image_numbers[draws.rows[places]]].tolist()
-        records = [self.store.at(row, self.settings.max_regions) for row in store_rows]
-        in_text, in_regions = self._sides(draws.epochs[places], draws.numbers[places])
-        texts = self._texts(epochs, numbers, caption_rows, in_text)
-        masks = self._masks(epochs, numbers, records, in_regions)
-        facts = zip(epochs, numbers, rows, caption_rows, labels, texts, records, masks, strict=True)
-        return [self._sample(*fact) for fact in facts]
+    def samples(self, draws: Draws, places: Int64s) -> Samples:
+        """Samples ``places`` int64 [S] of ``draws``, their boxes read from the store, and masked together; each is what it is alone."""
+        here = Draws(*(column[places] for column in vars(draws).values()))
+        regions = self.store.first_regions(self._store_rows(here.rows), self.settings.max_regions)
+        in_text, in_regions = self._sides(here.epochs, here.numbers)
+        masked, zeroed = self._masks(here, regions, in_regions)
+        scored = masked & np.repeat(here.itm_labels == 0, regions.counts)
+        return Samples(here, *self._texts(here, in_text), regions, masked, zeroed, scored, self.settings.region_objective == "class")
 
-    def _sample(
-        self,
-        epoch: int,
-        n: int,
-        row: int,
-        caption_row: int,
-        itm_label: int,
-        text: tuple[Int64s, Int64s, Int64s],
-        record: RegionViews,
-        masks: tuple[Bools, Bools],
-    ) -> Sample:
-        scored = itm_label == 0 and self.settings.region_objective == "class"
-        probs = record.class_probs(np.flatnonzero(masks[0]) if scored else np.zeros(0, np.int64))
-        return Sample(
-            epoch, n, row, caption_row, itm_label, *text, record.boxes, record.features, probs, record.width, record.height, *masks
-        )
+    def _store_rows(self, rows: Int64s) -> NDArray[np.integer]:
+        return self.store_rows[self.pairs.image_numbers[rows]]
 
     def _sides(self, epochs: Int64s, numbers: Int64s) -> tuple[Bools, Bools]:
         """bool [S] each: whether text and whether regions of a sample are masked."""
@@ -195,45 +229,39 @@ class Sampler:
             coins[epochs == epoch] = uniform(self.settings.seed, epoch, numbers[epochs == epoch], Purpose.CONDITION)
         return coins < 0.5, coins >= 0.5
 
-    def _texts(self, epochs: list[int], numbers: list[int], caption_rows: list[int], in_text: Bools) -> list[tuple[Int64s, Int64s, Int64s]]:
-        """[CLS] masked caption [SEP], masked positions in it, and labels, of each sample."""
+    def _texts(self, draws: Draws, in_text: Bools) -> tuple[Int64s, Int64s, Int64s, Int64s]:
+        """[CLS] masked caption [SEP] of all samples end to end, their lengths, masked positions, and labels."""
+        caption_rows = draws.caption_rows.tolist()
         captions = [self.tokens[row] for row in caption_rows]
-        original, lengths = np.concatenate(captions), np.array([len(caption) for caption in captions], dtype=np.int64)
-        draws = _drawn(self._text_draws, TEXT_DRAWS, epochs, numbers, lengths)
-        masked, positions = mask_texts(original, lengths, draws, self.recipe, self.vocabulary, self._continues(caption_rows))
+        lengths = np.array([len(caption) for caption in captions], dtype=np.int64)
+        original = np.concatenate([np.zeros(0, np.int32), *captions])
+        uniforms = _drawn(self._text_draws, TEXT_DRAWS, draws, lengths)
+        masked, positions = mask_texts(original, lengths, uniforms, self.recipe, self.vocabulary, self._continues(caption_rows))
         caption = np.repeat(np.arange(len(lengths)), lengths)  # of each token
         masked = np.where(in_text[caption], masked, original)
         positions = positions[in_text[caption[positions]]]
-        begins = np.cumsum(lengths) - lengths
-        bounds = np.searchsorted(positions, np.append(begins, len(original))).tolist()
-        inside, labels = positions - begins[caption[positions]] + 1, original[positions].astype(np.int64)
-        ids, ends = self._between_marks(masked, caption, lengths)
-        return [
-            (ids[end - length - 2 : end], inside[first:last], labels[first:last])
-            for end, length, first, last in zip(ends.tolist(), lengths.tolist(), bounds[:-1], bounds[1:], strict=True)
-        ]
+        places = np.arange(len(original)) + 2 * caption + 1  # of each token among the ids
+        return self._between_marks(masked, places, lengths + 2), lengths + 2, places[positions], original[positions].astype(np.int64)
 
-    def _between_marks(self, tokens: NDArray[np.int32], caption: Int64s, lengths: Int64s) -> tuple[Int64s, Int64s]:
-        """Captions end to end, each between [CLS] and [SEP], and where each ends; ``caption`` [N] is the caption of each token."""
-        ends = np.cumsum(lengths + 2)
-        ids = np.empty(len(tokens) + 2 * len(lengths), dtype=np.int64)
-        ids[np.arange(len(tokens)) + 2 * caption + 1] = tokens
-        ids[ends - lengths - 2], ids[ends - 1] = self.vocabulary.cls_id, self.vocabulary.sep_id
-        return ids, ends
+    def _between_marks(self, tokens: NDArray[np.int32], places: Int64s, lengths: Int64s) -> Int64s:
+        """int64 [sum of lengths]: captions end to end, each between [CLS] and [SEP]; ``tokens`` [N] go to ``places`` [N]."""
+        ends = np.cumsum(lengths)
+        ids = np.empty(int(lengths.sum()), dtype=np.int64)
+        ids[places] = tokens
+        ids[ends - lengths], ids[ends - 1] = self.vocabulary.cls_id, self.vocabulary.sep_id
+        return ids
 
     def _continues(self, caption_rows: list[int]) -> Bools | None:
         """Which tokens of the captions go on with the word before them; None where the vocabulary alone tells."""
         told = [continues for row in caption_rows if (continues := self.tokens.continues(row)) is not None]
         return np.concatenate(told) if told else None
 
-    def _masks(self, epochs: list[int], numbers: list[int], records: list[RegionViews], in_regions: Bools) -> list[tuple[Bools, Bools]]:
-        """Which regions of each sample are predicted, and which lose their feature."""
-        counts = np.array([len(record) for record in records], dtype=np.int64)
-        draws = _drawn(self._region_draws, REGION_DRAWS, epochs, numbers, counts)
-        boxes = np.concatenate([record.boxes for record in records])
-        masked, zeroed = (chosen & np.repeat(in_regions, counts) for chosen in mask_regions_of_images(boxes, counts, draws, self.recipe))
-        ends = np.cumsum(counts).tolist()
-        return [(masked[first:end], zeroed[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
+    def _masks(self, draws: Draws, regions: FirstRegions, in_regions: Bools) -> tuple[Bools, Bools]:
+        """Which regions of the samples are predicted, and which lose their feature."""
+        uniforms = _drawn(self._region_draws, REGION_DRAWS, draws, regions.counts)
+        both = mask_regions_of_images(regions.boxes, regions.counts, uniforms, self.recipe)
+        masked, zeroed = (chosen & np.repeat(in_regions, regions.counts) for chosen in both)
+        return masked, zeroed
 
     def digest(self, sample: Sample) -> bytes:
         """SHA-256 over what was drawn: both pair ids, masked ids, masked positions, region masks, ITM label."""
@@ -246,10 +274,10 @@ class Sampler:
         return total.digest()
 
 
-def _drawn(generators: SampleGenerators, each: int, epochs: list[int], numbers: list[int], sizes: Int64s) -> Uniforms:
+def _drawn(generators: SampleGenerators, each: int, draws: Draws, sizes: Int64s) -> Uniforms:
     """float64 [each, sum of sizes]: ``each`` uniform numbers for every token or region of every sample, from its own generator."""
-    samples = zip(epochs, numbers, sizes.tolist(), strict=True)
-    return np.concatenate([generators.at(epoch, n).random((each, size)) for epoch, n, size in samples], axis=1)
+    samples = zip(draws.epochs.tolist(), draws.numbers.tolist(), sizes.tolist(), strict=True)
+    return np.concatenate([np.zeros((each, 0)), *(generators.at(epoch, n).random((each, size)) for epoch, n, size in samples)], axis=1)
 
 
 def rows_in_store(pairs: Pairs, store: FeatureStore) -> NDArray[np.integer]:

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import secrets
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from megainter.data.text import Vocabulary, build_token_table, load_vocabulary, 
 from megainter.errors import TooManyBadInputsError, UsageError
 from megainter.files import sha256_of, write_atomically
 from megainter.model.configuration import InterBertConfig
-from megainter.training.collective import on_first_rank
+from megainter.training.collective import first_said, on_first_rank
 
 BLOCK = 4096  # samples, some hundred megabytes of records
 log = logging.getLogger("megainter")
@@ -59,14 +61,30 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
         digests["storage_order"] = storage_digest
     if data.hard_negatives is not None:
         digests["hard_negatives"] = sha256_of(data.hard_negatives)
+    validation = _validation(config, store, vocabulary, words, rank, world_size)
+    if world_size > 1:
+        verify_together([store] if validation is None else [store, validation.sampler.store])
     return Sources(
         vocabulary=vocabulary,
         training=training,
-        validation=_validation(config, store, vocabulary, words, rank, world_size),
+        validation=validation,
         store=store,
         samples=len(pairs),
         digests=digests,
     )
+
+
+def verify_together(stores: list[FeatureStore]) -> None:
+    """Let a record that one rank of a host, or one of its loader processes, has read whole and verified count for all of them. Collective.
+
+    Where the host has no shared memory for it each rank verifies for itself, which the log says.
+    """
+    token = on_first_rank(lambda: secrets.token_hex(16))
+    with ExitStack() as stack:
+        reasons = [stack.enter_context(store.verified_together(token)) for store in {id(store): store for store in stores}.values()]
+        told = first_said(next((reason for reason in reasons if reason is not None), None))  # an answer of all: nobody leaves before
+    if told is not None:
+        log.warning("every rank reads and verifies each record itself, once, not once for all ranks of its host: %s", told)
 
 
 def word_boundaries(data: DataConfig, pairs: Pairs) -> str:

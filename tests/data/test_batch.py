@@ -29,6 +29,7 @@ from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, Regio
 from megainter.data.manifest import Pair, Pairs, read_pairs, write_pairs
 from megainter.data.masking import VocabularyFacts
 from megainter.data.negatives import HardNegatives
+from megainter.data.sampling import Samples
 from megainter.data.text import TokenTable, build_token_table, load_vocabulary, train_vocabulary
 from megainter.errors import DamagedError, UsageError
 
@@ -76,6 +77,12 @@ def build(folder: Path, images: int = IMAGES) -> Data:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return build(tmp_path_factory.mktemp("stream"))
+
+
+def together(stream: PretrainStream, places: list[tuple[int, int]]) -> Samples:
+    """Samples of the stream by (epoch, number)."""
+    epochs, numbers = np.array(places).T
+    return stream.sampler.samples(stream.sampler.draws(epochs, numbers), np.arange(len(places)))
 
 
 def flat(batch: PretrainBatch) -> list[torch.Tensor]:
@@ -156,7 +163,7 @@ def test_a_batch_says_what_its_samples_are(data: Data) -> None:
     stream = data.stream()
     for n in range(40):
         sample = stream.sample(1, n)
-        batch = collate([stream.sample(0, 3), sample], SETTINGS)
+        batch = collate(together(stream, [(0, 3), (1, n)]), SETTINGS)
         t, r = int(batch.inputs.text_lengths[0]), int(batch.inputs.region_lengths[0])
         record = data.store[data.pairs.image_id(sample.row)]
         count = min(len(record.boxes), 6)
@@ -219,7 +226,7 @@ def test_feature_objective_targets_are_unmasked_features(data: Data) -> None:
     settings = replace(SETTINGS, region_objective="feature", masking="paper")
     stream = data.stream(settings)
     samples = [stream.sample(0, n) for n in range(20)]
-    batch = collate(samples, settings)
+    batch = collate(together(stream, [(0, n) for n in range(20)]), settings)
     expected = [s.features[s.masked] for s in samples if not s.itm_label]
     assert np.array_equal(batch.mrm_targets.numpy(), np.concatenate(expected).astype(np.float32))
     assert len(batch.mrm_targets) > 0
@@ -227,7 +234,7 @@ def test_feature_objective_targets_are_unmasked_features(data: Data) -> None:
 
 
 def test_gate_leaves_mismatched_captions_unscored(data: Data) -> None:
-    samples = [data.stream().sample(0, n) for n in range(40)]
+    samples = together(data.stream(), [(0, n) for n in range(40)])
     open_batch, gated = (collate(samples, replace(SETTINGS, gate_msm=gate)) for gate in (False, True))
     assert torch.equal(open_batch.inputs.input_ids, gated.inputs.input_ids)
     starts = open_batch.inputs.text_lengths.cumsum(0) - open_batch.inputs.text_lengths
@@ -261,11 +268,11 @@ def test_samples_made_together_are_those_made_alone(data: Data, masking: str, co
     sampler = data.stream(replace(SETTINGS, masking=masking, conditional_masking=conditional)).sampler
     draws = sampler.draws(np.arange(100) // 62, np.arange(100) % 62)
     places = np.random.default_rng(0).permutation(100)
-    assert sampler.samples(draws, places[:0]) == []
+    assert list(sampler.samples(draws, places[:0])) == []
     for first, end in ((0, 1), (1, 3), (3, 40), (40, 100)):
-        together = sampler.samples(draws, places[first:end])
-        assert len(together) == end - first
-        for i, sample in zip(places[first:end].tolist(), together, strict=True):
+        made = sampler.samples(draws, places[first:end])
+        assert len(made) == end - first
+        for i, sample in zip(places[first:end].tolist(), made, strict=True):
             alone = sampler.sample(draws, i)
             for name, value in vars(alone).items():
                 other = getattr(sample, name)
@@ -298,17 +305,24 @@ def test_hard_negatives_enter_the_stream_by_their_share(data: Data) -> None:
         PretrainStream(data.pairs, data.store, data.tokens, data.facts, SETTINGS, 0, 1, short)
 
 
-def test_an_image_without_regions_gives_no_nan(data: Data) -> None:
-    sample = data.stream().sample(0, 0)
-    none = replace(
-        sample, boxes=sample.boxes[:0], features=sample.features[:0], class_probs=sample.class_probs[:0],
-        masked=sample.masked[:0], zeroed=sample.zeroed[:0], itm_label=0,
-    )  # fmt: skip
-    for batch in (collate([none], SETTINGS), collate([none, sample, none], SETTINGS)):
-        assert torch.isfinite(batch.inputs.region_features).all()
-        assert (batch.inputs.region_features[0] == 0).all()
-        assert batch.inputs.region_locations[0].tolist() == [0, 0, 1, 1, 1]
-        assert batch.mrm_targets.shape[1] == CLASSES
+@pytest.mark.parametrize("counts", [[0], [0, 3, 0], [2, 0, 0, 1]])
+def test_an_image_without_regions_gives_no_nan(data: Data, counts: list[int]) -> None:
+    """No store holds such a record; what is read of these is cut to so many regions."""
+    samples = together(data.stream(), [(0, n) for n in range(len(counts))])
+    regions, kept = samples.regions, np.zeros(len(samples.masked), np.bool_)
+    begins = np.cumsum(regions.counts) - regions.counts
+    cuts = np.minimum(counts, regions.counts)
+    for begin, cut in zip(begins.tolist(), cuts.tolist(), strict=True):
+        kept[begin : begin + cut] = True
+    regions.counts, regions.boxes = cuts, regions.boxes[kept]
+    batch = collate(replace(samples, masked=samples.masked[kept], zeroed=samples.zeroed[kept], scored=samples.scored[kept]), SETTINGS)
+    starts, ends = np.cumsum(cuts + 1) - (cuts + 1), np.cumsum(cuts)
+    assert batch.inputs.region_lengths.tolist() == (cuts + 1).tolist()
+    assert torch.isfinite(batch.inputs.region_features).all()
+    for start, end, cut in zip(starts.tolist(), ends.tolist(), cuts.tolist(), strict=True):
+        assert (batch.inputs.region_features[start] == 0).all() == samples.zeroed[kept][end - cut : end].all()  # also where there is none
+        assert batch.inputs.region_locations[start].tolist() == [0, 0, 1, 1, 1]
+    assert batch.mrm_targets.shape[1] == CLASSES
 
 
 def test_reading_does_not_change_the_store(data: Data) -> None:
@@ -430,7 +444,7 @@ def test_validation_counts_every_sample_once(data: Data, world_size: int, count:
     assert all(batch.counts() == (0, 0, 0) for batch in batches if not batch.counted)
     stream = data.stream(settings)
     expected = [stream.sample(0, n) for n in range(min(count, 62))]
-    assert contents(counted) == contents([collate(expected, settings)])
+    assert contents(counted) == contents([collate(together(stream, [(0, n) for n in range(min(count, 62))]), settings)])
     assert [sample.row for sample in expected] == list(range(len(expected)))
     loaded = list(make_loader(parts[0], 0, len(parts[0]), 1))
     assert equal(loaded, [parts[0][i] for i in range(len(parts[0]))])

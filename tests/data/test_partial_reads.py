@@ -56,6 +56,23 @@ def overwrite(path: Path, at: int, value: bytes) -> bytes:
     return before
 
 
+def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(offset in the shard, bytes) of every read from here on."""
+    pread, preadv, asked = os.pread, os.preadv, list[tuple[int, int]]()
+
+    def noted(descriptor: int, length: int, offset: int) -> bytes:
+        asked.append((offset, length))
+        return pread(descriptor, length, offset)
+
+    def noted_into(descriptor: int, places: list[memoryview], offset: int) -> int:
+        asked.append((offset, sum(place.nbytes for place in places)))
+        return preadv(descriptor, places, offset)
+
+    monkeypatch.setattr(os, "pread", noted)
+    monkeypatch.setattr(os, "preadv", noted_into)
+    return asked
+
+
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
 def test_every_number_of_regions_and_every_choice_of_them_is_what_the_whole_record_has(tmp_path: Path, schema: StoreSchema) -> None:
     store, given = make_store(tmp_path / "s", schema), []
@@ -102,40 +119,31 @@ def test_a_record_read_again_is_read_in_part(tmp_path: Path, monkeypatch: pytest
     store = make_store(tmp_path / "s", DENSE)
     row, size = 4, len(store.ids[4].encode())
     regions = len(store.at(row))
-    pread, asked = os.pread, []
-
-    def noted(descriptor: int, length: int, offset: int) -> bytes:
-        asked.append((offset - place_of(store, row)[1], length))
-        return pread(descriptor, length, offset)
-
-    monkeypatch.setattr(os, "pread", noted)
+    asked = noted_reads(monkeypatch)
     views = store.at(row, 2)
-    probs_at = 48 + -(-size // 16) * 16 + regions * (16 + 2 * F)
-    assert asked == [(0, probs_at - 2 * F * (regions - 2))]
+    begin = place_of(store, row)[1]
+    features_at = 48 + -(-size // 16) * 16 + regions * 16
+    probs_at = features_at + regions * 2 * F
+    assert asked == [(begin, features_at), (begin + features_at, 2 * 2 * F)]
     views.class_probs(np.array([1]))
     views.class_probs(np.zeros(0, np.int64))
-    assert asked[1:] == [(probs_at + 2 * C, 2 * C)]
+    assert asked[2:] == [(begin + probs_at + 2 * C, 2 * C)]
 
 
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
 def test_what_is_announced_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schema: StoreSchema) -> None:
     store = make_store(tmp_path / "s", schema)
-    pread, read, told = os.pread, set[int](), set[int]()
-
-    def noted(descriptor: int, length: int, offset: int) -> bytes:
-        read.update(range(offset, offset + length))
-        return pread(descriptor, length, offset)
-
-    monkeypatch.setattr(os, "pread", noted)
+    asked, told = noted_reads(monkeypatch), set[int]()
     monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, length, advice: told.update(range(offset, offset + length)))
     rows = np.arange(len(store))
     for _ in range(2):  # at first all of each record, later its first three regions
-        read.clear()
+        asked.clear()
         told.clear()
         store.announce(rows, 3)
         for row in rows.tolist():
             views = store.at(row, 3)
             views.class_probs(np.arange(len(views)))
+        read = {byte for offset, length in asked for byte in range(offset, offset + length)}
         assert read <= told
         if schema.probs == "dense" and not schema.extras:
             assert read == told  # of top-k and of extras a little more is announced
