@@ -184,9 +184,7 @@ def mask_regions(boxes: NDArray[np.float32], rng: np.random.Generator, recipe: M
     return mask_regions_of_images(boxes, np.array([len(boxes)]), rng.random((REGION_DRAWS, len(boxes))), recipe)
 
 
-def mask_regions_of_images(
-    boxes: NDArray[np.float32], counts: Int64s, draws: Uniforms, recipe: MaskingRecipe
-) -> tuple[Bools, Bools]:
+def mask_regions_of_images(boxes: NDArray[np.float32], counts: Int64s, draws: Uniforms, recipe: MaskingRecipe) -> tuple[Bools, Bools]:
     """``mask_regions`` of images end to end: ``boxes`` float32 [N, 4] of S images with ``counts`` int64 [S], ``draws`` float64 [2, N]."""
     anchors = np.flatnonzero(draws[0] < recipe.region_probability)
     masked = np.zeros(len(boxes), dtype=bool)

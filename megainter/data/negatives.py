@@ -166,9 +166,7 @@ def hard_rows(hard: HardNegatives, share: float, rows: Int64s, seed: int, epoch:
     return found
 
 
-def negative_rows(
-    image_numbers: NDArray[np.int32], rows: Int64s, seed: int, epoch: int, n: Int64s, same: SameText | None = None
-) -> Int64s:
+def negative_rows(image_numbers: NDArray[np.int32], rows: Int64s, seed: int, epoch: int, n: Int64s, same: SameText | None = None) -> Int64s:
     """For each caption in ``rows`` a row drawn uniformly from the captions of all other images that do not read the ``same``: int64 [S].
 
     Needs at least two images (``require_two_images``). Rejection: attempts are hashes of (seed, epoch, n, attempt); what is left after
