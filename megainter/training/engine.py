@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -49,6 +49,9 @@ KNOWN = (
 # Elements. DeepSpeed's 500 million are for a network of many GPUs: on the CPU a bucket as large as the model holds a copy of all gradients,
 # from fresh pages at every step. The word embeddings of a base-size model just fit in.
 CPU_BUCKET = 25_000_000
+
+# Elements of a checkpoint that are copied to the host between two waits for the device: a quarter of a GB in page-locked memory.
+LANDING = 1 << 26
 
 # What gloo and NCCL say when the other end of a connection has died.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
@@ -113,7 +116,7 @@ def deepspeed_config(
         **_portions(training, world_size, accumulation),
         "gradient_clipping": optimizer.clip_norm if optimizer.clip == "global" else 0.0,
         "steps_per_print": 10**9,
-        "communication_data_type": "fp32",
+        "communication_data_type": engine.communication,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
     }
@@ -389,14 +392,26 @@ def _start_optimizer_state(engine: Any, settings: OptimizerConfig, averaged: boo
 
 
 def _assembled(piece: Piece, local: Tensor, owner: int, world: World) -> Tensor | None:
-    """One parameter's tensor from all ranks' pieces, on rank ``owner``; None elsewhere. Collective.
+    """One parameter's tensor from all ranks' pieces, on rank ``owner`` and still on its device; None elsewhere. Collective.
 
     Added up as integers over zeros, so that every bit arrives as it left.
     """
     buffer = _mine_over_zeros(piece, local, world)
     if world.size > 1:
         dist.reduce(buffer.view(torch.int32), dst=owner)
-    return buffer.view(piece.shape).cpu() if world.rank == owner else None
+    return buffer.view(piece.shape) if world.rank == owner else None
+
+
+def _landed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """float32 tensors of one device as CPU tensors; the host waits for the device once for all of them."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return list(tensors)
+    landing = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.float32, pin_memory=True)
+    places = landing.split([tensor.numel() for tensor in tensors])
+    for place, tensor in zip(places, tensors, strict=True):
+        place.copy_(tensor.view(-1), non_blocking=True)
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return [place.clone().view(tensor.shape) for place, tensor in zip(places, tensors, strict=True)]
 
 
 def _mine_over_zeros(piece: Piece, local: Tensor, world: World) -> Tensor:
@@ -455,14 +470,24 @@ def owned_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:
     """
     shares: dict[str, dict[str, Tensor]] = {}
     load = [0] * world.size
+    waiting: list[tuple[str, str, Tensor]] = []  # kind, name, tensor on the device
+
+    def land() -> None:
+        for (kind, name, _), tensor in zip(waiting, _landed([tensor for _, _, tensor in waiting]), strict=True):
+            shares[kind][name] = tensor
+        waiting.clear()
+
     for piece in pieces(engine):
         owner = load.index(min(load))
         load[owner] += math.prod(piece.shape)
         for kind, local in _kept(engine, piece.flat).items():
             tensor = _assembled(piece, local, owner, world)
-            share = shares.setdefault(kind, {})
+            shares.setdefault(kind, {})
             if tensor is not None:
-                share[piece.name] = tensor
+                waiting.append((kind, piece.name, tensor))
+            if sum(tensor.numel() for _, _, tensor in waiting) > LANDING:
+                land()
+    land()
     return shares
 
 

@@ -8,6 +8,7 @@ The norm is exact to fp32 (``clipping``); DeepSpeed's own misses it by up to a t
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megainter.training.clipping import total_norm
+from megainter.training.same_host import everyones
 
 _EPSILON = 1e-6  # DeepSpeed's and torch's, added to the norm before dividing by it
+_PIECE = 1 << 17  # elements
 _STAGE3_SUMS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 # What is used of each wrapper; a DeepSpeed without it keeps its own methods.
@@ -25,6 +28,8 @@ _USED = {
     "BF16_Optimizer": (
         "bf16_groups", "fp32_groups_gradients", "fp32_groups_has_gradients", "fp32_groups_gradient_flat_partition",
         "fp32_groups_flat_partition", "update_hp_grads", "zero_grad", "update_lp_params", "_lazy_init_hp_params_optimizer_state",
+        "bf16_groups_flat", "bf16_partitioned_groups", "fp32_groups_gradients_flat", "fp32_groups_actual_gradients_flat",
+        "fp32_groups_gradient_dict", "non_expert_gradients", "_split_flat_tensor", "_update_storage_to_flattened_tensor",
     ),
     "DeepSpeedZeroOptimizer": (
         "bit16_groups", "single_partition_of_fp32_groups", "averaged_gradients", "all_grad_tensors", "partition_size", "loss_scale",
@@ -115,6 +120,10 @@ def _join_stage0(engine: Any, updates: Updates) -> Updates:
 def _join_bf16(engine: Any, updates: Updates) -> Updates:
     """Stage 1 in bf16: fp32 sums of the micro-batches' gradients, of whole parameters; each rank updates its part."""
     optimizer, reduce_all = engine.optimizer, engine.buffered_allreduce_fallback
+    on_cpu = optimizer.bf16_groups_flat[0].device.type == "cpu"
+    memory = _shared_memory(optimizer) if updates.sharded and on_cpu and engine.communication_data_type == torch.float32 else None
+    if memory is not None:
+        reduce_all, optimizer.update_lp_params = partial(_reduce_in, memory, optimizer), partial(_gather_in, memory, optimizer)
     groups = list(zip(optimizer.fp32_groups_gradients, optimizer.bf16_groups, strict=True))
 
     @torch.no_grad()
@@ -166,6 +175,61 @@ def _join_bf16(engine: Any, updates: Updates) -> Updates:
     optimizer.update_hp_grads, optimizer.step, optimizer.zero_grad = update_hp_grads, step, zero_grad
     engine.buffered_allreduce_fallback = buffered_allreduce_fallback
     return updates
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What ranks of one host read of each other, [group][rank]: the fp32 sums of all gradients, and the working weights in bf16."""
+
+    sums: list[list[Tensor]]
+    weights: list[list[Tensor]]
+
+
+def _shared_memory(optimizer: Any) -> _Memory | None:
+    """Gradients' sums and weights moved to memory that the ranks share; None, and nothing moved, where they cannot. Collective."""
+    sums = [everyones(flat) for flat in optimizer.fp32_groups_gradients_flat]
+    weights = [everyones(flat) for flat in optimizer.bf16_groups_flat]
+    if not all([*sums, *weights]):
+        return None
+    memory, rank = _Memory([group or [] for group in sums], [group or [] for group in weights]), dist.get_rank()
+    for group, parameters in enumerate(optimizer.bf16_groups):
+        gradients, flat = memory.sums[group][rank], memory.weights[group][rank]
+        pieces = optimizer._split_flat_tensor(flat_tensor=gradients, num_elem_list=[parameter.numel() for parameter in parameters])
+        size = gradients.numel() // dist.get_world_size()
+        optimizer.fp32_groups_gradients_flat[group] = optimizer.non_expert_gradients[group] = gradients
+        optimizer.fp32_groups_gradients[group] = optimizer.fp32_groups_gradient_dict[group] = pieces
+        optimizer.fp32_groups_actual_gradients_flat[group] = gradients[: sum(piece.numel() for piece in pieces)]
+        optimizer.fp32_groups_gradient_flat_partition[group] = gradients.narrow(0, rank * size, size)
+        optimizer.bf16_groups_flat[group], optimizer.bf16_partitioned_groups[group] = flat, list(flat.split(size))
+        optimizer._update_storage_to_flattened_tensor(tensor_list=parameters, flat_tensor=flat)
+    return memory
+
+
+def _reduce_in(memory: _Memory, optimizer: Any, *arguments: Any, **named: Any) -> None:
+    """The mean of all ranks' sums in this rank's part; a piece at a time, so that it stays in the cache."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # all have written
+    for group, part in enumerate(optimizer.fp32_groups_gradient_flat_partition):
+        theirs = [
+            flat.narrow(0, rank * len(part), len(part)).split(_PIECE) for number, flat in enumerate(memory.sums[group]) if number != rank
+        ]
+        for mine, *others in zip(part.split(_PIECE), *theirs, strict=True):
+            for other in others:
+                mine.add_(other)
+            mine.mul_(1.0 / ranks)
+
+
+def _gather_in(memory: _Memory, optimizer: Any) -> None:
+    """Round the updated weights of this rank's part, and copy the others' parts of theirs."""
+    rank = dist.get_rank()
+    for group, master in enumerate(optimizer.fp32_groups_flat_partition):
+        memory.weights[group][rank].narrow(0, rank * len(master), len(master)).copy_(master.detach())
+    dist.barrier()  # all have written
+    for flats in memory.weights:
+        size = len(flats[rank]) // len(flats)
+        for number, flat in enumerate(flats):
+            if number != rank:
+                flats[rank].narrow(0, number * size, size).copy_(flat.narrow(0, number * size, size))
 
 
 def _join_stages12(optimizer: Any, updates: Updates) -> Updates:
