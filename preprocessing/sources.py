@@ -3,7 +3,6 @@
 A source is a list in a fixed order, each image with an id of its own; where two would share an id, nothing starts and both are named.
 """
 
-import csv
 import glob
 import os
 import re
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from megainter.data.manifest import check_relative, is_boxes_manifest, read_boxes, read_pairs
 from megainter.errors import UsageError
 from megainter.progress import Progress
+from preprocessing.delimited import Fault, delimited_rows, header_cells, literal_notes, shown_names
 from preprocessing.images import SUFFIXES, Part, find_images
 
 PARQUET_MAGIC = b"PAR1"
@@ -101,33 +101,38 @@ def _table_items(table: Path) -> Iterator[Item]:
 
 def _table_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, cells by column name) of every row."""
-    line = 0
+    line, delimiter, literal = 1, _delimiter(table), list[int]()
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=_delimiter(table), strict=True)
-            names = next(reader)
-            for row in reader:
-                line = reader.line_num
-                if len(row) != len(names):
-                    raise UsageError(f"{table}: line {line} has {len(row)} cells for {len(names)} columns")
-                yield line, dict(zip(names, row, strict=True))
+            names = header_cells(file.readline(), delimiter)
+            for row in delimited_rows(file, delimiter, len(names), names.index("image")):
+                if isinstance(row, Fault):
+                    raise UsageError(f"{table}: line {row.number} cannot be read: {row.reason}")
+                line = row.number
+                if len(row.cells) != len(names):
+                    raise UsageError(f"{table}: line {line} has {len(row.cells)} cells for {len(names)} columns")
+                cells = dict(zip(names, row.cells, strict=True))
+                if row.literal and '"' in cells["image"] + cells.get("image_id", ""):
+                    raise UsageError(f"{table}: line {line} cannot be read: the quotation mark of {cells['image'][:80]!r} does not close")
+                literal += [line] * row.literal
+                yield line, cells
     except UnicodeDecodeError:
         raise UsageError(f"{table} is not UTF-8 after line {line}; save it as UTF-8") from None
-    except csv.Error as error:
-        raise UsageError(f"{table}: line {line + 1} cannot be read: {error}") from None
+    for note in literal_notes(literal):
+        print(f"{table}: {note}", flush=True)
 
 
 def _delimiter(table: Path) -> str:
     """The one delimiter with which the first line has a column ``image``, and no column name is repeated."""
     with open(table, "rb") as file:
         header = file.readline(65536).decode("utf-8-sig", "replace").rstrip("\r\n")
-    found = [mark for mark in DELIMITERS if "image" in next(csv.reader([header], delimiter=mark), [])]
+    found = [mark for mark in DELIMITERS if "image" in header_cells(header, mark)]
     if not found:
         marks = " or ".join(DELIMITERS.values())
         raise UsageError(f"{table} is neither a Parquet manifest nor a table with a column 'image' ({marks} separated): {header[:80]!r}")
-    names = next(csv.reader([header], delimiter=found[0]))
+    names = header_cells(header, found[0])
     if len(names) != len(set(names)):
-        raise UsageError(f"{table} has a column name twice: {', '.join(names)}")
+        raise UsageError(f"{table} has a column name twice: {shown_names(names)}")
     return found[0]
 
 

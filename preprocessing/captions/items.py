@@ -70,6 +70,7 @@ class Reading(Generic[Entry]):
     unit: str
     position: Callable[[], int] | None = None
     place: str = "line"  # what an item's number counts
+    notes: Callable[[], list[str]] = list  # what the user should know when all items have been read
 
 
 def shown(reading: Reading[Entry], label: str) -> Iterator[Entry | Unusable]:

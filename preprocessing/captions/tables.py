@@ -1,7 +1,7 @@
 """Caption tables with named columns: CSV, Parquet, and what img2dataset writes beside the images it downloads."""
 
-import csv
 from collections.abc import Iterator
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +13,7 @@ from megainter.data.manifest import open_parquet
 from megainter.errors import UsageError
 from preprocessing.captions.addresses import Address, names_of
 from preprocessing.captions.items import NOT_DOWNLOADED, Fields, Item, Items, Reading, Unusable, record_item, text
+from preprocessing.delimited import Fault, delimited_rows, header_cells, literal_notes, shown_names
 
 DELIMITERS = (",", "\t", ";", "|")
 DOWNLOADED = {"key", "url", "caption", "status"}  # columns of img2dataset's tables
@@ -24,23 +25,26 @@ def table_of_csv(src: Path, fields: Fields) -> Reading[Item]:
     file = TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
     header = file.readline()
     delimiter = max(DELIMITERS, key=header.count)
-    columns = next(csv.reader([header], delimiter=delimiter), [])
+    columns = header_cells(header, delimiter)
     _refuse_missing(src, columns, fields)
-    return Reading(_csv_items(file, columns, delimiter, fields), src.stat().st_size, "bytes", raw.tell)
+    literal = list[int]()
+    items = _csv_items(file, columns, delimiter, fields, literal)
+    return Reading(items, src.stat().st_size, "bytes", raw.tell, notes=partial(literal_notes, literal))
 
 
-def _csv_items(file: TextIO, columns: list[str], delimiter: str, fields: Fields) -> Items:
+def _csv_items(file: TextIO, columns: list[str], delimiter: str, fields: Fields, literal: list[int]) -> Items:
+    """``literal`` takes the lines in which quotation marks were taken for text."""
     with file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        while True:
+        for row in delimited_rows(file, delimiter, len(columns), columns.index(fields.image or "image")):
+            if isinstance(row, Fault):
+                yield Unusable(row.number, row.reason)
+                continue
+            if row.literal:
+                literal.append(row.number)
             try:
-                row = next(rows, None)
-                if row is None:
-                    return
-                if row:
-                    yield _csv_item(rows.line_num + 1, row, columns, fields)
-            except (csv.Error, ValueError) as error:
-                yield Unusable(rows.line_num + 1, str(error))
+                yield _csv_item(row.number, row.cells, columns, fields)
+            except ValueError as error:
+                yield Unusable(row.number, str(error))
 
 
 def _csv_item(number: int, row: list[str], columns: list[str], fields: Fields) -> Item:
@@ -125,5 +129,5 @@ def _refuse_missing(src: Path, columns: list[str], fields: Fields) -> None:
     )
     if missing:
         raise UsageError(
-            f"{src} has no column {', '.join(missing)}; it has {', '.join(columns)}: name yours with --captions, --image-field"
+            f"{src} has no column {', '.join(missing)}; it has {shown_names(columns)}: name yours with --captions, --image-field"
         )

@@ -60,7 +60,7 @@ def prepare(
         first, second = (f"{reading.place} {lines[row]}" for row in (error.first, error.second))
         raise UsageError(_twice(src, error.pair_id, first, second)) from None
     report.images = pc.count_distinct(pq.read_table(output, columns=["image_id"]).column("image_id")).as_py()
-    publish(report, src, output, "captions", *splitting.notes(report))
+    publish(report, src, output, "captions", *reading.notes(), *splitting.notes(report))
     return report
 
 

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from megainter.data.record import EXTRA_DTYPES, RegionRecord
 from megainter.errors import UsageError
+from preprocessing.delimited import Fault, delimited_rows, header_cells, shown_names
 from preprocessing.formats.entry import Background, BadEntryError, Regions
 
 NOMINAL_SIDE = 1024  # a power of two: shares of it in half precision are exact pixels
+SIZES = ("image_id", "width", "height")
 VISUAL_GENOME_CLASSES, VISUAL_GENOME_ATTRIBUTES = 1600, 400  # of bottom-up-attention's vocabularies, without background and none
 
 
@@ -156,21 +157,41 @@ def _labelmap(path: Path, text: str) -> list[str]:
 
 
 def read_sizes(path: Path) -> dict[str, tuple[int, int]]:
-    """(width, height) by image id from a Parquet or CSV file with columns image_id, width, height, or from VinVL's hw.tsv."""
+    """(width, height) by image id from a Parquet, CSV or TSV file with columns image_id, width, height, or from VinVL's hw.tsv."""
     try:
         with open(path, "rb") as file:
             first = file.readline(4096)
         if b"\t" in first and b"{" in first:
             return _hw_tsv(path)
-        columns = ["image_id", "width", "height"]
-        table = pq.read_table(path, columns=columns) if first.startswith(b"PAR1") else pa_csv.read_csv(path).select(columns)
-        ids = table.column("image_id").cast(pa.string()).to_pylist()
-        return dict(zip(ids, zip(*(table.column(name).cast(pa.int64()).to_pylist() for name in columns[1:]), strict=True), strict=True))
+        return _sizes_of_parquet(path) if first.startswith(b"PAR1") else _sizes_of_text(path)
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"{path} gives no image sizes ({reason}); it needs columns image_id, width, height, or be VinVL's hw.tsv"
         ) from None
+
+
+def _sizes_of_parquet(path: Path) -> dict[str, tuple[int, int]]:
+    table = pq.read_table(path, columns=list(SIZES))
+    ids = table.column("image_id").cast(pa.string()).to_pylist()
+    return dict(zip(ids, zip(*(table.column(name).cast(pa.int64()).to_pylist() for name in SIZES[1:]), strict=True), strict=True))
+
+
+def _sizes_of_text(path: Path) -> dict[str, tuple[int, int]]:
+    """``ValueError`` names the first line that is no row of sizes."""
+    sizes = {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        delimiter = max(",\t;", key=header.count)
+        names = [name.strip() for name in header_cells(header, delimiter)]
+        if missing := [name for name in SIZES if name not in names]:
+            raise ValueError(f"no column {', '.join(missing)}; it has {shown_names(names)}")
+        key, *sides = map(names.index, SIZES)
+        for row in delimited_rows(file, delimiter, len(names), key):
+            if isinstance(row, Fault) or len(row.cells) != len(names):
+                raise ValueError(f"line {row.number}: {row.reason if isinstance(row, Fault) else f'{len(row.cells)} columns'}")
+            sizes[row.cells[key]] = int(row.cells[sides[0]]), int(row.cells[sides[1]])
+    return sizes
 
 
 def _hw_tsv(path: Path) -> dict[str, tuple[int, int]]:
