@@ -1,5 +1,6 @@
 """Reading the first regions of a record and a few class probabilities against reading all of it."""
 
+import errno
 import itertools
 import os
 from dataclasses import replace
@@ -242,6 +243,24 @@ def test_what_is_no_number_is_never_given(tmp_path: Path, dtype: str) -> None:
                         with pytest.raises(DamagedError, match="holds NaN or Inf"):
                             views.class_probs(np.array([region]))
                 overwrite(shard, offset + at, before)
+
+
+def test_a_passing_error_of_the_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s", DENSE)
+    whole = store.at(5).features
+    preadv, failures = os.preadv, [2]
+
+    def failing(descriptor: int, places: list[memoryview], offset: int) -> int:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(descriptor, places, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    assert store.at(5).features.tobytes() == whole.tobytes()
+    failures[0] = 9
+    with pytest.raises(DamagedError, match=rf"record '{store.ids[5]}' in .* cannot be read: Input/output error; check the disk"):
+        store.at(5)
 
 
 @pytest.mark.parametrize("rows", [np.array([2]), np.array([0, 6]), np.array([-1]), np.ones(7, np.bool_), np.ones(1, np.bool_)])

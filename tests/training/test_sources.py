@@ -1,14 +1,19 @@
 """What a run reads: its vocabulary, and captions whose images have no regions."""
 
+import multiprocessing
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch.distributed as dist
 
 from megainter.config import DataConfig
+from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pair, has_split, read_pairs, write_pairs
 from megainter.errors import TooManyBadInputsError, UsageError
-from megainter.training.sources import place_vocabulary, with_regions, word_boundaries
+from megainter.training.sources import place_vocabulary, verify_together, with_regions, word_boundaries
 from tests.synthetic import open_store, write_data
 
 
@@ -69,3 +74,31 @@ def test_words_of_chinese_captions_are_asked_for_where_whole_words_are_masked(tm
         word_boundaries(DataConfig(**masking), pairs)
     assert word_boundaries(DataConfig(**masking | {"masking": "official"}), pairs) == "wordpiece"
     assert word_boundaries(DataConfig(**masking, word_segmentation="wordpiece"), pairs) == "wordpiece"
+
+
+def verified_by_rank(rank: int, stores: list[Path], folder: Path, answers: Any) -> None:
+    """One rank: it verifies its record, and says what is verified before and after the other's turn."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    store = FeatureStore(stores[rank])
+    store.at(4)
+    verify_together([store, store])
+    store.at(rank)
+    dist.barrier()
+    answers.put((rank, np.flatnonzero(store._seen.of(np.arange(6))).tolist()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_of_a_host_take_each_others_word_for_a_record_of_the_same_store(tmp_path: Path, same: bool) -> None:
+    one, other = (write_data(tmp_path / name)[1] for name in ("one", "other"))
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    stores = [one, one if same else other]
+    processes = [context.Process(target=verified_by_rank, args=(rank, stores, tmp_path, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert found == ({0: [0, 1, 4], 1: [0, 1, 4]} if same else {0: [0, 4], 1: [1, 4]})
