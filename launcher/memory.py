@@ -1,11 +1,10 @@
 """Memory of one rank by part: what ZeRO's stages leave on it, what a packed batch needs, what stays aside. Bytes throughout."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
 
 from launcher.shape import Load, Shape, forward_flops, kept_rows_bytes, kept_scores_bytes, layer_parameters, parameters, spared_bytes
+from megainter.precision import Precision
 
-Precision = Literal["fp32", "bf16", "fp16"]
 BUCKET = 200_000_000  # numbers: reduce and all-gather buckets of the configurations in ds_configs/
 CPU_BUCKET = 25_000_000  # numbers: the trainer's own bucket on the CPU (`megainter.training.engine`)
 LIVE = 1_000_000_000  # numbers: DeepSpeed's stage3_max_live_parameters

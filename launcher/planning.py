@@ -4,12 +4,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from launcher.memory import BUCKET, Layout, Memory, checkpoint_bytes, memory
-from launcher.shape import Shape, load_of, shape_of
+from launcher.shape import Shape, largest_load, load_of, longest_sample, shape_of
 from launcher.simulate import Reliability, best_interval, goodput
-from launcher.timing import Cluster, StepTime, step_time
+from launcher.timing import Cluster, Device, StepTime, step_time
 from megainter.config import RunConfig
+from megainter.data.order import Int64s
+from megainter.data.portions import accumulation
 from megainter.errors import UsageError
+from megainter.precision import automatic
 
 HEADROOM = 0.92  # of a device's memory: allocators fragment
 NEARLY = 1.03  # within so much of the fastest, the simpler layout is taken
@@ -24,10 +29,12 @@ class Choice:
     memory: Memory
     time: StepTime
     fits: bool
+    micro_tokens: int | None = None  # where the recipe counts these; then ``micro_batch`` is a mean
 
     def settings(self) -> str:
         """The choice as settings of ``megainter pretrain``."""
-        words = [f"--engine.zero_stage {self.layout.stage}", f"--training.micro_batch {self.micro_batch}"]
+        portion = f"micro_batch {self.micro_batch}" if self.micro_tokens is None else f"micro_tokens {self.micro_tokens}"
+        words = [f"--engine.zero_stage {self.layout.stage}", f"--training.{portion}"]
         words += ["--engine.offload_optimizer true"] if self.layout.offload else []
         words += ["--model.gradient_checkpointing true"] if self.layout.checkpointing else []
         return " ".join(words)
@@ -43,15 +50,16 @@ class Corpus:
 
 
 def choices(config: RunConfig, ranks: int, cluster: Cluster, corpus: Corpus) -> list[Choice]:
-    """One choice for each ZeRO stage, with and without offload and checkpointing."""
-    if config.training.global_batch % ranks:
+    """One choice for each ZeRO stage, with and without offload and checkpointing; of a recipe's ``micro_tokens`` as they are."""
+    if config.training.micro_tokens is None and config.training.global_batch % ranks:
         raise UsageError(f"training.global_batch {config.training.global_batch} is not a multiple of {ranks} devices; change one of them")
     shape = shape_of(config)
-    return [_choice(config, shape, layout, cluster, corpus) for layout in _layouts(config, ranks)]
+    return [_choice(config, shape, layout, cluster, corpus) for layout in _layouts(config, ranks, cluster.device)]
 
 
-def _layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
-    precision = config.engine.precision
+def _layouts(config: RunConfig, ranks: int, device: Device) -> Iterator[Layout]:
+    asked = config.engine.precision
+    precision = automatic([device.units])[0] if asked == "auto" else asked
     for stage in range(1 if precision == "fp16" else 0, 4):
         for offload in (False, True) if stage else (False,):
             for checkpointing in (False, True):
@@ -59,6 +67,8 @@ def _layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
 
 
 def _choice(config: RunConfig, shape: Shape, layout: Layout, cluster: Cluster, corpus: Corpus) -> Choice:
+    if config.training.micro_tokens is not None:
+        return _choice_by_tokens(config, shape, layout, cluster, corpus)
     share = config.training.global_batch // layout.ranks
     room = cluster.device.memory * 2**30 * HEADROOM
     sizes = [size for size in range(share, 0, -1) if share % size == 0]
@@ -70,14 +80,38 @@ def _choice(config: RunConfig, shape: Shape, layout: Layout, cluster: Cluster, c
     return Choice(layout, size, memory(shape, load_of(config, size), layout), step_time(shape, mean, layout, cluster), fits)
 
 
+def _choice_by_tokens(config: RunConfig, shape: Shape, layout: Layout, cluster: Cluster, corpus: Corpus) -> Choice:
+    """Micro-batches of the recipe's ``micro_tokens``: as many as the trainer takes for samples of the corpus's mean length."""
+    training = config.training
+    layout = replace(layout, accumulation=accumulation(training, layout.ranks, lambda step: _lengths(config, corpus)))
+    samples = training.global_batch / (layout.ranks * layout.accumulation)
+    need = memory(shape, largest_load(config, layout.ranks), layout)
+    time = step_time(shape, load_of(config, samples, corpus.text, corpus.regions), layout, cluster)
+    fits = need.device <= cluster.device.memory * 2**30 * HEADROOM
+    return Choice(layout, round(samples), need, time, fits, training.micro_tokens)
+
+
+def _lengths(config: RunConfig, corpus: Corpus) -> Int64s:
+    """Lengths [global_batch] of samples as a step may have them: from next to nothing to the longest, with the corpus's mean.
+
+    Quantiles of longest x u^k for u uniform, whose mean is longest / (k + 1).
+    """
+    longest = longest_sample(config)
+    mean = min(corpus.text + corpus.regions, longest)
+    places = (np.arange(config.training.global_batch) + 0.5) / config.training.global_batch
+    return np.ceil(longest * places ** (longest / mean - 1)).astype(np.int64)
+
+
 def recommended(options: list[Choice]) -> Choice:
     """The fastest layout that fits; of those nearly as fast, the one with the least machinery. ``UsageError`` where none fits."""
     fitting = [choice for choice in options if choice.fits]
     if not fitting:
         least = min(options, key=lambda choice: choice.memory.device)
+        tokens = least.micro_tokens
+        portion, remedy = ("micro-batch 1", "") if tokens is None else (f"{tokens:,} tokens a micro-batch", "lower training.micro_tokens, ")
         raise UsageError(
-            f"nothing fits: even stage {least.layout.stage} with micro-batch 1 needs {least.memory.device / 2**30:.1f} GiB a device; "
-            "use more devices, or devices with more memory"
+            f"nothing fits: even stage {least.layout.stage} with {portion} needs {least.memory.device / 2**30:.1f} GiB a device; "
+            f"{remedy}use more devices, or devices with more memory"
         )
     limit = NEARLY * min(choice.time.total for choice in fitting)
     return min(

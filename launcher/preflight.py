@@ -19,9 +19,10 @@ from launcher.command import Job, build
 from launcher.hostfile import Host
 from launcher.launch import LaunchSettings, answering, engine_environment, hosts_of, job_of, write_attempt
 from launcher.memory import Layout, checkpoint_bytes, memory
-from launcher.shape import Shape, load_of, shape_of
+from launcher.shape import Shape, largest_load, shape_of
 from megainter.config import RunConfig
 from megainter.errors import MegainterError
+from megainter.precision import Precision, Units, automatic_in_training, cpu_units
 
 PROBE = "megainter.preflight_probe"
 MARK = "megainter-probe: "
@@ -200,17 +201,27 @@ def _shape(facts: Facts) -> Shape:
     return shape_of(facts.config, vocabulary.get("size"), data.get("feature_size"), data.get("num_classes"))
 
 
+def _precision(facts: Facts) -> Precision:
+    """The run's, or what "auto" stands for on the devices of all hosts that answered."""
+    engine = facts.config.engine
+    if engine.precision != "auto":
+        return engine.precision
+    told = [each for answer in facts.answers.values() for each in answer.get("devices", {}).get("units", [])]
+    units = [Units(each["name"], frozenset(each["computes"])) for each in told] or [cpu_units("")]
+    return automatic_in_training(units, engine.zero_stage, engine.deepspeed)[0]
+
+
 def memory_check(facts: Facts, shape: Shape) -> Check:
     """The plan's estimate fits the smallest device (or this machine's free memory, shared by its ranks)."""
     engine, devices = facts.config.engine, facts.part("devices")
     on_cpu = not devices.get("names")
-    layout = Layout(
-        engine.zero_stage, facts.job.world_size, engine.precision, engine.offload_optimizer, facts.config.model.gradient_checkpointing
-    )
-    need = memory(shape, load_of(facts.config, facts.config.training.micro_batch), layout, cpu=on_cpu).device
+    precision = _precision(facts)
+    layout = Layout(engine.zero_stage, facts.job.world_size, precision, engine.offload_optimizer, facts.config.model.gradient_checkpointing)
+    need = memory(shape, largest_load(facts.config, facts.job.world_size), layout, cpu=on_cpu).device
     room = devices.get("host_memory_free", 0) / max(facts.job.processes, 1) if on_cpu else min(devices["memory"])
-    found = f"{need / 2**30:.2f} GiB a rank by estimate, {room / 2**30:.1f} GiB there"
-    remedy = "lower training.micro_batch, raise engine.zero_stage, or set model.gradient_checkpointing; `megainter plan` compares them"
+    found = f"{need / 2**30:.2f} GiB a rank by estimate, in {precision}, {room / 2**30:.1f} GiB there"
+    portion = "micro_batch" if facts.config.training.micro_tokens is None else "micro_tokens"
+    remedy = f"lower training.{portion}, raise engine.zero_stage, or set model.gradient_checkpointing; `megainter plan` compares them"
     return Check("memory", need <= room, found, remedy)
 
 

@@ -38,9 +38,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """What one micro-batch holds: samples, and per sample text tokens, regions (the global one included) and masked ones of each."""
+    """What one micro-batch holds: samples (a mean need not be whole), and per sample text tokens, regions (the global one included) and
+    masked ones of each."""
 
-    samples: int
+    samples: float
     text: float
     regions: float
     masked_text: float
@@ -72,7 +73,21 @@ def shape_of(config: RunConfig, vocab_size: int | None = None, features: int | N
     )
 
 
-def load_of(config: RunConfig, samples: int, text: float | None = None, regions: float | None = None) -> Load:
+def largest_load(config: RunConfig, ranks: int) -> Load:
+    """The largest micro-batch of a recipe: ``micro_batch`` of the longest samples, or as many of these as ``micro_tokens`` holds (and a
+    rank gets)."""
+    training = config.training
+    if training.micro_tokens is None:
+        return load_of(config, training.micro_batch)
+    return load_of(config, min(training.micro_tokens / longest_sample(config), training.global_batch / ranks))
+
+
+def longest_sample(config: RunConfig) -> int:
+    """Tokens of the longest sample that a recipe allows, text and regions, the global one included."""
+    return config.data.max_text_tokens + config.data.max_regions + 1
+
+
+def load_of(config: RunConfig, samples: float, text: float | None = None, regions: float | None = None) -> Load:
     """A micro-batch of ``samples``: lengths as given, else the longest the recipe allows; an eighth of the rows masked, as BERT does."""
     text = text if text is not None else config.data.max_text_tokens
     regions = regions if regions is not None else config.data.max_regions + 1
@@ -87,6 +102,11 @@ def parameters(shape: Shape) -> int:
     head = hidden * (hidden + 1) + 2 * hidden
     heads = 2 * head + shape.vocab_size + shape.targets * (hidden + 1)
     return text + regions + shape.layers * layer_parameters(shape) + 2 * pooled * (hidden + 1) + heads + 2 * pooled + 2
+
+
+def tensors(shape: Shape) -> int:
+    """Parameter tensors: weight and bias of six linear layers and two norms in a layer, and 28 around (embeddings, poolers, heads)."""
+    return 16 * shape.layers + 28
 
 
 def layer_parameters(shape: Shape) -> int:

@@ -1,18 +1,37 @@
-"""Time of a step from operations, memory traffic and communication volume. Arithmetic on peaks and stated assumptions."""
+"""Time of a step from operations, launches, memory traffic and communication volume. Arithmetic on peaks, on what was measured where the
+device's row says so (``launcher.calibration``), and else on stated assumptions."""
 
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from launcher.memory import Layout, flops_per_step
-from launcher.shape import Load, Shape, parameters
+from launcher.shape import Load, Shape, parameters, tensors
 from megainter.errors import UsageError
+from megainter.precision import PREFERRED, Units
+
+# Shares of the peak that products reach, and the host's time, where nobody has measured them: chosen so that whole steps of 768 and 1,024
+# wide models come out at the shares of the peak that others report for batches of 16,000 to 65,000 tokens (docs/plan.md).
+PRODUCTS = 0.74  # of products so large and wide that neither counts
+HALF_TOKENS = 2000.0  # of a micro-batch, at which half of that is reached
+HALF_WIDTH = 256.0  # hidden size, likewise: short sums do not fill a product's pipeline
+LAUNCH = 12e-6  # s, a third of what a slow core took for one (autograd and Python included)
+
+LAYER_LAUNCHES = 117  # of a layer, forward and backward: 2,165 in a step of 18 layers at stage 0, by a stand-in for CUDA's driver
+OTHER_LAUNCHES = 60  # of a micro-batch, however large the model (tests/training/test_launches.py)
+COPIES = (0, 0, 1, 2)  # launches a micro-batch for each parameter tensor, by ZeRO stage, in bf16 (the same test)
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device: GiB, peak FLOP/s by precision, memory bytes/s, bytes/s one way to its neighbours in the node."""
+    """A device: GiB, peak FLOP/s by precision, memory bytes/s, bytes/s one way to its neighbours in the node; what it reaches.
+
+    ``products``: share of the peak in large and wide products; ``half_tokens``: micro-batch that reaches half of it; ``launch``: seconds of
+    the host for one launch. ``measured``: the day on which ``benchmarks/gpu`` gave these three, None where nobody has; ``off``: by how much
+    the step times, and the memory, that were measured then differ at most from the plan's.
+    """
 
     name: str
     memory: float
@@ -20,6 +39,23 @@ class Device:
     hbm: float
     link: float
     source: str
+    products: float = PRODUCTS
+    half_tokens: float = HALF_TOKENS
+    launch: float = 0.0
+    measured: str | None = None
+    off: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def units(self) -> Units:
+        """What it computes: what the table has a peak for."""
+        return Units(self.name, frozenset(name for name in PREFERRED if name in self.flops))
+
+    @property
+    def standing(self) -> str:
+        """How much its figures are worth, in words."""
+        if self.measured is None:
+            return "estimated, never measured on this GPU"
+        return f"measured on {self.measured}: the plan was within {self.off[0]:.0%} of the step times and {self.off[1]:.0%} of the memory"
 
 
 @dataclass(frozen=True)
@@ -30,7 +66,7 @@ class Cluster:
     per_node: int = 8
     network: float = 25e9  # a 200 Gbit/s port for each device
     host_link: float = 25e9  # PCIe 4 x16 in practice
-    efficiency: float = 0.4  # of peak FLOP/s in matrix products of this size
+    efficiency: float | None = None  # of peak FLOP/s in matrix products; None: by their size
     traffic_efficiency: float = 0.7  # of memory bandwidth in everything else
     overlap: float = 0.7  # of the backward pass hides communication
     latency: float = 2e-5  # seconds a collective
@@ -38,16 +74,21 @@ class Cluster:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimiser step, by part; ``communication`` is what compute does not hide."""
+    """Seconds of one optimiser step, by part; ``communication`` is what compute does not hide, ``idle`` what the device waits for its host.
+
+    ``efficiency``: share of the peak that the matrix products reach.
+    """
 
     matmul: float
     elementwise: float
     optimizer: float
     communication: float
+    idle: float
+    efficiency: float
 
     @property
     def total(self) -> float:
-        return self.matmul + self.elementwise + self.optimizer + self.communication
+        return self.matmul + self.elementwise + self.optimizer + self.communication + self.idle
 
 
 def device(name: str) -> Device:
@@ -66,9 +107,32 @@ def device(name: str) -> Device:
     try:
         facts = table[chosen]
         peaks = {key: float(facts[key]) * 1e12 for key in ("bf16", "fp16", "fp32") if key in facts}
-        return Device(chosen, float(facts["memory"]), peaks, facts["hbm"] * 1e9, facts["link"] * 1e9, str(facts.get("source", path)))
+        rates = float(facts["hbm"]) * 1e9, float(facts["link"]) * 1e9
+        return Device(chosen, float(facts["memory"]), peaks, *rates, str(facts.get("source", path)), **_reached(facts))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"device {chosen} in {name} lacks a number: {error}; see launcher/gpus.toml for the form") from None
+
+
+def _reached(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a device reaches by its table; the assumptions where that is not measured."""
+    if not facts.get("measured", False):
+        return {"launch": LAUNCH}
+    return {
+        "measured": str(facts["measured"]), "products": float(facts["products"]), "half_tokens": float(facts["half_tokens"]),
+        "launch": float(facts["launch"]) * 1e-6, "off": (float(facts["off_time"]), float(facts["off_memory"])),
+    }  # fmt: skip
+
+
+def efficiency(shape: Shape, load: Load, device: Device) -> float:
+    """Share of the peak that the products of a micro-batch reach: more with more tokens and with width, and never all."""
+    tokens = load.samples * (load.text + load.regions)
+    return device.products * tokens / (tokens + device.half_tokens) * shape.hidden_size / (shape.hidden_size + HALF_WIDTH)
+
+
+def launches(shape: Shape, layout: Layout) -> float:
+    """Kernels that the host launches in one optimiser step; with checkpointing the forward pass, a third of them, comes twice."""
+    model = LAYER_LAUNCHES * shape.layers * (4 / 3 if layout.checkpointing else 1)
+    return layout.accumulation * (model + OTHER_LAUNCHES + COPIES[layout.stage] * tensors(shape))
 
 
 def step_time(shape: Shape, load: Load, layout: Layout, cluster: Cluster) -> StepTime:
@@ -77,10 +141,13 @@ def step_time(shape: Shape, load: Load, layout: Layout, cluster: Cluster) -> Ste
     if peak is None:
         others = " or ".join(f"--engine.precision {name}" for name in cluster.device.flops)
         raise UsageError(f"{cluster.device.name} has no {layout.precision}; give {others}")
-    matmul = flops_per_step(shape, load, layout) / (peak * cluster.efficiency)
+    reached = cluster.efficiency or efficiency(shape, load, cluster.device)
+    matmul = flops_per_step(shape, load, layout) / (peak * reached)
     elementwise = layout.accumulation * traffic(shape, load, layout) / (cluster.device.hbm * cluster.traffic_efficiency)
     hidden = cluster.overlap * (matmul + elementwise) * 2 / 3
-    return StepTime(matmul, elementwise, update_time(shape, layout, cluster), max(0.0, communication_time(shape, layout, cluster) - hidden))
+    update = update_time(shape, layout, cluster)
+    idle = max(0.0, launches(shape, layout) * cluster.device.launch - (matmul + elementwise + update))
+    return StepTime(matmul, elementwise, update, max(0.0, communication_time(shape, layout, cluster) - hidden), idle, reached)
 
 
 def traffic(shape: Shape, load: Load, layout: Layout) -> float:

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megainter.errors import UsageError
+from megainter.precision import AskedPrecision
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # what stands under a setting is its help text
 Positive = Annotated[int, Field(gt=0)]
@@ -228,8 +229,8 @@ class OptimizerConfig:
 class EngineConfig:
     """How DeepSpeed runs it."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the model's arithmetic; weights and optimiser are fp32 in any case."""
+    precision: AskedPrecision = "auto"
+    """Of the model's arithmetic; auto: bf16 where all devices compute it, else fp16 on GPUs, else fp32. Weights and optimiser are fp32."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """What DeepSpeed shares out over ranks: 1 the optimiser's state, 2 also gradients, 3 also weights."""
     communication: Literal["fp32", "bf16"] = "fp32"

@@ -4,6 +4,7 @@
 fails gives ``{"error": text, "code": exit code}`` in its place. ``collective FILE``: as one of several ranks, all-reduce bandwidth.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -55,10 +56,16 @@ def _versions(config: RunConfig) -> dict[str, str]:
 def _devices(config: RunConfig) -> dict[str, Any]:
     import torch
 
+    from megainter.devices import units_of
+
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     memory = [torch.cuda.get_device_properties(number).total_memory for number in range(len(names))]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return {"host": socket.gethostname(), "names": names, "memory": memory, "host_memory_free": _available(host), "cores": os.cpu_count()}
+    units = [units_of(torch.device("cuda", number)) for number in range(len(names))] or [units_of(torch.device("cpu"))]
+    return {
+        "host": socket.gethostname(), "names": names, "memory": memory, "host_memory_free": _available(host), "cores": os.cpu_count(),
+        "units": [{"name": each.name, "computes": sorted(each.computes)} for each in units],
+    }  # fmt: skip
 
 
 def _available(fallback: int) -> int:
@@ -111,11 +118,16 @@ def _vocabulary(config: RunConfig) -> dict[str, Any]:
 def _engine(config: RunConfig) -> dict[str, Any]:
     """What DeepSpeed would be given; unknown settings and contradictions are errors here."""
     from megainter.config import check_portions
+    from megainter.precision import Units, automatic_in_training
     from megainter.training.engine import deepspeed_config
 
     ranks = int(os.environ.get("MEGAINTER_PREFLIGHT_RANKS", "1"))
     check_portions(config.training, ranks)
-    return deepspeed_config(config.engine, config.optimizer, config.training, ranks)
+    engine = config.engine
+    if engine.precision == "auto":
+        units = [Units(each["name"], frozenset(each["computes"])) for each in _devices(config)["units"]]
+        engine = dataclasses.replace(engine, precision=automatic_in_training(units, engine.zero_stage, engine.deepspeed)[0])
+    return deepspeed_config(engine, config.optimizer, config.training, ranks)
 
 
 def _collective(answer: Path, megabytes: int = 64, rounds: int = 5) -> None:

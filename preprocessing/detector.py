@@ -15,6 +15,7 @@ from torchvision.ops.boxes import clip_boxes_to_image
 from megainter.data.feature_store import RegionRecord, StoreSchema
 from megainter.errors import UsageError
 from megainter.files import write_atomically
+from megainter.precision import Precision
 from preprocessing.regions import BACKGROUND, Input, Network, Regions
 from preprocessing.selection import select_caffe, select_d2
 from preprocessing.torchvision_model import FORMAT, DetectorConfig, TorchvisionDetection, build_model, network_size, to_input
@@ -28,7 +29,6 @@ __all__ = [
 ]  # fmt: skip
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Selection = Literal["caffe", "d2"]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,11 +24,12 @@ from megainter.data.manifest import ImageBoxes, read_boxes
 from megainter.data.shard import read_store_json, refuse_live_writers
 from megainter.data.store_writer import create_store
 from megainter.data.writer_lock import LOOSE, WriterLock, network_filesystem
-from megainter.devices import torch_device
+from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import StoppedEarly, TooManyBadInputsError, UsageError
 from megainter.files import sha256_of
+from megainter.precision import AskedPrecision, Precision, Units, automatic
 from megainter.progress import Progress
-from preprocessing.detector import Precision, load_detector
+from preprocessing.detector import load_detector
 from preprocessing.extract_crew import Worker, end, feed, receive, start_child, with_news
 from preprocessing.extract_worker import Failure, Job, Task
 from preprocessing.failures import write_failures
@@ -72,16 +73,18 @@ def extract(
     batch_size: int = 8,
     max_bad: float = 0.01,
     device: str | None = None,
-    precision: Precision = "fp32",
+    precision: AskedPrecision = "auto",
     boxes: Path | None = None,
     network_disk: bool = False,
     ranks: Sequence[Worker] = (),
+    elsewhere: Sequence[Units] = (),
 ) -> Extraction:
     """Extract the regions of ``images`` (`preprocessing.sources.list_images`) into the feature store ``output``, and seal it.
 
     The same command goes on where an earlier run stopped. ``workers`` processes (default: one per core, two per GPU), each with its own
-    detector on ``device`` (default: the GPUs where there are any), and ``ranks`` beside them. ``boxes``, a manifest, gives the regions of
-    the images that it names; then nothing is proposed or selected. Images that fail are listed in ``output``/failed.tsv.
+    detector on ``device`` (default: the GPUs where there are any), and ``ranks`` beside them, whose devices are ``elsewhere``. ``boxes``,
+    a manifest, gives the regions of the images that it names; then nothing is proposed or selected. ``precision`` "auto" is what the store
+    was begun in, in a new one the best that all devices compute. Images that fail are listed in ``output``/failed.tsv.
 
     Raises ``UsageError`` (missing or empty folder, other settings or detector than the store's, a store on a network disk that was not
     asked for by ``network_disk``), ``TooManyBadInputsError`` where more than ``max_bad`` of the images failed (the good ones are kept,
@@ -95,9 +98,10 @@ def extract(
     _check_disk(output, network_disk)
     silence_pillow()
     source, given = _source(images, manifest, boxes)
+    arithmetic = precision if precision != "auto" else _automatic(output, device, elsewhere)
     options: dict[str, Any] = {"min_size": min_size, "max_size": max_size}
     options |= {} if boxes else {"min_boxes": min_boxes, "max_boxes": max_boxes, "selection": selection}
-    settings = options | ({"boxes": sha256_of(boxes)[:16]} if boxes else {}) | ({"precision": precision} if precision != "fp32" else {})
+    settings = options | ({"boxes": sha256_of(boxes)[:16]} if boxes else {}) | ({"precision": arithmetic} if arithmetic != "fp32" else {})
     schema = replace(load_detector(weights, "cpu").schema(), settings=settings)
     create_store(output, schema)
     with WriterLock(output / "extract.lock"):
@@ -107,7 +111,7 @@ def extract(
         left = sum(item.image_id not in done for item in source.items)
         devices = _devices(device, workers, -(-left // batch_size))
         devices += [device or "cuda"] * min(len(ranks), max(0, -(-left // batch_size) - 1))
-        jobs = [Job(n, source.root, output, schema, weights, name, precision, options, os.getpid()) for n, name in enumerate(devices)]
+        jobs = [Job(n, source.root, output, schema, weights, name, arithmetic, options, os.getpid()) for n, name in enumerate(devices)]
         failures: list[Failure] = []
         try:
             if jobs:
@@ -118,6 +122,18 @@ def extract(
             raise
         _list_failures(output, failures)
         return _finish(output, schema, total, failures, max_bad, changed=left > len(failures))
+
+
+def _automatic(output: Path, device: str | None, elsewhere: Sequence[Units]) -> Precision:
+    """What ``precision`` "auto" stands for, said. A store that is there goes on in its own, even slowly: its records are alike."""
+    units = [*map(units_of, devices_named(device)), *elsewhere]
+    there = (output / "store.json").is_file()
+    begun = StoreSchema.from_json(read_store_json(output)["schema"]).settings.get("precision", "fp32") if there else None
+    precision, why = automatic(units, begun=begun)
+    if begun is not None and begun != precision:
+        precision, why = begun, f"precision {begun} (auto), as {output} was begun in; {precision} would be faster here, in another store"
+    print(why, flush=True)
+    return precision
 
 
 def _source(images: Path, manifest: Path | None, boxes: Path | None) -> tuple[Source, dict[str, ImageBoxes]]:

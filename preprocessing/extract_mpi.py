@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from megainter.devices import units_of
 from megainter.errors import MegainterError, UsageError
+from megainter.precision import Units
 from preprocessing.extract_crew import RANK_POLL_SECONDS, Worker
 from preprocessing.extract_worker import work
 
@@ -108,11 +110,12 @@ def extract_on_ranks(extract: Callable[..., Any], **arguments: Any) -> None:
     if arguments["workers"] not in (None, 1):
         raise UsageError(f"under mpirun each rank is one worker; start {arguments['workers']} ranks instead of workers")
     places = world.allgather((socket.gethostname(), os.getpid()))
+    place = sum(host == places[world.rank][0] for host, _ in places[: world.rank])
+    elsewhere = world.gather(_units(_device(arguments["device"] or "cuda", place)))
     if world.rank:
-        host = places[world.rank][0]
-        code = _serve(RankLink(world, 0), sum(name == host for name, _ in places[: world.rank]))
+        code = _serve(RankLink(world, 0), place)
     else:
-        code = _lead(extract, arguments | {"workers": 1}, world, places)
+        code = _lead(extract, arguments | {"workers": 1, "elsewhere": elsewhere[1:]}, world, places)
     MPI.Finalize()
     if code:
         sys.exit(code)
@@ -169,6 +172,14 @@ def _serve(link: RankLink, place: int) -> int:
 def _beat(link: RankLink, ended: threading.Event) -> None:
     while not ended.wait(BEAT_SECONDS):
         link.send(("alive",))
+
+
+def _units(name: str) -> Units:
+    """What a rank's device computes; of a name that is none, which rank 0 will refuse, only fp32."""
+    try:
+        return units_of(torch.device(name))
+    except RuntimeError:
+        return Units(name, frozenset({"fp32"}))
 
 
 def _device(name: str, place: int) -> str:

@@ -24,7 +24,8 @@ from megainter.data.feature_store import FeatureStoreWriter, RegionRecord, Store
 from megainter.data.manifest import ImageBoxes
 from megainter.data.record import check_record
 from megainter.errors import MegainterError, UsageError
-from preprocessing.detector import Detector, Precision, load_detector
+from megainter.precision import Precision
+from preprocessing.detector import Detector, load_detector
 from preprocessing.images import Part, UnreadableImageError, confined, load_image, silence_pillow
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -6,7 +6,7 @@
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,12 @@ from megainter.files import require_file_place, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import model_digest, read_config, read_vocabulary
 from megainter.model.interbert import InterBertForSequenceClassification
+from megainter.precision import AskedPrecision
 from megainter.progress import Progress
 from megainter.tasks.classification_batches import EncodedExamples, encode_examples, fixed_batches, with_regions
 from megainter.tasks.classification_head import PROBLEM_TYPES, outcome
 from megainter.tasks.classification_metrics import by_kind, figures, right
-from megainter.tasks.retrieval import USUAL_LENGTH, choose_devices
+from megainter.tasks.retrieval import USUAL_LENGTH, choose_devices, choose_precision
 from megainter.tasks.score_file import ScoreFile, open_score_file
 from megainter.tasks.scoring import DTYPES, load_model, score_chunks
 
@@ -77,7 +78,7 @@ def evaluate(
     max_missing: float = 0.0,
     batch: int = 64,
     processes: int | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: AskedPrecision = "auto",
     device: str = "auto",
 ) -> ClassificationReport:
     """Predict every example of ``split``, write the figures to ``output`` (JSON) and the predictions to ``<output>.predictions.parquet``.
@@ -103,12 +104,13 @@ def evaluate(
     feature_store = _open_store(model, config, read, examples, store)
     kept = with_regions(read, feature_store, max_missing, examples) if feature_store is not None else read
     encoded = encode_examples(kept, class_names(config), vocabulary, tokens, feature_store, regions, config.region_feature_size)
-    work = Work(model, encoded, tuple(fixed_batches(encoded, batch)), precision)
+    arithmetic = choose_precision(precision, device)
+    work = Work(model, encoded, tuple(fixed_batches(encoded, batch)), arithmetic)
     cost = len(kept) * EXAMPLES_WORTH_A_PROCESS * max(kept.images, 1)
-    devices = choose_devices(device, precision, processes, cost, len(work.batches))
+    devices = choose_devices(device, arithmetic, processes, cost, len(work.batches))
     facts: dict[str, Any] = {
         "task": kept.task.name, "split": split, "count": len(kept), "missing_examples": len(read) - len(kept), "max_regions": regions,
-        "max_text_tokens": tokens, "precision": precision, "model": str(model), "model_digest": model_digest(model),
+        "max_text_tokens": tokens, "precision": arithmetic, "model": str(model), "model_digest": model_digest(model),
         "examples": str(examples), "examples_digest": kept.digest, "store": str(store) if store is not None else None,
         "store_digest": feature_store.digest if feature_store is not None else None, "device": devices[0].type,
     }  # fmt: skip

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from megainter.data.feature_store import FeatureStore
 from megainter.data.text import Vocabulary
-from megainter.devices import torch_device
+from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import NumericsError, UsageError
 from megainter.files import fsync_folder, require_file_place, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import model_digest, read_config, read_vocabulary
+from megainter.precision import AskedPrecision, Precision, automatic
 from megainter.progress import Progress
 from megainter.tasks.candidates import Candidates, choose_candidates, found_shares, rank_candidates
 from megainter.tasks.gallery import Gallery, read_gallery, tokenize
@@ -118,7 +119,7 @@ def evaluate(
     max_text_tokens: int | None = None,
     batch_pairs: int = 256,
     processes: int | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: AskedPrecision = "auto",
     device: str = "auto",
     scores: Path | None = None,
     prefilter: int | None = None,
@@ -166,16 +167,17 @@ def evaluate(
     if gallery.missing_images:
         print(f"left out: {gallery.missing_images:,} images of {pairs} that have no regions in {store}", flush=True)
     tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
-    everything = make_job(model, feature_store, gallery.image_ids, tokens, max_regions, batch_pairs, precision)
-    choose_devices(device, precision, processes, 1, 1)  # refuses before long work
+    arithmetic = choose_precision(precision, device)
+    everything = make_job(model, feature_store, gallery.image_ids, tokens, max_regions, batch_pairs, arithmetic)
+    choose_devices(device, arithmetic, processes, 1, 1)  # refuses before long work
     stage, chosen = None, None
     if encoder is not None and prefilter is not None and prefilter_model is not None:
         where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
         stage, chosen = _first_stage(prefilter_model, encoder.to(where), prefilter, gallery, vocabulary, feature_store, where)
     job = everything if chosen is None else CandidateJob(everything, chosen.keys)
     shape = (len(gallery.image_ids), len(gallery.rows)) if chosen is None else (len(chosen.keys), 1)
-    devices = choose_devices(device, precision, processes, shape[0] * shape[1], len(job))
-    facts: dict[str, Any] = {"split": split, "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": precision}
+    devices = choose_devices(device, arithmetic, processes, shape[0] * shape[1], len(job))
+    facts: dict[str, Any] = {"split": split, "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": arithmetic}
     facts |= {"model": str(model), "pairs": str(pairs), "store": str(store), "device": devices[0].type}
     facts |= {"model_digest": model_digest(model), "pairs_digest": gallery.pairs.digest, "store_digest": feature_store.digest}
     facts |= {"images": len(gallery.image_ids), "captions": len(gallery.rows), "missing_images": gallery.missing_images}
@@ -275,6 +277,17 @@ def check_model(folder: Path, config: InterBertConfig, store: FeatureStore, max_
             f"--max-text-tokens is {max_text_tokens}; give 3 to {config.max_position_embeddings}, what {folder} has positions for"
         )
     return read_vocabulary(folder, config)
+
+
+def choose_precision(asked: AskedPrecision, device: str) -> Precision:
+    """What ``asked`` stands for on ``device``: of "auto" a line says which and why. ``UsageError`` for a device that is not here."""
+    if asked != "auto":
+        return asked
+    if device != "auto":
+        torch_device(device)
+    precision, why = automatic([units_of(each) for each in devices_named(device)])
+    print(why, flush=True)
+    return precision
 
 
 def choose_devices(device: str, precision: str, processes: int | None, pairs: int, chunks: int) -> list[torch.device]:

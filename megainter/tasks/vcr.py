@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
 from megainter.model.folder import model_digest, read_config
+from megainter.precision import AskedPrecision
 from megainter.progress import Progress
-from megainter.tasks.retrieval import check_model, choose_devices
+from megainter.tasks.retrieval import check_model, choose_devices, choose_precision
 from megainter.tasks.score_file import ScoreFile, open_score_file
 from megainter.tasks.scoring import score_chunks
 from megainter.tasks.vcr_batches import Examples, Item, all_items, right_choices
@@ -50,7 +51,7 @@ def evaluate(
     max_missing: float = 0.0,
     batch_questions: int = 16,
     processes: int | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: AskedPrecision = "auto",
     device: str = "auto",
     submission: Path | None = None,
 ) -> VcrReport:
@@ -79,10 +80,11 @@ def evaluate(
     if trained_for not in ("joint", mode):
         print(f"{model} was fine-tuned for {trained_for}s alone; what it makes of {mode} is no more than a guess", flush=True)
     examples = Examples(asked, stores, WordPieces.of(asked, vocabulary), settings, ASKED[mode])
-    work = ChoiceWork(model, examples, all_items(asked, ASKED[mode], submission is not None), batch_questions, precision)
-    devices = choose_devices(device, precision, processes, 4 * len(work.items), len(work))
+    arithmetic = choose_precision(precision, device)
+    work = ChoiceWork(model, examples, all_items(asked, ASKED[mode], submission is not None), batch_questions, arithmetic)
+    devices = choose_devices(device, arithmetic, processes, 4 * len(work.items), len(work))
     facts: dict[str, Any] = {"mode": mode, "trained_for": trained_for, "tie_objects": settings.tie_objects, "split": split}
-    facts |= {"precision": precision, "model": str(model), "questions_file": str(questions), "store": str(store)}
+    facts |= {"precision": arithmetic, "model": str(model), "questions_file": str(questions), "store": str(store)}
     facts |= {"objects_store": str(objects_store) if objects_store is not None else None, "device": devices[0].type}
     facts |= {"model_digest": model_digest(model), "questions_digest": digest, "store_digest": stores.detected.digest}
     facts |= {"objects_store_digest": stores.given.digest if stores.given is not None else None, "questions": len(asked)}

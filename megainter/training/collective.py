@@ -36,11 +36,16 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
+def gathered(value: Result) -> list[Result]:
+    """Every rank's ``value`` (picklable by us), by rank. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def first_said(message: str | None) -> str | None:
     """What the lowest rank that has a message says, on all ranks; None where none has one. Collective."""
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    return next((said for said in messages if said is not None), None)
+    return next((said for said in gathered(message) if said is not None), None)
 
 
 def all_equal(value: int, device: torch.device) -> bool:

@@ -110,6 +110,7 @@ def deepspeed_config(
 
     ``accumulation``: micro-batches of a step on each rank; None: what ``training`` says by itself.
     """
+    assert engine.precision != "auto", "what it stands for is settled where the devices are known"
     given = read_json(engine.deepspeed) if engine.deepspeed is not None else {}
     half = engine.precision != "fp32" and engine.zero_stage > 0
     settings: dict[str, Any] = {

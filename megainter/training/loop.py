@@ -24,6 +24,7 @@ from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
 from megainter.training.optimizer import describe, learning_rate
+from megainter.training.precision import with_precision
 from megainter.training.process import StopRequest, folder_lock
 from megainter.training.profile import StepProfile
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
@@ -137,9 +138,10 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[engine.Worl
 
     check_portions(config.training, world.size)
     on_first_rank(lambda: _lock(stack, config.output))
+    asked, config = {"engine.precision": config.engine.precision}, with_precision(config, world.device)
     job = open_job(world)
     ds_config = engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size, job.accumulation)
-    on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests)))
+    on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests), asked))
     total_steps = steps_of(config, job.samples)
 
     saved = on_first_rank(lambda: checkpoint.newest(config.output / "checkpoints", log.warning))

@@ -9,7 +9,7 @@ import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from megainter.training.process import folder_lock
 log = logging.getLogger("megainter")
 
 # A run may go on with another value of these: they change speed, duration or reporting, not what a step computes.
-FREE_SECTIONS = ("validation", "engine", "checkpoint", "tensorboard", "output")
+FREE_SECTIONS = ("validation", "engine", "checkpoint", "tensorboard", "output", "asked")
 FREE_KEYS = {
     "data": ("workers",),
     "training": ("micro_batch", "micro_tokens", "log_every", "steps", "epochs", "profile_steps"),
@@ -32,21 +32,33 @@ FREE_KEYS = {
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "lmdb", "numpy")
 
 
-def open_run_folder(config: RunSettings, ds_config: dict[str, Any], digests: dict[str, str]) -> None:
-    """Create or continue the folder (rank 0) and record settings and versions; ``UsageError`` where it holds a run of other settings."""
+def open_run_folder(config: RunSettings, ds_config: dict[str, Any], digests: dict[str, str], asked: Mapping[str, str]) -> None:
+    """Create or continue the folder (rank 0) and record settings and versions; ``UsageError`` where it holds a run of other settings.
+
+    ``asked``: settings as they were given, by ``section.key``, where ``config`` has what they came to.
+    """
     folder = config.output
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    settings = as_dict(config) | {"digests": digests}
-    previous = folder / "config.json"
-    if previous.exists() and any((folder / "checkpoints").glob("step_*")):
-        changed = differences(read_json(previous), settings, type(config))
+    settings = as_dict(config) | {"digests": digests, "asked": dict(asked)}
+    before = recorded(folder)
+    if before is not None:
+        changed = differences(before, settings, type(config))
         if changed:
             raise UsageError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); use them, or start in another output folder"
             )
-    write_json(previous, settings)
+    write_json(folder / "config.json", settings)
     write_json(folder / "ds_config.json", ds_config)
     write_json(folder / "environment.json", environment())
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run that has a checkpoint in this folder; None where none has."""
+    settings = folder / "config.json"
+    if not settings.exists() or not any((folder / "checkpoints").glob("step_*")):
+        return None
+    found: dict[str, Any] = read_json(settings)
+    return found
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], kind: type = RunConfig) -> list[str]:

@@ -5,6 +5,8 @@ from typing import Literal
 
 from cyclopts import App
 
+from megainter.precision import AskedPrecision
+
 evaluate_app = App(name="evaluate", help="Measure a model on a task.")
 
 
@@ -23,7 +25,7 @@ def evaluate_retrieval(
     max_text_tokens: int | None = None,
     batch_pairs: int = 256,
     processes: int | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: AskedPrecision = "auto",
     device: str = "auto",
     scores: Path | None = None,
     prefilter: int | None = None,
@@ -58,7 +60,7 @@ def evaluate_retrieval(
     processes
         Processes that share the work; default one per GPU, or one per core.
     precision
-        Arithmetic of the model.
+        Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32.
     device
         Torch device; "auto" takes CUDA where there is one.
     scores
@@ -95,7 +97,7 @@ def evaluate_vcr(
     max_missing: float = 0.0,
     batch_questions: int = 16,
     processes: int | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: AskedPrecision = "auto",
     device: str = "auto",
     submission: Path | None = None,
 ) -> None:
@@ -124,7 +126,7 @@ def evaluate_vcr(
     processes
         Processes that share the work; default one per GPU, or one per core.
     precision
-        Arithmetic of the model.
+        Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32.
     device
         Torch device; "auto" takes CUDA where there is one.
     submission
@@ -152,7 +154,7 @@ def evaluate_classification(
     max_missing: float = 0.0,
     batch: int = 64,
     processes: int | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: AskedPrecision = "auto",
     device: str = "auto",
 ) -> None:
     """Classification and regression of texts, alone or about images: figures where labels are public, predictions in any case.
@@ -180,7 +182,7 @@ def evaluate_classification(
     processes
         Processes that share the work; default one per GPU, or one per core.
     precision
-        Arithmetic of the model.
+        Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32.
     device
         Torch device; "auto" takes CUDA where there is one.
     """

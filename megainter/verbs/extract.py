@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from megainter.precision import AskedPrecision
+
 
 def extract(
     *,
@@ -19,7 +21,7 @@ def extract(
     max_size: int | None = None,
     max_bad: float = 0.01,
     device: str | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: AskedPrecision = "auto",
     boxes: Path | None = None,
     network_disk: bool = False,
 ) -> None:
@@ -55,7 +57,8 @@ def extract(
     device
         Torch device; default CUDA where there is one.
     precision
-        Of the larger part of the detector's arithmetic; proposals stay those of fp32.
+        Of the larger part of the detector's arithmetic; proposals stay those of fp32. auto takes what the store was begun in; for a new one
+        bf16 where all devices compute it, else fp16 on GPUs, else fp32.
     boxes
         Take the regions from this manifest of boxes (Parquet) instead of the detector's proposals.
     network_disk

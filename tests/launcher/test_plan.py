@@ -10,7 +10,7 @@ import torch
 
 from launcher.memory import CPU_BUCKET, Layout, activations, memory
 from launcher.planning import Corpus, choices, deepspeed_settings, recommended
-from launcher.shape import Load, Shape, forward_flops, load_of, parameters, shape_of
+from launcher.shape import Load, Shape, forward_flops, load_of, parameters, shape_of, tensors
 from launcher.simulate import Reliability, best_interval, curve, goodput, pace, simulate
 from launcher.timing import Cluster, communication_bytes, device, step_time
 from megainter.config import RunConfig, load_config
@@ -54,6 +54,7 @@ def test_every_recipe_has_the_size_it_says(name: str) -> None:
     with torch.device("meta"):
         model = InterBertForPreTraining(configuration(shape))
     assert sum(parameter.numel() for parameter in model.parameters()) == SIZES[name]
+    assert len(list(model.parameters())) == tensors(shape)
 
 
 def test_operations_are_those_the_trainer_counts() -> None:
@@ -156,6 +157,13 @@ def test_devices_of_ones_own(tmp_path: Path) -> None:
             device(wrong)
 
 
+@pytest.mark.parametrize(("gpu", "precision"), [("v100", "fp16"), ("a100-40g", "bf16"), ("h100", "bf16"), ("mi300x", "bf16")])
+def test_auto_is_planned_as_the_gpu_computes(gpu: str, precision: str) -> None:
+    options = choices(recipe("base"), 8, Cluster(device(gpu)), Corpus(10**6, 16, 37))
+    assert {choice.layout.precision for choice in options} == {precision}
+    assert {choice.layout.stage for choice in options} == ({1, 2, 3} if precision == "fp16" else {0, 1, 2, 3})
+
+
 def test_a_v100_has_no_bf16() -> None:
     with pytest.raises(UsageError, match="bf16"):
         step_time(SMALL, Load(8, 16, 37, 2, 2), Layout(2, 8, "bf16"), Cluster(device("v100")))
@@ -205,7 +213,7 @@ def test_the_engine_takes_what_plan_writes(tmp_path: Path) -> None:
         for offload in (False, True) if stage else (False,):
             layout = Layout(stage, 2, offload=offload)
             (tmp_path / "ds.json").write_text(json.dumps(deepspeed_settings(layout)))
-            words = ("--engine.zero_stage", str(stage), "--engine.deepspeed", str(tmp_path / "ds.json"))
+            words = ("--engine.zero_stage", str(stage), "--engine.precision", "bf16", "--engine.deepspeed", str(tmp_path / "ds.json"))
             config = recipe("base", *words, "--engine.offload_optimizer", str(offload))
             settings = deepspeed_config(config.engine, config.optimizer, config.training, 2)
             assert settings["zero_optimization"]["stage"] == stage

@@ -36,7 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 def test_scores_are_those_of_evaluate_retrieval(data: Data, tmp_path: Path) -> None:
     paths = (data.folder, data.pairs_path, data.store_path)
-    evaluate(*paths, output=tmp_path / "o.json", split=None, max_regions=4, max_text_tokens=7, scores=tmp_path / "s.parquet")
+    options = {"split": None, "max_regions": 4, "max_text_tokens": 7, "precision": "fp32"}
+    evaluate(*paths, output=tmp_path / "o.json", scores=tmp_path / "s.parquet", **options)
     wanted = np.array(pq.read_table(tmp_path / "s.parquet").column("scores").to_pylist(), dtype=np.float32)
     processor = InterBertProcessor.from_pretrained(data.folder, max_text_tokens=7, max_regions=4)
     texts = [text for text in data.texts for _ in data.records]

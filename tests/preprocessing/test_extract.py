@@ -57,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Extraction:
     """An uninterrupted extraction by two workers into folder/whole."""
-    return extract(folder / "images", folder / "whole", folder / "detector.safetensors", workers=2, min_boxes=3, max_boxes=9)
+    options = {"workers": 2, "min_boxes": 3, "max_boxes": 9, "precision": "fp32"}
+    return extract(folder / "images", folder / "whole", folder / "detector.safetensors", **options)
 
 
 SCRIPT = """
@@ -68,7 +69,8 @@ SCRIPT = """
     from preprocessing.extract import extract
     folder = Path({folder!r})
     try:
-        print(extract(folder / "images", Path({store!r}), folder / "detector.safetensors", workers=2, min_boxes=3, max_boxes=9))
+        options = dict(workers=2, min_boxes=3, max_boxes=9, precision="fp32")
+        print(extract(folder / "images", Path({store!r}), folder / "detector.safetensors", **options))
     except MegainterError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

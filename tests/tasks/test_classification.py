@@ -215,7 +215,7 @@ def test_predictions_are_those_of_the_padded_door(
     start = write_start(tmp_path / "start")
     model = write_classifier(tmp_path / "model", examples, start)
     reports = [
-        evaluate(model, examples, own, output=tmp_path / f"{n}.json", batch=5, processes=n, device="cpu")
+        evaluate(model, examples, own, output=tmp_path / f"{n}.json", batch=5, processes=n, precision="fp32", device="cpu")
         for n in processes
     ]
     assert all((report.figures, report.by_kind) == (reports[0].figures, reports[0].by_kind) for report in reports)

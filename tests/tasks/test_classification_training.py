@@ -48,7 +48,7 @@ def test_a_model_of_texts_learns_and_its_folder_says_the_same(tmp_path: Path) ->
     finetune(settings(start, examples, run, training__steps=90, training__micro_batch=16, validation__every_steps=30))
     best = max(read_metrics(run / "metrics.jsonl", "validation"), key=lambda record: record["accuracy"])
     assert best["accuracy"] > 0.9
-    report = evaluate(run / "model", examples, output=tmp_path / "scores.json")
+    report = evaluate(run / "model", examples, output=tmp_path / "scores.json", precision="fp32")
     assert report.count == 60
     for name, value in report.figures.items():
         assert value == pytest.approx(best[name], abs=1e-5), name
@@ -154,7 +154,7 @@ def test_soft_labels_and_values_learn(kind: str, tmp_path: Path) -> None:
     if questions:
         constant = max(figures_of_one_answer(examples).values())
         assert figures["vqa_accuracy"] > constant + 0.2, "the best answer that looks at no image"
-        report = evaluate(tmp_path / "run" / "model", examples, store, output=tmp_path / "scores.json")
+        report = evaluate(tmp_path / "run" / "model", examples, store, output=tmp_path / "scores.json", precision="fp32")
         assert set(report.by_kind) == {"answer: other", "question: few", "question: many"}
         assert report.figures["vqa_accuracy"] == pytest.approx(figures["vqa_accuracy"], abs=1e-6)
     else:

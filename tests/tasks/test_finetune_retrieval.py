@@ -167,7 +167,8 @@ def test_runs_agree_over_processes_and_the_folder_scores_as_validated(start: tup
         assert [record[name] for record in one] == pytest.approx([record[name] for record in two], abs=0.09)  # one caption of 12
     best = max(record["text_to_image_r_at_1"] for record in one)
     model, pairs, store = tmp_path / "one" / "model", *start[1:]
-    report = evaluate(model, pairs, store, split="val", captions_per_image=1, processes=1, output=tmp_path / "scores.json")
+    options = {"split": "val", "captions_per_image": 1, "processes": 1, "precision": "fp32"}
+    report = evaluate(model, pairs, store, output=tmp_path / "scores.json", **options)
     assert report.text_to_image.r_at_1 == best  # of the averaged weights
     state = json.loads(next((tmp_path / "one" / "best").glob("step_*/trainer.json")).read_text())
     assert state["validation"]["text_to_image_r_at_1"] == best

@@ -172,9 +172,10 @@ def test_all_pairs_as_candidates_give_the_same_bits_and_figures(data: tuple[Path
 def test_few_candidates_equal_brute_force(
     data: tuple[Path, Path, Path], weak: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(*data, output=tmp_path / "plain.json", split=None, scores=tmp_path / "plain.parquet")
+    options = {"split": None, "precision": "fp32"}
+    evaluate(*data, output=tmp_path / "plain.json", scores=tmp_path / "plain.parquet", **options)
     report = evaluate(
-        *data, output=tmp_path / "two.json", split=None, scores=tmp_path / "two.parquet", prefilter=KEEP, prefilter_model=weak
+        *data, output=tmp_path / "two.json", scores=tmp_path / "two.parquet", prefilter=KEEP, prefilter_model=weak, **options
     )
     captions, images, own = vectors(data, weak, None)
     products = (images @ captions.T).numpy()

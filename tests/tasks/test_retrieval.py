@@ -16,6 +16,7 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.manifest import Pair, read_pairs, write_pairs
 from megainter.data.text import load_vocabulary, train_vocabulary
 from megainter.errors import NumericsError, TooManyBadInputsError, UsageError
+from megainter.precision import Units, cpu_units
 from megainter.tasks import retrieval
 from megainter.tasks.ranking import mean_over_folds, rank_scores
 from megainter.tasks.retrieval import evaluate
@@ -23,6 +24,7 @@ from megainter.tasks.scoring import ChunkScorer
 from tests.synthetic import CLASSES, FEATURE_SIZE, TINY, environment, write_data
 
 IMAGES, CAPTIONS = 19, 2  # not a multiple of the chunk
+OLD_CPU, NEW_CPU = cpu_units("flags : avx2 avx512f"), cpu_units("flags : avx2 avx512f avx512_bf16")
 
 
 def write_model(folder: Path, pairs: Path) -> Path:
@@ -79,8 +81,9 @@ def padded_scores(model_folder: Path, pairs_path: Path, store_path: Path, max_re
 
 def test_scores_and_figures_equal_one_pair_at_a_time(data: tuple[Path, Path, Path], tmp_path: Path) -> None:
     report = evaluate(
-        *data, output=tmp_path / "out.json", split=None, max_regions=4, max_text_tokens=8, batch_pairs=24, scores=tmp_path / "s.parquet"
-    )
+        *data, output=tmp_path / "out.json", split=None, max_regions=4, max_text_tokens=8, batch_pairs=24, precision="fp32",
+        scores=tmp_path / "s.parquet",
+    )  # fmt: skip
     wanted = padded_scores(*data, max_regions=4, max_tokens=8)
     found = matrix(tmp_path / "s.parquet")
     assert wanted.std() > 0.05
@@ -153,6 +156,21 @@ def test_bf16_is_close_to_fp32(data: tuple[Path, Path, Path], tmp_path: Path) ->
         evaluate(*data, output=tmp_path / "o.json", split=None, precision=precision, scores=tmp_path / f"{precision}.parquet")
     full, half = matrix(tmp_path / "fp32.parquet"), matrix(tmp_path / "bf16.parquet")
     assert np.abs(full - half).mean() < 0.1 * full.std()
+
+
+@pytest.mark.parametrize(("units", "expected"), [(OLD_CPU, "fp32"), (NEW_CPU, "bf16")], ids=["without units", "with units"])
+def test_auto_takes_what_the_device_computes(
+    units: Units, expected: str, data: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The report says which, the output which and why, and the scores are those of the precision asked for by its name."""
+    monkeypatch.setattr("megainter.tasks.retrieval.units_of", lambda device: units)
+    report = evaluate(*data, output=tmp_path / "auto.json", split=None, device="cpu", scores=tmp_path / "auto.parquet")
+    assert report.precision == expected == json.loads((tmp_path / "auto.json").read_text())["precision"]
+    assert capsys.readouterr().out.count(f"precision {expected} (auto), on {units.name}\n") == 1
+    evaluate(*data, output=tmp_path / "o.json", split=None, device="cpu", precision=expected, scores=tmp_path / "o.parquet")
+    assert "auto" not in capsys.readouterr().out
+    assert matrix(tmp_path / "auto.parquet").tobytes() == matrix(tmp_path / "o.parquet").tobytes()
 
 
 def test_an_interrupted_evaluation_goes_on(data: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

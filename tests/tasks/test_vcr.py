@@ -116,7 +116,7 @@ def evaluated(files: VcrFiles, run: Path, folder: Path, processes: int) -> tuple
     """The report and the table of probabilities of the validation's questions."""
     report = evaluate(
         run / "model", files.questions, files.store, output=folder / f"scores-{processes}.json", objects_store=files.objects_store,
-        split="val", batch_questions=5, processes=processes,
+        split="val", batch_questions=5, processes=processes, precision="fp32",
     )  # fmt: skip
     return report, pq.read_table(folder / f"scores-{processes}.probabilities.parquet").to_pylist()
 
