@@ -18,7 +18,7 @@ def plan(
     gpu: str,
     per_node: int = 8,
     network: float = 25.0,
-    efficiency: float = 0.4,
+    efficiency: float | None = None,
     pairs: int = 4_000_000,
     text_tokens: float = 16.0,
     regions: float | None = None,
@@ -49,7 +49,7 @@ def plan(
     network
         GB/s between nodes, one way, for each device.
     efficiency
-        Share of the peak that matrix products reach.
+        Share of the peak that matrix products reach; by default it follows from the tokens of a micro-batch and the model's width.
     pairs
         Captions of one epoch.
     text_tokens
@@ -90,7 +90,7 @@ def plan(
     }.items():
         if not value > 0:
             raise UsageError(f"--{name} is {value}; give a number above 0")
-    if not 0 < efficiency <= 1:
+    if efficiency is not None and not 0 < efficiency <= 1:
         raise UsageError(f"--efficiency is {efficiency}; give a share of the peak, above 0 and at most 1")
     for path in (ds_config, report, simulate):
         if path is not None and not path.parent.is_dir():
@@ -102,6 +102,7 @@ def plan(
     shape = shape_of(run)
     reliability = Reliability(mtbf_hours * 3600, checkpoint_bytes(shape) / (disk * 1e9), restart, straggle)
     print(f"{config}: {parameters(shape):,} parameters, {gpus} x {gpu} ({cluster.device.memory:g} GiB; {cluster.device.source})")
+    print(f"step times and memory: {cluster.device.standing}; precision {options[0].layout.precision}")
     print("GiB of one device, by part, and seconds of a step of", run.training.global_batch, "samples:\n")
     _print_table(options)
     best = recommended(options)
@@ -132,8 +133,9 @@ def _print_summary(figures: dict, gpus: int) -> None:
     time = figures["time"]
     print(f"\nrecommended: {figures['settings']}")
     print(
-        f"step {figures['step_seconds']:.3f} s (matrix products {time['matmul']:.3f}, elsewhere {time['elementwise']:.3f}, "
-        f"update {time['optimizer']:.3f}, communication not hidden {time['communication']:.3f})"
+        f"step {figures['step_seconds']:.3f} s (matrix products {time['matmul']:.3f} at {time['efficiency']:.0%} of the peak, elsewhere "
+        f"{time['elementwise']:.3f}, update {time['optimizer']:.3f}, communication not hidden {time['communication']:.3f}, "
+        f"waiting for the host {time['idle']:.3f})"
     )
     print(f"{figures['samples_per_second']:,.0f} samples/s, {figures['tokens_per_second']:,.0f} tokens/s on {gpus} devices")
     often = f"best every {figures['checkpoint_every_seconds'] / 60:.0f} min"
