@@ -8,13 +8,10 @@ a process of its own (``--memory``). ``--agreement`` prints the agreement alone.
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,12 +25,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import plain_detector
-from benchmarks.pretrain import product_rate
+from benchmarks.timing import CPU, machine, peak_mib, product_rate, seconds_of
 from megainter.data.feature_store import FeatureStoreWriter, RegionRecord
 from preprocessing.detector import Detector, _record
 from preprocessing.images import load_image
 from preprocessing.selection import select_caffe
-from preprocessing.vg_model import build_vg_network
+from preprocessing.vg_model import VgConfig, build_vg_network
 from preprocessing.vg_regions import REGIONS_AT_ONCE, VgDetection, best_proposals, shifted_anchors
 from tests.preprocessing.vg_weights import FULL, drawn_state
 
@@ -50,30 +47,34 @@ def main() -> None:
     options.add_argument("--agreement", action="store_true")
     options.add_argument("--photos", type=Path)
     options.add_argument("--count", type=int, default=12, help="images on which the agreement is measured")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = options.parse_args()
-    state = drawn_state(CONFIG)
+    device = torch.device(given.device)
+    state = {name: tensor.to(device) for name, tensor in drawn_state(CONFIG).items()}
     if given.memory:
         # the weights stand in memory twice here, as drawn and as loaded: a worker that reads a file frees the first
-        ours(state, torch.bfloat16).extract(composed(0), 36, 36)
-        print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        ours(state, torch.bfloat16, device).extract(composed(0), 36, 36)
+        print(json.dumps({"peak_mib": peak_mib(device)}))
         return
-    half, images = ours(state, torch.bfloat16), pictures(given.photos, given.count)
+    half, images = ours(state, torch.bfloat16, device), pictures(given.photos, given.count)
     if given.agreement:
         print(json.dumps({"agreement": agreement(half, state, images)}, indent=2))
         return
-    full, image = ours(state, None), images[0]
+    full, image = ours(state, None, device), images[0]
     pixels = half.inputs([image])[0].pixels
     programs: dict[str, Callable[[], Any]] = {
         "plain-fp32": lambda: plain(state, pixels),
         "ours-bf16": lambda: half.extract(image, 36, 36),
         "ours-fp32": lambda: full.extract(image, 36, 36),
     }
-    seconds = alternated(programs, given.rounds)
+    seconds = alternated(programs, given.rounds, device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rates = {"bf16": product_rate(torch.bfloat16), "fp32": product_rate(torch.float32)}
-    memory = subprocess.run([sys.executable, "-m", "benchmarks.extract", "--memory"], capture_output=True, text=True, check=True)
+    rates = {name: product_rate(dtype, device=device) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
+    memory = subprocess.run(
+        [sys.executable, "-m", "benchmarks.extract", "--memory", "--device", given.device], capture_output=True, text=True, check=True
+    )
     print(json.dumps({
-        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+        "date": date.today().isoformat(), "machine": machine(device), "torch": torch.__version__,
         "input": list(pixels.shape), "seconds": seconds, "median_seconds": medians,
         "speedup": {name: medians["plain-fp32"] / medians[name] for name in ("ours-bf16", "ours-fp32")},
         "matrix_product_gflop_per_s": rates, "breakdown_bf16": breakdown(half, image, rates),
@@ -100,26 +101,25 @@ def composed(seed: int) -> Image.Image:
     return Image.fromarray((pixels / pixels.max() * 255).astype(np.uint8))
 
 
-def ours(state: dict[str, Tensor], dtype: torch.dtype | None) -> Detector:
+def ours(state: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device = CPU, config: VgConfig = CONFIG) -> Detector:
     """Our detector with these weights."""
-    return Detector(VgDetection(CONFIG, build_vg_network(CONFIG, state), dtype=dtype), "drawn")
+    return Detector(VgDetection(config, build_vg_network(config, state), device, dtype), "drawn")
 
 
-def plain(state: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain(state: dict[str, Tensor], pixels: Tensor, config: VgConfig = CONFIG) -> tuple[Tensor, Tensor, Tensor]:
     """The plain program from the network's input to the chosen rows: (rows, boxes, features)."""
-    boxes, features, probs = plain_detector.detect(state, CONFIG, pixels)
+    boxes, features, probs = plain_detector.detect(state, config, pixels)
     return plain_detector.select(boxes * 0.8, probs, 36, 36), boxes, features
 
 
-def alternated(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def alternated(programs: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every program, one after the other in each round; the first round is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
         for name, program in programs.items():
-            start = time.perf_counter()
-            program()
+            spent = seconds_of(program, device)
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(spent)
     return seconds
 
 
@@ -138,7 +138,7 @@ def agreement(half: Detector, state: dict[str, Tensor], images: list[Image.Image
 def agreement_on(half: Detector, state: dict[str, Tensor], image: Image.Image) -> dict[str, float]:
     """Lowest cosine of the features of equal proposals, and the share of the plain program's 36 boxes that ours chose too."""
     inputs = half.inputs([image])
-    rows, boxes, features = plain(state, inputs[0].pixels)
+    rows, boxes, features = plain(state, inputs[0].pixels, half.config)
     found = half.forward(inputs)[0]
     choice = half.choose(found, image, inputs[0], 36, 36, "caffe")
     distance = (boxes[:, None] - found.proposals[None]).abs().amax(2)
@@ -157,7 +157,7 @@ def agreement_on(half: Detector, state: dict[str, Tensor], image: Image.Image) -
 @torch.inference_mode()
 def breakdown(detector: Detector, image: Image.Image, rates: dict[str, float]) -> dict[str, dict[str, float]]:
     """Seconds of each stage, and the share of the product rate that the arithmetic ones and the whole reach."""
-    network, clock = detector.network, _Clock()
+    network, clock = detector.network, _Clock(detector.network.device)
     assert isinstance(network, VgDetection)
     with tempfile.TemporaryDirectory() as folder:
         image.save(Path(folder, "image.jpg"))
@@ -200,17 +200,14 @@ def against_limits(seconds: dict[str, float], regions: int, rates: dict[str, flo
 class _Clock:
     """Runs a stage three times and keeps the median."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, stage: Callable[[], Any]) -> Any:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            result = stage()
-            times.append(time.perf_counter() - start)
-        self.seconds[name] = statistics.median(times)
-        return result
+        results: list[Any] = []
+        self.seconds[name] = statistics.median(seconds_of(lambda: results.append(stage()), self.device) for _ in range(3))
+        return results[-1]
 
 
 def selection_milliseconds() -> float:
@@ -218,12 +215,7 @@ def selection_milliseconds() -> float:
     torch.manual_seed(0)
     corners, sides = torch.rand(300, 2) * 500, torch.rand(300, 2) * 250
     boxes, probs = torch.cat([corners, corners + sides], 1), torch.randn(300, 1601).mul(3).softmax(1)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        select_caffe(boxes, probs, 10, 100, 1.0)
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+    return 1000 * statistics.median(seconds_of(lambda: select_caffe(boxes, probs, 10, 100, 1.0), CPU) for _ in range(20))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ All work on padded batches [B, 36 text + 37 region positions] and compute every 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,19 @@ class PaddedBatch:
     mrm_targets: Tensor  # float32 [B, R - 1, C]
     itm_labels: Tensor  # int64 [B]
 
+    def to(self, device: torch.device) -> "PaddedBatch":
+        """The same batch on ``device``, copied without waiting where its memory is pinned."""
+        return PaddedBatch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
 
-def official_weights(model: InterBertForPreTraining) -> Weights:
+    def pin_memory(self) -> "PaddedBatch":
+        """The same batch in page-locked memory."""
+        return PaddedBatch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
+
+
+def official_weights(model: InterBertForPreTraining, device: torch.device | str = "cpu") -> Weights:
     """Copies of the weights under the released code's names, to be trained; the tied decoder is the word embedding itself."""
     config: InterBertConfig = model.config  # type: ignore[assignment]
-    named = {official_name(name, config): p.detach().clone().float() for name, p in model.named_parameters()}
+    named = {official_name(name, config): p.detach().to(device, torch.float32, copy=True) for name, p in model.named_parameters()}
     return {name: value.requires_grad_() for name, value in named.items()}
 
 
@@ -103,38 +111,44 @@ def _transform(p: Weights, name: str, x: Tensor) -> Tensor:
     return _norm(p, f"{name}.transform", F.gelu(_linear(p, f"{name}.transform.dense", x)))
 
 
-def bert_step(learning_rate: float) -> Callable[[PaddedBatch], Tensor]:
-    """A training step of `transformers`' BERT-base (12 layers, SDPA) under bf16 autocast with fused AdamW.
+def bert_step(learning_rate: float, device: torch.device, compiled: str | None = None, **sizes: int) -> Callable[[PaddedBatch], Tensor]:
+    """A training step of `transformers`' BERT-base (12 layers, SDPA) under bf16 autocast with fused AdamW; forward and backward by
+    ``torch.compile`` where ``compiled`` names its backend.
 
     It sees all 73 positions as tokens, and its MLM head reads the 36 of the text: the arithmetic of a padded InterBERT sample.
     """
-    config = BertConfig(vocab_size=30522)
+    config = BertConfig(**({"vocab_size": 30522} | sizes))
     config._attn_implementation = "sdpa"
-    body, head = BertModel(config, add_pooling_layer=False).train(), BertOnlyMLMHead(config).train()
+    body, head = BertModel(config, add_pooling_layer=False).train().to(device), BertOnlyMLMHead(config).train().to(device)  # type: ignore[call-arg]
     head.predictions.decoder.weight = body.embeddings.word_embeddings.weight
     parameters = {id(p): p for module in (body, head) for p in module.parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, fused=True)
 
+    def loss_of(ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        states = body(input_ids=ids, attention_mask=mask).last_hidden_state[:, : labels.shape[1]]
+        return F.cross_entropy(head(states).flatten(0, 1).float(), labels.flatten())
+
+    loss_by = loss_of if compiled is None else torch.compile(loss_of, backend=compiled)
+
     def step(batch: PaddedBatch) -> Tensor:
         ids = F.pad(batch.input_ids, (0, batch.features.shape[1]), value=1000)
         mask = torch.cat([batch.text_mask, batch.region_mask], 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            states = body(input_ids=ids, attention_mask=mask).last_hidden_state[:, : batch.input_ids.shape[1]]
-            loss = F.cross_entropy(head(states).flatten(0, 1).float(), batch.msm_labels.flatten())
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_by(ids, mask, batch.msm_labels)
         return _update(loss, optimizer)
 
     return step
 
 
-def visual_bert_step(learning_rate: float) -> Callable[[PaddedBatch], Tensor]:
+def visual_bert_step(learning_rate: float, device: torch.device, **sizes: int) -> Callable[[PaddedBatch], Tensor]:
     """A training step of `transformers`' VisualBertForPreTraining (eager attention: it offers no other) under bf16 autocast."""
-    config = VisualBertConfig(vocab_size=30522, visual_embedding_dim=2048)
-    model = VisualBertForPreTraining(config).train()
+    config = VisualBertConfig(**({"vocab_size": 30522, "visual_embedding_dim": 2048} | sizes))
+    model = VisualBertForPreTraining(config).train().to(device)  # type: ignore[call-arg]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
 
     def step(batch: PaddedBatch) -> Tensor:
         labels = F.pad(batch.msm_labels, (0, batch.features.shape[1]), value=-100)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = model(
                 input_ids=batch.input_ids, attention_mask=batch.text_mask, visual_embeds=batch.features,
                 visual_attention_mask=batch.region_mask, labels=labels, sentence_image_labels=batch.itm_labels,

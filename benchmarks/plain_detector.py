@@ -29,7 +29,7 @@ def detect(state: State, config: VgConfig, image: Tensor) -> tuple[Tensor, Tenso
 def select(boxes: Tensor, probs: Tensor, least: int, most: int) -> Tensor:
     """Bottom-up-attention's choice as its script has it: NMS class by class at 0.3 on boxes that count their last pixel."""
     widened = boxes + boxes.new_tensor([0, 0, 1, 1])
-    confidence = torch.zeros(len(boxes))
+    confidence = torch.zeros(len(boxes), device=boxes.device)
     for number in range(1, probs.shape[1]):
         kept = nms(widened, probs[:, number], 0.3)
         confidence[kept] = torch.maximum(confidence[kept], probs[kept, number])

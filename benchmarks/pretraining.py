@@ -3,15 +3,15 @@
 The padded side is the model's own padded door with every row kept real (all-ones masks), as a trainer without packing computes it.
 """
 
+import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from datetime import date
 
 import torch
 
+from benchmarks.timing import machine, seconds_of
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.model.packing import PackedInputs
@@ -22,10 +22,13 @@ SAMPLES, TEXT, REGIONS = 16, 36, 37
 
 def main() -> None:
     """Measure and print one JSON object."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = torch.device(options.parse_args().device)
     torch.manual_seed(0)
     config = InterBertConfig(hidden_size=256, num_attention_heads=4, num_region_attention_heads=4, intermediate_size=1024, pooler_size=256,
                              num_interaction_layers=3, num_text_layers=3, num_region_layers=3)  # fmt: skip
-    model = InterBertForPreTraining(config).train()
+    model = InterBertForPreTraining(config).train().to(device)  # type: ignore[call-arg]
     text = torch.randint(8, TEXT + 1, (SAMPLES,))
     regions = torch.randint(11, REGIONS + 1, (SAMPLES,))
     full = torch.full_like(text, TEXT), torch.full_like(regions, REGIONS)
@@ -33,14 +36,13 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(ROUNDS + 1):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
+            spent = seconds_of(step, device)
             if round_number:  # the first is warm-up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(spent)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     real = int(text.sum() + regions.sum())
     print(json.dumps({
-        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+        "date": date.today().isoformat(), "machine": machine(device), "torch": torch.__version__,
         "real_tokens": real, "padded_tokens": SAMPLES * (TEXT + REGIONS), "seconds": medians,
         "real_tokens_per_second": {name: real / value for name, value in medians.items()}, "speedup": medians["padded"] / medians["packed"],
     }, indent=2))  # fmt: skip
@@ -56,8 +58,8 @@ def _step(model: InterBertForPreTraining, text: torch.Tensor, regions: torch.Ten
         torch.rand(rows, 2048),
         torch.rand(rows, 5),
         regions,
-    )
-    masked_text, masked_regions = torch.arange(0, tokens, 8), torch.arange(1, rows, 8)
+    ).to(model.device)
+    masked_text, masked_regions = torch.arange(0, tokens, 8, device=model.device), torch.arange(1, rows, 8, device=model.device)
 
     def step() -> None:
         scores = model.score_packed(inputs, masked_text, masked_regions)

@@ -6,17 +6,17 @@ model (which packs, so the cost of padding itself is not counted). All three sco
 medians.
 """
 
+import argparse
 import copy
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from datetime import date
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.timing import machine, seconds_of
 from megainter.model.configuration import InterBertConfig
 from megainter.model.grid import embed_captions, embed_images, score_grid
 from megainter.model.interbert import MATCHED, InterBertForPreTraining, InterBertForRetrieval
@@ -30,31 +30,29 @@ AGREEMENT = 1e-4  # of the log-odds, in fp32
 
 def main() -> None:
     """Measure and print one JSON object; fails where the three ways do not agree."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = torch.device(options.parse_args().device)
     torch.manual_seed(0)
     config = InterBertConfig(hidden_size=256, num_attention_heads=4, num_region_attention_heads=4, intermediate_size=1024, pooler_size=256,
                              num_interaction_layers=2, num_text_layers=2, num_region_layers=2)  # fmt: skip
     everything = InterBertForPreTraining(config).eval()
     matching = InterBertForRetrieval(config).eval()
     matching.load_state_dict({name: everything.state_dict()[name] for name in matching.state_dict()})
-    text, regions = torch.randint(10, 19, (CAPTIONS,)), torch.randint(11, REGIONS + 1, (IMAGES,))
-    ids, features, locations = (
-        torch.randint(100, 30000, (int(text.sum()),)),
-        torch.rand(int(regions.sum()), 2048),
-        torch.rand(int(regions.sum()), 5),
-    )
-    rows = Rows(ids, text, features, locations, regions)
-    ways = {"grid": _grid(matching, rows), "packed": _packed(matching, rows), "all heads": _padded(everything, rows)}
-    seconds = _measure(ways, _training_forward(copy.deepcopy(matching).train(), rows))
+    rows = rows_of(IMAGES, CAPTIONS, device)
+    everything, matching = everything.to(device), matching.to(device)  # type: ignore[call-arg]
+    ways = {"grid": grid_way(matching, rows), "packed": packed_way(matching, rows), "all heads": _padded(everything, rows)}
+    seconds = _measure(ways, _training_forward(copy.deepcopy(matching).train(), rows), device)
     speeds = {name: IMAGES * CAPTIONS / value for name, value in seconds.items()}
-    tokens = IMAGES * int(text.sum()) + CAPTIONS * int(regions.sum())
+    tokens = IMAGES * int(rows.text.sum()) + CAPTIONS * int(rows.regions.sum())
     print(json.dumps({
-        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+        "date": date.today().isoformat(), "machine": machine(device), "torch": torch.__version__,
         "pairs_per_second": speeds, "real_tokens_per_second": {name: tokens / value for name, value in seconds.items()},
         "speedup": {name: speeds["grid"] / speed for name, speed in speeds.items()},
     }, indent=2))  # fmt: skip
 
 
-def _measure(ways: dict[str, Callable[[], torch.Tensor]], training: Callable[[], torch.Tensor]) -> dict[str, float]:
+def _measure(ways: dict[str, Callable[[], torch.Tensor]], training: Callable[[], torch.Tensor], device: torch.device) -> dict[str, float]:
     """Median seconds of each way and of the training forward; the first round is warm-up and checks that all ways give the same scores."""
     seconds: dict[str, list[float]] = {name: [] for name in (*ways, "training forward")}
     with torch.inference_mode():
@@ -65,15 +63,9 @@ def _measure(ways: dict[str, Callable[[], torch.Tensor]], training: Callable[[],
     for _ in range(ROUNDS):
         with torch.inference_mode():
             for name, way in ways.items():
-                seconds[name].append(_seconds(way))
-        seconds["training forward"].append(_seconds(training))
+                seconds[name].append(seconds_of(way, device))
+        seconds["training forward"].append(seconds_of(training, device))
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _seconds(way: Callable[[], torch.Tensor]) -> float:
-    start = time.perf_counter()
-    way()
-    return time.perf_counter() - start
 
 
 class Rows(NamedTuple):
@@ -88,23 +80,37 @@ class Rows(NamedTuple):
 
     def every_pair(self) -> PackedInputs:
         """Every pair as a packed sample, all captions of the first image first."""
+        images, captions = len(self.regions), len(self.text)
         features, locations = (
-            torch.cat([rows for rows in x.split(self.regions.tolist()) for _ in range(CAPTIONS)]) for x in (self.features, self.locations)
+            torch.cat([rows for rows in x.split(self.regions.tolist()) for _ in range(captions)]) for x in (self.features, self.locations)
         )
-        ids = self.ids.repeat(IMAGES)
+        ids = self.ids.repeat(images)
         return PackedInputs(
-            ids, torch.zeros_like(ids), self.text.repeat(IMAGES), features, locations, self.regions.repeat_interleave(CAPTIONS)
+            ids, torch.zeros_like(ids), self.text.repeat(images), features, locations, self.regions.repeat_interleave(captions)
         )
 
 
-def _grid(model: InterBertForRetrieval, rows: Rows) -> Callable[[], torch.Tensor]:
+def rows_of(images: int, captions: int, device: torch.device) -> Rows:
+    """Drawn captions and images on the device, their lengths on the CPU."""
+    text, regions = torch.randint(10, 19, (captions,)), torch.randint(11, REGIONS + 1, (images,))
+    ids, features, locations = (
+        torch.randint(100, 30000, (int(text.sum()),)),
+        torch.rand(int(regions.sum()), 2048),
+        torch.rand(int(regions.sum()), 5),
+    )
+    return Rows(ids.to(device), text, features.to(device), locations.to(device), regions)
+
+
+def grid_way(model: InterBertForRetrieval, rows: Rows) -> Callable[[], torch.Tensor]:
+    """Scores [I, C] by the grid."""
     images = rows.features, rows.locations, rows.regions
     return lambda: score_grid(model, embed_captions(model, rows.ids, rows.text), embed_images(model, *images))
 
 
-def _packed(model: InterBertForRetrieval, rows: Rows) -> Callable[[], torch.Tensor]:
-    inputs = rows.every_pair()
-    return lambda: model.score_packed(inputs).view(IMAGES, CAPTIONS)
+def packed_way(model: InterBertForRetrieval, rows: Rows) -> Callable[[], torch.Tensor]:
+    """Scores [I, C], every pair for itself."""
+    inputs, shape = rows.every_pair(), (len(rows.regions), len(rows.text))
+    return lambda: model.score_packed(inputs).view(shape)
 
 
 def _training_forward(model: InterBertForRetrieval, rows: Rows) -> Callable[[], torch.Tensor]:
@@ -119,6 +125,7 @@ def _padded(model: InterBertForPreTraining, rows: Rows) -> Callable[[], torch.Te
     boxes = [torch.nn.utils.rnn.pad_sequence(list(x.split(regions.tolist())), batch_first=True) for x in (features, locations)]
     text_mask = torch.arange(padded_ids.shape[1]) < text[:, None]
     region_mask = torch.arange(boxes[0].shape[1]) < regions[:, None]
+    text_mask, region_mask = text_mask.to(ids.device), region_mask.to(ids.device)
 
     def score() -> torch.Tensor:
         logits = model(

@@ -7,7 +7,7 @@ the trainer's own table of where a step's time goes, by module.
 
 import argparse
 import json
-import platform
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.batches import CAPTIONS_BY_LENGTH
 from benchmarks.data import image_id, write_ours
+from benchmarks.timing import machine
 from megainter.data.manifest import Pair, write_pairs
 
 PROFILED = 2
@@ -33,12 +34,19 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=32, help="samples per step")
     options.add_argument("--steps", type=int, default=14)
     options.add_argument("--workers", type=int, default=1)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options.add_argument("--zero-stage", type=int, default=None, help="instead of the recipe's")
     given = options.parse_args()
+    environment = os.environ | (
+        {"CUDA_VISIBLE_DEVICES": ""} if given.device == "cpu" else {}
+    )  # the trainer takes a GPU wherever it sees one
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_ours(folder, given.records)
         write_captions(folder / "pairs.parquet", given.records)
-        subprocess.run([sys.executable, "-m", "megainter", "pretrain", *words(folder, given)], check=True, stdout=sys.stderr)
+        subprocess.run(
+            [sys.executable, "-m", "megainter", "pretrain", *words(folder, given)], env=environment, check=True, stdout=sys.stderr
+        )
         lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
         table = (folder / "run/profile/modules.txt").read_text()
     steps = [line for line in lines if line["kind"] == "train"][FIRST:]
@@ -46,8 +54,12 @@ def main() -> None:
         key: statistics.median(step[key] for step in steps)
         for key in ("step_seconds", "samples_per_second", "tokens_per_second", "data_wait_share")
     }
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    about = {"date": date.today().isoformat(), "machine": machine, "samples_per_step": given.samples, "workers": given.workers}
+    about = {
+        "date": date.today().isoformat(),
+        "machine": machine(torch.device(given.device)),
+        "samples_per_step": given.samples,
+        "workers": given.workers,
+    }
     print(json.dumps({**about, **medians}, indent=2))
     print(table)
 
@@ -74,6 +86,7 @@ def words(folder: Path, given: argparse.Namespace) -> list[str]:
         "training.micro_batch": given.samples, "training.log_every": 1, "training.profile_steps": PROFILED,
         "validation.every_steps": 0, "checkpoint.every_steps": given.steps, "tensorboard": "false",
     }  # fmt: skip
+    values |= {} if given.zero_stage is None else {"engine.zero_stage": given.zero_stage}
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 

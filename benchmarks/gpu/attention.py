@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.against import LIMITS, Errors, relative_error
-from benchmarks.gpu.attention_forms import Form, forms, some_lengths
+from benchmarks.gpu.attention_forms import Form, P, forms, some_lengths
 from benchmarks.gpu.part import Report, Setting, run_part, told
 from megainter.kernels.attention import QueryRows, SequenceLayout, attention_choice
 
-P = 0.1  # the recipe's
 DEVIATIONS, VARIANCE_OFF = 6.0, 0.05  # allowed: of the mean over draws in standard deviations, of the variance as a share
 FP32_SLOPE = 2e-2  # by finite differences in float32
 
@@ -135,6 +134,8 @@ def _dropout(errors: Errors, form: Form, device: torch.device, toy: bool) -> Non
         off = (average - mean).sum() / (_variance_of_sum(probabilities, problem.v) * P / (1 - P) / draws).sqrt()
         spread = (square / draws - average.square()).sum() * draws / (draws - 1) / variance.sum()
     errors.add("dropout mean, deviations", abs(float(off)), DEVIATIONS)
+    squares = ((average - mean).square() / (variance / draws)).mean()
+    errors.add("dropout mean, squared deviations off", abs(float(squares) - 1), VARIANCE_OFF if not toy else 0.5)
     errors.add("dropout variance off", abs(float(spread) - 1), VARIANCE_OFF if not toy else 0.5)
 
     first, again, other = (_seeded(problem, form, seed) for seed in (1, 1, 2))

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.batches import lengths
-from megainter.kernels import attention
-from megainter.kernels.attention import QueryRows, SequenceLayout
+from megainter.kernels.attention import SDPA, TRITON, QueryRows, SequenceLayout, attend, attention_forms
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
+P = 0.1  # the recipe's dropout
 Attend = Callable[[Tensor, Tensor, Tensor, SequenceLayout, SequenceLayout | QueryRows, float], Tensor]
 
 
@@ -29,40 +29,44 @@ class Form:
 
 
 def forms(device: torch.device) -> list[Form]:
-    """Those that can run on the device."""
-    compiled = device.type == "cuda"  # Triton's interpreter multiplies the bits of bfloat16, not its numbers
+    """All that the model may take on the device, and on a GPU some that it does not, for comparison; on a CPU Triton's by its interpreter,
+    which multiplies the bits of bfloat16 and not its numbers."""
+    offered = {(dtype, drop): attention_forms(device, dtype, drop) for dtype in ALL for drop in (0.0, P)}
+    names = dict.fromkeys(name for found in offered.values() for name in found)
     found = [
-        Form("Triton", _triton, ALL if compiled else (torch.float16, torch.float32), drops=True),
-        Form(attention.SDPA, attention._padded_sdpa, ALL, drops=True),
-        Form(attention.MATMUL, attention._padded_matmul, ALL, drops=True),
+        Form(
+            name,
+            _named(name),
+            tuple(dtype for dtype in ALL if name in offered[dtype, 0.0]),
+            any(name in offered[dtype, P] for dtype in ALL),
+        )
+        for name in names
     ]
     if device.type != "cuda":
-        return found
+        return [Form(TRITON, _named(TRITON), (torch.float16, torch.float32), drops=True), *found]
     backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
     return [
-        Form(attention.FLASH, _flash, HALF, drops=False),
         *found,
-        *(Form(f"{attention.SDPA}, {name}", _sdpa_by(backend), HALF, drops=True, ours=False) for name, backend in backends.items()),
+        *(Form(f"{SDPA}, {name}", _sdpa_by(backend), HALF, drops=True, ours=False) for name, backend in backends.items()),
         Form("PyTorch's private flash with dropout", _private_flash, HALF, drops=True, ours=False),
     ]
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows, drop: float) -> Tensor:
-    from megainter.kernels.triton.attention import varlen_attention
+def _named(form: str) -> Attend:
+    def named(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows, drop: float) -> Tensor:
+        return attend(form, q, k, v, layout, drop, None if isinstance(asking, SequenceLayout) else asking)
 
-    return varlen_attention(q, k, v, asking.cu_seqlens, layout.cu_seqlens, layout.max_length, drop)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows, drop: float) -> Tensor:
-    return attention._flash(q, k, v, layout, asking)
+    return named
 
 
 def _sdpa_by(backend: SDPBackend) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows, drop: float) -> Tensor:
-        with sdpa_kernel(backend):
-            return attention._padded_sdpa(q, k, v, layout, asking, drop)
+    named = _named(SDPA)
 
-    return attend
+    def restricted(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows, drop: float) -> Tensor:
+        with sdpa_kernel(backend):
+            return named(q, k, v, layout, asking, drop)
+
+    return restricted
 
 
 def _private_flash(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, asking: SequenceLayout | QueryRows, drop: float) -> Tensor:

@@ -41,9 +41,7 @@ def versions() -> dict[str, str]:
 
 def _card(report: Report, device: torch.device) -> None:
     properties = torch.cuda.get_device_properties(device)
-    asked = report.tried("nvidia-smi", lambda: subprocess.run(
-        ["nvidia-smi", f"--query-gpu={','.join(CARD)}", "--format=csv,noheader"], capture_output=True, text=True, check=True
-    ).stdout.strip())  # fmt: skip
+    asked = _asked()
     report.tell(
         capability=torch.cuda.get_device_capability(device), memory_mib=properties.total_memory / 2**20, cuda=torch.version.cuda,
         processors=properties.multi_processor_count, nvidia_smi=asked, cudnn=torch.backends.cudnn.version(), nccl=torch.cuda.nccl.version(),
@@ -51,6 +49,16 @@ def _card(report: Report, device: torch.device) -> None:
     report.row("card", f"{properties.total_memory / 2**20:,.0f} MiB; {', '.join(CARD)}: {asked}")
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     report.row("libraries", f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}")
+
+
+def _asked() -> str:
+    """What nvidia-smi says of the card; a container may lack it."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(CARD)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return f"nvidia-smi cannot be run ({error})"
+    return (done.stdout or done.stderr).strip() or "nvidia-smi says nothing"
 
 
 def _rates(report: Report, device: torch.device, toy: bool) -> None:

@@ -6,6 +6,7 @@ A part is a module of its own with a function ``check(setting, report)``; ``pyth
 import argparse
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = "parts"  # folder of figures and logs, one of each for a part
+WORK = "work"  # folder of what a part writes for itself
 
 
 class Wrong(Exception):
@@ -31,7 +33,7 @@ class Setting:
 
     def work(self, name: str) -> Path:
         """A folder for a part's own files."""
-        folder = self.output / "work" / name
+        folder = self.output / WORK / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -68,6 +70,14 @@ class Report:
             traceback.print_exc()
             self.tell(failures=[f"{what}: {told(error)}"])
             return None
+
+
+def tidy(name: str, setting: Setting) -> None:
+    """Take away a part's own files, but for the logs of what it has started, which go to ``parts``."""
+    folder = setting.output / WORK / name
+    for log in sorted(folder.rglob("*.log")):
+        log.replace(setting.output / PARTS / f"{name}-{log.parent.name}-{log.name}".replace(" ", "-").replace(",", ""))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def figures_of(path: Path) -> dict[str, Any]:
@@ -119,6 +129,7 @@ def run_part(name: str, check: Callable[[Setting, Report], None]) -> None:
     if not environment(setting.device).items() <= os.environ.items():
         os.execve(sys.executable, sys.orig_argv, os.environ | environment(setting.device))
     report = Report(setting.output / PARTS / f"{name}.jsonl")
+    tidy(name, setting)  # what an earlier run has left would be gone on with
     try:
         check(setting, report)
     except Wrong as error:
@@ -126,4 +137,5 @@ def run_part(name: str, check: Callable[[Setting, Report], None]) -> None:
     except Exception as error:
         traceback.print_exc()
         report.tell(failures=[told(error)])
+    tidy(name, setting)
     sys.exit(1 if figures_of(report.path).get("failures") else 0)

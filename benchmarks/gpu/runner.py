@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.part import PARTS, Setting, environment, figures_of
+from benchmarks.gpu.part import PARTS, Setting, environment, figures_of, tidy
 
 OK, FAILED, OVER, NOT_RUN = "ok", "failed", "ended at its time limit", "not run: no time left"
 LEAST = 15.0  # seconds; with less left a part would only be begun to be ended
@@ -83,6 +83,7 @@ def _run_beside(group: list[Part], setting: Setting, left: float) -> Iterator[Re
                 del running[name]
                 over = process.poll() is None
                 end_with_children(process)
+                tidy(name, setting)
                 yield _result(part, process.returncode, over, spent, limit, setting)
             time.sleep(0.05)
     finally:

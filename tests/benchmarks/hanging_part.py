@@ -13,7 +13,7 @@ GRANDCHILD = "import os, time; open({path!r}, 'w').write(str(os.getpid())); time
 def check(setting: Setting, report: Report) -> None:
     """Start them and wait in vain."""
     report.row("found before", "1")
-    grandchild = GRANDCHILD.format(path=str(setting.work("hanging") / "pid"))
+    grandchild = GRANDCHILD.format(path=str(setting.output / "pid"))
     subprocess.Popen([sys.executable, "-c", CHILD.format(grandchild=grandchild)])
     time.sleep(600)
 

@@ -5,14 +5,19 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
+from benchmarks.contenders import OURS, PEERS, Contender, Way
+from benchmarks.gpu.breakdown import Span, busy_and_gaps
 from benchmarks.gpu.part import Setting
 from benchmarks.gpu.plan import PARTS
 from benchmarks.gpu.runner import FAILED, NOT_RUN, OK, OVER, Part, Result, run_parts
 from benchmarks.gpu.table import markdown, plain, rows_of
+from benchmarks.gpu.waits import watched
+from benchmarks.pretrain import measured
 
 FAILING = Part("failing", "", 60, alone=True, module="tests.benchmarks.failing_part")
 HANGING = Part("hanging", "", 4, alone=True, module="tests.benchmarks.hanging_part")
@@ -31,7 +36,11 @@ def setting(folder: Path) -> Setting:
     return Setting(folder, "cpu", toy=True)
 
 
-@pytest.mark.parametrize("name", [part.name for part in PARTS])
+# Those whose toy run takes longer than some seconds; most start several processes.
+LONG = ("attention", "zero", "resume", "scenes", "pointwise", "breakdown", "extraction")
+
+
+@pytest.mark.parametrize("name", [pytest.param(part.name, marks=[pytest.mark.slow] * (part.name in LONG)) for part in PARTS])
 def test_every_part_is_green_at_toy_sizes(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--toy", "--parts", name, "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -41,6 +50,36 @@ def test_every_part_is_green_at_toy_sizes(name: str, tmp_path: Path) -> None:
     for what, found in line["figures"]["rows"]:
         assert what in done.stdout
         assert found in (tmp_path / "table.txt").read_text()
+
+
+@pytest.mark.slow
+def test_every_contender_takes_its_steps() -> None:
+    names = (*OURS, *PEERS)
+    command = [sys.executable, "-m", "benchmarks.pretrain", "--toy", "--samples", "4", "6", "--rounds", "1", "--only", *names]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    start = json.JSONDecoder().raw_decode
+    first, end = start(done.stdout)
+    second, _ = start(done.stdout[end:].lstrip())
+    assert [table["samples_per_step"] for table in (first, second)] == [4, 6]
+    for table in (first, second):
+        assert set(table["samples_per_second"]) == set(names)
+        assert table["lost"] == {}
+
+
+def test_a_contender_that_is_lost_is_named_and_the_others_go_on() -> None:
+    way = Way(toy=True)
+    contenders = [Contender(name, way) for name in ("released-fp32", "released-tf32")]
+    for one in contenders:
+        one.wait_until_built()
+    gone, kept = contenders
+    gone.process.kill()
+    lost: dict[str, str] = {}
+    taken = measured(contenders, 2, 1, 1, way, lost)
+    kept.close()
+    assert list(lost) == ["released-fp32"]
+    assert "exit code -9" in lost["released-fp32"]
+    assert [turn.seconds > 0 for turn in taken["released-tf32"]] == [True, True]
 
 
 def test_a_part_that_fails_hides_neither_its_figures_nor_the_next_part(tmp_path: Path) -> None:
@@ -58,7 +97,7 @@ def test_a_part_over_its_time_is_ended_with_all_that_it_started(tmp_path: Path) 
     assert result.outcome == OVER
     assert result.seconds == pytest.approx(HANGING.seconds, abs=2)
     assert result.figures == {"rows": [["found before", "1"]]}, "what it had found by then counts"
-    grandchild = int((tmp_path / "work/hanging/pid").read_text())
+    grandchild = int((tmp_path / "pid").read_text())
     time.sleep(0.2)
     assert not runs(grandchild)
 
@@ -83,3 +122,18 @@ def test_a_cell_with_a_bar_stays_one_cell_in_markdown() -> None:
     assert line == "| a | b \\| c | d |"
     result = Result("x", FAILED, 1.0, 2.0, {}, ["what", "the reason"])
     assert "the reason" in markdown(rows_of([result]))
+
+
+def test_pauses_of_a_device_are_those_in_which_no_stream_works() -> None:
+    spans = [Span("a", 0, 4), Span("b", 2, 6), Span("c", 3, 5), Span("d", 9, 10), Span("e", 10, 11)]
+    assert busy_and_gaps(spans) == (8.0, [3.0])
+    assert busy_and_gaps([]) == (0.0, [])
+
+
+def test_waits_are_counted_by_the_place_that_asked() -> None:
+    with watched() as places:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally at ...)", stacklevel=1)
+    ((place, count),) = places.items()
+    assert place.startswith("test_gpu.py test_waits_are_counted")
+    assert count == 3
