@@ -33,7 +33,7 @@ import torch
 from benchmarks.batches import make_batch, pad_batch
 from benchmarks.contenders import OURS, PEERS, RATE, Contender, Lost, Taken, Way, our_step
 from benchmarks.peers import official_weights, released_step
-from benchmarks.timing import machine, product_rate
+from benchmarks.timing import forget_peak, machine, product_rate
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import engine
 
@@ -77,6 +77,7 @@ def tables(names: Sequence[str], sizes: Sequence[int], rounds: int, steps: int, 
             kind: product_rate(dtype, _rows(sizes, way), device=device)
             for kind, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
         }
+        forget_peak(device)
         for samples in sizes:
             taken = measured(contenders, samples, rounds, steps, way, lost)
             yield table(taken, samples, rates, device) | {"lost": dict(lost)}

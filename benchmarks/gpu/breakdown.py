@@ -66,7 +66,8 @@ def _profiled(report: Report, step: Step, samples: int, name: str, device: torch
         "gaps_over_10_us": sum(gap > 10 for gap in gaps) / STEPS, "kinds_ms": kinds(spans), "top": top(spans),
     }})  # fmt: skip
     asked = f"{1000 * wall:.1f} ms a step, of which the host asks for {1000 * host:.1f} ms with {len(spans) / STEPS:,.0f} launches"
-    report.row(name, f"{asked}; the device is busy for {busy / 1000 / STEPS:.1f} ms ({busy / 1e6 / STEPS / wall:.0%})")
+    pauses = f"{sum(gap > 10 for gap in gaps) / STEPS:,.0f} pauses of more than 10 us"
+    report.row(name, f"{asked}; the device is busy for {busy / 1000 / STEPS:.1f} ms ({busy / 1e6 / STEPS / wall:.0%}), with {pauses}")
     said = ", ".join(f"{kind} {ms:.2f}" for kind, ms in sorted(kinds(spans).items(), key=lambda item: -item[1]))
     report.row(f"{name}: ms by kind", said)
     for kernel, ms, count in top(spans)[:5]:

@@ -4,9 +4,8 @@ import os
 import time
 from pathlib import Path
 
-from benchmarks.data import write_ours
 from benchmarks.gpu.part import Report, Setting, run_part
-from benchmarks.trainer import write_captions
+from benchmarks.trainer import write_data
 from megainter.config import DataConfig, PretrainingConfig, RunConfig
 from megainter.data.loader import make_loader
 from megainter.training import engine
@@ -19,9 +18,7 @@ MEASURED = 12  # steps for each process, of which each makes two ahead
 def check(setting: Setting, report: Report) -> None:
     """Drawn images of 10 to 100 regions, from the system's cache, five captions each; by the number of loader processes."""
     folder, cores = setting.work("loader"), len(os.sched_getaffinity(0))
-    records = 12 if setting.toy else RECORDS
-    write_ours(folder, records)
-    write_captions(folder / "pairs.parquet", records)
+    write_data(folder, 12 if setting.toy else RECORDS)
     workers = [1] if setting.toy else sorted({1, 4, cores // 2, cores} - {0})
     with engine.distributed() as world:
         job = open_job(_config(folder, setting.toy), world)

@@ -9,6 +9,7 @@ PARTS = (
     Part("attention", "every form of attention against float64", 110, alone=False),
     Part("step", "one pretraining step on the GPU and on the CPU", 110, alone=False),
     Part("throughput", "training steps of the base model against the released computation and BERT", 220, alone=True),
+    Part("trainer", "the whole trainer on the base model, with its loader", 100, alone=True),
     Part("zero", "a small model trained at every ZeRO stage and precision by DeepSpeed's launcher", 150, alone=False),
     Part("resume", "stopped, killed and gone on with; conversion to a Hugging Face folder", 150, alone=False),
     Part("waits", "where the host waits for the GPU in a step", 110, alone=False),

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.gpu.part import Report, Setting, Wrong, run_part
-from benchmarks.gpu.training import Run, kill, write_data
+from benchmarks.gpu.training import Run, kill
+from benchmarks.trainer import write_data
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint
 from megainter.training.engine import WEIGHTS
@@ -23,7 +24,7 @@ LOSS_OFF = 1e-2  # after the place where it was cut; on a GPU sums may be taken 
 def check(setting: Setting, report: Report) -> None:
     """One run is left alone, one gets SIGTERM, one SIGKILL; all three must end with the same losses."""
     folder = setting.work("resume")
-    write_data(folder, setting.toy)
+    write_data(folder, 10 if setting.toy else 160)
     steps = TOY_STEPS if setting.toy else STEPS
     changes = {"engine__zero_stage": 1, "engine__precision": "bf16", "checkpoint__every_steps": steps // 3}
     whole, stopped, killed = (Run.small(folder, name, setting, steps, launcher=False, **changes) for name in ("whole", "stopped", "killed"))

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import write_ours
 from benchmarks.gpu.part import Setting, Wrong
-from benchmarks.trainer import write_captions
 
 SMALL = {
     "hidden_size": 256, "num_attention_heads": 4, "num_region_attention_heads": 4, "intermediate_size": 1024, "pooler_size": 256,
@@ -23,13 +21,6 @@ TOY = {
     "hidden_size": 32, "num_attention_heads": 2, "num_region_attention_heads": 2, "intermediate_size": 64, "pooler_size": 32,
     "num_interaction_layers": 1, "num_text_layers": 1, "num_region_layers": 1,
 }  # fmt: skip
-
-
-def write_data(folder: Path, toy: bool) -> None:
-    """Captions and regions of drawn images."""
-    records = 10 if toy else 160
-    write_ours(folder, records)
-    write_captions(folder / "pairs.parquet", records)
 
 
 @dataclass(frozen=True)

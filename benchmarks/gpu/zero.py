@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from benchmarks.gpu.part import Report, Setting, Wrong, run_part
-from benchmarks.gpu.training import Run, write_data
+from benchmarks.gpu.training import Run
+from benchmarks.trainer import write_data
 
 STEPS, TOY_STEPS = 20, 2
 LOSS_OFF = 0.02  # of fp32's, the largest of all steps; dropout is off, so that nothing but rounding differs
@@ -16,7 +17,7 @@ NO_DROPOUT = {f"model__{name}": 0.0 for name in ("hidden_dropout_prob", "attenti
 def check(setting: Setting, report: Report) -> None:
     """All runs see the same samples, so that their losses can be held against those of fp32 at stage 0."""
     folder = setting.work("zero")
-    write_data(folder, setting.toy)
+    write_data(folder, 10 if setting.toy else 160)
     names, steps = runs_of(setting), TOY_STEPS if setting.toy else STEPS
     made = {name: Run.small(folder, name, setting, steps, **(NO_DROPOUT | changes)) for name, changes in names.items()}
     waiting, at_once = list(made), 1 if setting.toy else AT_ONCE

@@ -14,10 +14,11 @@ from benchmarks.contenders import OURS, PEERS, Contender, Way
 from benchmarks.gpu.breakdown import Span, busy_and_gaps
 from benchmarks.gpu.part import Setting
 from benchmarks.gpu.plan import PARTS
-from benchmarks.gpu.runner import FAILED, NOT_RUN, OK, OVER, Part, Result, run_parts
+from benchmarks.gpu.runner import FAILED, NOT_RUN, OK, OVER, Part, Result, run_parts, write_line
 from benchmarks.gpu.table import markdown, plain, rows_of
 from benchmarks.gpu.waits import watched
 from benchmarks.pretrain import measured
+from launcher.calibration import _steps, _tables
 
 FAILING = Part("failing", "", 60, alone=True, module="tests.benchmarks.failing_part")
 HANGING = Part("hanging", "", 4, alone=True, module="tests.benchmarks.hanging_part")
@@ -36,8 +37,8 @@ def setting(folder: Path) -> Setting:
     return Setting(folder, "cpu", toy=True)
 
 
-# Those whose toy run takes longer than some seconds; most start several processes.
-LONG = ("attention", "zero", "resume", "scenes", "pointwise", "breakdown", "extraction")
+# Those whose toy run takes longer than some seconds; most start several processes. "throughput" has a test of its own below.
+LONG = ("throughput", "trainer", "attention", "zero", "resume", "scenes", "pointwise", "breakdown", "extraction")
 
 
 @pytest.mark.parametrize("name", [pytest.param(part.name, marks=[pytest.mark.slow] * (part.name in LONG)) for part in PARTS])
@@ -67,6 +68,17 @@ def test_every_contender_takes_its_steps() -> None:
         assert table["lost"] == {}
 
 
+def test_throughput_leaves_what_a_row_of_the_plan_is_made_of(tmp_path: Path) -> None:
+    (result,) = run_parts([part for part in PARTS if part.name == "throughput"], setting(tmp_path), 300)
+    assert result.outcome == OK, result.tail
+    write_line(result, tmp_path)
+    (table,) = _tables(tmp_path / "results.jsonl")
+    (step,) = _steps(table)
+    assert (step.load.samples, step.stage) == (4, 1)
+    assert step.seconds == table["seconds_per_step"]["ours-bf16"]
+
+
+@pytest.mark.slow
 def test_a_contender_that_is_lost_is_named_and_the_others_go_on() -> None:
     way = Way(toy=True)
     contenders = [Contender(name, way) for name in ("released-fp32", "released-tf32")]
