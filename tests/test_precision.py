@@ -164,7 +164,8 @@ def told_by_rank(rank: int, names: list[str], folder: str, answers: Any) -> None
 
 def test_ranks_on_unlike_machines_agree(tmp_path: Path) -> None:
     """Rank 0 has bf16, rank 1 has not: none takes it, and nothing else of the settings changes."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megainter.training.precision"])  # read once for both
     answers = context.Queue()
     names = ["new CPU", "old CPU"]
     processes = [context.Process(target=told_by_rank, args=(rank, names, str(tmp_path), answers)) for rank in range(2)]
@@ -177,38 +178,34 @@ def test_ranks_on_unlike_machines_agree(tmp_path: Path) -> None:
 
 
 PRETRAIN = """
-import sys
+import json, sys
 import megainter.training.precision as precision
 from megainter.config import load_config
 from megainter.precision import cpu_units
+from megainter.training import engine
 from megainter.training.pretraining import pretrain
-flags, *words = sys.argv[1:]
-precision.units_of = lambda device: cpu_units(flags)
-pretrain(load_config(None, words))
+with engine.distributed():
+    for output, steps, flags in json.loads(sys.argv[1]):
+        precision.units_of = lambda device: cpu_units(flags)
+        pretrain(load_config(None, [*sys.argv[2:], "--output", output, "--training.steps", str(steps)]))
+        print("== next start ==", flush=True)
 """
 
 
-def pretrained(flags: str, words: list[str]) -> str:
-    """Train in a process whose processor has these flags; returns what it printed."""
-    command = [sys.executable, "-c", PRETRAIN, flags, *words]
+def test_a_run_goes_on_in_the_precision_it_was_begun_in(tmp_path: Path) -> None:
+    """One begun without bf16 units and taken up again with them, one the other way round: nothing takes bf16 where the CPU lacks it."""
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    starts = [(old, 1, SKYLAKE), (old, 2, ZEN_4), (new, 1, ZEN_4), (new, 2, ZEN_4), (new, 3, SKYLAKE)]
+    words = settings(*write_data(tmp_path, images=12), tmp_path / "run", engine__precision="auto")
+    command = [sys.executable, "-c", PRETRAIN, json.dumps(starts), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_a_run_goes_on_in_the_precision_it_was_begun_in(tmp_path: Path) -> None:
-    """Begun without bf16 units, taken up again with them; and nothing takes bf16 where the processor lacks it."""
-    pairs, store = write_data(tmp_path, images=12)
-
-    def words(steps: int) -> list[str]:
-        return settings(pairs, store, tmp_path / "run", engine__precision="auto", training__steps=steps)
-
-    said = pretrained(SKYLAKE, words(2))
-    assert said.count("precision fp32 (auto), on a CPU without bf16 units") == 1
-    assert "1 process(es) on cpu, fp32, ZeRO stage 1" in said
-    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (recorded["engine"]["precision"], recorded["asked"]) == ("fp32", {"engine.precision": "auto"})
-    said = pretrained(SAPPHIRE_RAPIDS, words(4))
-    assert "precision fp32 (auto), as this was begun in; bf16 would be taken on a CPU with AVX512-BF16 and AMX-BF16" in said
-    assert "1 process(es) on cpu, fp32, ZeRO stage 1" in said
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["engine"]["precision"] == "fp32"
+    said = done.stdout.split("== next start ==")[: len(starts)]
+    for text, precision in zip(said, ["fp32", "fp32", "bf16", "bf16", "fp32"], strict=True):
+        assert text.count(f" precision {precision} (auto), ") == 1
+        assert f"1 process(es) on cpu, {precision}, ZeRO stage 1" in text
+    assert "as this was begun in; bf16 would be taken on a CPU with AVX512-BF16" in said[1]
+    assert "; this was begun in bf16, which is not computed here" in said[4]
+    for folder in (old, new):
+        recorded = json.loads((Path(folder) / "config.json").read_text())
+        assert (recorded["engine"]["precision"], recorded["asked"]) == ("fp32", {"engine.precision": "auto"})
