@@ -250,15 +250,20 @@ def _numbers(q: Tensor, k: Tensor, v: Tensor, seed: int, dropped: int) -> tuple[
 def blocks(q: Tensor, k: Tensor, sequences: int, backward: bool) -> dict[str, int]:
     """Block sizes and warps for ``q`` [M, h, d] and ``k`` [N, h, d] of so many sequences.
 
-    A block holds a sequence of one and a half times the average, at most 64 rows: longer ones take several. What is smaller than that
-    fits the registers (tests/kernels/compile_ahead.py): float32, whose products do not run on tensor cores, and gradients.
+    A block holds a sequence of one and a half times the average, at most 64 rows: longer ones take several. Float32, whose products do
+    not run on tensor cores, has one size. With these, no variable of a program leaves its registers (tests/kernels/compile_ahead.py).
     """
-    width, single = q.shape[2], q.element_size() > 2
-    keys = _block(len(k) / sequences, 32 if single else 64)
-    queries = min(keys, _block(len(q) / sequences, 32 if backward else 64))
-    warps = keys // 8 if width > 64 else min(4, keys // 8)
-    constants = {"WIDTH": width, "COLUMNS": max(16, triton.next_power_of_2(width)), "QUERIES": queries, "KEYS": keys}
-    return constants | {"num_warps": 2 * warps if single and width > 64 else warps, "num_stages": 1}
+    width = q.shape[2]
+    if q.element_size() > 2:
+        queries, warps = (32, 8) if width <= 64 else (16, 4)
+        keys = queries
+    else:
+        keys = _block(len(k) / sequences, 64)
+        queries = min(keys, _block(len(q) / sequences, 32 if backward else 64))
+        few = queries == 16 and not (backward and keys > 16)
+        warps = max(4, keys // 8) if width > 64 else 2 if few else 4
+    columns = max(16, triton.next_power_of_2(width))
+    return {"WIDTH": width, "COLUMNS": columns, "QUERIES": queries, "KEYS": keys, "num_warps": warps, "num_stages": 1}
 
 
 def _block(rows: float, most: int) -> int:

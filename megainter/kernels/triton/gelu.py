@@ -16,7 +16,7 @@ ROWS, COLUMNS = 16, 128  # elements of a tile
 MAX_ROW_PROGRAMS = 64  # partial sums of the bias gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # else a batch in sixteen is compiled for, in the middle of a run
 def _forward(x_ptr, bias_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -28,7 +28,7 @@ def _forward(x_ptr, bias_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: t
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(dy_ptr, x_ptr, bias_ptr, dx_ptr, dbias_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     program = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

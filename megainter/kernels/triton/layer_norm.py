@@ -15,7 +15,7 @@ from torch import Tensor
 MAX_PROGRAMS = 512  # partial sums of the weight gradient; a few per multiprocessor of the largest GPUs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])  # else one seed in sixteen is compiled for, in the middle of a run
 def _forward(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, scale_ptr, seed, p, eps, width,
     BLOCK: tl.constexpr, DROP: tl.constexpr,
@@ -39,7 +39,7 @@ def _forward(
     tl.store(scale_ptr + row, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "rows"])
 def _backward(
     dy_ptr, total_ptr, weight_ptr, mean_ptr, scale_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, seed, p, rows, width,
     BLOCK: tl.constexpr, DROP: tl.constexpr,
@@ -95,13 +95,14 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         dresidual = torch.empty_like(total, dtype=ctx.dtypes[1])
         dx = torch.empty_like(total, dtype=ctx.dtypes[0]) if ctx.p > 0 else dresidual
         programs = min(rows, MAX_PROGRAMS)
-        dweight, dbias = (torch.empty(programs, width, dtype=torch.float32, device=dy.device) for _ in range(2))
+        parts = torch.empty(2, programs, width, dtype=torch.float32, device=dy.device)  # of dweight and dbias: summed in one launch
         if rows:
             _backward[(programs,)](
-                dy, total, weight, mean, scale, dx, dresidual, dweight, dbias, ctx.seed, ctx.p, rows, width,
+                dy, total, weight, mean, scale, dx, dresidual, parts[0], parts[1], ctx.seed, ctx.p, rows, width,
                 BLOCK=triton.next_power_of_2(width), DROP=ctx.p > 0, num_warps=_warps(width),
             )  # fmt: skip
-        return dx.to(ctx.dtypes[0]), dresidual, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), None, None, None
+        dweight, dbias = parts.sum(1)
+        return dx.to(ctx.dtypes[0]), dresidual, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None
 
 
 def dropout_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float) -> Tensor:
