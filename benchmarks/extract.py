@@ -157,8 +157,9 @@ def agreement_on(half: Detector, state: dict[str, Tensor], image: Image.Image) -
 @torch.inference_mode()
 def breakdown(detector: Detector, image: Image.Image, rates: dict[str, float]) -> dict[str, dict[str, float]]:
     """Seconds of each stage, and the share of the product rate that the arithmetic ones and the whole reach."""
-    network, clock = detector.network, _Clock(detector.network.device)
+    network = detector.network
     assert isinstance(network, VgDetection)
+    clock = _Clock(network.device)
     with tempfile.TemporaryDirectory() as folder:
         image.save(Path(folder, "image.jpg"))
         clock("decode", lambda: load_image(Path(folder, "image.jpg"), draft=True))
