@@ -136,15 +136,39 @@ NUMPY: Mapping[tuple[str, str], type] = MappingProxyType(
 )
 
 
+class Foreign:
+    """What stands where a file has an object that is not read: ``name`` is what the file asks for. Nothing of it was run."""
+
+    name = ""
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def append(self, value: object) -> None:
+        """Items are left out too."""
+
+    extend = append
+
+
 class _Unpickler(pickle._Unpickler):
     """Python's own reader, not the C one: that one reserves memory for as many memos as a file claims to use."""
 
     allowed: Mapping[tuple[str, str], type]
+    stand_in: bool
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise _ForbiddenNameError(f"{module}.{name}")
-        return self.allowed[module, name]
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
+        if self.stand_in:
+            return type("Foreign", (Foreign,), {"name": f"{module}.{name}"[:80]})
+        raise _ForbiddenNameError(f"{module}.{name}"[:200])
 
 
 class _ForbiddenNameError(Exception):
@@ -156,18 +180,20 @@ def load_restricted(
     allowed: Mapping[tuple[str, str], type] = NUMPY,
     where: object = "the pickle",
     encoding: str = "latin1",
+    stand_in: bool = False,
 ) -> Any:
     """The next object pickled in ``file`` (a binary file or bytes), built of plain containers, numbers, text, bytes and numpy arrays.
 
     Arrays are read-only views of the bytes read. ``allowed`` maps (module, name) to the class called for it; a class should define
     ``__setstate__``, or the file could set the class's own attributes. ``encoding`` is how text of Python 2 is read ("bytes" leaves it).
+    With ``stand_in`` an object of any other name becomes a ``Foreign``, so that what stands beside it can be used.
 
     Raises ``UsageError`` where the file asks for any other name (nothing is called), ``DamagedError`` where it is not a whole pickle;
     both begin with ``where``.
     """
     stream = file if hasattr(file, "read") else io.BytesIO(file)
     unpickler = _Unpickler(stream, encoding=encoding)  # type: ignore[arg-type]
-    unpickler.allowed = allowed
+    unpickler.allowed, unpickler.stand_in = allowed, stand_in
     try:
         return _arrays_made(unpickler.load(), {}, 0)
     except _ForbiddenNameError as error:

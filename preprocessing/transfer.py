@@ -25,11 +25,11 @@ from megainter.files import fsync_folder
 from megainter.progress import Progress
 from preprocessing.failures import write_failures
 from preprocessing.formats import READERS, WRITERS, recognise
-from preprocessing.formats.complete import Completion, class_count, complete, read_classes, read_sizes
+from preprocessing.formats.complete import Completion, Labels, class_count, complete, fitted, label_ids, read_classes, read_sizes
 from preprocessing.formats.entry import Background, BadEntryError, Entry, Regions, Source
 
 SHARD_BYTES = 64 << 30  # then the next shard is begun: a file that can still be copied
-SAMPLES, TRIED = 5, 200  # the entries that settle feature size and classes, among the first ones
+SAMPLES, TRIED = 20, 200  # the entries that settle feature size and classes, among the first ones
 Encoded = tuple[str, bytes, int, int]  # id, record, CRC-32, regions
 
 BOXES = "boxes"  # the setting of an extraction that holds the digest of its table of boxes
@@ -50,11 +50,12 @@ class _Account:
     entries: int = 0
     stored: int = 0
     bad: int = 0
+    lacking: int = 0  # kept without some member
     failures: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
     def repeated(self) -> int:
-        return len(self.failures) - self.bad
+        return len(self.failures) - self.bad - self.lacking
 
 
 def import_features(
@@ -72,9 +73,10 @@ def import_features(
 ) -> Imported:
     """Import region features of a foreign format (recognised by content, or ``format``) into the feature store ``output``, and seal it.
 
-    ``features`` is the dtype to keep; ``classes`` lists the foreground classes; ``sizes`` gives image sizes where the format has none;
-    ``background`` is the column of the background in its class probabilities; ``top_k`` of these are kept (0: all); ``detector`` names
-    what made the features. Entries that cannot be used are listed in ``output``/failed.tsv, repeated ids too, of which the first is kept.
+    ``features`` is the dtype to keep; ``classes`` lists the foreground classes; ``sizes`` gives image sizes, before what the format says
+    of them; ``background`` is the column of the background in its class probabilities, and tells whether its labels count it; ``top_k``
+    of the probabilities are kept (0: all); ``detector`` names what made the features. Listed in ``output``/failed.tsv are entries that
+    cannot be used, those that repeat an id (the first is kept), and those that are kept without a member that others have.
 
     Raises ``UsageError``, ``TooManyBadInputsError`` where more than ``max_bad`` of the entries are bad (the others are kept, the store
     stays unsealed), ``DamagedError`` for an unreadable source, ``NoSpaceError``, ``LockedError``.
@@ -86,8 +88,14 @@ def import_features(
     samples = _samples(source, entries)
     names = read_classes(classes) if classes is not None else None
     counts = Counter(class_count(regions, names, background) for _, regions in samples)
-    how = Completion(counts.most_common(1)[0][0], names, read_sizes(sizes) if sizes is not None else None, background)
+    num_classes = counts.most_common(1)[0][0]
+    labels = label_ids([regions for _, regions in samples], background, num_classes - 1)
+    given = read_sizes(sizes) if sizes is not None else None
+    how = Completion(num_classes, names, given, background, labels.ids if labels is not None else "foreground")
     schema = _schema(samples, how, name, features, top_k, detector)
+    if labels is not None:
+        schema = replace(schema, settings=schema.settings | {"labels": labels.ids})
+    _say_what_is_decided(samples, how, labels, name)
     create_store(output, schema)
     refuse_live_writers(output)
     done, account = stored_ids(output), _Account()
@@ -147,6 +155,28 @@ def _schema(samples: list[tuple[str, Regions]], how: Completion, name: str, feat
     )
 
 
+def _say_what_is_decided(samples: list[tuple[str, Regions]], how: Completion, labels: Labels | None, name: str) -> None:
+    """What was not in the file, or in two places."""
+    if labels is not None:
+        kind, other = ("without", "first") if labels.ids == "foreground" else ("with", "none")
+        say = "" if how.background is not None else f" (--background {other} says otherwise)"
+        print(f"{name}: labels are counted {kind} background, {labels.reason}{say}", flush=True)
+    for member, reason in {member: reason for _, regions in samples for member, reason in regions.left_out.items()}.items():
+        print(f"{name}: {member} is left out where it is like this: {reason}", flush=True)
+    if how.sizes is not None and any(regions.width for _, regions in samples):
+        found = [(image_id, regions) for image_id, regions in samples if regions.width and image_id in how.sizes]
+        print(f"image sizes are those of --sizes, not of {name}, for images that are in both{_first_other_size(found, how)}", flush=True)
+
+
+def _first_other_size(found: list[tuple[str, Regions]], how: Completion) -> str:
+    assert how.sizes is not None
+    for image_id, regions in found:
+        if how.sizes[image_id] != (regions.width, regions.height):
+            width, height = how.sizes[image_id]
+            return f"; the first to differ, {image_id[:80]!r}, is {width} x {height} there and {regions.width} x {regions.height} here"
+    return "; the first ones agree" if found else "; of the first ones none is in --sizes"
+
+
 def _say_what_is_missing(regions: Regions, settings: dict[str, str], name: str) -> None:
     if settings["image_sizes"] == "nominal":
         print(f"{name} has no image sizes: boxes are kept on a nominal 1024 x 1024 (give --sizes for pixels)", flush=True)
@@ -174,7 +204,12 @@ def _imported(source: Source, how: Completion, schema: StoreSchema, done: set[st
 
 def _record(entry: Entry, how: Completion, schema: StoreSchema, account: _Account) -> Encoded | None:
     try:
-        record = complete(entry.image_id, entry.load(), how)
+        regions = entry.load()
+        record, lacking = fitted(complete(entry.image_id, regions, how), schema.extras)
+        if lacking:
+            account.lacking += 1
+            why = "".join(f"; {reason}" for reason in regions.left_out.values())
+            account.failures.append((entry.image_id, entry.where, f"kept without {', '.join(lacking)}{why}"))
         return entry.image_id, *encode(entry.image_id, record, schema), len(record)
     except (BadEntryError, UsageError) as error:
         account.bad += 1
@@ -193,6 +228,8 @@ def _finish(output: Path, account: _Account, max_bad: float, changed: bool) -> I
         raise TooManyBadInputsError(f"{listed}: more than --max-bad {max_bad:g}; the others are kept: repair or allow more, and run again")
     if account.bad:
         print(listed, flush=True)
+    if account.lacking:
+        print(f"{account.lacking:,} entries lack a member that others have; they are kept, listed in {output / 'failed.tsv'}", flush=True)
     if account.repeated:
         print(f"{account.repeated:,} entries repeat an id; the first of each is kept, listed in {output / 'failed.tsv'}", flush=True)
     if changed or not read_store_json(output)["sealed"]:

@@ -116,20 +116,21 @@ def import_(
     Parameters
     ----------
     src
-        A TSV, an LMDB (file or folder) or a folder of .npz files.
+        A TSV, an LMDB (file or folder) or a folder of .npz or .npy files.
     dst
         Feature store to write; what could not be used is listed in DST/failed.tsv.
     format
-        lxmert-tsv, butd-tsv, vilbert-tsv, vinvl-tsv, vilbert-lmdb, tensorpack-lmdb, uniter-lmdb, mmf-lmdb, uniter-npz or milvlg-npz;
-        default: recognised by content.
+        lxmert-tsv, butd-tsv, vilbert-tsv, volta-tsv, vinvl-tsv, vilbert-lmdb, tensorpack-lmdb, uniter-lmdb, mmf-lmdb, mmf-npy, uniter-npz or
+        milvlg-npz; default: recognised by content.
     features
         Precision to keep. float32 keeps what came in to the bit, in twice the space.
     classes
         Names of the detector's classes without background, one per line (or VinVL's labelmap); default "class 1" and so on.
     sizes
-        Image sizes where the format has none: CSV or Parquet with image_id, width, height, or VinVL's hw.tsv.
+        Image sizes, before any that the format has: CSV, TSV or Parquet with image_id, width, height, or VinVL's hw.tsv.
     background
-        Which class probability is the background's, where it is not where the format usually has it.
+        Which class probability is the background's, where it is not where the format usually has it; and whether labels without
+        probabilities count it (first, last) or not (none), where the first entries do not show it.
     top_k
         Keep only so many class probabilities of a region; default all.
     detector

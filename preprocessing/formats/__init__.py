@@ -8,10 +8,10 @@ from types import MappingProxyType
 
 from megainter.data.record import RegionRecord, StoreSchema
 from megainter.errors import UsageError
-from preprocessing.formats import milvlg, mmf, parquet, tensorpack, tsv, uniter, vilbert_lmdb, vinvl
+from preprocessing.formats import milvlg, mmf, mmf_npy, parquet, tensorpack, tsv, uniter, vilbert_lmdb, vinvl
 from preprocessing.formats.entry import BadEntryError, Source
 from preprocessing.formats.lmdb_file import ForeignLmdb, is_lmdb
-from preprocessing.formats.npz import read_npz
+from preprocessing.formats.npz import read_npy, read_npz
 
 Records = Iterator[tuple[str, RegionRecord]]
 
@@ -29,11 +29,13 @@ READERS: Mapping[str, Callable[[Path], Source]] = MappingProxyType(
         "lxmert-tsv": tsv.read_lxmert,
         "butd-tsv": tsv.read_butd,
         "vilbert-tsv": tsv.read_vilbert,
+        "volta-tsv": tsv.read_volta,
         "vinvl-tsv": vinvl.read,
         "vilbert-lmdb": vilbert_lmdb.read,
         "tensorpack-lmdb": tensorpack.read,
         "uniter-lmdb": uniter.read_lmdb,
         "mmf-lmdb": mmf.read,
+        "mmf-npy": mmf_npy.read,
         "uniter-npz": uniter.read_npz_folder,
         "milvlg-npz": milvlg.read,
     }
@@ -46,7 +48,7 @@ WRITERS: Mapping[str, Writer] = MappingProxyType(
         "parquet": Writer(parquet.write, parquet.id_problem),
     }
 )
-COLUMNS = MappingProxyType({len(tsv.BUTD): "butd-tsv", len(tsv.VILBERT): "vilbert-tsv", len(tsv.LXMERT): "lxmert-tsv", 2: "vinvl-tsv"})
+COLUMNS = MappingProxyType({"butd-tsv": tsv.BUTD, "vilbert-tsv": tsv.VILBERT, "lxmert-tsv": tsv.LXMERT, "volta-tsv": tsv.VOLTA})
 ENTRIES_LOOKED_AT = 20  # the first ones may be damaged
 
 
@@ -57,7 +59,7 @@ def recognise(path: Path) -> str:
     if is_lmdb(path):
         found = _of_lmdb(path)
     elif path.is_dir():
-        found = _of_npz(path)
+        found = _of_npz(path) or _of_npy(path)
     else:
         found = _of_lines(path)
     if not found:
@@ -70,11 +72,30 @@ def _of_lines(path: Path) -> str:
         if b"\0" in file.read(1 << 16):
             return ""
     for place, (_, _, line) in enumerate(tsv.lines(path)):
-        found = COLUMNS.get(len(line.split(b"\t")), "") if line is not None else ""
-        if found and (found != "vinvl-tsv" or line.partition(b"\t")[2].lstrip()[:1] == b"{"):  # type: ignore[union-attr]
+        if line is not None and (found := _of_line(line)):
             return found
         if place == ENTRIES_LOOKED_AT:
             break
+    return ""
+
+
+def _of_line(line: bytes) -> str:
+    """The format that has such a line, by the names in it (a header) or by their number."""
+    named = [name for name, columns in COLUMNS.items() if tsv.header(line, columns)]
+    counted = [name for name, columns in COLUMNS.items() if line.count(b"\t") == len(columns) - 1]
+    return next(iter(named or counted), "vinvl-tsv" if vinvl.is_row(line) else "")
+
+
+def _of_npy(path: Path) -> str:
+    """MMF's have a dict beside each file, vilbert-multi-task's are one."""
+    for file in itertools.islice(path.rglob("*.npy"), ENTRIES_LOOKED_AT):
+        try:
+            with open(file, "rb") as stream:
+                value = read_npy(stream, file.name)
+        except (BadEntryError, OSError):
+            continue
+        if isinstance(value, dict) and {"bbox", "boxes"} & value.keys():
+            return "mmf-npy"
     return ""
 
 

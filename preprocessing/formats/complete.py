@@ -1,13 +1,13 @@
 """From what a foreign format says of an image to a record of a store; what it does not say is filled in by rules that are stated here.
 
-Image sizes: from the entry, else from a file of sizes, else (for boxes that are shares of the image) a nominal 1024 x 1024, which leaves
+Image sizes: from a file of sizes, else from the entry, else (for boxes that are shares of the image) a nominal 1024 x 1024, which leaves
 relative positions exact. Class probabilities: background moved to column 0, or added with the mass the others leave; of a format that
 has only the likeliest class and its confidence, that confidence, the rest spread evenly; of a format without classes, equal ones, from
-which nothing can be learnt.
+which nothing can be learnt. Labels of a region that are missing beside others' are -1, their confidence 0.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,21 +18,68 @@ import pyarrow.parquet as pq
 from megainter.data.record import EXTRA_DTYPES, RegionRecord
 from megainter.errors import UsageError
 from preprocessing.delimited import Fault, delimited_rows, header_cells, shown_names
-from preprocessing.formats.entry import Background, BadEntryError, Regions
+from preprocessing.formats.entry import Background, BadEntryError, LabelIds, Regions
 
 NOMINAL_SIDE = 1024  # a power of two: shares of it in half precision are exact pixels
 SIZES = ("image_id", "width", "height")
+BACKGROUND_SHARE = 0.15  # of the labels, from which on number 0 is taken for the background: a class would be a tenth of that at most
 VISUAL_GENOME_CLASSES, VISUAL_GENOME_ATTRIBUTES = 1600, 400  # of bottom-up-attention's vocabularies, without background and none
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the user adds: names of the foreground classes, image sizes (width, height) by id, where the background stands."""
+    """What the user adds: names of the foreground classes, image sizes (width, height) by id, where the background stands.
+
+    ``labels`` is what the first entries show of ids that may count the background (``label_ids``).
+    """
 
     num_classes: int  # with background
     classes: tuple[str, ...] | None = None
     sizes: Mapping[str, tuple[int, int]] | None = None
     background: Background | None = None
+    labels: LabelIds = "foreground"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Whether ids count the background, and how that is known, in words."""
+
+    ids: LabelIds
+    reason: str
+
+
+def label_ids(samples: Sequence[Regions], background: Background | None, classes: int) -> Labels | None:
+    """What entries whose format leaves open whether ids count the background show of it; None where the format says so.
+
+    ``background`` is the user's word, ``classes`` the number of classes without it. Where probabilities stand beside ids, these are the
+    columns of the largest ones, with or without the background. Where not, an id that only a count with background has tells it, or that
+    0 is the commonest of all: of Visual Genome's classes that is none, and of regions that a detector kept, background is the likeliest
+    for many.
+    """
+    regions = [one for one in samples if one.ids_over == "unknown" and "objects_id" in one.extras]
+    if not regions:
+        return None
+    if background is not None:
+        return Labels("foreground" if background == "none" else "columns", f"as --background {background} says")
+    if any(one.probs is not None for one in regions):
+        return _label_ids_by_probs([one for one in regions if one.probs is not None], classes)
+    ids = np.concatenate([one.extras["objects_id"] for one in regions])
+    none, most = (ids == 0).mean(), np.bincount(ids[(ids >= 0) & (ids <= classes)].astype(np.int64), minlength=1).argmax()
+    if ids.max() == classes:
+        return Labels("columns", f"as id {classes} is none of {classes:,} classes counted from 0")
+    if most == 0 and none >= BACKGROUND_SHARE:
+        return Labels("columns", f"as {none:.0%} of the first ones are number 0")
+    return Labels("foreground", f"as only {none:.0%} of the first ones are number 0")
+
+
+def _label_ids_by_probs(regions: Sequence[Regions], classes: int) -> Labels:
+    agree = {"columns": 0, "foreground": 0}
+    for one in regions:
+        assert one.probs is not None
+        ids, counted = one.extras["objects_id"], one.probs.shape[1] == classes + 1
+        agree["columns"] += int((ids == one.probs.argmax(1)).sum()) if counted else 0
+        agree["foreground"] += int((ids == (one.probs[:, 1:] if counted else one.probs).argmax(1)).sum())
+    return Labels("columns" if agree["columns"] > agree["foreground"] else "foreground", "as the probabilities beside them show")
 
 
 def complete(image_id: str, regions: Regions, how: Completion) -> RegionRecord:
@@ -62,12 +109,12 @@ def class_count(regions: Regions, classes: tuple[str, ...] | None, background: B
 
 
 def _size(image_id: str, regions: Regions, how: Completion) -> tuple[int, int]:
+    if how.sizes is not None and image_id in how.sizes:
+        return how.sizes[image_id]
     if regions.width and regions.height:
         return regions.width, regions.height
     if how.sizes is not None:
-        if image_id not in how.sizes:
-            raise BadEntryError("its image is not in the file of sizes")
-        return how.sizes[image_id]
+        raise BadEntryError("its image is not in the file of sizes")
     if not regions.normalised:
         raise BadEntryError("the size of its image is not known; give a file of sizes (--sizes)")
     return NOMINAL_SIDE, NOMINAL_SIDE
@@ -105,7 +152,7 @@ def _extras(regions: Regions, how: Completion) -> dict[str, np.ndarray]:
     extras = {name: value if value.dtype.name in EXTRA_DTYPES else value.astype(_dtype(value)) for name, value in regions.extras.items()}
     if regions.names is not None:
         extras["objects_id"] = _ids_of_names(regions.names, how)
-    if regions.ids_over == "columns":
+    if (how.labels if regions.ids_over == "unknown" else regions.ids_over) == "columns":
         where = _background(regions, how)
         limits = {"objects_id": how.num_classes - 1, "attrs_id": VISUAL_GENOME_ATTRIBUTES}
         for name in limits.keys() & extras.keys():
@@ -203,3 +250,14 @@ def _hw_tsv(path: Path) -> dict[str, tuple[int, int]]:
             value = value[0] if isinstance(value, list) else value
             sizes[key] = int(value["width"]), int(value["height"])
     return sizes
+
+
+def fitted(record: RegionRecord, extras: Mapping[str, str]) -> tuple[RegionRecord, list[str]]:
+    """The record with exactly the ``extras`` (dtypes by name) of its store, and the names of those that it lacks or has beyond them."""
+    lacking = [name for name in extras if name not in record.extras]
+    beyond = [name for name in record.extras if name not in extras]
+    if not lacking and not beyond:
+        return record, []
+    filled = {name: np.full(len(record), -1 if name.endswith("_id") else 0, dtype) for name, dtype in extras.items() if name in lacking}
+    kept = {name: value for name, value in record.extras.items() if name in extras}
+    return replace(record, extras=dict(sorted((kept | filled).items()))), lacking + beyond

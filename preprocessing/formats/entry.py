@@ -1,13 +1,16 @@
 """What a foreign file says about one image, as far as it says it, and the checks that all formats share."""
 
 import binascii
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from preprocessing.restricted_pickle import Foreign
+
 Background = Literal["first", "last", "none", "unknown"]
+LabelIds = Literal["foreground", "columns", "unknown"]
 
 
 class BadEntryError(Exception):
@@ -21,7 +24,8 @@ class Regions:
     ``boxes`` [n, 4] xyxy, in pixels of the image, or in shares of its width and height where ``normalised``; ``features`` [n, F];
     ``width`` and ``height`` in pixels, 0 where the format does not say; ``probs`` [n, K] or None, and in which of the K columns the
     background stands; ``extras`` [n] each, among them ``objects_id``, counted over the foreground classes or (``ids_over`` "columns")
-    over all classes with the background where ``background`` says; ``names`` the class of each region where the format spells it out.
+    over all classes with the background where ``background`` says ("unknown": what the first entries show); ``names`` the class of each
+    region where the format spells it out; ``left_out`` the members that could not be used, and why, beside those that could.
     """
 
     boxes: np.ndarray
@@ -31,9 +35,10 @@ class Regions:
     probs: np.ndarray | None = None
     background: Background = "first"
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
-    ids_over: Literal["foreground", "columns"] = "foreground"
+    ids_over: LabelIds = "foreground"
     names: tuple[str, ...] | None = None
     normalised: bool = False
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def unusable(where: str, size: int, reason: str) -> Entry:
 
 def integer(value: Any, what: str) -> int:
     """A count or a size in any spelling, 0 or more."""
+    _refuse_foreign(value, what)
     try:
         number = int(value)
     except (TypeError, ValueError):
@@ -77,6 +83,16 @@ def integer(value: Any, what: str) -> int:
     if not 0 <= number < 2**31:
         raise BadEntryError(f"{what} is {number}")
     return number
+
+
+def refusal(value: Foreign, what: str) -> str:
+    """Why an object is not read."""
+    return f"{what} is refused: its pickle asks for {value.name}, which is not plain data; nothing of it was run"
+
+
+def _refuse_foreign(value: Any, what: str) -> None:
+    if isinstance(value, Foreign):
+        raise BadEntryError(refusal(value, what))
 
 
 def region_count(value: Any) -> int:
@@ -89,6 +105,7 @@ def region_count(value: Any) -> int:
 
 def from_base64(text: Any, dtype: str, count: int, what: str) -> np.ndarray:
     """[count, ...] of the numbers that ``text`` holds in base64."""
+    _refuse_foreign(text, what)
     try:
         data = binascii.a2b_base64(text, strict_mode=True)
     except (TypeError, ValueError):
@@ -116,6 +133,7 @@ def from_bytes(data: Any, dtype: Any, shape: Any, what: str, fortran: bool = Fal
 
 def rows(value: Any, count: int, what: str) -> np.ndarray:
     """[count, ...] of a numeric array: its first ``count`` rows, or its numbers in rows where it came without shape."""
+    _refuse_foreign(value, what)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
         raise BadEntryError(f"{what} is missing or is no array of numbers")
     if value.ndim == 2 and len(value) >= count:
@@ -123,6 +141,21 @@ def rows(value: Any, count: int, what: str) -> np.ndarray:
     if value.ndim == 1 and value.size and value.size % count == 0:
         return value.reshape(count, -1)
     raise BadEntryError(f"{what} has shape {list(value.shape)} for {count} regions")
+
+
+def optional(
+    members: Mapping[str, Any], names: Iterable[str], read: Callable[[Any, str], np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Of the members called ``names``, as far as they are there, what ``read(value, name)`` makes of each, and why not of the others."""
+    found, left_out = dict[str, np.ndarray](), dict[str, str]()
+    for name in names:
+        if members.get(name) is None:
+            continue
+        try:
+            found[name] = read(members[name], name)
+        except BadEntryError as error:
+            left_out[name] = str(error)
+    return found, left_out
 
 
 def column(value: Any, count: int, what: str) -> np.ndarray:

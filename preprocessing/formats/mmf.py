@@ -1,10 +1,16 @@
-"""MMF's LMDB: pickled dicts of arrays under their feature's path. Whether probabilities count the background depends on how it was made."""
+"""MMF's LMDB: pickled dicts of arrays under their feature's path.
 
+Whether probabilities count the background depends on how it was made, and whether ``objects`` does, on the version of MMF: both are seen
+by comparing the two.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from preprocessing.formats.entry import Regions, Source, column, integer, region_count, rows
+from preprocessing.formats.entry import Regions, Source, column, integer, optional, region_count, rows
 from preprocessing.formats.lmdb_file import lmdb_source
 from preprocessing.formats.vilbert_lmdb import INDEX_KEY, unpickled_dict
 
@@ -18,7 +24,13 @@ def _regions(data: bytes) -> Regions:
     row = unpickled_dict(data)
     n = region_count(row.get("num_boxes"))
     boxes, features = rows(row.get("bbox"), n, "bbox"), rows(row.get("features"), n, "features")
-    probs = rows(row["cls_prob"], n, "cls_prob") if isinstance(row.get("cls_prob"), np.ndarray) else None
-    extras = {"objects_id": column(row["objects"], n, "objects")} if isinstance(row.get("objects"), np.ndarray) else {}
-    width, height = (integer(row.get(f"image_{side}"), f"image_{side}") for side in ("width", "height"))
-    return Regions(boxes, features, width, height, probs, "unknown", extras, "columns")
+    return described(row, n, boxes, features)
+
+
+def described(info: Mapping[str, Any], n: int, boxes: np.ndarray, features: np.ndarray) -> Regions:
+    """What MMF's dict says of ``n`` regions beside their boxes and features."""
+    width, height = (integer(info.get(f"image_{side}") or 0, f"image_{side}") for side in ("width", "height"))
+    found, left_out = optional(info, ("cls_prob",), lambda value, name: rows(value, n, name))
+    labels, bad = optional(info, ("objects",), lambda value, name: column(value, n, name))
+    extras = {"objects_id": labels["objects"]} if labels else {}
+    return Regions(boxes, features, width, height, found.get("cls_prob"), "unknown", extras, "unknown", left_out=left_out | bad)

@@ -51,11 +51,27 @@ def read_npz(file: BinaryIO | bytes, wanted: Sequence[str]) -> dict[str, Any]:
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Any:
     if info.file_size > MAX_BYTES:
         raise BadEntryError(f"{name} would have {info.file_size:,} bytes")
-    content = io.BytesIO(archive.read(info))
+    return _array(io.BytesIO(archive.read(info)), name)
+
+
+def read_npy(file: BinaryIO, name: str) -> Any:
+    """The array of an .npy, or the object that stands in one; ``BadEntryError``."""
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise BadEntryError(f"{name} has more than {MAX_BYTES:,} bytes")
+    try:
+        return _array(io.BytesIO(content), name)
+    except BadEntryError:
+        raise
+    except Exception as error:  # a parser fed with hostile bytes may raise anything
+        raise BadEntryError(f"{name} is not a whole .npy: {str(error)[:200] or type(error).__name__}") from None
+
+
+def _array(content: io.BytesIO, name: str) -> Any:
     version = np.lib.format.read_magic(content)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = header(content)
     if dtype.hasobject:
-        value = unpickled(content.read())
+        value = unpickled(content.read(), stand_in=True)
         return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
     return from_bytes(content.read(), dtype.str, shape, name, fortran)

@@ -1,6 +1,7 @@
 """ViLBERT's and InterBERT's Conceptual Captions LMDB, as tensorpack's LMDBSerializer wrote it: numbered lists, pickled or in msgpack.
 
 A list is [features, cls_prob, boxes, num_boxes, image_h, image_w, image_id, caption], arrays with or without their shape, background first.
+VOLTA's are dicts under the names of its other LMDB.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from preprocessing.formats.entry import BadEntryError, Entry, Regions, Source, integer, region_count, rows, unusable
 from preprocessing.formats.lmdb_file import ForeignLmdb, image_count
 from preprocessing.formats.msgpack_arrays import unpack
-from preprocessing.formats.vilbert_lmdb import unpickled
+from preprocessing.formats.vilbert_lmdb import array_regions, unpickled
 
 INDEX_KEY = b"__keys__"
 
@@ -27,17 +28,21 @@ def _entries(path: Path) -> Iterator[Entry]:
             where = f"key {key.decode(errors='backslashreplace')!r}"
             try:
                 row = datapoint(source.get(key)) if key != INDEX_KEY else []
-                if row:
+                if isinstance(row, dict):
+                    yield Entry(where, _text(row.get("img_id", row.get("image_id", ""))), 1, partial(array_regions, row))
+                elif row:
                     yield Entry(where, _text(row[6]), 1, partial(_regions, row))
             except BadEntryError as error:
                 yield unusable(where, 1, str(error))
 
 
-def datapoint(data: bytes) -> list[Any]:
-    """The list of eight in ``data``; pickles of protocol 2 and later begin with a byte that no list in msgpack begins with."""
+def datapoint(data: bytes) -> list[Any] | dict[str, Any]:
+    """The list of eight, or VOLTA's dict, in ``data``; pickles of protocol 2 and later begin with what is an empty dict in msgpack."""
     value = unpickled(data) if data[:1] == b"\x80" else unpack(data)
+    if isinstance(value, dict):
+        return {_text(name): item for name, item in value.items()}
     if not isinstance(value, list | tuple) or len(value) != 8:
-        raise BadEntryError("it is not a list of eight")
+        raise BadEntryError("it is neither a list of eight nor a dict")
     return list(value)
 
 

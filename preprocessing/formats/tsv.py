@@ -1,7 +1,7 @@
-"""The TSV files of bottom-up-attention and its followers: a row per image, arrays in base64, no header.
+"""The TSV files of bottom-up-attention and its followers: a row per image, arrays in base64, at most a header line of the columns' names.
 
-bottom-up-attention's own (features), jiasenlu's with class probabilities (ViLBERT, InterBERT; background first), and LXMERT's (labels and
-attributes with their confidences). Rows are read one after the other; a torn or foreign line spoils only itself.
+bottom-up-attention's own (features), jiasenlu's with class probabilities (ViLBERT, InterBERT; background first), LXMERT's (labels and
+attributes with their confidences), and VOLTA's (both). Rows are read one after the other; a torn or foreign line spoils only itself.
 """
 
 import base64
@@ -18,6 +18,7 @@ from preprocessing.formats.entry import BadEntryError, Entry, Regions, Source, f
 BUTD = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 VILBERT = (*BUTD, "cls_prob")
 LXMERT = ("img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes", "features")
+VOLTA = (*LXMERT, "cls_prob", "attrs", "classes")  # the last two are scores that cls_prob follows from
 LXMERT_EXTRAS = MappingProxyType({"objects_id": "<i8", "objects_conf": "<f4", "attrs_id": "<i8", "attrs_conf": "<f4"})
 MAX_LINE_BYTES = 256 << 20  # a thousand regions with everything are a tenth of it
 
@@ -35,6 +36,11 @@ def read_vilbert(path: Path) -> Source:
 def read_lxmert(path: Path) -> Source:
     """LXMERT's TSV. Its ids exclude background and "no attribute"."""
     return _source(path, LXMERT)
+
+
+def read_volta(path: Path) -> Source:
+    """VOLTA's TSV: LXMERT's with ``cls_prob``, background first."""
+    return _source(path, VOLTA)
 
 
 def lines(path: Path) -> Iterator[tuple[str, int, bytes | None]]:
@@ -72,17 +78,27 @@ def _source(path: Path, columns: tuple[str, ...]) -> Source:
 
 
 def _entries(path: Path, columns: tuple[str, ...]) -> Iterator[Entry]:
-    for where, size, line in lines(path):
+    place = 0
+    for number, (where, size, line) in enumerate(lines(path)):
         cells = line.split(b"\t") if line is not None else []
+        if number == 0 and (named := header(line, columns)):
+            columns, place = named, named.index(columns[0])
+            continue
         if len(cells) != len(columns):
             yield unusable(where, size, f"it has {len(cells)} of {len(columns)} columns" if cells else "it is too long for a row")
             continue
         try:
-            image_id = _unquoted(cells[0]).decode()
+            image_id = _unquoted(cells[place]).decode()
         except UnicodeDecodeError:
             yield unusable(where, size, "its id is not UTF-8")
             continue
         yield Entry(where, image_id, size, partial(base64_regions, dict(zip(columns, cells, strict=True))))
+
+
+def header(line: bytes | None, columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in a first line that has those of ``columns``, in any order; () where it is a row."""
+    names = tuple(_unquoted(name.strip()).decode(errors="replace") for name in (line or b"").split(b"\t"))
+    return names if set(names) == set(columns) and len(names) == len(columns) else ()
 
 
 def _unquoted(cell: bytes) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 from megainter.data.record import RegionRecord, StoreSchema
 from megainter.files import write_json
 from preprocessing.formats import lmdb_file
-from preprocessing.formats.entry import BadEntryError, Entry, Regions, Source, column, region_count, rows
+from preprocessing.formats.entry import BadEntryError, Entry, Regions, Source, column, optional, region_count, rows
 from preprocessing.formats.msgpack_arrays import pack, unpack
 from preprocessing.formats.npz import npz_source, read_npz
 from preprocessing.formats.tsv import labels
@@ -58,9 +58,12 @@ def _regions(arrays: Mapping[str, Any]) -> Regions:
     features = arrays.get("features")
     n = region_count(len(features) if isinstance(features, np.ndarray) and features.ndim else 0)
     boxes = rows(arrays.get("norm_bb"), n, "norm_bb")[:, :4]
-    probs = rows(arrays["soft_labels"], n, "soft_labels") if "soft_labels" in arrays else None
-    extras = {"objects_conf": column(arrays["conf"], n, "conf")} if "conf" in arrays else {}
-    return Regions(boxes, rows(features, n, "features"), probs=probs, extras=extras, normalised=True)
+    found, left_out = optional(arrays, ("soft_labels",), lambda value, name: rows(value, n, name))
+    confidences, bad = optional(arrays, ("conf",), lambda value, name: column(value, n, name))
+    extras = {"objects_conf": confidences["conf"]} if confidences else {}
+    return Regions(
+        boxes, rows(features, n, "features"), probs=found.get("soft_labels"), extras=extras, normalised=True, left_out=left_out | bad
+    )
 
 
 def write_lmdb(records: Iterator[tuple[str, RegionRecord]], schema: StoreSchema, destination: Path) -> None:

@@ -80,7 +80,7 @@ def write_milvlg(folder: Path, images: list[Image], last: bool = False) -> Path:
 def test_milvlg_labels_in_both_dialects(tmp_path: Path, last: bool) -> None:
     source = write_milvlg(tmp_path / "x", IMAGES, last)
     assert recognise(source) == "milvlg-npz"
-    store, done = imported(source, tmp_path / "s", features="float32", background="last" if last else None)
+    store, done = imported(source, tmp_path / "s", features="float32", background="last" if last else "first")
     assert (done.stored, done.bad) == (len(IMAGES), 0)
     for image in IMAGES:
         record = store[image.image_id.split("/")[1]]
@@ -99,8 +99,12 @@ def test_a_hostile_info_runs_nothing(tmp_path: Path) -> None:
     image = IMAGES[0]
     sizes = {"num_bbox": len(image), "image_h": image.height, "image_w": image.width}
     np.savez(source / "evil.npz", x=image.features, bbox=image.boxes, **sizes, info=np.array({"a": Hostile()}))  # type: ignore[arg-type]
-    assert imported(source, tmp_path / "s", max_bad=0.5)[1].bad == 1
+    store, done = imported(source, tmp_path / "s", background="first")
+    assert (done.stored, done.bad) == (len(IMAGES) + 1, 0)
     assert "refused" in failures(tmp_path / "s")["evil.npz"]
+    assert_holds(store["evil"], image, probs=False)
+    assert (store["evil"].extras["objects_id"] == -1).all()
+    np.testing.assert_allclose(store["evil"].class_probs, 1 / 1601, atol=1e-6)
     assert not (tmp_path / "ran").exists()
 
 
