@@ -173,6 +173,11 @@ def _refuse(given: dict[str, Any], settings: dict[str, Any], engine: EngineConfi
     stage = given.get("zero_optimization", {}).get("stage", engine.zero_stage)
     if stage != engine.zero_stage:
         raise UsageError(f"{engine.deepspeed} says ZeRO stage {stage}, engine.zero_stage says {engine.zero_stage}; make them agree")
+    wire = given.get("communication_data_type", engine.communication)
+    if wire != engine.communication:
+        raise UsageError(
+            f"{engine.deepspeed} says communication_data_type {wire}, engine.communication says {engine.communication}; make them agree"
+        )
     for precision in ("bf16", "fp16"):
         if given.get(precision, {}).get("enabled", engine.precision == precision) != (engine.precision == precision):
             raise UsageError(f"{engine.deepspeed} and engine.precision {engine.precision} disagree about {precision}; make them agree")

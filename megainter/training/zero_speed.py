@@ -29,7 +29,8 @@ _USED = {
         "bf16_groups", "fp32_groups_gradients", "fp32_groups_has_gradients", "fp32_groups_gradient_flat_partition",
         "fp32_groups_flat_partition", "update_hp_grads", "zero_grad", "update_lp_params", "_lazy_init_hp_params_optimizer_state",
         "bf16_groups_flat", "bf16_partitioned_groups", "fp32_groups_gradients_flat", "fp32_groups_actual_gradients_flat",
-        "fp32_groups_gradient_dict", "non_expert_gradients", "_split_flat_tensor", "_update_storage_to_flattened_tensor",
+        "fp32_groups_gradient_dict", "immediate_grad_update", "create_grad_acc_hooks", "non_expert_gradients", "_split_flat_tensor",
+        "_update_storage_to_flattened_tensor",
     ),
     "DeepSpeedZeroOptimizer": (
         "bit16_groups", "single_partition_of_fp32_groups", "averaged_gradients", "all_grad_tensors", "partition_size", "loss_scale",
@@ -120,7 +121,7 @@ def _join_stage0(engine: Any, updates: Updates) -> Updates:
 def _join_bf16(engine: Any, updates: Updates) -> Updates:
     """Stage 1 in bf16: fp32 sums of the micro-batches' gradients, of whole parameters; each rank updates its part."""
     optimizer, reduce_all = engine.optimizer, engine.buffered_allreduce_fallback
-    on_cpu = optimizer.bf16_groups_flat[0].device.type == "cpu"
+    on_cpu = _on_cpu(optimizer)
     memory = _shared_memory(optimizer) if updates.sharded and on_cpu and engine.communication_data_type == torch.float32 else None
     if memory is not None:
         reduce_all, optimizer.update_lp_params = partial(_reduce_in, memory, optimizer), partial(_gather_in, memory, optimizer)
@@ -139,6 +140,14 @@ def _join_bf16(engine: Any, updates: Updates) -> Updates:
         for pairs, put in ((fresh, torch._foreach_copy_), (further, torch._foreach_add_)):
             if pairs:
                 put([total for total, _ in pairs], [gradient for _, gradient in pairs])
+
+    @torch.no_grad()
+    def _update_hp_grad(lp: Tensor, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+        """The same for one gradient, as soon as it is there: on the CPU it is still in the cache, and is freed at once."""
+        if lp.grad is not None:
+            total, seen = optimizer.fp32_groups_gradients[group_idx][param_idx], optimizer.fp32_groups_has_gradients[group_idx]
+            (total.add_ if seen[param_idx] else total.copy_)(lp.grad.view(-1))
+            seen[param_idx] = True
 
     def buffered_allreduce_fallback(*arguments: Any, **named: Any) -> None:
         stale = [
@@ -173,8 +182,15 @@ def _join_bf16(engine: Any, updates: Updates) -> Updates:
                 parameter.grad = None
 
     optimizer.update_hp_grads, optimizer.step, optimizer.zero_grad = update_hp_grads, step, zero_grad
+    if on_cpu and not optimizer.immediate_grad_update:
+        optimizer.immediate_grad_update, optimizer._update_hp_grad = True, _update_hp_grad
+        optimizer.create_grad_acc_hooks()
     engine.buffered_allreduce_fallback = buffered_allreduce_fallback
     return updates
+
+
+def _on_cpu(optimizer: Any) -> bool:
+    return bool(optimizer.bf16_groups_flat[0].device.type == "cpu")
 
 
 @dataclass(frozen=True)

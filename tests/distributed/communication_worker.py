@@ -29,15 +29,16 @@ def module() -> PretrainingStep:
     return PretrainingStep(InterBertForPreTraining(tiny_config(**OFF)).train(), ObjectiveWeights())
 
 
-def trained(world: engine.World, stage: int, precision: Any, wire: Any, steps: int = 1) -> dict[str, Tensor]:
+def trained(world: engine.World, stage: int, precision: Any, wire: Any, steps: int = 1, accumulation: int = 1) -> dict[str, Tensor]:
     """This rank's share of the state after ``steps`` steps."""
     settings = EngineConfig(precision=precision, zero_stage=stage, communication=wire)
-    training = TrainingConfig(steps=steps, global_batch=4 * world.size, micro_batch=4)
+    training = TrainingConfig(steps=steps, global_batch=4 * world.size * accumulation, micro_batch=4)
     built = engine.build_engine(module(), settings, OptimizerConfig(clip_norm=0.0), training, world)
     for step in range(steps):
         engine.set_learning_rate(built, 1e-3)
-        built.backward(built(batch(step * world.size + world.rank), torch.ones(3))[0])
-        built.step()
+        for micro in range(accumulation):
+            built.backward(built(batch((step * accumulation + micro) * world.size + world.rank), torch.ones(3))[0])
+            built.step()
     return {f"{kind}/{name}": tensor for kind, part in engine.owned_state(built, world).items() for name, tensor in part.items()}
 
 
@@ -49,16 +50,16 @@ def own(world: engine.World, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def main(folder: Path) -> None:
-    """Run all cases, and three steps with memory shared between the ranks and without."""
+    """Run all cases, and three steps of two micro-batches with memory shared between the ranks, and as it would be on GPUs."""
     torch.set_num_threads(1)
     with engine.distributed() as world:
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             save_file(own(world, dtype), folder / f"own.{name}.{world.rank}.safetensors")
         for case in CASES:
             save_file(trained(world, *case), folder / f"{'-'.join(map(str, case))}.{world.rank}.safetensors")
-        save_file(trained(world, 1, "bf16", "fp32", steps=3), folder / f"memory.{world.rank}.safetensors")
-        with mock.patch.object(zero_speed, "everyones", return_value=None):
-            save_file(trained(world, 1, "bf16", "fp32", steps=3), folder / f"sockets.{world.rank}.safetensors")
+        save_file(trained(world, 1, "bf16", "fp32", 3, 2), folder / f"memory.{world.rank}.safetensors")
+        with mock.patch.object(zero_speed, "_on_cpu", return_value=False):
+            save_file(trained(world, 1, "bf16", "fp32", 3, 2), folder / f"sockets.{world.rank}.safetensors")
 
 
 if __name__ == "__main__":

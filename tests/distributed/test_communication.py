@@ -1,5 +1,6 @@
 """How ranks sum their gradients: in fp32 or bf16 at every ZeRO stage, against float64; and through memory that ranks of a host share."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.errors import UsageError
 from tests.distributed.communication_worker import CASES
 from tests.synthetic import environment
 
@@ -52,7 +55,18 @@ def test_the_mean_gradient_is_float64s_to_the_rounding_that_is_asked_for(stage: 
     assert (seen > 1e-4) == (wire == "bf16"), seen
 
 
-def test_shared_memory_changes_no_bit(folder: Path) -> None:
+def test_shared_memory_and_sums_made_at_once_change_no_bit(folder: Path) -> None:
     memory, sockets = of(folder, "memory"), of(folder, "sockets")
     assert memory.keys() == sockets.keys()
     assert all(torch.equal(tensor, sockets[name]) for name, tensor in memory.items())
+
+
+def test_a_deepspeed_file_that_says_otherwise_is_refused(tmp_path: Path) -> None:
+    from megainter.training.engine import deepspeed_config
+
+    (tmp_path / "ds.json").write_text('{"communication_data_type": "bf16"}')
+    asked, training = EngineConfig(precision="fp32", deepspeed=tmp_path / "ds.json"), TrainingConfig(steps=1, global_batch=2, micro_batch=2)
+    with pytest.raises(UsageError, match="communication_data_type bf16"):
+        deepspeed_config(asked, OptimizerConfig(), training, 1)
+    agreeing = dataclasses.replace(asked, communication="bf16")
+    assert deepspeed_config(agreeing, OptimizerConfig(), training, 1)["communication_data_type"] == "bf16"

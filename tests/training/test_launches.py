@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from tests.synthetic import environment
-from tests.training.launch_worker import STAGES
+from tests.training.launch_worker import CASES
 
-CASES = [(precision, stage, times) for precision, stages in STAGES.items() for stage in stages for times in (1, 2)]
 SOME = 60  # launches a micro-batch that do not grow with the model
 # Launches a micro-batch for every parameter: its gradient is copied to where it is reduced, and cast to fp32 or copied back.
 COPIES = {"fp32": (0, 2, 3, 1), "bf16": (0, 0, 1, 2), "fp16": (0, 2, 1, 2)}
