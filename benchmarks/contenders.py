@@ -174,10 +174,14 @@ def _answer(world: engine.World, found: dict[str, Any]) -> None:
 
 def _ready(name: str, batch: PretrainBatch, device: torch.device) -> PretrainBatch | PaddedBatch:
     """The batch as the contender takes it, in memory that a GPU reads by itself."""
-    made = batch if name in OURS else pad_batch(batch)
+    pinned = device.type == "cuda"
+    if name in OURS:  # features as the trainer's loader gives them
+        made = replace(batch, inputs=replace(batch.inputs, region_features=batch.inputs.region_features.half()))
+        return made.pin_memory() if pinned else made
+    padded = pad_batch(batch)
     if name.startswith("bert"):  # it reads tokens alone: what it need not copy is not copied
-        made = replace(made, features=made.features[..., :0], mrm_targets=made.mrm_targets[..., :0])
-    return made.pin_memory() if device.type == "cuda" else made
+        padded = replace(padded, features=padded.features[..., :0], mrm_targets=padded.mrm_targets[..., :0])
+    return padded.pin_memory() if pinned else padded
 
 
 def counts_of(batch: PretrainBatch) -> BatchCounts:

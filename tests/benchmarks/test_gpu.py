@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.contenders import OURS, PEERS, Contender, Way
 from benchmarks.gpu.breakdown import Span, busy_and_gaps
 from benchmarks.gpu.part import Setting
 from benchmarks.gpu.plan import PARTS
-from benchmarks.gpu.runner import FAILED, NOT_RUN, OK, OVER, Part, Result, run_parts, write_line
+from benchmarks.gpu.runner import FAILED, NOT_RUN, OK, OVER, Part, Result, _groups, _run_beside, run_parts, write_line
 from benchmarks.gpu.table import markdown, plain, rows_of
 from benchmarks.gpu.waits import watched
 from benchmarks.pretrain import measured
@@ -112,6 +113,17 @@ def test_a_part_over_its_time_is_ended_with_all_that_it_started(tmp_path: Path) 
     grandchild = int((tmp_path / "pid").read_text())
     time.sleep(0.2)
     assert not runs(grandchild)
+
+
+def test_parts_that_are_not_timed_run_beside_each_other(tmp_path: Path) -> None:
+    untimed = [replace(HANGING, name=name, alone=False) for name in ("first", "second")]
+    groups = _groups([GOOD, *untimed, FAILING], together=True)
+    assert [[part.name for part in group] for group in groups] == [["environment"], ["first", "second"], ["failing"]]
+    assert all(len(group) == 1 for group in _groups([GOOD, *untimed], together=False))
+    began = time.monotonic()
+    results = list(_run_beside(untimed, setting(tmp_path), 60))
+    assert time.monotonic() - began < 1.8 * HANGING.seconds
+    assert {(result.part, result.outcome) for result in results} == {("first", OVER), ("second", OVER)}
 
 
 def test_parts_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
