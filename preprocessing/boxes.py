@@ -3,6 +3,7 @@
 COCO's instances_*.json, which most annotation tools write, or JSON Lines of our own.
 """
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megainter.data.manifest import SPLITS, ImageBoxes, box_problem, check_relative, write_boxes
+from megainter.data.manifest import BOX_TOLERANCE, SPLITS, ImageBoxes, box_problem, check_relative, write_boxes
 from megainter.errors import UsageError
 from megainter.files import read_json
 from preprocessing.captions.annotations import coco_paths
@@ -23,6 +24,7 @@ from preprocessing.captions.splits import Shares, Splitting
 from preprocessing.captions.writing import Finder, finder
 
 CROWD, EMPTY = "box around a crowd", "box without area"
+REACH = 0.1  # of lines of our own, where a box farther out is often x, y, width, height taken for two corners
 
 Format = Literal["coco", "jsonl"]
 
@@ -31,13 +33,15 @@ Format = Literal["coco", "jsonl"]
 class Labelled:
     """The boxes of one image as a source gives them; ``image.image_id`` is empty where it is to be made of the path.
 
-    ``where`` is the number of the line or entry, ``paths`` are places to look for the image, best first.
+    ``where`` is the number of the line or entry, ``paths`` are places to look for the image, best first; ``reach`` is how far over the
+    edge a box may be, as a share of the image's side, and still be meant.
     """
 
     where: int
     paths: tuple[str, ...]
     image: ImageBoxes
     crowds: int = 0
+    reach: float = REACH
 
 
 @dataclass
@@ -62,7 +66,8 @@ def prepare_boxes(
     """Write the manifest of boxes ``output`` from ``src``, print a report and write it to ``output``.report.json.
 
     ``images``: drop images that are not in that folder. ``split`` and ``shares`` as for captions; the same shares and seed give an image
-    the same split in both. Boxes are cut at the image's edge; images without boxes stay, and crowds are left out.
+    the same split in both. Boxes are cut at the image's edge, of lines of our own if they are a tenth of its side over it at most; images
+    without boxes stay, crowds are left out, and so is every box that is no box or not in the image.
 
     Raises ``UsageError`` (missing file, another format, an image that comes twice, nothing kept) and ``TooManyBadInputsError`` where more
     than ``max_bad`` of the boxes, and more than one line, are malformed or without image; then no manifest is written, the report is.
@@ -73,20 +78,24 @@ def prepare_boxes(
     refuse_overwriting(output, src)
     reading: Reading[Labelled] = _coco(src) if source == "coco" else read_lines(src, _line)
     report, items = Report(place=reading.place), shown(reading, "boxes")
-    rows = _rows(src, items, report, find, splitting)
+    cut = list[str]()
+    rows = _rows(src, items, report, find, splitting, cut)
     write_boxes(output, checked(rows, report, src, output, max_bad, "boxes"))
-    publish(report, src, output, "boxes", *splitting.notes(report))
+    notes = [f"note: {len(cut):,} boxes were cut at the image's edge, first of image {cut[0]}"] if cut else []
+    publish(report, src, output, "boxes", *notes, *splitting.notes(report))
     return report
 
 
-def _rows(src: Path, items: Iterator[Labelled | Unusable], report: Report, find: Finder, splitting: Splitting) -> Iterator[ImageBoxes]:
-    """The images that can be used, each once."""
+def _rows(
+    src: Path, items: Iterator[Labelled | Unusable], report: Report, find: Finder, splitting: Splitting, cut: list[str]
+) -> Iterator[ImageBoxes]:
+    """The images that can be used, each once; ``cut`` takes the image of each box that is cut."""
     seen = dict[str, int]()
     for item in items:
         if isinstance(item, Unusable):
-            report.drop(item.kind, f"{item.where}: {item.reason}")
-        elif problem := box_problem(item.image):
-            report.drop(MALFORMED, f"{item.where}: {problem}")
+            report.drop(item.kind, f"{item.where}: {item.reason}", item.count)
+        elif problem := box_problem(replace(item.image, image_id=_name(item), boxes=np.zeros_like(item.image.boxes))):
+            report.drop(MALFORMED, f"{item.where}: {problem}", max(1, len(item.image.boxes)))
         elif not splitting.keeps(item.image.split):
             report.drop(OTHER_SPLIT, f"{item.where}: {item.image.split}", max(1, len(item.image.boxes)))
         elif (path := find(item.paths)) is None:
@@ -94,7 +103,8 @@ def _rows(src: Path, items: Iterator[Labelled | Unusable], report: Report, find:
         else:
             image_id = item.image.image_id or os.path.splitext(path)[0]
             _refuse_repeated(src, image_id, item.where, seen, report.place)
-            yield _counted(item, replace(item.image, image_id=image_id, image=path, split=splitting.of(item.image.split, image_id)), report)
+            image = replace(item.image, image_id=image_id, image=path, split=splitting.of(item.image.split, image_id))
+            yield _counted(item, image, report, cut)
 
 
 def _refuse_repeated(src: Path, image_id: str, where: int, seen: dict[str, int], place: str) -> None:
@@ -105,16 +115,37 @@ def _refuse_repeated(src: Path, image_id: str, where: int, seen: dict[str, int],
         )
 
 
-def _counted(item: Labelled, image: ImageBoxes, report: Report) -> ImageBoxes:
-    """The image with its boxes inside it, those without area left out, and all of them counted."""
-    boxes = image.boxes.clip(0, np.array([image.width, image.height] * 2, np.float32))
-    solid: np.ndarray = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
-    for reason, count in ((EMPTY, int((~solid).sum())), (CROWD, item.crowds)):
+def _name(item: Labelled) -> str:
+    return item.image.image_id or os.path.splitext(item.paths[0])[0]
+
+
+def _counted(item: Labelled, image: ImageBoxes, report: Report, cut: list[str]) -> ImageBoxes:
+    """The image with its boxes inside it, those that are none or without area left out, and all of them counted."""
+    size = np.array([image.width, image.height] * 2, np.float32)
+    bad = _unusable(image, item.reach)
+    for place in np.flatnonzero(bad):
+        only = replace(image, boxes=image.boxes[place : place + 1], labels=image.labels[place : place + 1])
+        report.drop(MALFORMED, f"{item.where}: {box_problem(only) or f'image {image.image_id!r} has a box outside it'}")
+    boxes = image.boxes.clip(0, size)
+    solid: np.ndarray = np.all(boxes[:, 2:] > boxes[:, :2], axis=1) & ~bad
+    cut += [repr(image.image_id)] * int((solid & (np.abs(boxes - image.boxes) > BOX_TOLERANCE).any(1)).sum())
+    for reason, count in ((EMPTY, int((~solid & ~bad).sum())), (CROWD, item.crowds)):
         if count:
             report.drop(reason, f"{item.where}: {image.image!r}", count)
     report.images += 1
     report.keep(image.split, int(solid.sum()))
     return replace(image, boxes=boxes[solid], labels=[label for label, kept in zip(image.labels, solid, strict=True) if kept])
+
+
+def _unusable(image: ImageBoxes, reach: float) -> np.ndarray:
+    """bool [n]: boxes that are no two corners, wholly outside the image, or farther over its edge than ``reach`` of its sides."""
+    size, boxes = np.array([image.width, image.height] * 2, np.float32), image.boxes
+    with np.errstate(invalid="ignore"):
+        over = np.maximum(np.maximum(-boxes, boxes - size), 0)
+        outside = (boxes[:, 2:] < 0).any(1) | (boxes[:, :2] > size[:2]).any(1)
+        far = (over > np.maximum(BOX_TOLERANCE, reach * size)).any(1)
+        inverted = (boxes[:, 2:] < boxes[:, :2]).any(1)
+    return ~np.isfinite(boxes).all(1) | outside | far | inverted
 
 
 def _line(number: int, line: str) -> Labelled:
@@ -128,7 +159,15 @@ def _line(number: int, line: str) -> Labelled:
 
 
 def _labelled(
-    number: int, paths: tuple[str, ...], value: dict[str, Any], boxes: Any, labels: list[str], image_id: str, split: str, crowds: int = 0
+    number: int,
+    paths: tuple[str, ...],
+    value: dict[str, Any],
+    boxes: Any,
+    labels: list[str],
+    image_id: str,
+    split: str,
+    crowds: int = 0,
+    reach: float = REACH,
 ) -> Labelled:
     """``ValueError`` says what is wrong with it."""
     for path in paths:
@@ -138,7 +177,7 @@ def _labelled(
         raise ValueError(f"split {split!r} is not train, val or test")
     width, height = (int(text(value, name)) for name in ("width", "height"))
     image = ImageBoxes(image_id, paths[0], width, height, _numbers(boxes), labels, split)
-    return Labelled(number, paths, image, crowds)
+    return Labelled(number, paths, image, crowds, reach)
 
 
 def _numbers(boxes: Any) -> np.ndarray:
@@ -166,11 +205,15 @@ def _coco(src: Path) -> Reading[Labelled]:
     split, names = split_in_name(src), {entry.get("id"): entry.get("name") for entry in categories if isinstance(entry, dict)}
     bad, of_image = _by_image(annotations, names, {entry.get("id") for entry in images if isinstance(entry, dict)})
 
-    def parse(number: int, entry: dict[str, Any]) -> Labelled:
+    def parse(number: int, entry: dict[str, Any]) -> Labelled | Unusable:
         found = of_image.get(entry["id"], _Annotations())
         boxes = _numbers(found.boxes)
         boxes[:, 2:] += boxes[:, :2]
-        return _labelled(number, coco_paths(src, text(entry, "file_name")), entry, boxes, found.labels, "", split, found.crowds)
+        try:
+            paths = coco_paths(src, text(entry, "file_name"))
+            return _labelled(number, paths, entry, boxes, found.labels, "", split, found.crowds, reach=math.inf)
+        except ValueError as error:
+            return Unusable(number, f"image {entry.get('file_name', entry['id'])!r:.80}: {error}", count=max(1, len(boxes)))
 
     return Reading(chain(bad, parsed(iter(images), parse)), len(bad) + len(images), "entries", place="entry")
 

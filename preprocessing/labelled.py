@@ -8,7 +8,7 @@ from typing import Literal
 
 from megainter.data.examples import Example, Problem, TaskFacts, write_examples
 from megainter.errors import UsageError
-from preprocessing import labelled_images
+from preprocessing import coco, labelled_images
 from preprocessing.captions import normalise
 from preprocessing.captions.items import Reading, Unusable, read_lines, shown, split_name
 from preprocessing.captions.report import Report, checked, publish, refuse_overwriting
@@ -129,7 +129,7 @@ def _kept(
         where = f" of {src.name}" if len(readings) > 1 else ""
         for item in shown(reading, "examples"):
             if isinstance(item, Unusable):
-                report.drop(item.kind, f"{item.where}{where}: {item.reason}")
+                report.drop(item.kind, f"{item.where}{where}: {item.reason}", item.count)
                 continue
             number, example = item
             if not example.text_a:
@@ -158,7 +158,7 @@ def _task(source: str, kept: Sequence[Example], options: Options) -> TaskFacts:
 def split_of(src: Path) -> str:
     """The split a file's name tells: train.tsv, dev_matched.tsv, test1.json, snli_ve_dev.jsonl; "" where it tells none."""
     found = re.search(r"(?:^|[_.-])(train|dev|valid|validation|val|test)(?=[_.\-\d])", src.name)
-    return split_name(found[1]) if found else ""
+    return split_name(found[1]) if found else coco.split_of(src.name)
 
 
 def _table(source: str, src: Path, layout: Layout) -> Reading[tuple[int, Example]]:

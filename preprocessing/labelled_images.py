@@ -11,12 +11,13 @@ import ijson
 from megainter.data.examples import Example, TaskFacts, answer_accuracy
 from megainter.errors import UsageError
 from megainter.files import read_json
+from preprocessing import coco
 from preprocessing.captions import normalise
 from preprocessing.captions.items import Reading, json_object, parsed, read_lines, text
 from preprocessing.vqa_answers import normalise_answer
 
 ENTAILMENT, TRUTH = ("entailment", "neutral", "contradiction"), ("False", "True")
-IMAGE_NAMES = {"vqa": "COCO_{subset}_{id:012d}", "nlvr2": "{id}-img{number}", "snli-ve": "{id}"}
+IMAGE_NAMES = {"vqa": "{source}_{subset}_{id:012d}", "nlvr2": "{id}-img{number}", "snli-ve": "{id}"}
 AnswerOf = tuple[str, str, str, tuple[str, ...]]  # question type, answer type, the agreed answer, all annotators' answers
 SplitOf = Callable[[Path], str]
 
@@ -133,11 +134,11 @@ def _questions(
     document = read_json(src)
     if not isinstance(document, dict) or not isinstance(document.get("questions"), list):
         raise UsageError(f"{src} has no questions; VQA's are in v2_OpenEnded_mscoco_train2014_questions.json")
-    subset = str(document.get("data_subtype", ""))
+    parts = _image_set(src, document, names)
 
     def parse(number: int, entry: dict[str, Any]) -> tuple[int, Example]:
         question = int(entry["question_id"])
-        image = image_name(names, id=int(entry["image_id"]), subset=subset)
+        image = image_name(names, id=int(entry["image_id"]), **parts)
         example = Example(str(question), normalise(text(entry, "question")), "", (image,), split=split)
         if question not in answers:
             if answers and split != "test":
@@ -147,6 +148,21 @@ def _questions(
 
     entries = document["questions"]
     return Reading(parsed(iter(entries), parse), len(entries), "entries", place="entry")
+
+
+def _image_set(src: Path, document: dict[str, Any], names: str) -> dict[str, str]:
+    """Whose images the questions are about, and which of them: what the document says, else its name, by what it means.
+
+    The questions of test-dev2015 are about images of test2015. ``UsageError`` where the names need a set and none is told.
+    """
+    told, kind = str(document.get("data_subtype") or ""), str(document.get("data_type") or "mscoco")
+    subset = coco.images_of(told) or coco.images_of(src.name)
+    if not subset and "{subset" in names:
+        raise UsageError(
+            f"{src} does not tell which images it is about (data_subtype is {told[:40]!r}): say how they are named with --image-names, "
+            "such as 'COCO_val2014_{id:012d}'"
+        )
+    return {"subset": subset, "source": "COCO" if kind == "mscoco" else kind}
 
 
 def _answered(example: Example, answer: AnswerOf, options: ImageOptions) -> Example:

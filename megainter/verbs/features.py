@@ -120,8 +120,8 @@ def import_(
     dst
         Feature store to write; what could not be used is listed in DST/failed.tsv.
     format
-        lxmert-tsv, butd-tsv, vilbert-tsv, volta-tsv, vinvl-tsv, vilbert-lmdb, tensorpack-lmdb, uniter-lmdb, mmf-lmdb, mmf-npy, uniter-npz or
-        milvlg-npz; default: recognised by content.
+        lxmert-tsv, butd-tsv, vilbert-tsv, volta-tsv, vinvl-tsv, vilbert-lmdb, tensorpack-lmdb, uniter-lmdb, mmf-lmdb, mmf-npy, uniter-npz
+        or milvlg-npz; default: recognised by content.
     features
         Precision to keep. float32 keeps what came in to the bit, in twice the space.
     classes

@@ -193,8 +193,8 @@ def examples(
     annotations
         Files of the answers (vqa); may be repeated. Without them the questions have none.
     image_names
-        How an image's id in the feature store is made, where it is not "COCO_{subset}_{id:012d}" (vqa), "{id}-img{number}" (nlvr2), "{id}"
-        (snli-ve).
+        How an image's id in the feature store is made, where it is not "{source}_{subset}_{id:012d}" (vqa: COCO_test2015_000000262144),
+        "{id}-img{number}" (nlvr2), "{id}" (snli-ve).
     targets
         Soft score of an answer that n annotators gave (vqa): min(n / 3, 1), or the evaluation's mean over leaving one annotator out.
     least

@@ -1,7 +1,6 @@
 """Caption files that hold one image or one caption an entry: JSON Lines, COCO, Karpathy's splits, Flickr30K, Visual Genome."""
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from preprocessing.captions.items import (
     text,
     texts,
 )
+from preprocessing.coco import images_of
 
 
 def jsonl(src: Path, fields: Fields) -> Reading[Item]:
@@ -111,8 +111,8 @@ def _coco_parser(src: Path, images: list[Any]) -> Callable[[int, dict[str, Any]]
 
 def coco_paths(src: Path, name: str) -> tuple[str, ...]:
     """Where COCO's image may lie: in the images folder, or in the folder below it that the annotation file's name tells."""
-    folder = re.search(r"(train|val|test)\d{4}", src.name)
-    return (name, f"{folder[0]}/{name}") if folder else (name,)
+    folder = images_of(src.name)
+    return (name, f"{folder}/{name}") if folder else (name,)
 
 
 def _karpathy_item(number: int, entry: dict[str, Any]) -> Item:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from megainter.errors import UsageError
 from megainter.progress import Progress
+from preprocessing import coco
 from preprocessing.captions.report import MALFORMED
 
 NOT_DOWNLOADED, SHARED_NAME = "not downloaded", "file name shared by several addresses"
@@ -50,11 +51,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Unusable:
-    """A line, row or entry that cannot be used, and why; ``kind`` is the heading it is counted under."""
+    """A line, row or entry that cannot be used, and why; ``kind`` is the heading it is counted under, ``count`` how much was in it."""
 
     where: int
     reason: str
     kind: str = MALFORMED
+    count: int = 1
 
 
 Items = Iterator[Item | Unusable]
@@ -172,7 +174,7 @@ def split_name(name: str) -> str:
 def split_in_name(src: Path) -> str:
     """The split a file's name tells: captions_val2017.json, all_data_final_train_2014.jsonline."""
     found = re.search(r"(?:^|_)(train|val|test)(?=_|\d|\.)", src.name)
-    return found[1] if found else ""
+    return coco.split_of(src.name) or (found[1] if found else "")
 
 
 def refuse_fields(source: str, fields: Fields, *allowed: str) -> None:

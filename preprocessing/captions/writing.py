@@ -100,7 +100,7 @@ def _pairs(items: Items, report: Report, lines: "array[int]", find: Finder, spli
     """Pairs of the items that can be used; ``lines`` takes the line of each."""
     for item in items:
         if isinstance(item, Unusable):
-            report.drop(item.kind, f"{item.where}: {item.reason}")
+            report.drop(item.kind, f"{item.where}: {item.reason}", item.count)
         elif problem := _problem(item):
             report.drop(MALFORMED, f"{item.where}: {problem}")
         elif not splitting.keeps(item.split):

@@ -106,7 +106,7 @@ def test_an_entry_without_a_member_that_others_have_is_kept_and_named(tmp_path: 
     reasons = failures(tmp_path / "s")
     assert reasons["000004.npz"].startswith("kept without attrs_id, objects_conf; attrs_id is refused: its pickle asks for torch")
     assert reasons["000004.npz"].endswith("; objects_conf has shape [7] for 12 regions")
-    assert reasons["000005.npz"] == "kept without attrs_conf, attrs_id, objects_conf, objects_id; info is a list, not a dict"
+    assert reasons["000005.npz"] == "kept without attrs_conf, attrs_id, objects_conf, objects_id; info is a ndarray, not a dict"
     for image in IMAGES[4:]:
         assert_holds(store[image.image_id], image, probs=False, exact=True)
     np.testing.assert_array_equal(store["000004"].extras["objects_id"], IMAGES[4].objects_id)
