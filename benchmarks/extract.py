@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -106,9 +107,24 @@ def ours(state: dict[str, Tensor], dtype: torch.dtype | None, device: torch.devi
     return Detector(VgDetection(config, build_vg_network(config, state), device, dtype), "drawn")
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """A block whose convolutions and products of fp32 are not in TF32 on a GPU, where PyTorch takes it for convolutions by itself."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
 def plain(state: dict[str, Tensor], pixels: Tensor, config: VgConfig = CONFIG) -> tuple[Tensor, Tensor, Tensor]:
     """The plain program from the network's input to the chosen rows: (rows, boxes, features)."""
-    boxes, features, probs = plain_detector.detect(state, config, pixels)
+    with full_precision():
+        boxes, features, probs = plain_detector.detect(state, config, pixels)
     return plain_detector.select(boxes * 0.8, probs, 36, 36), boxes, features
 
 

@@ -144,10 +144,11 @@ def _attention(report: Report, setting: Setting, kind: str, heads: int, width: i
     found: dict[str, float] = {}
     for form in forms(device):
         try:
-            found[form.name] = 1000 * _attention_seconds(form, leaves, layout, direction, setting.toy)
+            found[form.name if form.drops else f"{form.name} without dropout"] = 1000 * _attention_seconds(
+                form, leaves, layout, direction, setting.toy
+            )
         except Exception as error:
-            if form.ours:
-                report.tell(failures=[f"{form.name}: {error}"[:300]])
+            report.tell(**{"failures" if form.ours else "not running": [f"{form.name}: {error}"[:300]]})
     report.tell(**{f"attention {kind}, {samples} samples, ms": found})
     report.row(f"attention, {kind}, {samples} samples", ", ".join(f"{name} {ms:.3f} ms" for name, ms in found.items()))
 
