@@ -99,7 +99,7 @@ def _rows(
         elif not splitting.keeps(item.image.split):
             report.drop(OTHER_SPLIT, f"{item.where}: {item.image.split}", max(1, len(item.image.boxes)))
         elif (path := find(item.paths)) is None:
-            report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r}", max(1, len(item.image.boxes)))
+            report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r:.80}", max(1, len(item.image.boxes)))
         else:
             image_id = item.image.image_id or os.path.splitext(path)[0]
             _refuse_repeated(src, image_id, item.where, seen, report.place)
@@ -110,9 +110,8 @@ def _rows(
 def _refuse_repeated(src: Path, image_id: str, where: int, seen: dict[str, int], place: str) -> None:
     first = seen.setdefault(image_id, where)
     if first != where:
-        raise UsageError(
-            f"{src}: image {image_id!r} comes in {place} {first} and again in {place} {where}; put all boxes of an image into one {place}"
-        )
+        again = f"image {image_id!r:.80} comes in {place} {first} and again in {place} {where}"
+        raise UsageError(f"{src}: {again}; put all boxes of an image into one {place}")
 
 
 def _name(item: Labelled) -> str:
@@ -125,13 +124,13 @@ def _counted(item: Labelled, image: ImageBoxes, report: Report, cut: list[str]) 
     bad = _unusable(image, item.reach)
     for place in np.flatnonzero(bad):
         only = replace(image, boxes=image.boxes[place : place + 1], labels=image.labels[place : place + 1])
-        report.drop(MALFORMED, f"{item.where}: {box_problem(only) or f'image {image.image_id!r} has a box outside it'}")
+        report.drop(MALFORMED, f"{item.where}: {box_problem(only) or f'image {image.image_id!r:.80} has a box outside it'}")
     boxes = image.boxes.clip(0, size)
     solid: np.ndarray = np.all(boxes[:, 2:] > boxes[:, :2], axis=1) & ~bad
     cut += [repr(image.image_id)] * int((solid & (np.abs(boxes - image.boxes) > BOX_TOLERANCE).any(1)).sum())
     for reason, count in ((EMPTY, int((~solid & ~bad).sum())), (CROWD, item.crowds)):
         if count:
-            report.drop(reason, f"{item.where}: {image.image!r}", count)
+            report.drop(reason, f"{item.where}: {image.image!r:.80}", count)
     report.images += 1
     report.keep(image.split, int(solid.sum()))
     return replace(image, boxes=boxes[solid], labels=[label for label, kept in zip(image.labels, solid, strict=True) if kept])
@@ -172,9 +171,9 @@ def _labelled(
     """``ValueError`` says what is wrong with it."""
     for path in paths:
         if reason := check_relative(path):
-            raise ValueError(f"image {path!r} {reason}")
+            raise ValueError(f"image {path!r:.80} {reason}")
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not train, val or test")
+        raise ValueError(f"split {split!r:.80} is not train, val or test")
     width, height = (int(text(value, name)) for name in ("width", "height"))
     image = ImageBoxes(image_id, paths[0], width, height, _numbers(boxes), labels, split)
     return Labelled(number, paths, image, crowds, reach)
@@ -225,7 +224,7 @@ def _by_image(annotations: list[Any], names: dict[Any, Any], images: set[Any]) -
         try:
             _add(of_image[entry["image_id"]], entry, names)
             if entry["image_id"] not in images:
-                raise ValueError(f"image_id {entry['image_id']!r} is not among the images")
+                raise ValueError(f"image_id {entry['image_id']!r:.80} is not among the images")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             bad.append(Unusable(number, f"of the annotations: {f'no field {error}' if isinstance(error, KeyError) else error}"))
     return bad, dict(of_image)
@@ -237,9 +236,9 @@ def _add(found: _Annotations, entry: dict[str, Any], names: dict[Any, Any]) -> N
         found.crowds += 1
         return
     if entry["category_id"] not in names:
-        raise ValueError(f"category_id {entry['category_id']!r} is not among the categories")
+        raise ValueError(f"category_id {entry['category_id']!r:.80} is not among the categories")
     box = _numbers([entry["bbox"]])
     if len(box) != 1:
-        raise ValueError(f"bbox {entry['bbox']!r} is not four numbers")
+        raise ValueError(f"bbox {entry['bbox']!r:.80} is not four numbers")
     found.boxes.append(box[0].tolist())
     found.labels.append(str(names[entry["category_id"]]))

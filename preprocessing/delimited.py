@@ -5,6 +5,7 @@ if need be. Here a field ends before a line that looks like a row; the line whos
 """
 
 import csv
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from preprocessing.images import SUFFIXES
 
+SHOWN = 40  # names of columns in a message
 OPEN_AT_THE_END = "unexpected end of data"  # what the csv module says of a mark that does not close
 
 
@@ -37,9 +39,14 @@ def header_cells(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter), [])
 
 
-def shown_names(names: Iterable[str]) -> str:
-    """Names of columns for a message: in quotation marks where blanks around one, or what cannot be printed, would not be seen."""
-    return ", ".join(name if name.isprintable() and name == name.strip() else repr(name) for name in (name[:80] for name in names))
+def shown_names(names: Iterable[str], quoted: bool = False) -> str:
+    """Names of columns for a message, the first ones of many; in quotation marks where blanks around one, or what cannot be printed, would
+    not be seen without, and where all are to be ``quoted``.
+    """
+    first = [*itertools.islice(names, SHOWN + 1)]
+    plain = [not quoted and name.isprintable() and name == name.strip() for name in first]
+    shown = [name[:80] if bare else f"{name!r:.80}" for name, bare in zip(first, plain, strict=True)]
+    return ", ".join(shown[:SHOWN] + ["and more"] * (len(shown) > SHOWN))
 
 
 def literal_notes(literal: Sequence[int]) -> list[str]:

@@ -13,6 +13,7 @@ from preprocessing.captions import normalise
 from preprocessing.captions.items import Reading, Unusable, read_lines, shown, split_name
 from preprocessing.captions.report import Report, checked, publish, refuse_overwriting
 from preprocessing.captions.splits import Shares, Splitting
+from preprocessing.delimited import shown_names
 
 BLANK, NO_LABEL, OTHER_SPLIT = "blank text", "no gold label", "another split"
 Source = Literal["cola", "sst-2", "mrpc", "qqp", "sts-b", "mnli", "qnli", "rte", "wnli", "tsv", "vqa", "nlvr2", "snli-ve"]
@@ -185,7 +186,7 @@ def _header(source: str, src: Path) -> tuple[list[str], bool]:
             raise UsageError(f"{src} is not a file of CoLA: its first line has {len(first)} columns, not {len(COLA_COLUMNS)}")
         return COLA_COLUMNS, False
     if len(set(first)) != len(first):
-        raise UsageError(f"{src}: a column stands twice in its first line, {', '.join(first)}")
+        raise UsageError(f"{src}: a column stands twice in its first line, {shown_names(first)}")
     return first, True
 
 
@@ -195,7 +196,7 @@ def _refuse_missing(src: Path, layout: Layout, header: Sequence[str], split: str
     needed += [columns.label] if split != "test" else []  # GLUE does not publish the labels of its tests
     missing = [name for name in needed if name is not None and name not in header]
     if missing:
-        raise UsageError(f"{src} has no column {', '.join(map(repr, missing))}; its first line has {', '.join(map(repr, header))}")
+        raise UsageError(f"{src} has no column {shown_names(missing, quoted=True)}; its first line has {shown_names(header, quoted=True)}")
 
 
 def _parser(
@@ -217,7 +218,7 @@ def _parser(
         example_id = cell(columns.example_id) or f"{src.stem}#{number}"
         named = split_name(cell(columns.split)) or split
         if columns.text_b is not None and not cell(columns.text_b):
-            raise ValueError(f"column {columns.text_b!r} is empty")
+            raise ValueError(f"column {columns.text_b!r:.80} is empty")
         return Example(example_id, cell(columns.text_a), cell(columns.text_b), (), labels, targets, kinds=kinds, split=named)
 
     return parse
@@ -230,9 +231,9 @@ def _label(text: str, layout: Layout) -> tuple[tuple[str, ...], tuple[float, ...
         try:
             return (), (float(text),)
         except ValueError:
-            raise ValueError(f"label {text!r} is no number") from None
+            raise ValueError(f"label {text!r:.80} is no number") from None
     if text == "-":
         raise ValueError(NO_LABEL)
     if layout.classes and text not in layout.classes:
-        raise ValueError(f"label {text!r} is none of {', '.join(layout.classes)}")
+        raise ValueError(f"label {text!r:.80} is none of {', '.join(layout.classes)}")
     return (text,), (1.0,)

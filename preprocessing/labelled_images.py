@@ -78,7 +78,7 @@ def image_name(names: str, **parts: Any) -> str:
     try:
         return names.format(**parts)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UsageError(f"--image-names {names!r} cannot be filled in ({error!r}); there are {', '.join(parts)}") from None
+        raise UsageError(f"--image-names {names!r:.80} cannot be filled in ({error!r:.80}); there are {', '.join(parts)}") from None
 
 
 def _nlvr2(value: dict[str, Any], names: str, split: str) -> Example:
@@ -86,12 +86,12 @@ def _nlvr2(value: dict[str, Any], names: str, split: str) -> Example:
     identifier = text(value, "identifier")
     parts = identifier.split("-")
     if len(parts) != 4:
-        raise ValueError(f"identifier {identifier!r} is not split-set-pair-sentence")
+        raise ValueError(f"identifier {identifier!r:.80} is not split-set-pair-sentence")
     pair = identifier.rpartition("-")[0]
     images = tuple(image_name(names, id=pair, number=number) for number in (0, 1))
     label = value.get("label")
     if label is not None and str(label) not in TRUTH:
-        raise ValueError(f"label {label!r} is neither True nor False")
+        raise ValueError(f"label {label!r:.80} is neither True nor False")
     labels, targets = ((str(label),), (1.0,)) if label is not None else ((), ())
     sentence = normalise(text(value, "sentence"))
     return Example(identifier, sentence, "", images, labels, targets, group="-".join((parts[0], parts[1], parts[3])), split=split)
@@ -102,7 +102,7 @@ def _snli_ve(value: dict[str, Any], names: str, split: str) -> Example:
     photo = text(value, "Flickr30K_ID" if "Flickr30K_ID" in value else "Flickr30kID").removesuffix(".jpg")
     label = text(value, "gold_label")
     if label not in ENTAILMENT:
-        raise ValueError(f"gold_label {label!r} is none of {', '.join(ENTAILMENT)}")
+        raise ValueError(f"gold_label {label!r:.80} is none of {', '.join(ENTAILMENT)}")
     image = image_name(names, id=photo)
     return Example(text(value, "pairID"), normalise(text(value, "sentence2")), "", (image,), (label,), (1.0,), split=split)
 
@@ -122,7 +122,7 @@ def _annotations(src: Path) -> Iterator[tuple[int, AnswerOf]]:
         except ijson.JSONError as error:
             raise UsageError(f"{src} is not valid JSON: {' '.join(str(error).split())[:200]}") from None
         except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{src}: an annotation lacks a field of VQA v2: {error!r}") from None
+            raise UsageError(f"{src}: an annotation lacks a field of VQA v2: {error!r:.80}") from None
     if not found:
         raise UsageError(f"{src} has no annotations; VQA's are in v2_mscoco_train2014_annotations.json")
 
@@ -159,7 +159,7 @@ def _image_set(src: Path, document: dict[str, Any], names: str) -> dict[str, str
     subset = coco.images_of(told) or coco.images_of(src.name)
     if not subset and "{subset" in names:
         raise UsageError(
-            f"{src} does not tell which images it is about (data_subtype is {told[:40]!r}): say how they are named with --image-names, "
+            f"{src} does not tell which images it is about (data_subtype is {told[:40]!r:.80}): say how they are named with --image-names, "
             "such as 'COCO_val2014_{id:012d}'"
         )
     return {"subset": subset, "source": "COCO" if kind == "mscoco" else kind}

@@ -83,13 +83,13 @@ def _table_items(table: Path) -> Iterator[Item]:
     for line, row in _table_rows(table):
         path, where = row["image"], f"{table}: line {line}"
         if problem := check_relative(path):
-            raise UsageError(f"{where}: image {path!r} {problem}")
+            raise UsageError(f"{where}: image {path!r:.80} {problem}")
         image_id = row.get("image_id", os.path.splitext(path)[0])
         if not image_id:
             raise UsageError(f"{where} has an empty image_id")
         known, first = seen.setdefault(image_id, (path, line))
         if known != path:
-            raise UsageError(f"{where}: image id {image_id!r} has two files, {known!r} (line {first}) and {path!r}")
+            raise UsageError(f"{where}: image id {image_id!r:.80} has two files, {known!r:.80} (line {first}) and {path!r:.80}")
         repeated += first != line
         if first == line:
             yield Item(image_id, path)
@@ -113,7 +113,9 @@ def _table_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     raise UsageError(f"{table}: line {line} has {len(row.cells)} cells for {len(names)} columns")
                 cells = dict(zip(names, row.cells, strict=True))
                 if row.literal and '"' in cells["image"] + cells.get("image_id", ""):
-                    raise UsageError(f"{table}: line {line} cannot be read: the quotation mark of {cells['image'][:80]!r} does not close")
+                    raise UsageError(
+                        f"{table}: line {line} cannot be read: the quotation mark of {cells['image'][:80]!r:.80} does not close"
+                    )
                 literal += [line] * row.literal
                 yield line, cells
     except UnicodeDecodeError:
@@ -129,7 +131,9 @@ def _delimiter(table: Path) -> str:
     found = [mark for mark in DELIMITERS if "image" in header_cells(header, mark)]
     if not found:
         marks = " or ".join(DELIMITERS.values())
-        raise UsageError(f"{table} is neither a Parquet manifest nor a table with a column 'image' ({marks} separated): {header[:80]!r}")
+        raise UsageError(
+            f"{table} is neither a Parquet manifest nor a table with a column 'image' ({marks} separated): {header[:80]!r:.80}"
+        )
     names = header_cells(header, found[0])
     if len(names) != len(set(names)):
         raise UsageError(f"{table} has a column name twice: {shown_names(names)}")
@@ -158,7 +162,7 @@ def _tar_source(given: Path, tars: list[Path]) -> Source:
             name = tar.relative_to(root).as_posix()
             for key, part in _members(tar):
                 if key in home:
-                    raise UsageError(f"image id {key!r} stands in {home[key]} and in {name}; keys must be unique over all tar files")
+                    raise UsageError(f"image id {key!r:.80} stands in {home[key]} and in {name}; keys must be unique over all tar files")
                 home[key] = name
                 items.append(Item(key, name, part))
             progress.update()

@@ -83,7 +83,7 @@ def import_features(
     """
     name = format or recognise(source)
     if name not in READERS or not 0 <= max_bad <= 1:
-        raise UsageError(f"format {name!r} is not one of {', '.join(READERS)}, or max_bad {max_bad} not between 0 and 1")
+        raise UsageError(f"format {name!r:.80} is not one of {', '.join(READERS)}, or max_bad {max_bad} not between 0 and 1")
     entries = READERS[name](source)
     samples = _samples(source, entries)
     names = read_classes(classes) if classes is not None else None
@@ -134,7 +134,7 @@ def _schema(samples: list[tuple[str, Regions]], how: Completion, name: str, feat
         except BadEntryError as error:
             reason = str(error)
     if not records:
-        raise UsageError(f"image {samples[0][0]!r}: {reason}")
+        raise UsageError(f"image {samples[0][0]!r:.80}: {reason}")
     size = Counter(record.features.shape[1] for record in records).most_common(1)[0][0]
     record = next(record for record in records if record.features.shape[1] == size)
     regions = samples[0][1]
@@ -173,7 +173,7 @@ def _first_other_size(found: list[tuple[str, Regions]], how: Completion) -> str:
     for image_id, regions in found:
         if how.sizes[image_id] != (regions.width, regions.height):
             width, height = how.sizes[image_id]
-            return f"; the first to differ, {image_id[:80]!r}, is {width} x {height} there and {regions.width} x {regions.height} here"
+            return f"; the first to differ, {image_id[:80]!r:.80}, is {width} x {height} there and {regions.width} x {regions.height} here"
     return "; the first ones agree" if found else "; of the first ones none is in --sizes"
 
 
@@ -296,7 +296,7 @@ def _refuse_conflict(one: FeatureStore, two: FeatureStore) -> None:
     different = np.flatnonzero((first >= 0) & (first != second))
     if len(different):
         example = ids[int(different[0])]
-        raise UsageError(f"{one.path} and {two.path} have different records of {len(different):,} images, first {example!r}")
+        raise UsageError(f"{one.path} and {two.path} have different records of {len(different):,} images, first {example!r:.80}")
 
 
 def _merged(stores: list[FeatureStore], done: set[str]) -> Iterator[Encoded]:
@@ -316,13 +316,15 @@ def export_features(store: Path, destination: Path, format: str) -> int:
     ``NoSpaceError``.
     """
     if format not in WRITERS:
-        raise UsageError(f"format {format!r} is not one of {', '.join(WRITERS)}")
+        raise UsageError(f"format {format!r:.80} is not one of {', '.join(WRITERS)}")
     writer = WRITERS[format]
     with FeatureStore(store) as opened:
         problems = [(image_id, problem) for image_id in opened.ids if (problem := writer.id_problem(image_id))]
         if problems:
             first, problem = problems[0]
-            raise UsageError(f"{len(problems):,} ids of {store} cannot stand in {format}: {first[:60]!r} {problem}; parquet takes any id")
+            raise UsageError(
+                f"{len(problems):,} ids of {store} cannot stand in {format}: {first[:60]!r:.80} {problem}; parquet takes any id"
+            )
         _say_what_is_made_up(opened.schema, format)
         with _published(destination) as aside:
             writer.write(_exported(opened, f"export {format}"), opened.schema, aside)

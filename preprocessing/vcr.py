@@ -60,7 +60,7 @@ def _questions(src: Path, split: str, images: Path | None, report: Report, sourc
             continue
         number, question = item
         if reason := _missing(question, images):
-            report.drop(reason, f"{number}: {question.image!r}")
+            report.drop(reason, f"{number}: {question.image!r:.80}")
             continue
         report.keep(split)
         sources[question.image_id] = (question.image, question.metadata)
@@ -72,7 +72,7 @@ def _question(value: dict[str, Any], split: str) -> Question:
     image, metadata = text(value, "img_fn"), text(value, "metadata_fn")
     for path in (image, metadata):
         if reason := check_relative(path):
-            raise ValueError(f"path {path!r} {reason}")
+            raise ValueError(f"path {path!r:.80} {reason}")
     question = Question(
         text(value, "annot_id"),
         os.path.splitext(image)[0],
@@ -96,7 +96,7 @@ def _question(value: dict[str, Any], split: str) -> Question:
 def _choices(value: dict[str, Any], name: str) -> tuple[Tokens, ...]:
     choices = value.get(name)
     if not isinstance(choices, list):
-        raise ValueError(f"field {name!r} is not a list of {CHOICES}")
+        raise ValueError(f"field {name!r:.80} is not a list of {CHOICES}")
     return tuple(_tokens(tokens) for tokens in choices)
 
 
@@ -132,7 +132,7 @@ def _boxes(images: Path, sources: dict[str, tuple[str, str]], split: str) -> Ite
                 found = np.array([box[:4] for box in value["boxes"]], np.float32).reshape(-1, 4)
                 width, height, names = int(value["width"]), int(value["height"]), texts(value, "names")
             except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(f"{metadata} is not VCR's metadata: {error!r}") from None
+                raise UsageError(f"{metadata} is not VCR's metadata: {error!r:.80}") from None
             limit = np.array([width, height] * 2, np.float32)
             yield ImageBoxes(image_id, image, width, height, found.clip(0, limit), names, split)
             progress.update()

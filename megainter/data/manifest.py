@@ -113,7 +113,7 @@ class DuplicatePairError(UsageError):
     """Two rows with one pair id; ``first`` and ``second`` are their numbers, from 0, in the order they were written."""
 
     def __init__(self, path: Path, pair_id: str, first: int, second: int) -> None:
-        super().__init__(f"{path}: pair id {pair_id!r} stands in rows {first + 1} and {second + 1}; pair ids must be unique")
+        super().__init__(f"{path}: pair id {pair_id!r:.80} stands in rows {first + 1} and {second + 1}; pair ids must be unique")
         self.pair_id, self.first, self.second = pair_id, first, second
 
 
@@ -178,7 +178,7 @@ def read_boxes(path: Path, split: str | None = None) -> list[ImageBoxes]:
     seen: set[str] = set()
     for image in images:
         if image.image_id in seen:
-            raise UsageError(f"{path}: image id {image.image_id!r} stands in two rows; image ids must be unique")
+            raise UsageError(f"{path}: image id {image.image_id!r:.80} stands in two rows; image ids must be unique")
         seen.add(image.image_id)
     return images
 
@@ -294,7 +294,7 @@ def record_batch(path: Path, columns: list[list], schema: pa.Schema) -> pa.Recor
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
         raise UsageError(f"{path}: a row does not fit the manifest's columns: {error}") from None
     for split in set(batch.column("split").to_pylist()) - set(SPLITS):
-        raise UsageError(f"{path}: split {split!r} is not one of 'train', 'val', 'test' or empty")
+        raise UsageError(f"{path}: split {split!r:.80} is not one of 'train', 'val', 'test' or empty")
     return batch
 
 
@@ -367,7 +367,7 @@ def split_counts(path: Path, table: pa.Table) -> dict[str, int]:
     """Rows of each split; ``UsageError`` for an unknown one."""
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(table.column("split")).to_pylist()}
     for name in set(counts) - set(SPLITS):
-        raise UsageError(f"{path}: split {name!r} is not one of 'train', 'val', 'test' or empty")
+        raise UsageError(f"{path}: split {name!r:.80} is not one of 'train', 'val', 'test' or empty")
     return counts
 
 
@@ -378,7 +378,7 @@ def refuse_absent_split(path: Path, counts: Mapping[str, int], split: str | None
     if split is not None and not counts.get(split):
         has = ", ".join(f"{name or '(none)'} {count:,}" for name, count in sorted(counts.items()))
         given = "; `prepare --split train` gives captions without a split one" if "" in counts else ""
-        raise UsageError(f"{path} has no rows of split {split!r}; it has {has}{given}")
+        raise UsageError(f"{path} has no rows of split {split!r:.80}; it has {has}{given}")
 
 
 def refuse_contradictions(path: Path, split: str | None) -> None:
@@ -429,7 +429,7 @@ def _refuse_two_paths(path: Path, table: pa.Table, numbers: np.ndarray, ids: pa.
     if len(clash):
         row = int(clash[0])
         one, two = names[int(path_of_image[numbers[row]])].as_py(), names[int(paths[row])].as_py()
-        raise UsageError(f"{path}: image id {ids[int(numbers[row])].as_py()!r} has two files, {one!r} and {two!r}")
+        raise UsageError(f"{path}: image id {ids[int(numbers[row])].as_py()!r:.80} has two files, {one!r:.80} and {two!r:.80}")
 
 
 def refuse_escaping_paths(path: Path, table: pa.Table, rows_before: int = 0) -> None:
@@ -438,7 +438,7 @@ def refuse_escaping_paths(path: Path, table: pa.Table, rows_before: int = 0) -> 
     suspect = pc.match_substring_regex(column, r"^/|(^|/)\.\.(/|$)|\x00")
     row = pc.index(suspect, True).as_py()
     if row >= 0:
-        raise UsageError(f"{path}: row {rows_before + row + 1}: image {column[row].as_py()!r} {check_relative(column[row].as_py())}")
+        raise UsageError(f"{path}: row {rows_before + row + 1}: image {column[row].as_py()!r:.80} {check_relative(column[row].as_py())}")
 
 
 class ContentDigest:
@@ -478,7 +478,7 @@ def _content_digest(table: pa.Table) -> str:
 
 def _image_boxes(path: Path, row: dict) -> ImageBoxes:
     if any(box is None or len(box) != 4 for box in row["boxes"]):
-        raise UsageError(f"{path}: image {row['image_id']!r} has a box that is not four numbers")
+        raise UsageError(f"{path}: image {row['image_id']!r:.80} has a box that is not four numbers")
     row["boxes"] = np.asarray(row["boxes"], np.float32).reshape(-1, 4)
     image = ImageBoxes(**row)
     _check_boxes(path, image)
@@ -492,7 +492,7 @@ def _check_boxes(path: Path, image: ImageBoxes) -> None:
 
 def box_problem(image: ImageBoxes) -> str | None:
     """What is wrong: boxes and labels differ in number, or a box is not xyxy inside its image (often xywh taken for xyxy). Else None."""
-    where, boxes = f"image {image.image_id!r}", image.boxes
+    where, boxes = f"image {image.image_id!r:.80}", image.boxes
     if image.width <= 0 or image.height <= 0:
         return f"{where} has size {image.width} x {image.height}"
     if len(boxes) != len(image.labels) or boxes.ndim != 2 or boxes.shape[1] != 4:

@@ -42,7 +42,8 @@ def prepare(
     output
         Parquet file to write; what was dropped and why goes to OUTPUT.report.json.
     images
-        Folder of the images; captions whose image is missing there are dropped and counted.
+        Folder of the images; captions whose image is missing there are dropped and counted. Images that stand in a Parquet file themselves
+        are written there.
     split
         Keep captions of this split, and give it to those whose source names none.
     captions

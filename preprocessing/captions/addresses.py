@@ -67,7 +67,7 @@ def names_of(patterns: str) -> Namer:
     try:
         paths(Address(1, "http://a/b.jpg", shard="00000", key="000000000"))
     except (ValueError, KeyError, IndexError) as error:
-        raise UsageError(f"image names {patterns!r}: {error}") from None
+        raise UsageError(f"image names {patterns!r:.80}: {error}") from None
     return paths
 
 
@@ -75,9 +75,9 @@ def _parts(pattern: str) -> set[str]:
     try:
         parts = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
     except ValueError as error:
-        raise UsageError(f"image names {pattern!r}: {error}") from None
+        raise UsageError(f"image names {pattern!r:.80}: {error}") from None
     if not parts or parts - set(PARTS):
-        raise UsageError(f"image names {pattern!r} need parts of {', '.join(f'{{{name}}}' for name in PARTS)}")
+        raise UsageError(f"image names {pattern!r:.80} need parts of {', '.join(f'{{{name}}}' for name in PARTS)}")
     return parts
 
 

@@ -103,7 +103,7 @@ def _coco_parser(src: Path, images: list[Any]) -> Callable[[int, dict[str, Any]]
 
     def parse(number: int, entry: dict[str, Any]) -> Item:
         if entry["image_id"] not in names:
-            raise ValueError(f"image_id {entry['image_id']!r} is not among the images")
+            raise ValueError(f"image_id {entry['image_id']!r:.80} is not among the images")
         return Item(number, coco_paths(src, names[entry["image_id"]]), [text(entry, "caption", "")], [text(entry, "id")], split=split)
 
     return parse

@@ -12,6 +12,7 @@ from megainter.errors import UsageError
 from megainter.progress import Progress
 from preprocessing import coco
 from preprocessing.captions.report import MALFORMED
+from preprocessing.delimited import shown_names
 
 NOT_DOWNLOADED, SHARED_NAME = "not downloaded", "file name shared by several addresses"
 AT_ONCE = 1000  # items between two looks at the progress
@@ -134,7 +135,7 @@ def text(value: dict[str, Any], name: str, default: str | None = None) -> str:
     """A string field; numbers count as strings, since ids are often written so. ``ValueError`` where it is missing or something else."""
     content = value.get(name, default)
     if isinstance(content, bool) or not isinstance(content, str | int) or (content == "" and default is None):
-        raise ValueError(f"field {name!r} is {content!r}" if name in value else f"no field {name!r}")
+        raise ValueError(f"field {name!r:.80} is {content!r:.80}" if name in value else f"no field {name!r:.80}")
     return str(content)
 
 
@@ -142,7 +143,7 @@ def texts(value: dict[str, Any], name: str) -> list[str]:
     """A field that is a list of strings."""
     content = value.get(name)
     if not isinstance(content, list) or not all(isinstance(one, str) for one in content):
-        raise ValueError(f"field {name!r} is not a list of strings" if name in value else f"no field {name!r}")
+        raise ValueError(f"field {name!r:.80} is not a list of strings" if name in value else f"no field {name!r:.80}")
     return content
 
 
@@ -150,7 +151,7 @@ def record_item(number: int, value: dict[str, Any], fields: Fields, place: str =
     """An item of one record with named fields: a line of JSON, a row of CSV or Parquet."""
     name = fields.captions or ("captions" if "captions" in value else "caption")
     if name not in value:
-        raise ValueError(f"no field {name!r}; there are {', '.join(map(repr, value))}")
+        raise ValueError(f"no field {name!r:.80}; there are {shown_names(value, quoted=True)}")
     image_id = _optional(value, "image_id")
     pair_id = _optional(value, fields.pair_id or "pair_id")
     image, split = text(value, fields.image or "image"), split_name(_optional(value, fields.split or "split") or "")
@@ -181,4 +182,4 @@ def refuse_fields(source: str, fields: Fields, *allowed: str) -> None:
     """``UsageError`` where a name was given that this source has no use for."""
     for name, given in vars(fields).items():
         if given is not None and name not in allowed:
-            raise UsageError(f"{source} has no {name.replace('_', ' ')} to name, but {given!r} was given; leave it out")
+            raise UsageError(f"{source} has no {name.replace('_', ' ')} to name, but {given!r:.80} was given; leave it out")

@@ -11,7 +11,7 @@ from megainter.files import write_json
 MALFORMED, MISSING_IMAGE, MISSING_METADATA = "malformed", "image file missing", "metadata file missing"
 BLANK, OTHER_SPLIT = "blank caption", "another split"
 BAD = (MALFORMED, MISSING_IMAGE, MISSING_METADATA)  # faults of the data; what is left out for another reason was asked for, or is usual
-EXAMPLES_KEPT = 20  # per reason
+EXAMPLES_KEPT, EXAMPLE_LENGTH = 20, 300  # per reason; in characters, whatever a file holds
 Row = TypeVar("Row")
 
 
@@ -39,7 +39,11 @@ class Report:
         self.dropped[reason] = self.dropped.get(reason, 0) + count
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES_KEPT:
-            examples.append(example)
+            examples.append(
+                example
+                if len(example) <= EXAMPLE_LENGTH
+                else f"{example[:EXAMPLE_LENGTH]} and {len(example) - EXAMPLE_LENGTH:,} more characters"
+            )
 
     def bad(self) -> int:
         """How much was left out for a fault of the data."""

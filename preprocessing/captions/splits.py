@@ -36,7 +36,7 @@ class Splitting:
 
     def __post_init__(self) -> None:
         if self.wanted is not None and self.wanted not in SPLITS[:-1]:
-            raise UsageError(f"split {self.wanted!r} is not one of train, val, test")
+            raise UsageError(f"split {self.wanted!r:.80} is not one of train, val, test")
         if self.wanted is not None and self.shares is not None:
             raise UsageError("give either --split or --val-share and --test-share")
 
@@ -50,7 +50,8 @@ class Splitting:
             return named or self.wanted or ""
         if named:
             raise UsageError(
-                f"image {image_id!r} is of split {named!r}: --val-share and --test-share are for sources without splits; leave them out"
+                f"image {image_id!r:.80} is of split {named!r:.80}: --val-share and --test-share are for sources without splits; "
+                "leave them out"
             )
         return self.shares.split_of(image_id)
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from megainter.data.manifest import open_parquet
 from megainter.errors import UsageError
 from preprocessing.captions.addresses import Address, names_of
+from preprocessing.captions.embedded import ROWS_AT_ONCE, EmbeddedImages, holds_images
 from preprocessing.captions.items import NOT_DOWNLOADED, Fields, Item, Items, Reading, Unusable, record_item, text
 from preprocessing.delimited import Fault, delimited_rows, header_cells, literal_notes, shown_names
 
@@ -55,8 +56,11 @@ def _csv_item(number: int, row: list[str], columns: list[str], fields: Fields) -
     return record_item(number, {name: cell for name, cell in zip(columns, row, strict=True) if cell or name != "image_id"}, fields)
 
 
-def table_of_parquet(src: Path, fields: Fields) -> Reading[Item]:
-    """A Parquet file, or a folder of them in the order of their names; img2dataset's are known by their columns."""
+def table_of_parquet(src: Path, fields: Fields, images: Path | None = None) -> Reading[Item]:
+    """A Parquet file, or a folder of them in the order of their names; img2dataset's are known by their columns.
+
+    Where the column of images holds these and not their paths, they are written to ``images``, which is made.
+    """
     files = sorted(src.glob("*.parquet")) if src.is_dir() else [src]
     if not files:
         raise UsageError(f"folder {src} has no *.parquet")
@@ -68,8 +72,13 @@ def table_of_parquet(src: Path, fields: Fields) -> Reading[Item]:
             raise UsageError(f"{src}: image names are for tables of img2dataset, which have columns {', '.join(sorted(DOWNLOADED))}")
         _refuse_missing(src, columns, fields)
     total = sum(file.metadata.num_rows for file in opened)
-    items = _downloaded_items(files, fields) if downloaded else _parquet_items(files, fields)
-    return Reading(items, total, "rows", place="row")
+    if downloaded:
+        return Reading(_downloaded_items(files, fields), total, "rows", place="row")
+    if not holds_images(opened[0].schema_arrow.field(fields.image or "image").type):
+        return Reading(_parquet_items(files, fields), total, "rows", place="row")
+    items = _parquet_items(files, fields, EmbeddedImages(images))
+    where = f"written to {images}" if images is not None else "not written anywhere; give --images FOLDER to have them there"
+    return Reading(items, total, "rows", place="row", notes=lambda: [f"note: the images stand in the table and were {where}"])
 
 
 def is_download(src: Path) -> bool:
@@ -77,12 +86,14 @@ def is_download(src: Path) -> bool:
     return src.suffix == ".parquet" or (src.is_dir() and any(src.glob("*.parquet")))
 
 
-def _parquet_items(files: list[Path], fields: Fields) -> Items:
-    wanted = {fields.captions, fields.image or "image", fields.split or "split", fields.pair_id or "pair_id", "image_id"}
+def _parquet_items(files: list[Path], fields: Fields, embedded: EmbeddedImages | None = None) -> Items:
+    image = fields.image or "image"
+    wanted = {fields.captions, image, fields.split or "split", fields.pair_id or "pair_id", "image_id"}
     wanted |= set() if fields.captions else {"caption", "captions"}
-    for number, _, row in _rows(files, {name for name in wanted if name}):
+    for number, file, row in _rows(files, {name for name in wanted if name}, ROWS_AT_ONCE if embedded else 8192):
         try:
-            yield record_item(number, row, fields, "row")
+            placed = {} if embedded is None else {image: embedded.place(row[image], file.stem, number)}
+            yield record_item(number, row | placed, fields, "row")
         except ValueError as error:
             yield Unusable(number, str(error))
 
@@ -94,7 +105,7 @@ def _downloaded_items(files: list[Path], fields: Fields) -> Items:
     for number, file, row in _rows(files, DOWNLOADED | {caption}):
         try:
             if row["status"] != "success":
-                yield Unusable(number, f"{row['url']!r} {row['status']}", NOT_DOWNLOADED)
+                yield Unusable(number, f"{row['url']!r:.80} {row['status']}", NOT_DOWNLOADED)
                 continue
             key = text(row, "key")
             address = Address(number, row["url"] or "", shard=file.stem, key=key)
@@ -103,22 +114,22 @@ def _downloaded_items(files: list[Path], fields: Fields) -> Items:
             yield Unusable(number, str(error))
 
 
-def _rows(files: list[Path], columns: set[str]) -> Iterator[tuple[int, Path, dict[str, Any]]]:
+def _rows(files: list[Path], columns: set[str], at_once: int = 8192) -> Iterator[tuple[int, Path, dict[str, Any]]]:
     """(number from 1 over all files, file, row) of those columns that are there."""
     number = 0
     for path in files:
         file = open_parquet(path, made_by="give a Parquet file or a folder of them")
-        for batch in _batches(path, file, [name for name in file.schema_arrow.names if name in columns]):
+        for batch in _batches(path, file, [name for name in file.schema_arrow.names if name in columns], at_once):
             for row in batch.to_pylist():
                 number += 1
                 yield number, path, row
 
 
-def _batches(path: Path, file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, file: pq.ParquetFile, columns: list[str], at_once: int) -> Iterator[pa.RecordBatch]:
     try:
-        yield from file.iter_batches(batch_size=8192, columns=columns)
+        yield from file.iter_batches(batch_size=at_once, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]:.200}") from None
 
 
 def _refuse_missing(src: Path, columns: list[str], fields: Fields) -> None:

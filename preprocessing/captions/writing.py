@@ -41,16 +41,18 @@ def prepare(
 ) -> Report:
     """Write the manifest ``output`` from the captions ``src``, print a report and write it to ``output``.report.json.
 
-    ``images``: drop captions whose image is not in that folder. ``split``: keep only captions of that split; those that name none are
-    given it. ``shares``: for captions without splits. ``fields``: names that the source uses instead of the usual ones.
+    ``images``: drop captions whose image is not in that folder; images that stand in the table are written there. ``split``: keep only
+    captions of that split; those that name none are given it. ``shares``: for captions without splits. ``fields``: names that the source
+    uses instead of the usual ones.
 
     Raises ``UsageError`` (missing file, another format, pair ids that come twice, nothing kept, an ``output`` that is the source or
     something else than a manifest) and ``TooManyBadInputsError`` where more than ``max_bad`` of the captions, and more than one line, are
     malformed or without image; then no manifest is written, the report is.
     """
-    splitting, find = Splitting(split, shares), finder(images)
+    splitting = Splitting(split, shares)
     refuse_overwriting(output, src, *(src.glob("*.parquet") if src.is_dir() else ()))
-    reading = _open(source, src, fields or Fields())
+    reading = _open(source, src, fields or Fields(), images)
+    find = finder(images)
     report, lines = Report(place=reading.place), array("Q")
     items = shown(reading, "captions")
     pairs = _pairs(items, report, lines, find, splitting)
@@ -66,18 +68,18 @@ def prepare(
 
 def _twice(src: Path, pair_id: str, first: str, second: str) -> str:
     return (
-        f"{src}: pair id {pair_id!r} comes in {first} and again in {second}; pair ids must be unique: put all captions of an image "
+        f"{src}: pair id {pair_id!r:.80} comes in {first} and again in {second}; pair ids must be unique: put all captions of an image "
         "into one entry, give each pair an id of its own, or remove one of the two"
     )
 
 
-def _open(source: str, src: Path, fields: Fields) -> Reading[Item]:
-    """The captions of ``src`` in any of the formats."""
+def _open(source: str, src: Path, fields: Fields, images: Path | None) -> Reading[Item]:
+    """The captions of ``src`` in any of the formats; images that stand in it are written to the folder ``images``."""
     tabular = source == "parquet" or (source in ("conceptual-captions", "sbu") and tables.is_download(src))
     if not (src.is_file() or (src.is_dir() and (tabular or source == "sbu"))):
         raise UsageError(f"{src} does not exist or is not a file")
     if tabular:
-        return tables.table_of_parquet(src, fields)
+        return tables.table_of_parquet(src, fields, images)
     if source in ("jsonl", "csv"):
         refuse_fields(source, fields, *COLUMNS)
         return annotations.jsonl(src, fields) if source == "jsonl" else tables.table_of_csv(src, fields)
@@ -106,7 +108,7 @@ def _pairs(items: Items, report: Report, lines: "array[int]", find: Finder, spli
         elif not splitting.keeps(item.split):
             report.drop(OTHER_SPLIT, f"{item.where}: {item.split}", len(item.captions))
         elif (path := find(item.paths)) is None:
-            report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r}", len(item.captions))
+            report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r:.80}", len(item.captions))
         else:
             for pair in _item_pairs(item, path, splitting, report):
                 lines.append(item.where)
@@ -129,11 +131,11 @@ def _problem(item: Item) -> str | None:
     """Why an item cannot be used, or None where it can."""
     for text in (*item.paths, item.image_id or "", *(item.pair_ids or ())):
         if SURROGATE.search(text):
-            return f"{text!r} is not valid Unicode"
+            return f"{text!r:.80} is not valid Unicode"
     for path in item.paths:
         if reason := check_relative(path):
-            return f"image {path!r} {reason}"
-    return None if item.split in SPLITS else f"split {item.split!r} is not train, val or test"
+            return f"image {path!r:.80} {reason}"
+    return None if item.split in SPLITS else f"split {item.split!r:.80} is not train, val or test"
 
 
 def finder(folder: Path | None) -> Finder:

@@ -175,7 +175,7 @@ def _ids_of_names(names: tuple[str, ...], how: Completion) -> np.ndarray:
         raise BadEntryError("its classes are spelled out; give the list of all classes (--classes)")
     known = {name: place for place, name in reversed(list(enumerate(how.classes)))}
     if unknown := set(names) - known.keys():
-        raise BadEntryError(f"class {min(unknown)!r} is not in the list of classes")
+        raise BadEntryError(f"class {min(unknown)!r:.80} is not in the list of classes")
     return np.array([known[name] for name in names], np.int64)
 
 

@@ -126,7 +126,7 @@ def _entries(path: Path, index_key: bytes, decode: Callable[[bytes], Regions]) -
         for key in source.all_keys():
             if key != index_key:
                 load = partial(_load, source, key, decode)
-                yield Entry(f"key {key.decode(errors='backslashreplace')!r}", key.decode(errors="surrogateescape"), 1, load)
+                yield Entry(f"key {key.decode(errors='backslashreplace')!r:.80}", key.decode(errors="surrogateescape"), 1, load)
 
 
 def _load(source: ForeignLmdb, key: bytes, decode: Callable[[bytes], Regions]) -> Regions:
@@ -166,7 +166,7 @@ def _put(environment: lmdb.Environment, batch: list[tuple[bytes, bytes]], size: 
             with environment.begin(write=True) as transaction:
                 for key, value in batch:
                     if not transaction.put(key, value, overwrite=False):
-                        raise UsageError(f"the key {key.decode(errors='replace')!r} came twice")
+                        raise UsageError(f"the key {key.decode(errors='replace')!r:.80} came twice")
             return
         except lmdb.MapFullError:
             environment.set_mapsize(2 * environment.info()["map_size"] + 2 * size)

@@ -25,7 +25,7 @@ def read(path: Path) -> Source:
 def _entries(path: Path) -> Iterator[Entry]:
     with ForeignLmdb(path) as source:
         for key in source.all_keys():
-            where = f"key {key.decode(errors='backslashreplace')!r}"
+            where = f"key {key.decode(errors='backslashreplace')!r:.80}"
             try:
                 row = datapoint(source.get(key)) if key != INDEX_KEY else []
                 if isinstance(row, dict):
