@@ -8,7 +8,7 @@ import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, StoreSchema, seal_store, stored_ids
+from megainter.data.image_ids import renamer
 from megainter.data.record import RegionRecord, encode
 from megainter.data.shard import read_store_json, refuse_live_writers, shard_files
 from megainter.data.store_writer import create_store
@@ -69,13 +70,15 @@ def import_features(
     background: Background | None = None,
     top_k: int = 0,
     detector: str | None = None,
+    ids: str | None = None,
     max_bad: float = 0.01,
 ) -> Imported:
     """Import region features of a foreign format (recognised by content, or ``format``) into the feature store ``output``, and seal it.
 
     ``features`` is the dtype to keep; ``classes`` lists the foreground classes; ``sizes`` gives image sizes, before what the format says
     of them; ``background`` is the column of the background in its class probabilities, and tells whether its labels count it; ``top_k``
-    of the probabilities are kept (0: all); ``detector`` names what made the features. Listed in ``output``/failed.tsv are entries that
+    of the probabilities are kept (0: all); ``detector`` names what made the features; ``ids`` says how an image's id is
+    made of the format's (``image_ids.renamer``). Listed in ``output``/failed.tsv are entries that
     cannot be used, those that repeat an id (the first is kept), and those that are kept without a member that others have.
 
     Raises ``UsageError``, ``TooManyBadInputsError`` where more than ``max_bad`` of the entries are bad (the others are kept, the store
@@ -84,7 +87,7 @@ def import_features(
     name = format or recognise(source)
     if name not in READERS or not 0 <= max_bad <= 1:
         raise UsageError(f"format {name!r:.80} is not one of {', '.join(READERS)}, or max_bad {max_bad} not between 0 and 1")
-    entries = READERS[name](source)
+    entries, rename = READERS[name](source), renamer(ids) if ids is not None else str
     samples = _samples(source, entries)
     names = read_classes(classes) if classes is not None else None
     counts = Counter(class_count(regions, names, background) for _, regions in samples)
@@ -93,14 +96,14 @@ def import_features(
     given = read_sizes(sizes) if sizes is not None else None
     how = Completion(num_classes, names, given, background, labels.ids if labels is not None else "foreground")
     schema = _schema(samples, how, name, features, top_k, detector)
-    if labels is not None:
-        schema = replace(schema, settings=schema.settings | {"labels": labels.ids})
+    decided = ({"labels": labels.ids} if labels is not None else {}) | ({"ids": ids} if ids is not None else {})
+    schema = replace(schema, settings=schema.settings | decided)
     _say_what_is_decided(samples, how, labels, name)
     create_store(output, schema)
     refuse_live_writers(output)
     done, account = stored_ids(output), _Account()
     try:
-        written = _write(output, schema, _imported(entries, how, schema, done, account, f"import {name}"))
+        written = _write(output, schema, _imported(entries, how, schema, done, account, f"import {name}", rename))
     except BaseException:
         with suppress(OSError):  # a full disk must not hide the first error
             _list_failures(output, account)
@@ -186,31 +189,39 @@ def _say_what_is_missing(regions: Regions, settings: dict[str, str], name: str) 
         print(f"{name} has no classes: train with the region objective 'feature', all classes are stored as equally likely", flush=True)
 
 
-def _imported(source: Source, how: Completion, schema: StoreSchema, done: set[str], account: _Account, label: str) -> Iterator[Encoded]:
+def _imported(
+    source: Source, how: Completion, schema: StoreSchema, done: set[str], account: _Account, label: str, rename: Callable[[str], str]
+) -> Iterator[Encoded]:
     """Records to add: of every entry that can be used, whose id has not come before and is not in the store yet."""
     seen: set[str] = set()
     with Progress(label, source.total, source.unit) as progress:
         for entry in source.entries():
             account.entries += 1
             progress.update(entry.size, f"{account.bad} bad" if account.bad else "")
-            if entry.image_id in seen:
-                account.failures.append((entry.image_id, entry.where, "its id came before, and the first is kept"))
-            elif entry.image_id in done:
-                seen.add(entry.image_id)
-            elif (record := _record(entry, how, schema, account)) is not None:
-                seen.add(entry.image_id)
+            try:
+                image_id = rename(entry.image_id) if entry.image_id else ""
+            except ValueError as error:
+                account.bad += 1
+                account.failures.append((entry.image_id, entry.where, str(error)))
+                continue
+            if image_id in seen:
+                account.failures.append((image_id, entry.where, "its id came before, and the first is kept"))
+            elif image_id in done:
+                seen.add(image_id)
+            elif (record := _record(entry, image_id, how, schema, account)) is not None:
+                seen.add(image_id)
                 yield record
 
 
-def _record(entry: Entry, how: Completion, schema: StoreSchema, account: _Account) -> Encoded | None:
+def _record(entry: Entry, image_id: str, how: Completion, schema: StoreSchema, account: _Account) -> Encoded | None:
     try:
         regions = entry.load()
         record, lacking = fitted(complete(entry.image_id, regions, how), schema.extras)
         if lacking:
             account.lacking += 1
             why = "".join(f"; {reason}" for reason in regions.left_out.values())
-            account.failures.append((entry.image_id, entry.where, f"kept without {', '.join(lacking)}{why}"))
-        return entry.image_id, *encode(entry.image_id, record, schema), len(record)
+            account.failures.append((image_id, entry.where, f"kept without {', '.join(lacking)}{why}"))
+        return image_id, *encode(image_id, record, schema), len(record)
     except (BadEntryError, UsageError) as error:
         account.bad += 1
         account.failures.append((entry.image_id, entry.where, str(error)))

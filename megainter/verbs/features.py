@@ -109,6 +109,7 @@ def import_(
     background: Literal["first", "last", "none"] | None = None,
     top_k: int = 0,
     detector: str | None = None,
+    ids: str | None = None,
     max_bad: float = 0.01,
 ) -> None:
     """Import another program's region features into a feature store. The same command goes on after a stop.
@@ -135,6 +136,9 @@ def import_(
         Keep only so many class probabilities of a region; default all.
     detector
         What made the features; stores merge where this is the same.
+    ids
+        How an image's id is made of the format's: parts {id}, {stem} (its last part without suffix), {folder} and {number} (of
+        COCO_val2014_000000391895: 391895), as in "val2014/COCO_val2014_{number:012d}".
     max_bad
         Share of unusable entries above which the command ends with exit code 3.
     """
@@ -143,7 +147,7 @@ def import_(
     _stop_on_signals()
     done = import_features(
         src, dst, format=format, features=features, classes=classes, sizes=sizes, background=background, top_k=top_k, detector=detector,
-        max_bad=max_bad,
+        ids=ids, max_bad=max_bad,
     )  # fmt: skip
     print(f"{dst}: {done.stored:,} images, digest {done.digest}")
 

@@ -25,6 +25,8 @@ def prepare(
     split_field: str | None = None,
     id_field: str | None = None,
     image_names: str | None = None,
+    ids: str | None = None,
+    store: Path | None = None,
     val_share: float = 0.0,
     test_share: float = 0.0,
     seed: int = 0,
@@ -58,6 +60,12 @@ def prepare(
         How the images of a list of addresses were named, such as "{crc32}.jpg", "{row:09d}.jpg" (rows from 0), "{line}.jpg" (from 1),
         "{name}" (the last part of the address), "{stem}.png", "{md5}.jpg", or for img2dataset "{shard}/{key}.jpg". Several, apart by
         commas, are tried in turn.
+    ids
+        How an image's id is made of the usual one (its path without suffix): parts {id}, {stem} (its last part), {folder} and {number} (of
+        COCO_val2014_000000391895: 391895), as in "{number}".
+    store
+        Feature store whose ids the images are to have; forms of a name that it may use are tried: without folder, without suffix, COCO's
+        number.
     val_share
         Share of the images for validation, drawn by a hash of the image's id, where the source names no splits; the rest is for training.
     test_share
@@ -72,7 +80,9 @@ def prepare(
 
     fields = Fields(captions, image_field, split_field, id_field, image_names)
     shares = Shares(val_share, test_share, seed) if val_share or test_share else None
-    prepare_captions(source, src, output, images=images, split=split, shares=shares, fields=fields, max_bad=max_bad)
+    prepare_captions(
+        source, src, output, images=images, split=split, shares=shares, fields=fields, ids=ids, store=store, max_bad=max_bad
+    )  # fmt: skip
 
 
 @prepare_app.command

@@ -66,7 +66,7 @@ def _genome_item(number: int, entry: dict[str, Any]) -> Item:
     image = text(entry, "id" if "id" in entry else "image_id")
     paths = tuple(f"{folder}{image}.jpg" for folder in ("", "VG_100K/", "VG_100K_2/"))
     phrases = [text(region, "phrase", "") for region in entry["regions"]]
-    return Item(number, paths, phrases, [text(region, "region_id") for region in entry["regions"]], image)
+    return Item(number, paths, phrases, [text(region, "region_id") for region in entry["regions"]])
 
 
 def _official_item(number: int, line: str, split: str) -> Item:

@@ -99,7 +99,10 @@ def _parquet_items(files: list[Path], fields: Fields, embedded: EmbeddedImages |
 
 
 def _downloaded_items(files: list[Path], fields: Fields) -> Items:
-    """Images lie in SHARD/KEY.jpg beside SHARD.parquet (output format "files"); keys are unique over all shards."""
+    """Images lie in SHARD/KEY.jpg beside SHARD.parquet (output format "files"), or in SHARD.tar ("webdataset"), where the key is the id.
+
+    Keys are unique over all shards.
+    """
     paths = names_of(fields.image_names or "{shard}/{key}.jpg,{shard}/{key}.png,{shard}/{key}.webp")
     caption = fields.captions or "caption"
     for number, file, row in _rows(files, DOWNLOADED | {caption}):
@@ -109,7 +112,8 @@ def _downloaded_items(files: list[Path], fields: Fields) -> Items:
                 continue
             key = text(row, "key")
             address = Address(number, row["url"] or "", shard=file.stem, key=key)
-            yield Item(number, paths(address), [text(row, caption, "")], [f"{file.stem}/{key}"])
+            image_id = key if file.with_suffix(".tar").exists() else None
+            yield Item(number, paths(address), [text(row, caption, "")], [f"{file.stem}/{key}"], image_id)
         except ValueError as error:
             yield Unusable(number, str(error))
 

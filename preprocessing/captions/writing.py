@@ -5,6 +5,7 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ from typing import Literal
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from megainter.data.feature_store import FeatureStore
+from megainter.data.image_ids import match, renamer
 from megainter.data.manifest import SPLITS, DuplicatePairError, Pair, check_relative, write_pairs
 from megainter.errors import UsageError
 from megainter.files import inside
@@ -37,13 +40,16 @@ def prepare(
     split: str | None = None,
     shares: Shares | None = None,
     fields: Fields | None = None,
+    ids: str | None = None,
+    store: Path | None = None,
     max_bad: float = 0.01,
 ) -> Report:
     """Write the manifest ``output`` from the captions ``src``, print a report and write it to ``output``.report.json.
 
     ``images``: drop captions whose image is not in that folder; images that stand in the table are written there. ``split``: keep only
     captions of that split; those that name none are given it. ``shares``: for captions without splits. ``fields``: names that the source
-    uses instead of the usual ones.
+    uses instead of the usual ones. ``ids``: how an image's id is made of the usual one (``image_ids.renamer``). ``store``: give images the
+    ids that this feature store has them under, whatever form of their name that is.
 
     Raises ``UsageError`` (missing file, another format, pair ids that come twice, nothing kept, an ``output`` that is the source or
     something else than a manifest) and ``TooManyBadInputsError`` where more than ``max_bad`` of the captions, and more than one line, are
@@ -55,15 +61,27 @@ def prepare(
     find = finder(images)
     report, lines = Report(place=reading.place), array("Q")
     items = shown(reading, "captions")
-    pairs = _pairs(items, report, lines, find, splitting)
+    pairs = checked(_pairs(items, report, lines, find, splitting, renamer(ids) if ids else str), report, src, output, max_bad, "captions")
+    notes = list[str]()
     try:
-        write_pairs(output, checked(pairs, report, src, output, max_bad, "captions"))
+        write_pairs(output, pairs if store is None else _matched(list(pairs), store, notes))
     except DuplicatePairError as error:
         first, second = (f"{reading.place} {lines[row]}" for row in (error.first, error.second))
         raise UsageError(_twice(src, error.pair_id, first, second)) from None
     report.images = pc.count_distinct(pq.read_table(output, columns=["image_id"]).column("image_id")).as_py()
-    publish(report, src, output, "captions", *reading.notes(), *splitting.notes(report))
+    publish(report, src, output, "captions", *reading.notes(), *notes, *splitting.notes(report))
     return report
+
+
+def _matched(pairs: list[Pair], store: Path, notes: list[str]) -> Iterator[Pair]:
+    """The pairs under the ids of the store's images; ``notes`` takes what was found. ``UsageError`` where it has none of them."""
+    with FeatureStore(store, allow_partial=True) as opened:
+        wanted, stored = list(dict.fromkeys(pair.image_id for pair in pairs)), opened.ids[:]
+    found = match(wanted, stored)
+    if not found.names:
+        raise UsageError(f"{found.told(wanted, stored, store)}: give --ids, or extract these images")
+    notes.append(f"note: {found.told(wanted, stored, store)}")
+    yield from (replace(pair, image_id=found.names.get(pair.image_id, pair.image_id)) for pair in pairs)
 
 
 def _twice(src: Path, pair_id: str, first: str, second: str) -> str:
@@ -98,7 +116,9 @@ def normalise(caption: str) -> str:
     return " ".join(unicodedata.normalize("NFC", CONTROL.sub(" ", text)).split())
 
 
-def _pairs(items: Items, report: Report, lines: "array[int]", find: Finder, splitting: Splitting) -> Iterator[Pair]:
+def _pairs(
+    items: Items, report: Report, lines: "array[int]", find: Finder, splitting: Splitting, rename: Callable[[str], str]
+) -> Iterator[Pair]:
     """Pairs of the items that can be used; ``lines`` takes the line of each."""
     for item in items:
         if isinstance(item, Unusable):
@@ -110,13 +130,17 @@ def _pairs(items: Items, report: Report, lines: "array[int]", find: Finder, spli
         elif (path := find(item.paths)) is None:
             report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r:.80}", len(item.captions))
         else:
-            for pair in _item_pairs(item, path, splitting, report):
+            try:
+                image_id = rename(item.image_id or os.path.splitext(path)[0])
+            except ValueError as error:
+                report.drop(MALFORMED, f"{item.where}: {error}", len(item.captions))
+                continue
+            for pair in _item_pairs(item, image_id, path, splitting, report):
                 lines.append(item.where)
                 yield pair
 
 
-def _item_pairs(item: Item, path: str, splitting: Splitting, report: Report) -> Iterator[Pair]:
-    image_id = item.image_id or os.path.splitext(path)[0]
+def _item_pairs(item: Item, image_id: str, path: str, splitting: Splitting, report: Report) -> Iterator[Pair]:
     split = splitting.of(item.split, image_id)
     for number, text in enumerate(item.captions):
         caption = normalise(text)
