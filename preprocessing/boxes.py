@@ -6,7 +6,7 @@ COCO's instances_*.json, which most annotation tools write, or JSON Lines of our
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megainter.data.image_ids import renamer
 from megainter.data.manifest import BOX_TOLERANCE, SPLITS, ImageBoxes, box_problem, check_relative, write_boxes
 from megainter.errors import UsageError
 from megainter.files import read_json
@@ -61,13 +62,15 @@ def prepare_boxes(
     images: Path | None = None,
     split: str | None = None,
     shares: Shares | None = None,
+    ids: str | None = None,
     max_bad: float = 0.01,
 ) -> Report:
     """Write the manifest of boxes ``output`` from ``src``, print a report and write it to ``output``.report.json.
 
     ``images``: drop images that are not in that folder. ``split`` and ``shares`` as for captions; the same shares and seed give an image
-    the same split in both. Boxes are cut at the image's edge, of lines of our own if they are a tenth of its side over it at most; images
-    without boxes stay, crowds are left out, and so is every box that is no box or not in the image.
+    the same split in both. ``ids``: how an image's id is made of the usual one. Boxes are cut at the image's edge, of lines of our own if
+    they are a tenth of its side over it at most; images without boxes stay, crowds are left out, and so is every box that is no box or
+    not in the image.
 
     Raises ``UsageError`` (missing file, another format, an image that comes twice, nothing kept) and ``TooManyBadInputsError`` where more
     than ``max_bad`` of the boxes, and more than one line, are malformed or without image; then no manifest is written, the report is.
@@ -77,9 +80,10 @@ def prepare_boxes(
     splitting, find = Splitting(split, shares), finder(images)
     refuse_overwriting(output, src)
     reading: Reading[Labelled] = _coco(src) if source == "coco" else read_lines(src, _line)
+    rename = renamer(ids) if ids is not None else str
     report, items = Report(place=reading.place), shown(reading, "boxes")
     cut = list[str]()
-    rows = _rows(src, items, report, find, splitting, cut)
+    rows = _rows(src, items, report, find, splitting, cut, rename)
     write_boxes(output, checked(rows, report, src, output, max_bad, "boxes"))
     notes = [f"note: {len(cut):,} boxes were cut at the image's edge, first of image {cut[0]}"] if cut else []
     publish(report, src, output, "boxes", *notes, *splitting.notes(report))
@@ -87,7 +91,13 @@ def prepare_boxes(
 
 
 def _rows(
-    src: Path, items: Iterator[Labelled | Unusable], report: Report, find: Finder, splitting: Splitting, cut: list[str]
+    src: Path,
+    items: Iterator[Labelled | Unusable],
+    report: Report,
+    find: Finder,
+    splitting: Splitting,
+    cut: list[str],
+    rename: Callable[[str], str],
 ) -> Iterator[ImageBoxes]:
     """The images that can be used, each once; ``cut`` takes the image of each box that is cut."""
     seen = dict[str, int]()
@@ -101,7 +111,11 @@ def _rows(
         elif (path := find(item.paths)) is None:
             report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r:.80}", max(1, len(item.image.boxes)))
         else:
-            image_id = item.image.image_id or os.path.splitext(path)[0]
+            try:
+                image_id = rename(item.image.image_id or os.path.splitext(path)[0])
+            except ValueError as error:
+                report.drop(MALFORMED, f"{item.where}: {error}", max(1, len(item.image.boxes)))
+                continue
             _refuse_repeated(src, image_id, item.where, seen, report.place)
             image = replace(item.image, image_id=image_id, image=path, split=splitting.of(item.image.split, image_id))
             yield _counted(item, image, report, cut)

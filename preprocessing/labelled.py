@@ -9,13 +9,14 @@ from typing import Literal
 from megainter.data.examples import Example, Problem, TaskFacts, write_examples
 from megainter.errors import UsageError
 from preprocessing import coco, labelled_images
-from preprocessing.captions import normalise
+from preprocessing.captions import names_in_store, normalise
 from preprocessing.captions.items import Reading, Unusable, read_lines, shown, split_name
 from preprocessing.captions.report import Report, checked, publish, refuse_overwriting
 from preprocessing.captions.splits import Shares, Splitting
 from preprocessing.delimited import shown_names
+from preprocessing.labelled_images import NO_LABEL
 
-BLANK, NO_LABEL, OTHER_SPLIT = "blank text", "no gold label", "another split"
+BLANK, OTHER_SPLIT = "blank text", "another split"
 Source = Literal["cola", "sst-2", "mrpc", "qqp", "sts-b", "mnli", "qnli", "rte", "wnli", "tsv", "vqa", "nlvr2", "snli-ve"]
 
 
@@ -77,13 +78,16 @@ def prepare_examples(
     options: Options | None = None,
     split: str | None = None,
     shares: Shares | None = None,
+    store: Path | None = None,
     max_bad: float = 0.01,
 ) -> Report:
     """Write the examples of one or several files to ``output``, print a report and write it to ``output``.report.json.
 
     A file's split is in its name (train, dev, test1), or in a column of a tsv; ``split`` keeps only that one, and is given to what names
-    none; ``shares`` draws them by the example's id. Raises ``UsageError`` (missing file, another format, nothing kept, an id that repeats)
-    and ``TooManyBadInputsError`` where more than ``max_bad`` of the examples, and more than one line, cannot be used.
+    none; ``shares`` draws them by the example's id. ``store``: the feature store whose ids the examples' images are to have.
+
+    Raises ``UsageError`` (missing file, another format, nothing kept, an id that repeats) and ``TooManyBadInputsError`` where more than
+    ``max_bad`` of the examples, and more than one line, cannot be used.
     """
     options, splitting = options or Options(), Splitting(split, shares)
     if not sources:
@@ -95,10 +99,20 @@ def prepare_examples(
     readings = [(src, reading) for src, reading in zip(sources, _open(source, sources, options))]
     report = Report(place="entry" if source == "vqa" else "line")
     kept = list(checked(_kept(readings, report, splitting), report, sources[0], output, max_bad, "examples"))
+    notes = list[str]()
+    if store is not None:
+        kept = _matched(kept, store, notes)
     report.images = len({image for example in kept for image in example.images})
     write_examples(output, kept, _task(source, kept, options))
-    publish(report, sources[0], output, "examples", *splitting.notes(report))
+    publish(report, sources[0], output, "examples", *notes, *splitting.notes(report))
     return report
+
+
+def _matched(examples: list[Example], store: Path, notes: list[str]) -> list[Example]:
+    """The examples under the ids of the store's images."""
+    names, told = names_in_store(dict.fromkeys(image for example in examples for image in example.images), store)
+    notes.append(told)
+    return [replace(example, images=tuple(names.get(image, image) for image in example.images)) for example in examples]
 
 
 def _open(source: str, sources: Sequence[Path], options: Options) -> list[Reading[tuple[int, Example]]]:
@@ -130,7 +144,7 @@ def _kept(
         where = f" of {src.name}" if len(readings) > 1 else ""
         for item in shown(reading, "examples"):
             if isinstance(item, Unusable):
-                report.drop(item.kind, f"{item.where}{where}: {item.reason}", item.count)
+                report.drop(NO_LABEL if item.reason == NO_LABEL else item.kind, f"{item.where}{where}: {item.reason}", item.count)
                 continue
             number, example = item
             if not example.text_a:
@@ -169,12 +183,7 @@ def _table(source: str, src: Path, layout: Layout) -> Reading[tuple[int, Example
     _refuse_missing(src, layout, header, split)
     parse = _parser(source, src, layout, header, places, split)
     reading = read_lines(src, lambda number, line: None if has_header and number == 1 else (number, parse(number, line)))
-    return Reading((_labelled(item) for item in reading.items if item is not None), reading.total, reading.unit, reading.position)
-
-
-def _labelled(item: "tuple[int, Example] | Unusable") -> "tuple[int, Example] | Unusable":
-    agreed = not (isinstance(item, Unusable) and item.reason == NO_LABEL)
-    return item if agreed else Unusable(item.where, item.reason, NO_LABEL)  # type: ignore[union-attr]
+    return Reading((item for item in reading.items if item is not None), reading.total, reading.unit, reading.position)
 
 
 def _header(source: str, src: Path) -> tuple[list[str], bool]:

@@ -16,6 +16,7 @@ from preprocessing.captions import normalise
 from preprocessing.captions.items import Reading, json_object, parsed, read_lines, text
 from preprocessing.vqa_answers import normalise_answer
 
+NO_LABEL = "no gold label"
 ENTAILMENT, TRUTH = ("entailment", "neutral", "contradiction"), ("False", "True")
 IMAGE_NAMES = {"vqa": "{source}_{subset}_{id:012d}", "nlvr2": "{id}-img{number}", "snli-ve": "{id}"}
 AnswerOf = tuple[str, str, str, tuple[str, ...]]  # question type, answer type, the agreed answer, all annotators' answers
@@ -98,13 +99,18 @@ def _nlvr2(value: dict[str, Any], names: str, split: str) -> Example:
 
 
 def _snli_ve(value: dict[str, Any], names: str, split: str) -> Example:
-    """A line of SNLI-VE: a hypothesis (sentence2) about a photo of Flickr30K, whose caption (sentence1) the model does not see."""
+    """A line of SNLI-VE: a hypothesis (sentence2) about a photo of Flickr30K, whose caption (sentence1) the model does not see.
+
+    A line without label is one to predict; "-" says that the annotators did not agree.
+    """
     photo = text(value, "Flickr30K_ID" if "Flickr30K_ID" in value else "Flickr30kID").removesuffix(".jpg")
-    label = text(value, "gold_label")
-    if label not in ENTAILMENT:
+    label = text(value, "gold_label", "") if value.get("gold_label") is not None else ""
+    if label == "-":
+        raise ValueError(NO_LABEL)
+    if label and label not in ENTAILMENT:
         raise ValueError(f"gold_label {label!r:.80} is none of {', '.join(ENTAILMENT)}")
-    image = image_name(names, id=photo)
-    return Example(text(value, "pairID"), normalise(text(value, "sentence2")), "", (image,), (label,), (1.0,), split=split)
+    image, agreed = image_name(names, id=photo), (label,) if label else ()
+    return Example(text(value, "pairID"), normalise(text(value, "sentence2")), "", (image,), agreed, (1.0,) * len(agreed), split=split)
 
 
 def _annotations(src: Path) -> Iterator[tuple[int, AnswerOf]]:

@@ -94,6 +94,7 @@ def boxes(
     source: Annotated[Literal["coco", "jsonl"], Parameter(name="--format")] = "coco",
     images: Path | None = None,
     split: str | None = None,
+    ids: str | None = None,
     val_share: float = 0.0,
     test_share: float = 0.0,
     seed: int = 0,
@@ -113,6 +114,8 @@ def boxes(
         Folder of the images; those missing there are dropped and counted.
     split
         Keep images of this split, and give it to those whose source names none.
+    ids
+        How an image's id is made of the usual one (its path without suffix): parts {id}, {stem}, {folder} and {number}, as in "{number}".
     val_share
         Share of the images for validation, drawn by a hash of the image's id, where the source names no splits; the rest is for training.
     test_share
@@ -126,7 +129,7 @@ def boxes(
     from preprocessing.captions import Shares
 
     shares = Shares(val_share, test_share, seed) if val_share or test_share else None
-    prepare_boxes(src, output, source=source, images=images, split=split, shares=shares, max_bad=max_bad)
+    prepare_boxes(src, output, source=source, images=images, split=split, shares=shares, ids=ids, max_bad=max_bad)
 
 
 @prepare_app.command
@@ -171,6 +174,7 @@ def examples(
     image_names: str | None = None,
     targets: Literal["min", "official"] = "min",
     least: int = 9,
+    store: Path | None = None,
     split: str | None = None,
     val_share: float = 0.0,
     test_share: float = 0.0,
@@ -210,6 +214,9 @@ def examples(
         Soft score of an answer that n annotators gave (vqa): min(n / 3, 1), or the evaluation's mean over leaving one annotator out.
     least
         Questions for training that must have an answer as the agreed one to make it a class (vqa).
+    store
+        Feature store whose ids the images are to have; forms of a name that it may use are tried: without folder, without suffix, COCO's
+        number.
     split
         Keep examples of this split, and give it to those whose source names none.
     val_share
@@ -232,7 +239,7 @@ def examples(
     images = ImageOptions(tuple(annotations or ()), image_names, targets, least)
     shares = Shares(val_share, test_share, seed) if val_share or test_share else None
     options = Options(columns, regression, images)
-    prepare_examples(source, sources, output, options=options, split=split, shares=shares, max_bad=max_bad)
+    prepare_examples(source, sources, output, options=options, split=split, shares=shares, store=store, max_bad=max_bad)
 
 
 @prepare_app.command

@@ -3,6 +3,6 @@
 from preprocessing.captions.items import Fields
 from preprocessing.captions.report import Report
 from preprocessing.captions.splits import Shares
-from preprocessing.captions.writing import normalise, prepare
+from preprocessing.captions.writing import names_in_store, normalise, prepare
 
-__all__ = ["Fields", "Report", "Shares", "normalise", "prepare"]
+__all__ = ["Fields", "Report", "Shares", "names_in_store", "normalise", "prepare"]

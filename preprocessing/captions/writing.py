@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -74,14 +74,22 @@ def prepare(
 
 
 def _matched(pairs: list[Pair], store: Path, notes: list[str]) -> Iterator[Pair]:
-    """The pairs under the ids of the store's images; ``notes`` takes what was found. ``UsageError`` where it has none of them."""
+    """The pairs under the ids of the store's images; ``notes`` takes what was found."""
+    names, told = names_in_store(dict.fromkeys(pair.image_id for pair in pairs), store)
+    notes.append(told)
+    yield from (replace(pair, image_id=names.get(pair.image_id, pair.image_id)) for pair in pairs)
+
+
+def names_in_store(image_ids: Iterable[str], store: Path) -> tuple[dict[str, str], str]:
+    """The ids in a store by those wanted (each once), where they are found, and a note for the user. ``UsageError`` where none is."""
+    wanted = list(image_ids)
     with FeatureStore(store, allow_partial=True) as opened:
-        wanted, stored = list(dict.fromkeys(pair.image_id for pair in pairs)), opened.ids[:]
+        stored = opened.ids[:]
     found = match(wanted, stored)
-    if not found.names:
-        raise UsageError(f"{found.told(wanted, stored, store)}: give --ids, or extract these images")
-    notes.append(f"note: {found.told(wanted, stored, store)}")
-    yield from (replace(pair, image_id=found.names.get(pair.image_id, pair.image_id)) for pair in pairs)
+    told = found.told(wanted, stored, store)
+    if wanted and not found.names:
+        raise UsageError(f"{told}: name the images as the store does (--ids, --image-names), or extract these")
+    return found.names, f"note: {told}"
 
 
 def _twice(src: Path, pair_id: str, first: str, second: str) -> str:

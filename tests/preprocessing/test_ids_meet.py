@@ -11,10 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from megainter.data.examples import read_examples
 from megainter.data.feature_store import FeatureStore
-from megainter.data.manifest import read_pairs
+from megainter.data.manifest import read_boxes, read_pairs
 from megainter.errors import UsageError
+from preprocessing.boxes import prepare_boxes
 from preprocessing.captions import prepare
+from preprocessing.labelled import Options, prepare_examples
+from preprocessing.labelled_images import ImageOptions
 from preprocessing.sources import list_images
 from preprocessing.transfer import import_features
 from tests.foreign import Image as Regions
@@ -121,7 +125,7 @@ def test_a_store_of_other_images_is_refused_with_an_id_of_each_side(tmp_path: Pa
     import_features(butd(tmp_path / "f.tsv", [make_image(n, f"beach {n}") for n in range(3)]), tmp_path / "s")
     src = karpathy(tmp_path / "d.json", [1, 2])
     with pytest.raises(
-        UsageError, match=r"0 of 2 images are in .*; not 'val2014/COCO_val2014_0+1' \(the store has 'beach 0' and others\): give --ids"
+        UsageError, match=r"0 of 2 images are in .*; not 'val2014/COCO_val2014_0+1' \(the store has 'beach 0' and others\): name the images"
     ):
         prepare("coco", src, tmp_path / "p", store=tmp_path / "s")
     assert not (tmp_path / "p").exists()
@@ -138,3 +142,28 @@ def test_ids_that_a_pattern_does_not_fit_are_counted_and_named(tmp_path: Path) -
     (tmp_path / "x.jsonl").write_text('{"image": "1.jpg", "caption": "a"}\n{"image": "b.jpg", "captions": ["x", "y"]}\n')
     report = prepare("jsonl", tmp_path / "x.jsonl", tmp_path / "p", ids="{number}", max_bad=0.9)
     assert (report.kept, report.dropped) == (1, {"malformed": 2})
+
+
+def test_questions_and_boxes_of_coco_meet_public_features_too(tmp_path: Path) -> None:
+    import_features(butd(tmp_path / "f.tsv", [make_image(n, str(n)) for n in (7, 8)]), tmp_path / "s")
+    questions = [{"image_id": n, "question": "Is it?", "question_id": n} for n in (7, 8)]
+    answer = {"question_type": "is it", "answer_type": "yes/no", "multiple_choice_answer": "yes", "answers": [{"answer": "yes"}]}
+    (tmp_path / "q_val2014.json").write_text(json.dumps({"questions": questions, "data_subtype": "val2014"}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [answer | {"question_id": n} for n in (7, 8)]}))
+    options = Options(images=ImageOptions((tmp_path / "a.json",), least=1))
+    prepare_examples("vqa", [tmp_path / "q_val2014.json"], tmp_path / "e", options=options, store=tmp_path / "s")
+    assert [read_examples(tmp_path / "e")[n].images for n in (0, 1)] == [("7",), ("8",)]
+    images = [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg", "width": 9, "height": 9}]
+    boxes = [{"image_id": 7, "category_id": 1, "bbox": [1, 1, 5, 5]}]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "dog"}]}))
+    prepare_boxes(tmp_path / "instances.json", tmp_path / "b", ids="{number}")
+    assert [row.image_id for row in read_boxes(tmp_path / "b")] == ["7"]
+
+
+def test_snli_ve_without_labels_is_kept_to_predict_and_without_agreement_left_out(tmp_path: Path) -> None:
+    lines = [{"Flickr30K_ID": f"{n}", "pairID": f"p{n}", "sentence2": "A dog."} for n in range(4)]
+    lines[1]["gold_label"], lines[2]["gold_label"], lines[3]["gold_label"] = "", "-", "neutral"
+    (tmp_path / "snli_ve_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = prepare_examples("snli-ve", [tmp_path / "snli_ve_test.jsonl"], tmp_path / "e")
+    assert [read_examples(tmp_path / "e")[n].labels for n in range(3)] == [(), (), ("neutral",)]
+    assert report.dropped == {"no gold label": 1}
