@@ -22,6 +22,7 @@ from megainter.verbs.prepare import prepare_app
 from megainter.verbs.pretrain import pretrain
 from megainter.verbs.view import view
 
+LONGEST_MESSAGE = 4000  # characters, whatever a file holds that it quotes
 # What the user can mend: a full or read-only disk, a path of the wrong kind or without permission.
 CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY,
@@ -75,6 +76,8 @@ def _end(text: str, code: int, told: bool = True) -> None:
     """Print one line (from the first rank where all say the same) and leave at once, without waiting for other ranks."""
     record_exit(code)
     rank = int(os.environ.get("RANK", "0"))
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[:LONGEST_MESSAGE]} and {len(text) - LONGEST_MESSAGE:,} more characters"
     if text and not (told and rank > 0):
         print(f"megainter: {text}" if rank == 0 else f"megainter: rank {rank}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()

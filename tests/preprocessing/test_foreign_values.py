@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from megainter.errors import MegainterError
 from preprocessing.boxes import prepare_boxes
 from preprocessing.captions import Fields, prepare
 from preprocessing.labelled import Columns, Options, prepare_examples
+from tests.synthetic import environment
 
 LONG = "x" * 100_000
 
@@ -120,3 +123,20 @@ def test_no_value_of_other_tables_is_printed_whole(tmp_path: Path) -> None:
             call()
         assert len(str(error.value)) < 5000
     assert (tmp_path / "p.report.json").stat().st_size < 8000
+
+
+def test_a_message_of_any_error_is_cut_where_it_is_printed(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from megainter.cli import main; main(sys.argv[1:])",
+        "prepare",
+        LONG,
+        "x",
+        "--output",
+        "y",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment())
+    assert done.returncode == 2
+    assert 3000 < len(done.stderr) < 5000
+    assert "more characters" in done.stderr
