@@ -17,7 +17,7 @@ from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import engine
 
 STEPS, TOP = 3, 15
-TRITON = ("_forward", "_backward", "_cross_entropy", "_soft_label_kl")  # as they are called in megainter/kernels/triton
+TRITON = ("_attention_", "_norm_", "_gelu_", "_cross_entropy", "_soft_label_kl")  # how their names begin in megainter/kernels/triton
 # A kernel's kind by a word of its name, the first that fits.
 KINDS = {
     "matrix products": ("gemm", "cutlass", "nvjet", "xmma", "cublas"),
@@ -116,7 +116,7 @@ def busy_and_gaps(spans: list[Span]) -> tuple[float, list[float]]:
 
 def kind_of(name: str) -> str:
     """What a kernel is for, by its name."""
-    if name in TRITON:
+    if name.startswith(TRITON):
         return "our Triton kernels"
     low = name.lower()
     return next((kind for kind, words in KINDS.items() if any(word in low for word in words)), "everything else")

@@ -29,10 +29,10 @@ PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 # Widths of the base model and of one of 4096; the vocabulary's and the regions' logits.
 KERNELS: list[tuple[str, Any, dict[str, Any], int]] = [
     *((f"layer norm {way} {width}{' dropout' if drop else ''}", kernel, {"BLOCK": width, "DROP": drop}, layer_norm._warps(width))
-      for way, kernel in (("forward", layer_norm._forward), ("backward", layer_norm._backward)) for width in (1024, 4096)
+      for way, kernel in (("forward", layer_norm._norm_forward), ("backward", layer_norm._norm_backward)) for width in (1024, 4096)
       for drop in (True, False)),
-    ("gelu forward", gelu._forward, {"ROWS": gelu.ROWS, "COLUMNS": gelu.COLUMNS}, 4),
-    ("gelu backward", gelu._backward, {"ROWS": gelu.ROWS, "COLUMNS": gelu.COLUMNS}, 4),
+    ("gelu forward", gelu._gelu_forward, {"ROWS": gelu.ROWS, "COLUMNS": gelu.COLUMNS}, 4),
+    ("gelu backward", gelu._gelu_backward, {"ROWS": gelu.ROWS, "COLUMNS": gelu.COLUMNS}, 4),
     ("cross entropy", losses._cross_entropy, {"GRADIENT": True, "BLOCK": losses.BLOCK}, 4),
     ("soft-label KL", losses._soft_label_kl, {"GRADIENT": True, "BLOCK": losses.BLOCK}, 4),
 ]  # fmt: skip
@@ -57,7 +57,11 @@ def main() -> None:
 
 def attention_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int], str]]:
     """Attention by heads of the base model (64 wide; its regions' 96), for every block size."""
-    ways = (("forward", attention._forward, False), ("backward", attention._backward, True), ("dq", attention._backward_queries, True))
+    ways = (
+        ("forward", attention._attention_forward, False),
+        ("backward", attention._attention_backward, True),
+        ("dq", attention._attention_backward_queries, True),
+    )
     seen = set()
     for (way, kernel, backward), (dtype, kind), width, rows in product(ways, HALF_AND_SINGLE.items(), (64, 96), AVERAGES):
         q, k = (torch.empty(10 * count, 1, width, dtype=kind, device="meta") for count in rows)

@@ -50,7 +50,7 @@ def _store_rows(ptr, values, first, end, stride, ROWS: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit(do_not_specialize=["seed", "queries"])
-def _forward(
+def _attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, log_sum_ptr, query_starts_ptr, key_starts_ptr,
     q_stride, k_stride, v_stride, queries, heads, seed, dropped, scale,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROP: tl.constexpr,
@@ -108,7 +108,7 @@ def _slopes(
 
 
 @triton.jit(do_not_specialize=["seed", "queries"])
-def _backward(
+def _attention_backward(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, log_sum_ptr, dq_ptr, dk_ptr, dv_ptr, query_starts_ptr, key_starts_ptr,
     q_stride, k_stride, v_stride, queries, heads, seed, dropped, scale,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROP: tl.constexpr,
@@ -153,12 +153,12 @@ def _backward(
 
 
 @triton.jit(do_not_specialize=["seed", "queries"])
-def _backward_queries(
+def _attention_backward_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, log_sum_ptr, dq_ptr, query_starts_ptr, key_starts_ptr,
     q_stride, k_stride, v_stride, queries, heads, seed, dropped, scale,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """dq of sequences whose keys take several blocks; `_backward` writes the others."""
+    """dq of sequences whose keys take several blocks; `_attention_backward` writes the others."""
     sequence = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     first_query = tl.load(query_starts_ptr + sequence)
@@ -204,7 +204,7 @@ class VarlenAttention(torch.autograd.Function):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         log_sum = torch.empty(heads, queries, dtype=torch.float32, device=q.device)
         if queries:
-            _forward[(sequences * heads,)](
+            _attention_forward[(sequences * heads,)](
                 q, k, v, out, log_sum, query_starts, key_starts, *_numbers(q, k, v, seed, ctx.dropped),
                 DROP=ctx.dropped > 0, **blocks(q, k, sequences, backward=False),
             )  # fmt: skip
@@ -220,9 +220,9 @@ class VarlenAttention(torch.autograd.Function):
         if len(k):
             grid, numbers = (sequences * q.shape[1],), _numbers(q, k, v, ctx.seed, ctx.dropped)
             constants = {"DROP": ctx.dropped > 0} | blocks(q, k, sequences, backward=True)
-            _backward[grid](q, k, v, out, dout, log_sum, dq, dk, dv, *starts, *numbers, **constants)
+            _attention_backward[grid](q, k, v, out, dout, log_sum, dq, dk, dv, *starts, *numbers, **constants)
             if ctx.longest > constants["KEYS"]:
-                _backward_queries[grid](q, k, v, out, dout, log_sum, dq, *starts, *numbers, **constants)
+                _attention_backward_queries[grid](q, k, v, out, dout, log_sum, dq, *starts, *numbers, **constants)
         return dq, dk, dv, None, None, None, None, None
 
 

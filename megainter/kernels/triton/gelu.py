@@ -17,7 +17,7 @@ MAX_ROW_PROGRAMS = 64  # partial sums of the bias gradient
 
 
 @triton.jit(do_not_specialize=["rows"])  # else a batch in sixteen is compiled for, in the middle of a run
-def _forward(x_ptr, bias_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gelu_forward(x_ptr, bias_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = row[:, None] * width + column[None, :]
@@ -29,7 +29,7 @@ def _forward(x_ptr, bias_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: t
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward(dy_ptr, x_ptr, bias_ptr, dx_ptr, dbias_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gelu_backward(dy_ptr, x_ptr, bias_ptr, dx_ptr, dbias_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     program = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
@@ -57,7 +57,7 @@ class BiasGelu(torch.autograd.Function):
         y = torch.empty_like(x)
         rows, width = x.shape
         if rows:
-            _forward[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))](x, bias, y, rows, width, ROWS=ROWS, COLUMNS=COLUMNS)
+            _gelu_forward[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))](x, bias, y, rows, width, ROWS=ROWS, COLUMNS=COLUMNS)
         return y
 
     @staticmethod
@@ -68,7 +68,7 @@ class BiasGelu(torch.autograd.Function):
         programs = min(triton.cdiv(rows, ROWS), MAX_ROW_PROGRAMS)
         dbias = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         if rows:
-            _backward[(programs, triton.cdiv(width, COLUMNS))](dy, x, bias, dx, dbias, rows, width, ROWS=ROWS, COLUMNS=COLUMNS)
+            _gelu_backward[(programs, triton.cdiv(width, COLUMNS))](dy, x, bias, dx, dbias, rows, width, ROWS=ROWS, COLUMNS=COLUMNS)
         return dx, dbias.sum(0).to(bias.dtype)
 
 

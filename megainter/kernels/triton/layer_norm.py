@@ -16,7 +16,7 @@ MAX_PROGRAMS = 512  # partial sums of the weight gradient; a few per multiproces
 
 
 @triton.jit(do_not_specialize=["seed"])  # else one seed in sixteen is compiled for, in the middle of a run
-def _forward(
+def _norm_forward(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, scale_ptr, seed, p, eps, width,
     BLOCK: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["seed", "rows"])
-def _backward(
+def _norm_backward(
     dy_ptr, total_ptr, weight_ptr, mean_ptr, scale_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, seed, p, rows, width,
     BLOCK: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         y = torch.empty_like(total)
         mean, scale = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
         if rows:
-            _forward[(rows,)](
+            _norm_forward[(rows,)](
                 x, residual, weight, bias, y, total, mean, scale, seed, p, eps, width,
                 BLOCK=triton.next_power_of_2(width), DROP=p > 0, num_warps=_warps(width),
             )  # fmt: skip
@@ -97,7 +97,7 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         programs = min(rows, MAX_PROGRAMS)
         parts = torch.empty(2, programs, width, dtype=torch.float32, device=dy.device)  # of dweight and dbias: summed in one launch
         if rows:
-            _backward[(programs,)](
+            _norm_backward[(programs,)](
                 dy, total, weight, mean, scale, dx, dresidual, parts[0], parts[1], ctx.seed, ctx.p, rows, width,
                 BLOCK=triton.next_power_of_2(width), DROP=ctx.p > 0, num_warps=_warps(width),
             )  # fmt: skip
