@@ -46,7 +46,9 @@ def calibrated(results: Path, known: Device) -> Device:
     timed = [step for table in tables for step in _steps(table)]
     shape = shape_of(load_config(Path("base")))
     if len({step.load.samples for step in timed}) < FEWEST:
-        raise UsageError(f"{results} has no training steps at {FEWEST} micro-batches on a GPU; run `python -m benchmarks.gpu` there")
+        raise UsageError(
+            f"{results} has no training steps at {FEWEST} micro-batches on a GPU; run `python -m benchmarks.gpu --parts throughput` there"
+        )
     products, half_tokens, launch = _fitted(shape, timed, known)
     found = replace(known, products=products, half_tokens=half_tokens, launch=launch, measured=str(tables[0]["date"]))
     return replace(found, off=(max(map(abs, _differences(shape, timed, found))), _off_memory(shape, timed)))
@@ -126,14 +128,16 @@ def _fitted(shape: Shape, timed: list[Timed], known: Device) -> list[float]:
 
 def main() -> None:
     """Print the measured row of a device that gpus.toml knows."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        prog="python -m launcher.calibration", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("results", type=Path, help="results.jsonl of a run on that device")
-    options.add_argument("name", help="its name in launcher/gpus.toml")
+    options.add_argument("name", help="its name in launcher/gpus.toml, or a TOML file with a table like those there")
     given = options.parse_args()
-    known = device(given.name)
-    peaks = {name: flops / 1e12 for name, flops in known.flops.items()}
-    facts = {"memory": known.memory, **peaks, "hbm": known.hbm / 1e9, "link": known.link / 1e9, "source": known.source}
     try:
+        known = device(given.name)
+        peaks = {name: flops / 1e12 for name, flops in known.flops.items()}
+        facts = {"memory": known.memory, **peaks, "hbm": known.hbm / 1e9, "link": known.link / 1e9, "source": known.source}
         print(row(calibrated(given.results, known), facts))
     except UsageError as error:
         options.exit(2, f"{error}\n")

@@ -21,6 +21,7 @@ class Layout:
     offload: bool = False  # optimiser state and fp32 weights in host memory
     checkpointing: bool = False  # activations recomputed layer by layer
     accumulation: int = 1
+    communication: str = "fp32"  # of gradients while they are summed over ranks
 
     @property
     def width(self) -> int:

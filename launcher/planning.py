@@ -63,7 +63,7 @@ def _layouts(config: RunConfig, ranks: int, device: Device) -> Iterator[Layout]:
     for stage in range(1 if precision == "fp16" else 0, 4):
         for offload in (False, True) if stage else (False,):
             for checkpointing in (False, True):
-                yield Layout(stage, ranks, precision, offload, checkpointing)
+                yield Layout(stage, ranks, precision, offload, checkpointing, communication=config.engine.communication)
 
 
 def _choice(config: RunConfig, shape: Shape, layout: Layout, cluster: Cluster, corpus: Corpus) -> Choice:

@@ -140,7 +140,7 @@ def step_time(shape: Shape, load: Load, layout: Layout, cluster: Cluster) -> Ste
     peak = cluster.device.flops.get(layout.precision) or (cluster.device.flops.get("fp32") if layout.precision == "fp32" else None)
     if peak is None:
         others = " or ".join(f"--engine.precision {name}" for name in cluster.device.flops)
-        raise UsageError(f"{cluster.device.name} has no {layout.precision}; give {others}")
+        raise UsageError(f"no {layout.precision} rate of {cluster.device.name} is known; give {others}")
     reached = cluster.efficiency or efficiency(shape, load, cluster.device)
     matmul = flops_per_step(shape, load, layout) / (peak * reached)
     elementwise = layout.accumulation * traffic(shape, load, layout) / (cluster.device.hbm * cluster.traffic_efficiency)
@@ -165,7 +165,7 @@ def update_time(shape: Shape, layout: Layout, cluster: Cluster) -> float:
 
 
 def communication_bytes(shape: Shape, layout: Layout) -> float:
-    """Bytes one rank sends in one optimiser step (ring algorithms): fp32 gradients out, working weights in.
+    """Bytes one rank sends in one optimiser step (ring algorithms): gradients out, in fp32 or in bf16, and working weights in.
 
     Stage 0 all-reduces once. Stage 1 all-reduces once and gathers the weights; stage 2 all-reduces at every micro-batch: DeepSpeed 0.19
     sums whole buckets on all ranks, of which each keeps its share (``use_multi_rank_bucket_allreduce``). Stage 3 reduces to shares, and
@@ -174,15 +174,15 @@ def communication_bytes(shape: Shape, layout: Layout) -> float:
     if layout.ranks == 1:
         return 0.0
     count = parameters(shape) * (layout.ranks - 1) / layout.ranks
-    weights = count * layout.width
+    weights, gradients = count * layout.width, count * (2 if layout.communication == "bf16" else 4)
     if layout.stage == 0:
-        return 8 * count
+        return 2 * gradients
     if layout.stage == 1:
-        return 8 * count + weights
+        return 2 * gradients + weights
     if layout.stage == 2:
-        return 8 * count * layout.accumulation + weights
+        return 2 * gradients * layout.accumulation + weights
     gathers = 3 if layout.checkpointing else 2
-    return (4 * count + gathers * weights) * layout.accumulation
+    return (gradients + gathers * weights) * layout.accumulation
 
 
 def communication_time(shape: Shape, layout: Layout, cluster: Cluster) -> float:

@@ -232,7 +232,7 @@ class EngineConfig:
     precision: AskedPrecision = "auto"
     """Of the model's arithmetic; auto: bf16 where all devices compute it, else fp16 on GPUs, else fp32. Weights and optimiser are fp32."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """What DeepSpeed shares out over ranks: 1 the optimiser's state, 2 also gradients, 3 also weights."""
+    """What DeepSpeed shares out over ranks: 0 nothing, 1 the optimiser's state, 2 also gradients, 3 also weights."""
     communication: Literal["fp32", "bf16"] = "fp32"
     """Of gradients while they are summed over ranks; bf16 sends half as much (docs/performance.md)."""
     offload_optimizer: bool = False
@@ -435,7 +435,7 @@ def _let_portion_replace(settings: dict[str, Any], keys: list[str]) -> None:
         for key in ways - typed:
             training.pop(key.removeprefix("training."), None)
     if len(typed) == 2 or (not typed and {"micro_batch", "micro_tokens"} <= training.keys()):
-        raise UsageError("training.micro_batch counts samples and training.micro_tokens real tokens; give one of them")
+        raise UsageError("training.micro_batch counts samples and training.micro_tokens real tokens; give one and leave the other out")
 
 
 def _spell_out_compat(settings: dict[str, Any]) -> None:

@@ -7,21 +7,17 @@ are. The exit code is 0 where all parts that ran are ok, 1 where one is not, 2 w
 
 import argparse
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from types import FrameType
 
-from benchmarks.gpu.part import add_options, setting_of
+from benchmarks.gpu.part import NO_GPU, add_options, check_options, has_gpu, setting_of
 from benchmarks.gpu.plan import PARTS
 from benchmarks.gpu.runner import FAILED, OVER, run_parts, write_line
 from benchmarks.gpu.table import markdown, plain, rows_of
 
 SECONDS = 540.0
 PATIENCE = 4  # times as long for each part and for all on a CPU, which may be any
-NO_GPU = (
-    "no GPU that PyTorch can use here; to run the same parts at toy sizes on the CPU, type: python -m benchmarks.gpu --device cpu --toy"
-)
 
 
 def main() -> int:
@@ -32,10 +28,15 @@ def main() -> int:
     add_options(options)
     names = [part.name for part in PARTS]
     options.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=f"only these of {', '.join(names)}")
-    options.add_argument("--seconds", type=float, help=f"for all parts together (default: {SECONDS:g}, on a CPU {PATIENCE * SECONDS:g})")
+    options.add_argument(
+        "--seconds", type=float, help=f"time limit of all parts together (default: {SECONDS:g}, on a CPU {PATIENCE * SECONDS:g})"
+    )
     given = options.parse_args()
     if given.device == "cpu" and not given.toy:
         options.error("--device cpu goes with --toy: the real sizes would take a CPU hours")
+    if given.seconds is not None and given.seconds <= 0:
+        options.error(f"--seconds {given.seconds:g} leaves no time; give a number above 0")
+    check_options(options, given)
     if given.device == "cuda" and not has_gpu():
         print(NO_GPU, file=sys.stderr)
         return 2
@@ -55,12 +56,6 @@ def main() -> int:
         (setting.output / "table.md").write_text(markdown(rows), encoding="utf-8")
     print(plain(rows_of(results)), end="")
     return 1 if any(result.outcome in (FAILED, OVER) for result in results) else 0
-
-
-def has_gpu() -> bool:
-    """Whether PyTorch finds a GPU; asked in another process, as this one is to hold no memory there."""
-    asked = subprocess.run([sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"], capture_output=True)
-    return asked.returncode == 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

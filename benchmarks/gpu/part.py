@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from typing import Any
 
 PARTS = "parts"  # folder of figures and logs, one of each for a part
 WORK = "work"  # folder of what a part writes for itself
+NO_GPU = (
+    "no GPU that PyTorch can use here; to run the same parts at toy sizes on the CPU, type: python -m benchmarks.gpu --device cpu --toy"
+)
 
 
 class Wrong(Exception):
@@ -102,12 +106,26 @@ def told(error: BaseException) -> str:
 
 def add_options(options: argparse.ArgumentParser) -> None:
     """The options that the whole run and each part have."""
-    options.add_argument("--output", type=Path, default=Path("gpu-run"), help="folder for results.jsonl, the table and the logs")
-    options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options.add_argument("--output", type=Path, default=Path("gpu-run"), help="folder for results.jsonl, table and logs (default: gpu-run)")
+    options.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the parts run (default: cuda)")
     options.add_argument("--toy", action="store_true", help="sizes that a CPU does in seconds; their speeds mean nothing")
     options.add_argument(
         "--apex", type=Path, default=None, help="source of NVIDIA apex, to build its optimisers and compare ours with them"
     )
+
+
+def check_options(options: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """End with one line and exit code 2 where a path that was given cannot be what it is for."""
+    if given.output.exists() and not given.output.is_dir():
+        options.error(f"--output {given.output} is a file; give a folder")
+    if given.apex is not None and not (given.apex / "setup.py").is_file():
+        options.error(f"--apex {given.apex} holds no source of NVIDIA apex (setup.py); give the folder of a checkout")
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch finds a GPU; asked in another process, as this one is to hold no memory there."""
+    asked = subprocess.run([sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"], capture_output=True)
+    return asked.returncode == 0
 
 
 def setting_of(given: argparse.Namespace) -> Setting:
@@ -125,7 +143,12 @@ def run_part(name: str, check: Callable[[Setting, Report], None]) -> None:
     """Run one part in this process; exit code 1 where it failed, its figures in ``parts/NAME.jsonl``."""
     options = argparse.ArgumentParser(description=check.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(options)
-    setting = setting_of(options.parse_args())
+    given = options.parse_args()
+    check_options(options, given)
+    if given.device == "cuda" and not has_gpu():
+        print(NO_GPU, file=sys.stderr)
+        sys.exit(2)
+    setting = setting_of(given)
     if not environment(setting.device).items() <= os.environ.items():
         os.execve(sys.executable, sys.orig_argv, os.environ | environment(setting.device))
     report = Report(setting.output / PARTS / f"{name}.jsonl")

@@ -108,6 +108,10 @@ def plan(
     best = recommended(options)
     figures = summary(run, best, corpus, reliability)
     _print_summary(figures, gpus)
+    tokens = run.training.global_batch / gpus * (corpus.text + corpus.regions)
+    if best.micro_tokens is not None and tokens < 0.8 * best.micro_tokens:
+        filled = f"training.micro_tokens {best.micro_tokens:,} is filled by a larger training.global_batch"
+        print(f"a device has {tokens:,.0f} tokens of a step: {filled}")
     if ds_config is not None:
         write_json(ds_config, deepspeed_settings(best.layout))
     rows = curve(reliability, [2**power for power in range(13)]) if simulate is not None else []
@@ -148,4 +152,9 @@ def _print_summary(figures: dict, gpus: int) -> None:
     length = f"{days:.2f} days" if days >= 1 else f"{24 * days:.1f} hours" if days >= 1 / 24 else f"{1440 * days:.0f} minutes"
     print(f"{figures['steps']:,} steps, {length} at {useful:.2%} useful time (failures and checkpoints; no stragglers)")
     if gpus > 1 and time["communication"] > figures["step_seconds"] / 2:
-        print("more than half of a step is communication: fewer devices, a faster --network or a larger global batch will use them better")
+        print(
+            "more than half of a step is communication: fewer devices, a faster --network, a larger training.global_batch or "
+            "engine.communication bf16 will use them better"
+        )
+    if time["idle"] > figures["step_seconds"] / 3:
+        print("much of a step waits for the host: fewer devices or a larger training.global_batch will use them better")

@@ -132,12 +132,29 @@ def test_parts_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
     assert "not run: no time left" in plain(rows_of(results))
 
 
-def test_without_a_gpu_one_line_names_the_toy_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path / "run")]
+@pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.gpu.environment"])
+def test_without_a_gpu_one_line_names_the_toy_run(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", module, "--output", str(tmp_path / "run")]
     done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--device cpu --toy" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--output", __file__], "is a file; give a folder"),
+        (["--apex", "/nonexistent"], "holds no source of NVIDIA apex"),
+        (["--seconds", "0"], "leaves no time"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_before_anything_runs(words: list[str], said: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--toy", "--output", str(tmp_path / "run"), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 

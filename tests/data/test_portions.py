@@ -78,10 +78,12 @@ def test_tokens_or_samples_replace_each_other_from_the_command_line_and_contradi
     recipe.write_text('output = "run"\n[data]\npairs = "p"\nstore = "s"\n[training]\nsteps = 5\nmicro_tokens = 9000\n')
     taken = load_config(recipe, ["--training.micro_batch", "8"]).training
     assert (taken.micro_batch, taken.micro_tokens) == (8, None)
-    with pytest.raises(UsageError, match=r"micro_batch counts samples and training\.micro_tokens real tokens; give one of them"):
+    with pytest.raises(
+        UsageError, match=r"micro_batch counts samples and training\.micro_tokens real tokens; give one and leave the other out"
+    ):
         load_config(recipe, ["--training.micro_batch", "8", "--training.micro_tokens", "90"])
     recipe.write_text(recipe.read_text() + "micro_batch = 8\n")
-    with pytest.raises(UsageError, match="give one of them"):
+    with pytest.raises(UsageError, match="give one and leave the other out"):
         load_config(recipe)
     assert load_config(recipe, ["--training.micro_tokens", "700"]).training.micro_tokens == 700
 

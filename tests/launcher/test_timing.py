@@ -12,8 +12,8 @@ import pytest
 from launcher.calibration import STAGES, TEXT_SHARE, calibrated
 from launcher.memory import Layout, flops_per_step, memory
 from launcher.planning import Choice, Corpus, choices, recommended
-from launcher.shape import largest_load, load_of, shape_of
-from launcher.timing import Cluster, Device, device, efficiency, launches, step_time
+from launcher.shape import largest_load, load_of, parameters, shape_of
+from launcher.timing import Cluster, Device, communication_bytes, device, efficiency, launches, step_time
 from megainter.config import RunConfig, load_config
 from megainter.data.portions import accumulation
 from megainter.errors import UsageError
@@ -136,6 +136,31 @@ def test_too_few_sizes_calibrate_nothing(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("{")
     with pytest.raises(UsageError, match=r"broken\.jsonl cannot be read"):
         calibrated(tmp_path / "broken.jsonl", device("h100"))
+
+
+def test_an_unknown_device_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher.calibration", str(tmp_path / "results.jsonl"), "rtx9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no device 'rtx9'; known: " in done.stderr
+
+
+@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 1), (2, 3), (3, 2)])
+def test_gradients_in_bf16_are_half_of_what_is_sent_for_them(stage: int, accumulation: int) -> None:
+    shape = shape_of(recipe("base"))
+    layout = Layout(stage, 8, "bf16", accumulation=accumulation)
+    whole, half = (communication_bytes(shape, dataclasses.replace(layout, communication=name)) for name in ("fp32", "bf16"))
+    sent = {0: 8, 1: 8, 2: 8 * accumulation, 3: 4 * accumulation}[stage] * parameters(shape) * 7 / 8  # of gradients in fp32
+    assert whole - half == pytest.approx(sent / 2)
+
+
+def test_what_is_in_the_way_of_more_devices_is_said() -> None:
+    settings = ["-m", "megainter", "plan", "--config", "base", "--gpu", "h100"]
+    told = said([*settings, "--gpus", "8"])
+    assert "much of a step waits for the host" in told
+    assert "a device has 3,392 tokens of a step: training.micro_tokens 16,384 is filled by a larger training.global_batch" in told
+    assert "engine.communication bf16" in said([*settings, "--gpus", "16", "--network", "1"])
 
 
 CORPUS = Corpus(10**6, 15, 29)
