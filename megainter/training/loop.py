@@ -311,10 +311,10 @@ def _report(run: Run, meter: Throughput, tallies: Tensor, counts: Tensor, finish
 
 
 def _portion_told(config: RunSettings, job: Job, world: engine.World) -> str:
-    """What a micro-batch is where tokens count: its number in a step follows from the data."""
+    """What a micro-batch is, and how many a step has: where tokens count, that follows from the data."""
     training = config.training
     if training.micro_tokens is None:
-        return ""
+        return f", {job.accumulation} micro-batch(es) of {training.micro_batch} on each rank"
     samples = training.global_batch / (job.accumulation * world.size)
     return f", {job.accumulation} micro-batch(es) of about {samples:.0f} samples and at most {training.micro_tokens:,} tokens on each rank"
 
@@ -322,6 +322,8 @@ def _portion_told(config: RunSettings, job: Job, world: engine.World) -> str:
 def _describe(config: RunSettings, job: Job, model: PreTrainedModel, world: engine.World, start: int, total: int) -> None:
     """The start-up lines: what is trained on what, and which form of each kernel runs and why."""
     log.info("%d process(es) on %s, %s, ZeRO stage %d", world.size, world.device.type, config.engine.precision, config.engine.zero_stage)
+    if world.size > 1:
+        log.info("gradients are summed over processes in %s", config.engine.communication)
     for line in job.started:
         log.info("%s", line)
     log.info("steps %d to %d of %d samples%s", start, total, config.training.global_batch, _portion_told(config, job, world))
