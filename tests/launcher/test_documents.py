@@ -75,7 +75,7 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_mistakes_in_a_plan_are_one_line(tmp_path: Path) -> None:
     for words, named in (
         (["--gpus", "0"], "--gpus"),
-        (["--gpus", "3"], "not a multiple"),
+        (["--gpus", "3", "--training.micro_batch", "64"], "not a multiple"),
         (["--gpus", "8", "--efficiency", "2"], "--efficiency"),
     ):
         done = run(["plan", "--config", "base", "--gpu", "h100", *words], tmp_path)
