@@ -100,7 +100,9 @@ def compare(
         assert a.shape == b.shape
         assert a.dtype == dtype
         error = float((a.double() - b).norm())
-        assert error <= limit * float(b.norm()) or error <= limit * 1e-2, f"{name} of {case}: {error / float(b.norm()):.1e}"
+        # Where sequences have one key, dq and dk are 0 but for the rounding of a difference as large as the gradient that comes in.
+        size = max(float(b.norm()), 0.1 * float(direction.double().norm()))
+        assert error <= limit * size, f"{name} of {case}: {error:.1e} of {size:.1e}"
 
 
 LONG = [0, 1, 2, 63, 64, 65, 130]
