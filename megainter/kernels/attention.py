@@ -3,7 +3,6 @@
 Shape letters: N rows (tokens of all sequences), S sequences, L length of the longest, h heads, d width of a head.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,18 +47,11 @@ class SequenceLayout:
         return cls(lengths, max_length, F.pad(ends, (1, 0)).to(torch.int32), sequence, position).to(device)
 
     def to(self, device: torch.device) -> "SequenceLayout":
-        """The same layout with its tensors on ``device``; the copies are not waited for where they come from pinned memory."""
+        """The same layout with its tensors on ``device``. Several layouts go in fewer copies by `model.packing`."""
         if self.cu_seqlens.device == device:
             return self
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "SequenceLayout":
-        """The same layout in memory that a GPU can read by itself; a data loader calls this."""
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "SequenceLayout":
-        tensors = (change(tensor) for tensor in (self.cu_seqlens, self.sequence, self.position))
-        return SequenceLayout(self.lengths, self.max_length, *tensors)
+        moved = (tensor.to(device, non_blocking=True) for tensor in (self.cu_seqlens, self.sequence, self.position))
+        return SequenceLayout(self.lengths, self.max_length, *moved)
 
     @property
     def sequences(self) -> int:

@@ -161,15 +161,6 @@ def test_a_layout_moves_between_devices_and_processes_without_its_padded_bias() 
     assert torch.equal(sent.position, layout.position)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA device")
-def test_a_pinned_layout_arrives_as_it_was() -> None:
-    pinned = layout_of([2, 0, 3]).pin_memory()
-    assert all(tensor.is_pinned() for tensor in (pinned.cu_seqlens, pinned.sequence, pinned.position))
-    arrived, made_there = pinned.to(torch.device("cuda", 0)), SequenceLayout.of(torch.tensor([2, 0, 3]), torch.device("cuda", 0))
-    for name in ("cu_seqlens", "sequence", "position", "key_bias"):
-        assert torch.equal(getattr(arrived, name), getattr(made_there, name))
-
-
 def test_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     assert "SDPA on CPU" in attention_choice(CPU, torch.float32, 0.1).why
