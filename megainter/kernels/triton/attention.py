@@ -49,18 +49,24 @@ def _store_rows(ptr, values, first, end, stride, ROWS: tl.constexpr, WIDTH: tl.c
     tl.store(ptr + (row * stride + column), values.to(ptr.dtype.element_ty), mask=(row < end) & (column < WIDTH))
 
 
+@triton.jit
+def _own(query_starts_ptr, key_starts_ptr, heads):
+    """What this program owns: its head, and of its sequence the first query row, the queries, the first key row and the keys."""
+    sequence = tl.program_id(0) // heads
+    first_query = tl.load(query_starts_ptr + sequence)
+    first_key = tl.load(key_starts_ptr + sequence)
+    asked = tl.load(query_starts_ptr + sequence + 1) - first_query
+    length = tl.load(key_starts_ptr + sequence + 1) - first_key
+    return tl.program_id(0) % heads, first_query, asked, first_key, length
+
+
 @triton.jit(do_not_specialize=["seed", "queries"])
 def _attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, log_sum_ptr, query_starts_ptr, key_starts_ptr,
     q_stride, k_stride, v_stride, queries, heads, seed, dropped, scale,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    first_query = tl.load(query_starts_ptr + sequence)
-    first_key = tl.load(key_starts_ptr + sequence)
-    asked = tl.load(query_starts_ptr + sequence + 1) - first_query
-    length = tl.load(key_starts_ptr + sequence + 1) - first_key
+    head, first_query, asked, first_key, length = _own(query_starts_ptr, key_starts_ptr, heads)
     q_ptr += first_query.to(tl.int64) * q_stride + head * WIDTH
     k_ptr += first_key.to(tl.int64) * k_stride + head * WIDTH
     v_ptr += first_key.to(tl.int64) * v_stride + head * WIDTH
@@ -113,19 +119,15 @@ def _attention_backward(
     q_stride, k_stride, v_stride, queries, heads, seed, dropped, scale,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    first_query = tl.load(query_starts_ptr + sequence)
-    first_key = tl.load(key_starts_ptr + sequence)
-    asked = tl.load(query_starts_ptr + sequence + 1) - first_query
-    length = tl.load(key_starts_ptr + sequence + 1) - first_key
+    head, first_query, asked, first_key, length = _own(query_starts_ptr, key_starts_ptr, heads)
     stride = heads * WIDTH
     q_ptr += first_query.to(tl.int64) * q_stride + head * WIDTH
     k_ptr += first_key.to(tl.int64) * k_stride + head * WIDTH
     v_ptr += first_key.to(tl.int64) * v_stride + head * WIDTH
-    out_ptr += first_query.to(tl.int64) * stride + head * WIDTH
-    dout_ptr += first_query.to(tl.int64) * stride + head * WIDTH
-    dq_ptr += first_query.to(tl.int64) * stride + head * WIDTH
+    mine = first_query.to(tl.int64) * stride + head * WIDTH
+    out_ptr += mine
+    dout_ptr += mine
+    dq_ptr += mine
     dk_ptr += first_key.to(tl.int64) * stride + head * WIDTH
     dv_ptr += first_key.to(tl.int64) * stride + head * WIDTH
     log_sum_ptr += head.to(tl.int64) * queries + first_query
@@ -159,19 +161,15 @@ def _attention_backward_queries(
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """dq of sequences whose keys take several blocks; `_attention_backward` writes the others."""
-    sequence = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    first_query = tl.load(query_starts_ptr + sequence)
-    first_key = tl.load(key_starts_ptr + sequence)
-    asked = tl.load(query_starts_ptr + sequence + 1) - first_query
-    length = tl.load(key_starts_ptr + sequence + 1) - first_key
+    head, first_query, asked, first_key, length = _own(query_starts_ptr, key_starts_ptr, heads)
     stride = heads * WIDTH
     q_ptr += first_query.to(tl.int64) * q_stride + head * WIDTH
     k_ptr += first_key.to(tl.int64) * k_stride + head * WIDTH
     v_ptr += first_key.to(tl.int64) * v_stride + head * WIDTH
-    out_ptr += first_query.to(tl.int64) * stride + head * WIDTH
-    dout_ptr += first_query.to(tl.int64) * stride + head * WIDTH
-    dq_ptr += first_query.to(tl.int64) * stride + head * WIDTH
+    mine = first_query.to(tl.int64) * stride + head * WIDTH
+    out_ptr += mine
+    dout_ptr += mine
+    dq_ptr += mine
     log_sum_ptr += head.to(tl.int64) * queries + first_query
     if length > KEYS:
         for query in range(0, asked, QUERIES):
