@@ -198,7 +198,7 @@ def build_engine(
     _admit(type(ours))
     with contextlib.redirect_stdout(None):
         built = deepspeed.initialize(model=module, optimizer=ours, config=config, dist_init_required=False)[0]
-    built.updates = zero_speed.join(built, inner_optimizer(built), _is_sharded(built, world))
+    built.updates = zero_speed.join(built, inner_optimizer(built), _is_sharded(built, world), deepspeed.__version__)
     if isinstance(built.updates, str):
         log.info("DeepSpeed %s does its own work around a step, launch by launch: %s", deepspeed.__version__, built.updates)
     if isinstance(ours, Lamb):
@@ -207,6 +207,12 @@ def build_engine(
     if optimizer.clip == "tensor" and optimizer.clip_norm > 0:
         _clip_each_before_steps(built, optimizer.clip_norm, world)
     return built
+
+
+def check_settings(engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world: World) -> None:
+    """``UsageError`` for settings that contradict each other, a DeepSpeed JSON or the device: known before any data are opened."""
+    _check_precision(engine, world)
+    deepspeed_config(engine, optimizer, training, world.size, accumulation=1)
 
 
 def _check_precision(engine: EngineConfig, world: World) -> None:

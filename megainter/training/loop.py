@@ -139,6 +139,7 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[engine.Worl
     check_portions(config.training, world.size)
     on_first_rank(lambda: _lock(stack, config.output))
     asked, config = {"engine.precision": config.engine.precision}, with_precision(config, world.device)
+    engine.check_settings(config.engine, config.optimizer, config.training, world)
     job = open_job(world)
     ds_config = engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size, job.accumulation)
     on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests), asked))

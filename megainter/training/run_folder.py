@@ -47,6 +47,8 @@ def open_run_folder(config: RunSettings, ds_config: dict[str, Any], digests: dic
             raise UsageError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); use them, or start in another output folder"
             )
+        for line in free_changes(before, settings, type(config)):
+            log.info("going on with %s", line)
     write_json(folder / "config.json", settings)
     write_json(folder / "ds_config.json", ds_config)
     write_json(folder / "environment.json", environment())
@@ -77,6 +79,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], kind: type = RunConfig
             if key not in FREE_KEYS.get(section, ()) and f"{section}.{key}" not in files and before.get(key) != value:
                 found.append(f"{section}.{key}: {before.get(key)} -> {value}")
     return found
+
+
+def free_changes(old: dict[str, Any], new: dict[str, Any], kind: type = RunConfig) -> list[str]:
+    """Settings of the engine and of a step's portions in which a resumed run differs from what it was, as ``differences`` has them."""
+    names = {"engine": tuple(new["engine"]), "training": FREE_KEYS["training"]}
+    return [
+        f"{section}.{key}: {before.get(key)} -> {new[section][key]}"
+        for section, keys in names.items()
+        for before in (section_defaults(section, kind) | old.get(section, {}),)
+        for key in keys
+        if before.get(key) != new[section][key]
+    ]
 
 
 def environment() -> dict[str, Any]:

@@ -19,11 +19,12 @@ from torch import Tensor
 from megainter.training.clipping import total_norm
 from megainter.training.same_host import everyones
 
+READ = ("0.19.8",)  # releases of DeepSpeed whose methods were read and are replaced; others do their own work
 _EPSILON = 1e-6  # DeepSpeed's and torch's, added to the norm before dividing by it
 _PIECE = 1 << 17  # elements
 _STAGE3_SUMS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
-# What is used of each wrapper; a DeepSpeed without it keeps its own methods.
+# What is used of each wrapper; one without it (a JSON of the user's may ask for another kind) keeps its own methods.
 _USED = {
     "BF16_Optimizer": (
         "bf16_groups", "fp32_groups_gradients", "fp32_groups_has_gradients", "fp32_groups_gradient_flat_partition",
@@ -84,8 +85,10 @@ class Updates:
         step()
 
 
-def join(engine: Any, inner: torch.optim.Optimizer, sharded: bool) -> Updates | str:
-    """Bind the functions that fit ``engine``; or why DeepSpeed's own stay. ``sharded``: ZeRO on several ranks."""
+def join(engine: Any, inner: torch.optim.Optimizer, sharded: bool, release: str) -> Updates | str:
+    """Bind the functions that fit ``engine`` of this ``release`` of DeepSpeed; or why its own stay. ``sharded``: ZeRO on several ranks."""
+    if release not in READ:
+        return f"what takes its place is written for {', '.join(READ)}"
     wrapper = type(engine.optimizer).__name__
     if wrapper not in _USED:
         return _join_stage0(engine, Updates(inner, float(engine.gradient_clipping()), sharded=False, scaled=False))

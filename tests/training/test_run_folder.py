@@ -7,7 +7,7 @@ import pytest
 from megainter.config import as_dict, load_config
 from megainter.errors import UsageError
 from megainter.training.process import folder_lock
-from megainter.training.run_folder import differences, removed_where_nothing_began
+from megainter.training.run_folder import differences, free_changes, removed_where_nothing_began
 
 GIVEN = ["--output", "run", "--data.pairs", "p", "--data.store", "s", "--training.steps", "10"]
 
@@ -27,6 +27,15 @@ def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
         del old[section][key]
     assert differences(old, settings()) == []
     assert differences(old, settings("--training.ema_decay", "0.5")) == ["training.ema_decay: 0.0 -> 0.5"]
+
+
+def test_what_a_run_may_go_on_with_otherwise_is_told() -> None:
+    old = settings("--engine.precision", "bf16")
+    assert free_changes(old, old) == []
+    del old["engine"]["communication"]  # a run from before it existed
+    new = settings("--engine.precision", "fp32", "--training.micro_batch", "8")
+    told = ["engine.precision: bf16 -> fp32", "training.micro_batch: 64 -> 8", "training.micro_tokens: 16384 -> None"]
+    assert free_changes(old, new) == told
 
 
 def start_with_a_mistake(folder: Path) -> None:
