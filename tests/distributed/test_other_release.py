@@ -8,10 +8,17 @@ import pytest
 
 from tests.synthetic import NO_DROPOUT, environment, losses, settings, train, write_data
 
-START = "import sys; from megainter.training import zero_speed; zero_speed.READ = ("0.19.0",); from megainter.cli import main; main(sys.argv[1:])"
+START = """
+import sys
+from megainter.cli import main
+from megainter.training import zero_speed
+zero_speed.READ = ("0.19.0",)
+main(sys.argv[1:])
+"""
+OTHERS = [pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3)]  # the default stage is enough for every day
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [2, *OTHERS])
 def test_deepspeeds_own_steps_train_the_same(stage: int, tmp_path: Path) -> None:
     data = write_data(tmp_path)
     ours = train(settings(*data, tmp_path / "ours", training__steps=8, engine__zero_stage=stage, **NO_DROPOUT))
