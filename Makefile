@@ -45,7 +45,7 @@ lint: $(READY)
 
 bench: $(READY)
 	@echo "== benchmarks: the figures of the README, with hardware and date"
-	$(BIN)/python -m benchmarks.pretraining
+	$(BIN)/python -m benchmarks.packed_step
 	$(BIN)/python -m benchmarks.retrieval
 
 bench-check: $(READY)

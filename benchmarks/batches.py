@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from benchmarks.peers import PaddedBatch
-from megainter.data.batch import PretrainBatch
-from megainter.data.order import share_out
-from megainter.model.packing import PackedInputs
+from megainter.data.packed import PackedInputs
+from megainter.data.stream.order import share_out
+from megainter.tasks.pretraining.batches import PretrainBatch
 
 TEXT, REGIONS, FEATURES, CLASSES, VOCABULARY = 36, 37, 2048, 1601, 30522
 # WordPiece lengths, [CLS] and [SEP] included, of the 30,000 English training captions of Flickr8k: captions of length 4, 5, ..., 36.

@@ -1,4 +1,4 @@
-"""The contenders of `benchmarks.pretrain`: a training step each, in a process of its own that answers on its standard output.
+"""The contenders of `benchmarks.against_peers`: a training step each, in a process of its own that answers on its standard output.
 
 ``python -m benchmarks.contenders NAME`` reads requests from standard input, a line of JSON each: ``{"samples": 64, "seeds": [0, 1]}`` makes
 batches ready, ``{"steps": 5, "warm": 1}`` takes steps on them in turn and answers with a `Taken`.
@@ -25,15 +25,16 @@ from benchmarks.batches import make_batch, pad_batch
 from benchmarks.peers import PaddedBatch, bert_step, official_weights, released_step, visual_bert_step
 from benchmarks.sizes import BASE, TOY, TOY_BERT
 from benchmarks.timing import finish, forget_peak, peak_mib, seconds_of
-from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig
-from megainter.data.batch import PretrainBatch
+from megainter.config.settings import EngineConfig, OptimizerConfig, TrainingConfig
 from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, forward_flops
 from megainter.model.interbert import InterBertForPreTraining
+from megainter.tasks.pretraining.batches import PretrainBatch
+from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.training import engine
 from megainter.training.arrival import Arrivals
 from megainter.training.loop import _recompute_activations
-from megainter.training.objectives import ObjectiveWeights, PretrainingStep
+from megainter.training.world import World
 from megainter.transfers import sent
 
 RATE = 1e-4
@@ -89,16 +90,16 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _world(name: str) -> Iterator[engine.World]:
+def _world(name: str) -> Iterator[World]:
     """The trainer's group for ours; others are alone."""
     if name in OURS:
         with engine.distributed() as world:
             yield world
     else:
-        yield engine.World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        yield World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def serve(name: str, way: Way, world: engine.World) -> None:
+def serve(name: str, way: Way, world: World) -> None:
     """Answer requests until standard input ends, or the device has no more memory."""
     step = contender(name, way, world)
     if "compiled" in name and world.device.type == "cuda":
@@ -134,7 +135,7 @@ def compiled_so_far() -> str:
     return f"{made}; broken {sum(breaks.values())} times: {dict(breaks.most_common(4))}"
 
 
-def _take(step: Step, ready: list[Any], steps: int, warm: int, world: engine.World) -> tuple[float, float]:
+def _take(step: Step, ready: list[Any], steps: int, warm: int, world: World) -> tuple[float, float]:
     """Seconds of a step and the mean loss, after ``warm`` steps that do not count: fewer steps where those ask for more than `TURN`."""
     device = world.device
     for number in range(warm):
@@ -149,7 +150,7 @@ def _take(step: Step, ready: list[Any], steps: int, warm: int, world: engine.Wor
     return seconds, float(torch.stack([loss.detach().float() for loss in losses]).mean())
 
 
-def _of_all_ranks(mine: tuple[float, ...], world: engine.World) -> Taken:
+def _of_all_ranks(mine: tuple[float, ...], world: World) -> Taken:
     ranks: list[Any] = [(*mine, peak_mib(world.device))]
     if world.size > 1:
         gathered: list[Any] = [None] * world.size
@@ -159,7 +160,7 @@ def _of_all_ranks(mine: tuple[float, ...], world: engine.World) -> Taken:
     return Taken(max(seconds), statistics.mean(losses), sum(tokens), sum(flops), sum(peaks))
 
 
-def _request(world: engine.World) -> Any:
+def _request(world: World) -> Any:
     """What the next line of standard input asks for, on every rank; None at its end."""
     asked = [json.loads(sys.stdin.readline() or "null")] if world.rank == 0 else [None]
     if world.size > 1:
@@ -167,7 +168,7 @@ def _request(world: engine.World) -> Any:
     return asked[0]
 
 
-def _answer(world: engine.World, found: dict[str, Any]) -> None:
+def _answer(world: World, found: dict[str, Any]) -> None:
     if world.rank == 0:
         print(f"{ANSWER}{json.dumps(found)}", flush=True)
 
@@ -189,7 +190,7 @@ def counts_of(batch: PretrainBatch) -> BatchCounts:
     return BatchCounts.of(batch.inputs.text_lengths, batch.inputs.region_lengths, len(batch.msm_positions), len(batch.mrm_positions))
 
 
-def contender(name: str, way: Way, world: engine.World) -> Step:
+def contender(name: str, way: Way, world: World) -> Step:
     """One training step of ``name``, its weights drawn by one seed."""
     torch.manual_seed(0)
     kind, precision, *more = name.split("-")
@@ -222,7 +223,7 @@ def compile_layers(model: InterBertForPreTraining, backend: str = "inductor") ->
         layer.compile(dynamic=True, backend=backend)
 
 
-def our_step(model: InterBertForPreTraining, precision: Literal["bf16", "fp32"], zero_stage: int, world: engine.World) -> Step:
+def our_step(model: InterBertForPreTraining, precision: Literal["bf16", "fp32"], zero_stage: int, world: World) -> Step:
     """A step of the trainer's own engine over ``model``, batches arriving as its loop lets them."""
     optimizer = OptimizerConfig(learning_rate=RATE, weight_decay=0.01)
     training = TrainingConfig(steps=1000, global_batch=world.size, micro_batch=1)  # the engine does nothing with the number of samples

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from benchmarks import plain_detector
 from benchmarks.timing import CPU, machine, peak_mib, product_rate, seconds_of
-from megainter.data.feature_store import FeatureStoreWriter, RegionRecord
-from preprocessing.detector import Detector, _record
-from preprocessing.images import load_image
-from preprocessing.selection import select_caffe
-from preprocessing.vg_model import VgConfig, build_vg_network
-from preprocessing.vg_regions import REGIONS_AT_ONCE, VgDetection, best_proposals, shifted_anchors
-from tests.preprocessing.vg_weights import FULL, drawn_state
+from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord
+from preprocessing.detector.detector import Detector, _record
+from preprocessing.detector.selection import select_caffe
+from preprocessing.detector.visual_genome import VgConfig, build_vg_network
+from preprocessing.detector.visual_genome_regions import REGIONS_AT_ONCE, VgDetection, best_proposals, shifted_anchors
+from preprocessing.images.decode import load_image
+from tests.preprocessing.detector.vg_weights import FULL, drawn_state
 
 CONFIG = replace(FULL, proposals=300)
 # 10^9 operations (a multiply and an add are two) at 600 x 800, of the real network: backbone, region proposals, one region in res5.

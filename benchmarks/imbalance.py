@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.batches import lengths
-from megainter.data.order import share_out
+from megainter.data.stream.order import share_out
 from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, forward_flops
 

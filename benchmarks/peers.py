@@ -1,4 +1,4 @@
-"""What `benchmarks.pretrain` compares with: InterBERT as its released code computes it, and two models of `transformers`.
+"""What `benchmarks.against_peers` compares with: InterBERT as its released code computes it, and two models of `transformers`.
 
 All work on padded batches [B, 36 text + 37 region positions] and compute every logit, as those programs do.
 """

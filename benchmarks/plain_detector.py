@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms, roi_pool
 
-from preprocessing.vg_model import ANCHORS, DIALECTS, PREDICTOR, RPN, STAGES, VgConfig
-from preprocessing.vg_regions import clipped, decoded, shifted_anchors
+from preprocessing.detector.visual_genome import ANCHORS, DIALECTS, PREDICTOR, RPN, STAGES, VgConfig
+from preprocessing.detector.visual_genome_regions import clipped, decoded, shifted_anchors
 
 State = dict[str, Tensor]
 

@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from launcher.memory import Layout, memory
-from launcher.shape import Load, Shape, load_of, parameters, shape_of
-from launcher.timing import Cluster, Device, step_time
-from megainter.config import load_config
-from megainter.data.feature_store import FeatureStore
-from megainter.data.manifest import Pair, write_pairs
-from megainter.data.record import RegionRecord, StoreSchema
-from megainter.data.store_writer import FeatureStoreWriter, seal_store
+from launcher.planning.device_memory import Layout, memory
+from launcher.planning.shape import Load, Shape, load_of, parameters, shape_of
+from launcher.planning.timing import Cluster, Device, step_time
+from megainter.config.reading import load_config
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
+from megainter.data.tables.pairs import Pair, write_pairs
 
 SIZES = {"3 M": (192, 2), "17 M": (384, 3), "39 M": (512, 4)}  # hidden size, layers of each kind
 TINY, TALL = (16, 1), (16, 4)

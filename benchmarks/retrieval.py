@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.timing import machine, seconds_of
+from megainter.data.packed import PackedInputs
 from megainter.model.configuration import InterBertConfig
 from megainter.model.grid import embed_captions, embed_images, score_grid
 from megainter.model.interbert import MATCHED, InterBertForPreTraining, InterBertForRetrieval
-from megainter.model.packing import PackedInputs
 
 ROUNDS = 5
 IMAGES, CAPTIONS = 8, 32

@@ -22,14 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.batches import CAPTIONS_BY_LENGTH
-from megainter.data.batch import collate
-from megainter.data.feature_store import FeatureStore, FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
-from megainter.data.manifest import PAIRS_SCHEMA, ROWS_PER_GROUP, read_pairs
-from megainter.data.masking import VocabularyFacts
-from megainter.data.pairs_index import build_pairs_index, open_pairs_index
-from megainter.data.sampling import Sampler, StreamSettings
-from megainter.data.text import _BATCH as ROWS_PER_BATCH
-from megainter.data.text import open_token_table
+from megainter.data.feature_store.reader import FeatureStore, FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.pairs_index.index import build_pairs_index, open_pairs_index
+from megainter.data.tables.pairs import PAIRS_SCHEMA, read_pairs
+from megainter.data.tables.parquet import ROWS_PER_GROUP
+from megainter.data.text.token_table import _BATCH as ROWS_PER_BATCH
+from megainter.data.text.token_table import open_token_table
+from megainter.data.text.vocabulary import VocabularyFacts
+from megainter.tasks.pretraining.batches import collate
+from megainter.tasks.pretraining.sampling import Sampler, StreamSettings
 
 WORDS = np.array(["a", "dog", "man", "woman", "two", "red", "white", "black", "on", "the", "in", "with", "street", "grass", "water"])
 SCHEMA = StoreSchema(16, 8, ("__background__", *"abcdefg"), "none")

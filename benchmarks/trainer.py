@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from benchmarks.batches import CAPTIONS_BY_LENGTH
-from benchmarks.data import image_id, write_ours
+from benchmarks.reading_records import image_id, write_ours
 from benchmarks.sizes import TOY
 from benchmarks.timing import machine
-from megainter.data.manifest import Pair, write_pairs
+from megainter.data.tables.pairs import Pair, write_pairs
 
 PROFILED = 2
 FIRST = 3 + PROFILED  # steps that are not counted: the profile is of those that follow the first three

@@ -12,7 +12,7 @@ from typing import Literal
 
 from launcher.hostfile import Host
 from megainter.errors import UsageError
-from megainter.training.process import RANKS_VARIABLE
+from megainter.process import RANKS_VARIABLE
 
 Engine = Literal["deepspeed", "torchrun", "mpirun", "srun"]
 RemoteShell = Literal["pdsh", "openmpi", "mpich"]

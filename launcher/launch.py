@@ -28,7 +28,8 @@ from launcher.command import (
 )
 from launcher.hostfile import HOST, Host, format_hostfile, read_hostfile, select
 from launcher.supervise import Requests, adopt_orphans, control_variables, run_attempt, supervise
-from megainter.config import TrainingConfig, check_portions
+from megainter.config.portions import check_portions
+from megainter.config.settings import TrainingConfig
 from megainter.errors import STOPPED_EARLY, MegainterError, UsageError
 from megainter.files import write_atomically
 

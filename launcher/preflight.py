@@ -18,9 +18,9 @@ from typing import Any
 from launcher.command import Job, build
 from launcher.hostfile import Host
 from launcher.launch import LaunchSettings, answering, engine_environment, hosts_of, job_of, write_attempt
-from launcher.memory import Layout, checkpoint_bytes, memory
-from launcher.shape import Shape, largest_load, shape_of
-from megainter.config import RunConfig
+from launcher.planning.device_memory import Layout, checkpoint_bytes, memory
+from launcher.planning.shape import Shape, largest_load, shape_of
+from megainter.config.settings import RunConfig
 from megainter.errors import MegainterError
 from megainter.precision import Precision, Units, automatic_in_training, cpu_units
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from megainter.errors import STOPPED_EARLY
-from megainter.training.process import OUTCOME_VARIABLE, PULSE_VARIABLE, STOP_VARIABLE, WATCH_VARIABLE
+from megainter.process import OUTCOME_VARIABLE, PULSE_VARIABLE, STOP_VARIABLE, WATCH_VARIABLE
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

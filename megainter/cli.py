@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError
-from megainter.training.process import adopt_rank, end_with_launcher, record_exit
+from megainter.process import adopt_rank, end_with_launcher, record_exit
 from megainter.verbs.convert import convert_app
 from megainter.verbs.demo import demo
 from megainter.verbs.evaluate import evaluate_app

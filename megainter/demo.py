@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megainter.errors import MegainterError
 from megainter.files import read_json, write_json
-from megainter.training.process import WATCH_VARIABLE, folder_lock
+from megainter.process import WATCH_VARIABLE, folder_lock
 
 TRAINING_SCENES = 3000
 HELD_OUT_SCENES = 200
@@ -80,7 +80,7 @@ def _run_stage(output: Path, stage: Stage, title: str) -> None:
 
 
 def _compose(output: Path) -> None:
-    from preprocessing.scenes import write_scenes
+    from preprocessing.scenes.scenes import write_scenes
 
     write_scenes(output, {"train": TRAINING_SCENES, "val": HELD_OUT_SCENES, "test": GALLERY}, seed=SEED)
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megainter.config import RunConfig, load_config
+from megainter.config.reading import load_config
+from megainter.config.settings import RunConfig
 from megainter.errors import MegainterError
 from megainter.verbs.pretrain import split_config
 
@@ -78,8 +79,8 @@ def _available(fallback: int) -> int:
 
 
 def _data(config: RunConfig) -> dict[str, Any]:
-    from megainter.data.feature_store import FeatureStore
-    from megainter.data.manifest import read_pairs
+    from megainter.data.feature_store.reader import FeatureStore
+    from megainter.data.tables.pairs import read_pairs
 
     pairs = read_pairs(config.data.pairs, split=config.data.split)
     with FeatureStore(config.data.store) as store:
@@ -92,8 +93,8 @@ def _data(config: RunConfig) -> dict[str, Any]:
 
 def _vocabulary(config: RunConfig) -> dict[str, Any]:
     """Encode, decode and encode again: the ids must be the same; and how much of the captions the vocabulary does not know."""
-    from megainter.data.manifest import read_pairs
-    from megainter.data.text import load_vocabulary, train_vocabulary
+    from megainter.data.tables.pairs import read_pairs
+    from megainter.data.text.vocabulary import load_vocabulary, train_vocabulary
 
     captions = read_pairs(config.data.pairs, split=config.data.split).table.column("caption").slice(0, ROUND_TRIP).to_pylist()
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +118,7 @@ def _vocabulary(config: RunConfig) -> dict[str, Any]:
 
 def _engine(config: RunConfig) -> dict[str, Any]:
     """What DeepSpeed would be given; unknown settings and contradictions are errors here."""
-    from megainter.config import check_portions
+    from megainter.config.portions import check_portions
     from megainter.precision import Units, automatic_in_training
     from megainter.training.engine import deepspeed_config
 
@@ -135,7 +136,7 @@ def _collective(answer: Path, megabytes: int = 64, rounds: int = 5) -> None:
     import torch
     import torch.distributed as dist
 
-    from megainter.training.process import adopt_rank
+    from megainter.process import adopt_rank
 
     adopt_rank()
     cuda = torch.cuda.is_available()

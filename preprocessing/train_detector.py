@@ -10,9 +10,9 @@ from typing import Literal
 from cyclopts import App, CycloptsError
 
 from megainter.errors import MegainterError, UsageError
-from preprocessing.backbones import packaged_efficientnet_weights
-from preprocessing.detector import DetectorConfig
-from preprocessing.detector_training import DetectorTraining, train_detector
+from preprocessing.detector.backbones import packaged_efficientnet_weights
+from preprocessing.detector.detector import DetectorConfig
+from preprocessing.detector.training import DetectorTraining, train_detector
 
 BackboneName = Literal["tiny", "resnet50", "efficientnet_lite0"]
 

@@ -8,8 +8,10 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from megainter.data.feature_store import FeatureStore, RegionRecord
-from preprocessing.transfer import Imported, import_features
+from megainter.data.feature_store import FeatureStore
+from megainter.data.feature_store.reader import RegionRecord
+from preprocessing.features.importing import import_features
+from preprocessing.features.writing import Imported
 
 F, FOREGROUND = 12, 1600  # Visual Genome's classes, so that no list of classes is needed
 

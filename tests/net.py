@@ -55,9 +55,9 @@ def pretraining(folder: Path, pairs: Path, store: Path) -> dict[str, Any]:
 
 def stream(folder: Path, pairs: Path, store: Path) -> dict[str, Any]:
     """Digests of whole steps, by masking; of the store and of the pairs."""
-    from megainter.config import load_config
+    from megainter.config.reading import load_config
+    from megainter.tasks.pretraining.sources import open_sources
     from megainter.training import engine
-    from megainter.training.sources import open_sources
 
     found: dict[str, Any] = {"store": json.loads((store / "store.json").read_text())["digest"]}
     with engine.distributed():
@@ -72,7 +72,8 @@ def stream(folder: Path, pairs: Path, store: Path) -> dict[str, Any]:
 
 def tasks(folder: Path, pairs: Path, store: Path) -> dict[str, Any]:
     """Fine-tuning for retrieval, VCR and classification, 12 steps each, and the scores of the retrieval model."""
-    from tests.tasks import classification_data, vcr_data
+    from tests.tasks.classification import data as classification_data
+    from tests.tasks.vcr import data as vcr_data
 
     start = folder / "start"
     done = train(settings(pairs, store, folder / "pretrained", training__steps=5, training__log_every=5))

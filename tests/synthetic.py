@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.manifest import Pair, write_pairs
-from megainter.data.record import RegionRecord, StoreSchema
-from megainter.data.store_writer import FeatureStoreWriter, seal_store
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
+from megainter.data.tables.pairs import Pair, write_pairs
 
 CLASSES = ("__background__", "red", "green", "blue", "white", "black", "amber", "violet")
 FEATURE_SIZE = 16

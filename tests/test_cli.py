@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.places import ROOT
 from tests.synthetic import environment, settings, train, write_data
 
 
@@ -74,7 +75,7 @@ def test_missing_files(tmp_path: Path) -> None:
 
 def test_empty_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    weights = Path(__file__).parents[1] / "preprocessing" / "assets" / "demo_detector.safetensors"
+    weights = ROOT / "preprocessing" / "assets" / "demo_detector.safetensors"
     assert_one_line(run("extract", "--images", tmp_path / "images", "--output", tmp_path / "store", "--weights", weights), 2, "images")
 
 

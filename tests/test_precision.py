@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megainter.data.record import StoreSchema
-from megainter.data.store_writer import create_store
+from megainter.data.feature_store.record import StoreSchema
+from megainter.data.feature_store.writer import create_store
 from megainter.devices import units_of
 from megainter.errors import UsageError
 from megainter.precision import Precision, Units, automatic, automatic_in_training, cpu_units, cuda_units
@@ -128,7 +128,7 @@ def test_an_extraction_goes_on_in_what_its_store_was_begun_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where that is slow, as the records of a store are alike; a new store takes what ranks elsewhere compute as well."""
-    from preprocessing.extract import _automatic
+    from preprocessing.extraction.extract import _automatic
 
     old, new = DEVICES["old CPU"][0], DEVICES["new CPU"][0]
     plain, half = (StoreSchema(8, 2, ("__background__", "a"), "x", settings=given) for given in ({}, {"precision": "bf16"}))
@@ -136,7 +136,7 @@ def test_an_extraction_goes_on_in_what_its_store_was_begun_in(
         create_store(tmp_path / store, schema)
 
     def taken(here: Units, store: str, *elsewhere: Units) -> tuple[str, str]:
-        monkeypatch.setattr("preprocessing.extract.units_of", lambda device: here)
+        monkeypatch.setattr("preprocessing.extraction.extract.units_of", lambda device: here)
         return _automatic(tmp_path / store, "cpu", elsewhere), capsys.readouterr().out
 
     assert [taken(old, "new")[0], taken(new, "new")[0], taken(new, "new", new)[0], taken(new, "new", old)[0]] == [
@@ -151,7 +151,7 @@ def test_an_extraction_goes_on_in_what_its_store_was_begun_in(
 def told_by_rank(rank: int, names: list[str], folder: str, answers: Any) -> None:
     """One rank of a group whose devices differ: what it takes for "auto"."""
     import megainter.training.precision as module
-    from megainter.config import load_config
+    from megainter.config.reading import load_config
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(names))
     module.units_of = lambda device: DEVICES[names[rank]][0]  # type: ignore[assignment]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.scenes import write_scenes
+from preprocessing.scenes.scenes import write_scenes
+from tests.places import ROOT
 from tests.synthetic import environment
 
-ROOT = Path(__file__).parents[1]
 # The shipped recipes are for real runs: a test keeps their settings and makes the model small and the run short.
 SHORT = "--training.steps 2 --training.global_batch 8 --training.micro_batch 4 --data.workers 0 --engine.precision fp32"
 SMALL = (

@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.gpu.part import Report, Setting, Wrong, run_part
 from benchmarks.sizes import BASE, TOY
 from benchmarks.timing import device_seconds
-from megainter.config import OptimizerConfig
+from megainter.config.settings import OptimizerConfig
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import fused_apex

@@ -17,8 +17,8 @@ from PIL import Image
 from benchmarks.extract import CONFIG, agreement, composed, full_precision, ours
 from benchmarks.gpu.part import Report, Setting, Wrong, run_part
 from benchmarks.timing import seconds_of
-from preprocessing.detector import Detector, load_detector, save_weights
-from tests.preprocessing.vg_weights import SMALL, drawn_state
+from preprocessing.detector.detector import Detector, load_detector, save_weights
+from tests.preprocessing.detector.vg_weights import SMALL, drawn_state
 
 LIGHT = Path(__file__).parents[2] / "preprocessing" / "assets" / "demo_detector.safetensors"
 BATCH, ROUNDS = 8, 3

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from benchmarks.gpu.part import Report, Setting, run_part
 from benchmarks.trainer import write_data
-from megainter.config import DataConfig, PretrainingConfig, RunConfig
-from megainter.data.loader import make_loader
+from megainter.config.settings import DataConfig, PretrainingConfig, RunConfig
+from megainter.data.stream.loader import make_loader
+from megainter.tasks.pretraining.training import open_job
 from megainter.training import engine
-from megainter.training.pretraining import open_job
 
 RECORDS, BATCH, PORTION = 800, 1024, 512
 MEASURED = 12  # steps for each process, of which each makes two ahead

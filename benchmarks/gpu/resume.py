@@ -13,8 +13,8 @@ from benchmarks.gpu.training import Run, kill
 from benchmarks.trainer import write_data
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint
-from megainter.training.engine import WEIGHTS
 from megainter.training.loop import PREFIX
+from megainter.training.zero_state import WEIGHTS
 
 STEPS, TOY_STEPS = 150, 12
 STOPPED = 75  # exit code of a run that was asked to stop

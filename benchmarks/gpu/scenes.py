@@ -16,10 +16,10 @@ import numpy as np
 
 from benchmarks.gpu.part import Report, Setting, Wrong, run_part
 from benchmarks.gpu.training import Run
-from megainter.data.feature_store import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
-from megainter.data.manifest import Pair, write_pairs
+from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.tables.pairs import Pair, write_pairs
 from megainter.demo import GALLERY, SEED
-from preprocessing.scenes import glyphs, write_scenes
+from preprocessing.scenes.scenes import glyphs, write_scenes
 
 SCENES = {"train": 3000, "val": 200, "test": GALLERY}
 TOY_SCENES = {"train": 24, "val": 4, "test": 6}

@@ -10,10 +10,10 @@ from benchmarks.batches import make_batch
 from benchmarks.gpu.against import relative_error
 from benchmarks.gpu.part import Report, Setting, run_part
 from benchmarks.sizes import BASE, TOY
-from megainter.data.batch import PretrainBatch
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
-from megainter.training.objectives import ObjectiveWeights, PretrainingStep
+from megainter.tasks.pretraining.batches import PretrainBatch
+from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "region_hidden_dropout_prob": 0.0}
 LOSS_OFF, GRADIENT_OFF = 1e-5, 1e-3  # in fp32, relative

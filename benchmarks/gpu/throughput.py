@@ -3,12 +3,12 @@
 from dataclasses import fields
 from typing import Any
 
+from benchmarks.against_peers import tables
 from benchmarks.batches import make_batch
 from benchmarks.contenders import Way
 from benchmarks.gpu.part import Report, Setting, run_part
-from benchmarks.pretrain import tables
-from launcher.memory import Layout, memory
-from launcher.shape import Load, Shape
+from launcher.planning.device_memory import Layout, memory
+from launcher.planning.shape import Load, Shape
 
 SIZES = (64, 256, 1024, 2048)
 NAMES = ("ours-bf16-zero0", "ours-bf16", "ours-bf16-compiled", "bert-bf16", "bert-bf16-compiled", "released-fp32", "released-tf32")

@@ -15,9 +15,17 @@ import megainter
 from benchmarks.gpu.part import Report, Setting, run_part
 from benchmarks.gpu.training import SMALL, TOY
 from benchmarks.trainer import write_data
-from megainter.config import CheckpointConfig, DataConfig, EngineConfig, ModelSettings, PretrainingConfig, RunConfig, ValidationConfig
+from megainter.config.settings import (
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    ModelSettings,
+    PretrainingConfig,
+    RunConfig,
+    ValidationConfig,
+)
+from megainter.tasks.pretraining.training import pretrain
 from megainter.training import engine
-from megainter.training.pretraining import pretrain
 
 FEW, MANY = 4, 12  # steps of two runs: what differs are the waits of steps, not those of start and end
 SYNCHRONISING = "synchronizing CUDA operation"  # as PyTorch words it

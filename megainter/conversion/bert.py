@@ -17,9 +17,9 @@ from transformers.utils import logging as transformers_logging
 from megainter.conversion.architecture import layer_count
 from megainter.conversion.folder import Output, finish, refuse_existing
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
+from megainter.conversion.mapping import Origin, Plan, make_plan
 from megainter.conversion.official import TIED, WORD, bert_names, require_tied
 from megainter.conversion.official_names import our_name
-from megainter.conversion.plan import Origin, Plan, make_plan
 from megainter.conversion.vocabulary import find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
 from megainter.files import read_json

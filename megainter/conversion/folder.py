@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megainter.conversion.foreign_files import LazyTensor, open_tensors
-from megainter.conversion.plan import Plan, print_table, require_complete, tensors_of
+from megainter.conversion.mapping import Plan, print_table, require_complete, tensors_of
 from megainter.conversion.vocabulary import VocabularyFiles, write_vocabulary
 from megainter.errors import DamagedError, UsageError
 from megainter.files import fsync_folder

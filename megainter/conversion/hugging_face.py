@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megainter.conversion.folder import Output, finish, refuse_existing
 from megainter.conversion.foreign_files import LazyTensor
+from megainter.conversion.mapping import HEADS, Origin, Plan, make_plan
 from megainter.conversion.official import open_ours
-from megainter.conversion.plan import HEADS, Origin, Plan, make_plan
 from megainter.conversion.vocabulary import VocabularyFiles, find_vocabulary
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig

@@ -17,8 +17,8 @@ from torch import Tensor
 from megainter.conversion.architecture import layer_count, make_config, official_settings, region_target, sizes_in_shapes, stated_sizes
 from megainter.conversion.folder import Output, finish, refuse_existing, reread
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
+from megainter.conversion.mapping import HEADS, Origin, Plan, expected_shapes, make_plan, require_complete
 from megainter.conversion.official_names import official_name, our_name
-from megainter.conversion.plan import HEADS, Origin, Plan, expected_shapes, make_plan, require_complete
 from megainter.conversion.vocabulary import NO_VOCABULARY, find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
 from megainter.files import fsync_folder, write_json

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megainter.data.text import load_vocabulary
+from megainter.data.text.vocabulary import load_vocabulary
 from megainter.errors import UsageError
 from megainter.files import read_json, write_atomically, write_json
 

@@ -15,8 +15,8 @@ from megainter.conversion.architecture import make_config, region_target, sizes_
 from megainter.conversion.deepspeed_files import find_deepspeed_folder, open_deepspeed
 from megainter.conversion.folder import Output, finish, refuse_existing
 from megainter.conversion.foreign_files import LazyTensor, without_prefix
+from megainter.conversion.mapping import HEADS, Origin, Plan, make_plan
 from megainter.conversion.official import bert_names, plan_official
-from megainter.conversion.plan import HEADS, Origin, Plan, make_plan
 from megainter.conversion.vocabulary import NO_VOCABULARY, find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
 from megainter.model.configuration import InterBertConfig

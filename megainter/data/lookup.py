@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from megainter.data.integers import Int64s, UInt64s, mixed
 from megainter.data.mapped import string_buffers
-from megainter.data.order import Int64s, UInt64s, mixed
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _AT_ONCE = 1 << 16  # ids hashed at once: what is made of them stays in the processor's cache

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from megainter.data.text import Vocabulary, load_vocabulary
+from megainter.data.text.vocabulary import Vocabulary, load_vocabulary
 from megainter.errors import UsageError
 from megainter.files import read_json, sha256_of
 from megainter.model.configuration import InterBertConfig

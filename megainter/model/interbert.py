@@ -27,14 +27,15 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from megainter.data.record import RegionRecord
+from megainter.data.feature_store.record import RegionRecord
+from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
 from megainter.kernels import QueryRows, SequenceLayout, cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder, LinearGelu
 from megainter.model.heads import Decoder, Fusion, Pooler, PredictionHead
-from megainter.model.packing import PackedInputs, PackedLayout, pack_padded
+from megainter.model.packing import PackedLayout, pack_padded
 from megainter.model.processor import InterBertProcessor
 
 MATCHED = 0  # class of the image-text matching head for a caption and its own image (official code)

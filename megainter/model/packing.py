@@ -5,54 +5,15 @@ B, T, R the sizes of a padded batch, F the width of a region feature.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
 from megainter.kernels import SequenceLayout
 from megainter.transfers import sent_together
-
-
-@dataclass(frozen=True)
-class PackedInputs:
-    """A batch as the model's core takes it. Sample i owns the next ``text_lengths[i]`` tokens and ``region_lengths[i]`` regions.
-
-    ``input_ids``, ``token_type_ids`` int64 [Nt]; ``region_features`` [Nr, F] of any floating dtype; ``region_locations`` float32
-    [Nr, 5] (x1/W, y1/H, x2/W, y2/H, area share); each sample's first region is its global region. The lengths are int64 [S] and
-    stay on the CPU wherever the rest goes: shapes follow from them, and a GPU must not be waited for to learn a shape.
-
-    ``text_regions`` int64 [Nt], where there are any: for a token that names an object of the image, the packed row of the object's region
-    (a row of its own sample), else -1. Models with ``tie_objects`` use it.
-
-    Text alone: no regions at all (Nr = 0, every region length 0). Regions alone: likewise. A batch may not mix.
-    """
-
-    input_ids: torch.Tensor
-    token_type_ids: torch.Tensor
-    text_lengths: torch.Tensor
-    region_features: torch.Tensor
-    region_locations: torch.Tensor
-    region_lengths: torch.Tensor
-    text_regions: torch.Tensor | None = None
-
-    def to(self, device: torch.device | str) -> "PackedInputs":
-        """The same batch on ``device``, copied without waiting when its memory is pinned. The lengths stay on the CPU."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._rows().items()}
-        return replace(self, text_lengths=self.text_lengths.cpu(), region_lengths=self.region_lengths.cpu(), **moved)
-
-    def pin_memory(self) -> "PackedInputs":
-        """The same batch in page-locked memory; the lengths stay as they are, they never leave the CPU."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._rows().items()})
-
-    def _rows(self) -> dict[str, torch.Tensor]:
-        """The tensors with a row for each token or region, by name."""
-        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("text_lengths", "region_lengths")}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def __len__(self) -> int:
-        return len(self.text_lengths)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
-from megainter.data.record import RegionRecord
-from megainter.data.regions import region_rows
-from megainter.data.text import Vocabulary
+from megainter.data.feature_store.record import RegionRecord
+from megainter.data.packed import PackedInputs, region_rows
+from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
 from megainter.files import read_json, write_atomically, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import read_config, read_vocabulary
-from megainter.model.packing import PackedInputs
 
 SETTINGS = "processor_config.json"
 USUAL_LENGTH = 36  # tokens and regions, where nothing says what the model was trained with

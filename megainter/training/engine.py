@@ -6,27 +6,29 @@ What is worked around is measured on DeepSpeed 0.19.8 and said where it is done.
 import contextlib
 import difflib
 import logging
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig, accumulation_steps
+from megainter import process
+from megainter.config.portions import accumulation_steps
+from megainter.config.settings import EngineConfig, OptimizerConfig, TrainingConfig
 from megainter.errors import MegainterError, UsageError
 from megainter.files import read_json
 from megainter.memory import keep_freed_memory
-from megainter.training import fused_apex, process, zero_speed
+from megainter.training import fused_apex, zero_speed
 from megainter.training.clipping import clip_each
 from megainter.training.collective import first_said
 from megainter.training.ema import EMA, update_average
 from megainter.training.lamb import Lamb, Place, layout_of
-from megainter.training.optimizer import build_optimizer, parameter_groups, set_step_count, start_state
+from megainter.training.optimizer import build_optimizer, parameter_groups
+from megainter.training.world import World
+from megainter.training.zero_state import Piece, flat_state, inner_optimizer, pieces, pieces_by_flat, start_optimizer_state, whole_parameter
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -36,8 +38,6 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
 log = logging.getLogger("megainter")
-
-WEIGHTS = "weights"
 OURS = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 KNOWN = (
     "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
@@ -50,20 +50,8 @@ KNOWN = (
 # from fresh pages at every step. The word embeddings of a base-size model just fit in.
 CPU_BUCKET = 25_000_000
 
-# Elements of a checkpoint that are copied to the host between two waits for the device: a quarter of a GB in page-locked memory.
-LANDING = 1 << 26
-
 # What gloo and NCCL say when the other end of a connection has died.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
-
-
-@dataclass(frozen=True)
-class World:
-    """This rank among all: ``device`` is where its model and batches live."""
-
-    rank: int
-    size: int
-    device: torch.device
 
 
 @contextlib.contextmanager
@@ -203,7 +191,7 @@ def build_engine(
         log.info("DeepSpeed %s does its own work around a step, launch by launch: %s", deepspeed.__version__, built.updates)
     if isinstance(ours, Lamb):
         _lay_out(built, ours, world)
-    _start_optimizer_state(built, optimizer, averaged=training.ema_decay > 0)
+    start_optimizer_state(built, optimizer, averaged=training.ema_decay > 0)
     if optimizer.clip == "tensor" and optimizer.clip_norm > 0:
         _clip_each_before_steps(built, optimizer.clip_norm, world)
     return built
@@ -253,7 +241,7 @@ def _admit(kind: type[torch.optim.Optimizer]) -> None:
 
 def _lay_out(engine: Any, lamb: Lamb, world: World) -> None:
     """Tell LAMB which elements of the flat tensors belong to which parameter, for its norms."""
-    by_flat = _pieces_by_flat(engine)
+    by_flat = pieces_by_flat(engine)
     places = {flat: [Place(number, piece.offset, piece.numel) for number, piece in held] for flat, held in by_flat.items()}
     lamb.lay_out(layout_of(places, len(pieces(engine)), world.device, _is_sharded(engine, world)))
 
@@ -263,7 +251,7 @@ def _clip_each_before_steps(engine: Any, max_norm: float, world: World) -> None:
 
     Some wrappers step one parameter group at a time, all ranks the same one, so that the hook's collectives match.
     """
-    by_flat, parameters = _pieces_by_flat(engine), len(pieces(engine))
+    by_flat, parameters = pieces_by_flat(engine), len(pieces(engine))
 
     def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         flats = [flat for group in optimizer.param_groups for flat in group["params"] if flat.grad is not None]
@@ -307,132 +295,6 @@ def gradient_norm(engine: Any) -> float:
     return float(norm) if norm is not None else float("nan")
 
 
-def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """Our optimiser inside whatever DeepSpeed wrapped around it."""
-    optimizer = engine.optimizer
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The part of one parameter whose fp32 state this rank holds: elements [start, start + numel) of the flattened parameter.
-
-    It lies at ``offset`` of ``flat``, the fp32 tensor that the optimiser updates and keys its state by. ``speaks`` is False where
-    another rank holds the same elements and answers for them (stage 0).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    flat: Tensor
-    offset: int
-    speaks: bool = True
-
-    def view(self, state: Tensor) -> Tensor:
-        """The piece's elements in ``state``, a tensor laid out like ``flat``."""
-        return state.detach().view(-1).narrow(0, self.offset, self.numel)
-
-
-def pieces(engine: Any) -> list[Piece]:
-    """This rank's pieces, in the order of the module's parameters; a parameter held elsewhere has a piece of 0 elements.
-
-    DeepSpeed's own accessors miss the moments of every group but the first at stages 1 and 2 (it links them after the first
-    group's update); the flat tensors themselves are always right.
-    """
-    return [_piece(engine, name, parameter) for name, parameter in engine.module.named_parameters()]
-
-
-def _pieces_by_flat(engine: Any) -> dict[int, list[tuple[int, Piece]]]:
-    """This rank's pieces that are not empty, with the parameter's number, by the id of the flat tensor they lie in."""
-    by_flat: dict[int, list[tuple[int, Piece]]] = {}
-    for number, piece in enumerate(pieces(engine)):
-        if piece.numel:
-            by_flat.setdefault(id(piece.flat), []).append((number, piece))
-    return by_flat
-
-
-def _piece(engine: Any, name: str, parameter: Tensor) -> Piece:
-    if hasattr(parameter, "ds_id"):
-        return _stage3_piece(engine.optimizer, name, parameter)
-    if hasattr(parameter, "_hp_mapping"):
-        return _stage12_piece(engine.optimizer, name, parameter)
-    return Piece(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, speaks=engine.global_rank == 0)
-
-
-def _stage12_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
-    mapping, shape = parameter._hp_mapping, tuple(parameter.shape)
-    flats = (
-        optimizer.single_partition_of_fp32_groups
-        if hasattr(optimizer, "single_partition_of_fp32_groups")
-        else optimizer.fp32_groups_flat_partition
-    )
-    if mapping is None:
-        return Piece(name, shape, 0, 0, flats[0], 0)
-    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Piece(name, shape, here.start, here.numel, flats[mapping.param_group_index], there.start)
-
-
-def _stage3_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
-    group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = min(padded * optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
-    numel = min(padded, parameter.ds_numel - start)  # the last rank's partition is padded
-    return Piece(name, tuple(parameter.ds_shape), start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
-
-
-def flat_state(engine: Any, flat: Tensor) -> dict[str, Tensor]:
-    """The optimiser's state of one flat tensor: ``step``, ``exp_avg``, ``exp_avg_sq``, and ``ema`` where there is one."""
-    return inner_optimizer(engine).state[flat]
-
-
-def _kept(engine: Any, flat: Tensor) -> dict[str, Tensor]:
-    """What a checkpoint keeps of one flat tensor, by kind: the weights themselves and the state that is laid out like them."""
-    return {WEIGHTS: flat, **{kind: state for kind, state in flat_state(engine, flat).items() if kind != "step"}}
-
-
-def _start_optimizer_state(engine: Any, settings: OptimizerConfig, averaged: bool) -> None:
-    """Create the Adam state as zeros at its first step: some stages have run an empty step by now, which shifts the bias correction."""
-    optimizer = inner_optimizer(engine)
-    flats = [flat for group in optimizer.param_groups for flat in group["params"]] + [piece.flat for piece in pieces(engine)]
-    own = list({id(flat): flat for flat in flats}.values())
-    start_state(optimizer, own, settings)
-    if averaged:
-        for flat in own:
-            optimizer.state[flat][EMA] = flat.detach().clone()
-
-
-def _assembled(piece: Piece, local: Tensor, owner: int, world: World) -> Tensor | None:
-    """One parameter's tensor from all ranks' pieces, on rank ``owner`` and still on its device; None elsewhere. Collective.
-
-    Added up as integers over zeros, so that every bit arrives as it left.
-    """
-    buffer = _mine_over_zeros(piece, local, world)
-    if world.size > 1:
-        dist.reduce(buffer.view(torch.int32), dst=owner)
-    return buffer.view(piece.shape) if world.rank == owner else None
-
-
-def _landed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """float32 tensors of one device as CPU tensors; the host waits for the device once for all of them."""
-    if not tensors or tensors[0].device.type == "cpu":
-        return list(tensors)
-    landing = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.float32, pin_memory=True)
-    places = landing.split([tensor.numel() for tensor in tensors])
-    for place, tensor in zip(places, tensors, strict=True):
-        place.copy_(tensor.view(-1), non_blocking=True)
-    torch.cuda.current_stream(tensors[0].device).synchronize()
-    return [place.clone().view(tensor.shape) for place, tensor in zip(places, tensors, strict=True)]
-
-
-def _mine_over_zeros(piece: Piece, local: Tensor, world: World) -> Tensor:
-    buffer = torch.zeros(math.prod(piece.shape), dtype=torch.float32, device=world.device)
-    if piece.speaks:
-        buffer.narrow(0, piece.start, piece.numel).copy_(piece.view(local))
-    return buffer
-
-
 @contextlib.contextmanager
 def averaged_weights(engine: Any, world: World, active: bool = True) -> Iterator[None]:
     """The moving average in place of the working weights for a while; nothing where not ``active``. Collective."""
@@ -459,67 +321,12 @@ def averaged_weights(engine: Any, world: World, active: bool = True) -> Iterator
 def _put_weights(engine: Any, everything: list[Piece], flats: dict[str, Tensor], world: World) -> None:
     """Set the module's weights to what ``flats`` hold, assembled from all ranks' pieces, one parameter at a time."""
     for piece, parameter in zip(everything, engine.module.parameters(), strict=True):
-        whole = _whole(piece, flats[piece.name], world)
+        whole = whole_parameter(piece, flats[piece.name], world)
         if hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(whole)
         else:
             parameter.copy_(whole)
-
-
-def _whole(piece: Piece, local: Tensor, world: World) -> Tensor:
-    """One parameter's fp32 tensor from all ranks' pieces, on every rank: added up as integers over zeros. Collective."""
-    buffer = _mine_over_zeros(piece, local, world)
-    if world.size > 1:
-        dist.all_reduce(buffer.view(torch.int32))
-    return buffer.view(piece.shape)
-
-
-def owned_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:
-    """This rank's share of the whole fp32 state: {"weights" | "exp_avg" | "exp_avg_sq" | "ema": {parameter name: tensor}}. Collective.
-
-    Parameters are dealt to ranks so that each writes about as many bytes. Names are those of ``engine.module``.
-    """
-    shares: dict[str, dict[str, Tensor]] = {}
-    load = [0] * world.size
-    waiting: list[tuple[str, str, Tensor]] = []  # kind, name, tensor on the device
-
-    def land() -> None:
-        for (kind, name, _), tensor in zip(waiting, _landed([tensor for _, _, tensor in waiting]), strict=True):
-            shares[kind][name] = tensor
-        waiting.clear()
-
-    for piece in pieces(engine):
-        owner = load.index(min(load))
-        load[owner] += math.prod(piece.shape)
-        for kind, local in _kept(engine, piece.flat).items():
-            tensor = _assembled(piece, local, owner, world)
-            shares.setdefault(kind, {})
-            if tensor is not None:
-                waiting.append((kind, piece.name, tensor))
-            if sum(tensor.numel() for _, _, tensor in waiting) > LANDING:
-                land()
-    land()
-    return shares
-
-
-def restore_state(engine: Any, read: Callable[[str, str], Tensor], step: int) -> None:
-    """Put fp32 weights, moments, moving average and step count of a checkpoint in place; ``read(kind, name)`` gives a whole tensor.
-
-    The module's working weights must hold the same weights already (they were loaded before the engine was built).
-    """
-    for piece in pieces(engine):
-        for kind, local in _kept(engine, piece.flat).items():
-            if piece.numel:
-                piece.view(local).copy_(read(kind, piece.name).view(-1).narrow(0, piece.start, piece.numel))
-    engine.global_steps = step
-    set_step_count(inner_optimizer(engine), step)
-
-
-def update_count(engine: Any) -> int:
-    """Updates the optimiser has made: fewer than the finished steps where gradients were not finite. Waits for the device."""
-    on_device = 0 if isinstance(engine.updates, str) else engine.updates.count_left_out()
-    return int(engine.global_steps - engine.skipped_steps - on_device)
 
 
 def current_learning_rate(engine: Any) -> float:

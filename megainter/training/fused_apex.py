@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megainter.config import OptimizerConfig
+from megainter.config.settings import OptimizerConfig
 from megainter.training.optimizer import MOMENTS, set_step_count, start_state
 
 Build = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]  # from parameter groups and a learning rate

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from megainter.config import CheckpointConfig, EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.config.settings import CheckpointConfig, EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.data.packed import PackedInputs
 from megainter.model.configuration import InterBertConfig
-from megainter.model.packing import PackedInputs
 
 
 class RunSettings(Protocol):

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megainter import kernels
-from megainter.config import check_portions
-from megainter.data.loader import make_loader
+from megainter.config.portions import check_portions
+from megainter.data.stream.loader import make_loader
 from megainter.errors import NoSpaceError, NumericsError, StoppedEarly
 from megainter.model.configuration import InterBertConfig
-from megainter.training import checkpoint, engine
+from megainter.process import StopRequest, folder_lock
+from megainter.training import checkpoint, engine, zero_state
 from megainter.training.arrival import Arrivals, StopVote
 from megainter.training.collective import on_first_rank, summed
 from megainter.training.heartbeat import Heartbeat
@@ -25,9 +26,9 @@ from megainter.training.job import Job, RunSettings, summarise
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
 from megainter.training.optimizer import describe, learning_rate
 from megainter.training.precision import with_precision
-from megainter.training.process import StopRequest, folder_lock
 from megainter.training.profile import StepProfile
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
+from megainter.training.world import World
 from megainter.transfers import read, sent
 
 log = logging.getLogger("megainter")
@@ -36,7 +37,7 @@ BEST = "best"  # folder of the best checkpoint, beside `checkpoints`
 FAILED_SAVES = 3  # in a row, after which a run that cannot save stops
 
 
-def train(config: RunSettings, open_job: Callable[[engine.World], Job]) -> Path:
+def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
     """Train until ``training.steps``; publishes checkpoints, writes metrics, resumes by itself. Returns the last checkpoint's folder.
 
     Runs alone or as one rank of any launcher; ``open_job`` opens the data on every rank (it may be collective). Raises ``StoppedEarly``
@@ -119,7 +120,7 @@ class Run:
 
     config: RunSettings
     job: Job
-    world: engine.World
+    world: World
     trained: Any  # the DeepSpeed engine over the job's step module
     metrics: MetricsLog | None
     saved: checkpoint.Checkpoint | None  # where it goes on from
@@ -128,7 +129,7 @@ class Run:
     peak: float | None  # FLOP/s of one device, where known
 
 
-def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[engine.World], Job]) -> Run:
+def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job]) -> Run:
     """Join the group, take the run folder, open the data, build the model and go on where the newest checkpoint stands. Collective."""
     world = stack.enter_context(engine.distributed())
     first = world.rank == 0
@@ -150,7 +151,7 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[engine.Worl
     trained = engine.build_engine(job.build_step(model), config.engine, config.optimizer, config.training, world, job.accumulation)
     start = _resume(trained, saved)
     _describe(config, job, model, world, start, total_steps)
-    log.info("%s", describe(config.optimizer, engine.inner_optimizer(trained).param_groups))
+    log.info("%s", describe(config.optimizer, zero_state.inner_optimizer(trained).param_groups))
     metrics = MetricsLog(config.output, start, config.tensorboard) if first else None
     return Run(config, job, world, trained, metrics, saved, start, total_steps, peak_flops(world.device, config.engine.precision))
 
@@ -205,7 +206,7 @@ def load_weights(model: PreTrainedModel, saved: checkpoint.Checkpoint) -> None:
     """Copy a checkpoint's fp32 weights into ``model``, by name; ``DamagedError`` where one is missing."""
     with checkpoint.reader(saved) as read, torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(read(engine.WEIGHTS, PREFIX + name))
+            parameter.copy_(read(zero_state.WEIGHTS, PREFIX + name))
 
 
 def _resume(trained: Any, saved: checkpoint.Checkpoint | None) -> int:
@@ -213,7 +214,7 @@ def _resume(trained: Any, saved: checkpoint.Checkpoint | None) -> int:
     if saved is None:
         return 0
     with checkpoint.reader(saved) as read:
-        engine.restore_state(trained, read, saved.state["updates"])
+        zero_state.restore_state(trained, read, saved.state["updates"])
     engine.set_loss_scale(trained, saved.state["loss_scale"])
     log.info("resuming from %s", saved.folder)
     return saved.step
@@ -245,11 +246,11 @@ def _save(run: Run, finished: int, tallies: Tensor, counts: Tensor) -> bool:
 def _publish(run: Run, finished: int, root: Path, keep: int, more: dict[str, Any]) -> str | None:
     """Write a checkpoint into ``root``; None, or what went wrong. Collective."""
     job, trained = run.job, run.trained
-    state = {"step": finished, "updates": engine.update_count(trained), "samples": finished * run.config.training.global_batch,
+    state = {"step": finished, "updates": zero_state.update_count(trained), "samples": finished * run.config.training.global_batch,
              "loss_scale": engine.loss_scale(trained), "digests": dict(job.digests), "lowercase": job.lowercase, **more}  # fmt: skip
     configuration = trained.module.model.config.to_json_string(use_diff=False).encode()
     files = {"config.json": configuration, "vocab.txt": job.vocabulary, **job.files}
-    return checkpoint.publish(root, state, engine.owned_state(trained, run.world), files, keep)
+    return checkpoint.publish(root, state, zero_state.owned_state(trained, run.world), files, keep)
 
 
 @torch.no_grad()
@@ -311,7 +312,7 @@ def _report(run: Run, meter: Throughput, tallies: Tensor, counts: Tensor, finish
         )
 
 
-def _portion_told(config: RunSettings, job: Job, world: engine.World) -> str:
+def _portion_told(config: RunSettings, job: Job, world: World) -> str:
     """What a micro-batch is, and how many a step has: where tokens count, that follows from the data."""
     training = config.training
     if training.micro_tokens is None:
@@ -320,7 +321,7 @@ def _portion_told(config: RunSettings, job: Job, world: engine.World) -> str:
     return f", {job.accumulation} micro-batch(es) of about {samples:.0f} samples and at most {training.micro_tokens:,} tokens on each rank"
 
 
-def _describe(config: RunSettings, job: Job, model: PreTrainedModel, world: engine.World, start: int, total: int) -> None:
+def _describe(config: RunSettings, job: Job, model: PreTrainedModel, world: World, start: int, total: int) -> None:
     """The start-up lines: what is trained on what, and which form of each kernel runs and why."""
     log.info("%d process(es) on %s, %s, ZeRO stage %d", world.size, world.device.type, config.engine.precision, config.engine.zero_stage)
     if world.size > 1:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megainter.config import OptimizerConfig
+from megainter.config.settings import OptimizerConfig
 from megainter.training.lamb import Lamb
 
 EMBEDDINGS = ("text_embeddings", "region_embeddings")

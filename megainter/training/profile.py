@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megainter.files import write_atomically
-from megainter.training.engine import World
+from megainter.training.world import World
 
 WARM_UP = 2  # steps left out: the first ones allocate
 FOLDER = "profile"

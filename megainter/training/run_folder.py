@@ -14,11 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megainter.config import RunConfig, as_dict, path_settings, section_defaults
+from megainter.config.reading import path_settings
+from megainter.config.settings import RunConfig, as_dict, section_defaults
 from megainter.errors import LockedError, UsageError
 from megainter.files import read_json, write_json
+from megainter.process import folder_lock
 from megainter.training.job import RunSettings
-from megainter.training.process import folder_lock
 
 log = logging.getLogger("megainter")
 

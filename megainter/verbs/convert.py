@@ -237,6 +237,6 @@ def convert_detector(src: Path, dst: Path, /, *, class_names: Path | None = None
     class_names
         Text file, one class name per line without the background. Default: objects_vocab.txt beside SRC, else "class 1", "class 2", ...
     """
-    from preprocessing.convert_detector import convert_detector as convert
+    from preprocessing.detector.convert import convert_detector as convert
 
     convert(src, dst, class_names)

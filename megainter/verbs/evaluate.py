@@ -74,7 +74,7 @@ def evaluate_retrieval(
     folds
         Also give the mean recalls of so many equal parts of the gallery: 5 for COCO's "1K" figures beside its "5K" ones.
     """
-    from megainter.tasks.retrieval import evaluate
+    from megainter.tasks.retrieval.evaluation import evaluate
 
     evaluate(
         model, pairs, store, split=split, images=images, captions_per_image=captions_per_image, max_regions=max_regions,
@@ -132,7 +132,7 @@ def evaluate_vcr(
     submission
         Also write the CSV that VCR's leaderboard takes.
     """
-    from megainter.tasks.vcr import evaluate
+    from megainter.tasks.vcr.evaluation import evaluate
 
     evaluate(
         model, questions, store, output=output, objects_store=objects_store, mode=mode, split=split, max_missing=max_missing,
@@ -186,7 +186,7 @@ def evaluate_classification(
     device
         Torch device; "auto" takes CUDA where there is one.
     """
-    from megainter.tasks.classification import evaluate
+    from megainter.tasks.classification.evaluation import evaluate
 
     evaluate(
         model, examples, store, output=output, split=split, max_text_tokens=max_text_tokens, max_regions=max_regions,

@@ -64,8 +64,8 @@ def extract(
     network_disk
         Allow a store on NFS and the like, where a crash can damage what is being written.
     """
-    from preprocessing.extract import extract as extract_regions
-    from preprocessing.extract_mpi import extract_on_ranks, launched_rank
+    from preprocessing.extraction.extract import extract as extract_regions
+    from preprocessing.extraction.mpi import extract_on_ranks, launched_rank
 
     arguments: dict[str, Any] = {
         "images": images, "output": output, "weights": weights, "manifest": manifest, "min_boxes": min_boxes, "max_boxes": max_boxes,

@@ -22,7 +22,7 @@ def show(store: Path, /, *, image: str | None = None) -> None:
     image
         Print the regions of the image with this id instead.
     """
-    from preprocessing.store_report import describe_record, describe_store
+    from preprocessing.features.show import describe_record, describe_store
 
     print(describe_store(store) if image is None else describe_record(store, image))
 
@@ -36,7 +36,7 @@ def check(store: Path, /) -> None:
     store
         Feature store.
     """
-    from preprocessing.store_report import check_store
+    from preprocessing.features.show import check_store
 
     print(f"{store}: all {check_store(store):,} records are as they were written")
 
@@ -52,7 +52,7 @@ def merge(*stores: Path, output: Path) -> None:
     output
         Feature store to write.
     """
-    from preprocessing.transfer import merge_stores
+    from preprocessing.features.merging import merge_stores
 
     _stop_on_signals()
     print(f"{output}: digest {merge_stores(list(stores), output)}")
@@ -89,7 +89,7 @@ def redescribe(
     device
         Torch device; "auto" takes CUDA where there is one.
     """
-    from preprocessing.redescribe import redescribe
+    from preprocessing.extraction.redescribe import redescribe
 
     _stop_on_signals()
     digest = redescribe(store, images, output, network=network, side=side, batch=batch, device=device)
@@ -142,7 +142,7 @@ def import_(
     max_bad
         Share of unusable entries above which the command ends with exit code 3.
     """
-    from preprocessing.transfer import import_features
+    from preprocessing.features.importing import import_features
 
     _stop_on_signals()
     done = import_features(
@@ -165,7 +165,7 @@ def export(store: Path, dst: Path, /, *, format: Literal["lxmert-tsv", "vilbert-
     format
         What to write.
     """
-    from preprocessing.transfer import export_features
+    from preprocessing.features.exporting import export_features
 
     _stop_on_signals()
     print(f"{dst}: {export_features(store, dst, format):,} images")

@@ -10,7 +10,7 @@ from megainter.errors import UsageError
 from megainter.verbs.pretrain import split_config
 
 if TYPE_CHECKING:
-    from megainter.config import FinetuneConfig
+    from megainter.config.settings import FinetuneConfig
 
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
@@ -31,7 +31,7 @@ def finetune_retrieval(*settings: Settings) -> None:
     """
     config = read_task_settings("retrieval", settings)
     if config is not None:
-        from megainter.tasks.retrieval_training import finetune
+        from megainter.tasks.retrieval.training import finetune
 
         finetune(config)
 
@@ -50,7 +50,7 @@ def finetune_vcr(*settings: Settings) -> None:
     """
     config = read_task_settings("vcr", settings)
     if config is not None:
-        from megainter.tasks.vcr_training import finetune
+        from megainter.tasks.vcr.training import finetune
 
         finetune(config)
 
@@ -73,11 +73,11 @@ def finetune_classification(*settings: Settings, compare_with: Path | None = Non
     if config is None:
         return
     if compare_with is not None:
-        from megainter.tasks.classification_comparison import compare
+        from megainter.tasks.classification.comparison import compare
 
         compare(config, compare_with)
         return
-    from megainter.tasks.classification_training import finetune
+    from megainter.tasks.classification.training import finetune
 
     finetune(config)
 
@@ -137,7 +137,7 @@ def finetune_prefilter(
     device
         Torch device; "auto" takes CUDA where there is one.
     """
-    from megainter.tasks.prefilter_training import PrefilterTraining, finetune
+    from megainter.tasks.retrieval.prefilter.training import PrefilterTraining, finetune
 
     training = PrefilterTraining(epochs, batch, learning_rate, weight_decay, dropout, seed)
     finetune(
@@ -148,7 +148,7 @@ def finetune_prefilter(
 
 def configuration(words: Sequence[str]) -> "FinetuneConfig":
     """The settings of ``finetune`` with these words: a task, and what is set; ``UsageError`` where they are wrong."""
-    from megainter.config import read_settings
+    from megainter.config.reading import read_settings
 
     kind = _kind_of(words[0] if words else "")
     settings = finetune_app.parse_args(words, exit_on_error=False, print_error=False)[1].args
@@ -158,15 +158,15 @@ def configuration(words: Sequence[str]) -> "FinetuneConfig":
 def _kind_of(task: str) -> "type[FinetuneConfig]":
     match task:
         case "retrieval":
-            from megainter.tasks.retrieval_training import RetrievalConfig
+            from megainter.tasks.retrieval.settings import RetrievalConfig
 
             return RetrievalConfig
         case "vcr":
-            from megainter.tasks.vcr_training import VcrConfig
+            from megainter.tasks.vcr.settings import VcrConfig
 
             return VcrConfig
         case "classification":
-            from megainter.tasks.classification_training import ClassificationConfig
+            from megainter.tasks.classification.settings import ClassificationConfig
 
             return ClassificationConfig
     raise UsageError(f"finetune {task!a} is not a task; choose retrieval, vcr or classification")
@@ -174,7 +174,8 @@ def _kind_of(task: str) -> "type[FinetuneConfig]":
 
 def read_task_settings(task: str, settings: Sequence[str]) -> Any:
     """The task's configuration that the settings give; None where they ask for help, which is printed."""
-    from megainter.config import describe_settings, read_settings, shipped_recipes
+    from megainter.config.help import describe_settings
+    from megainter.config.reading import read_settings, shipped_recipes
 
     kind = _kind_of(task)
     if not settings or {"--help", "-h"} & set(settings):

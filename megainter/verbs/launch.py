@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from megainter.errors import UsageError
 
 if TYPE_CHECKING:
-    from megainter.config import FinetuneConfig, RunConfig
+    from megainter.config.settings import FinetuneConfig, RunConfig
 
 
 def launch(
@@ -87,6 +87,7 @@ def launch(
     from launcher.launch import LaunchSettings
     from launcher.launch import launch as run
     from launcher.slurm import SlurmRequest
+
     if hostfile is not None and slurm:
         raise UsageError("give --hostfile or --slurm, not both: Slurm chooses the hosts")
     for name, value, least, most in (("restarts", restarts, 0, 1000), ("grace", grace, 1, 86400), ("port", port, 1024, 65535)):
@@ -116,7 +117,7 @@ def launch(
 
 def _configuration(command: Sequence[str]) -> "RunConfig | FinetuneConfig":
     """The settings of the training command that is launched; ``UsageError`` for another command or wrong settings."""
-    from megainter.config import load_config
+    from megainter.config.reading import load_config
     from megainter.verbs.finetune import configuration
     from megainter.verbs.pretrain import split_config
 

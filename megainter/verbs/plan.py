@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
-    from launcher.planning import Choice
+    from launcher.planning.layouts import Choice
 
 GIB = 2**30
 
@@ -71,12 +71,12 @@ def plan(
     simulate
         Write the goodput of 1 to 4,096 devices as PNG here.
     """
-    from launcher.memory import checkpoint_bytes
-    from launcher.planning import Corpus, choices, deepspeed_settings, recommended, summary
-    from launcher.shape import parameters, shape_of
-    from launcher.simulate import Reliability, curve, draw_curve
-    from launcher.timing import Cluster, device
-    from megainter.config import load_config
+    from launcher.planning.device_memory import checkpoint_bytes
+    from launcher.planning.goodput import Reliability, curve, draw_curve
+    from launcher.planning.layouts import Corpus, choices, deepspeed_settings, recommended, summary
+    from launcher.planning.shape import parameters, shape_of
+    from launcher.planning.timing import Cluster, device
+    from megainter.config.reading import load_config
     from megainter.errors import UsageError
     from megainter.files import write_json
 

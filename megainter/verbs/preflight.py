@@ -48,7 +48,7 @@ def preflight(
     """
     from launcher.launch import LaunchSettings
     from launcher.preflight import preflight as check
-    from megainter.config import load_config
+    from megainter.config.reading import load_config
     from megainter.verbs.pretrain import split_config
 
     config = load_config(*split_config(settings))

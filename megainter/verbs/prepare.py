@@ -75,8 +75,9 @@ def prepare(
     max_bad
         Share of unusable captions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """
-    from preprocessing.captions import Fields, Shares
-    from preprocessing.captions import prepare as prepare_captions
+    from preprocessing.prepare.captions import prepare as prepare_captions
+    from preprocessing.prepare.reading import Fields
+    from preprocessing.prepare.splits import Shares
 
     fields = Fields(captions, image_field, split_field, id_field, image_names)
     shares = Shares(val_share, test_share, seed) if val_share or test_share else None
@@ -125,8 +126,8 @@ def boxes(
     max_bad
         Share of unusable boxes above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """
-    from preprocessing.boxes import prepare_boxes
-    from preprocessing.captions import Shares
+    from preprocessing.prepare.boxes import prepare_boxes
+    from preprocessing.prepare.splits import Shares
 
     shares = Shares(val_share, test_share, seed) if val_share or test_share else None
     prepare_boxes(src, output, source=source, images=images, split=split, shares=shares, ids=ids, max_bad=max_bad)
@@ -153,7 +154,7 @@ def vcr(
     max_bad
         Share of unusable questions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """
-    from preprocessing.vcr import prepare_vcr
+    from preprocessing.prepare.questions import prepare_vcr
 
     prepare_vcr(src, output, images=images, boxes=boxes, split=split, max_bad=max_bad)
 
@@ -229,9 +230,9 @@ def examples(
         Share of unusable examples above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """
     from megainter.errors import UsageError
-    from preprocessing.captions import Shares
-    from preprocessing.labelled import Columns, Options, prepare_examples
-    from preprocessing.labelled_images import ImageOptions
+    from preprocessing.prepare.labelled import Columns, Options, prepare_examples
+    from preprocessing.prepare.labelled_images import ImageOptions
+    from preprocessing.prepare.splits import Shares
 
     if text is None and any((text_pair, label, example_id, split_field, regression)):
         raise UsageError("columns are named for tsv, and --text is the first of them")
@@ -263,6 +264,6 @@ def negatives(pairs: Path, /, *, output: Path, split: str = "train", top: int = 
     """
     import os
 
-    from preprocessing.hard_negatives import mine
+    from preprocessing.prepare.hard_negatives import mine
 
     mine(pairs, output, split=split, top=top, below=below, threads=threads or len(os.sched_getaffinity(0)))

@@ -22,11 +22,11 @@ def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
     if not settings or {"--help", "-h"} & set(settings):
         _explain_settings()
         return
-    from megainter.config import load_config
+    from megainter.config.reading import load_config
 
     recipe, overrides = split_config(settings)
     config = load_config(recipe, overrides)
-    from megainter.training.pretraining import pretrain as train
+    from megainter.tasks.pretraining.training import pretrain as train
 
     train(config)
 
@@ -48,7 +48,8 @@ def split_config(tokens: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def _explain_settings() -> None:
     """List every setting with its default and meaning."""
-    from megainter.config import describe_settings, shipped_recipes
+    from megainter.config.help import describe_settings
+    from megainter.config.reading import shipped_recipes
 
     usage = "usage: megainter pretrain --config RECIPE [--section.key value ...]"
     recipes = f"RECIPE is a TOML file, or one of those that come along: {', '.join(shipped_recipes())}."

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from megainter.data.feature_store import FeatureStore
-from megainter.data.manifest import Pairs, read_pairs
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.tables.pairs import Pairs, read_pairs
 from megainter.errors import UsageError
 from megainter.files import inside, read_json, require_file_place, write_atomically
 from megainter.view.curves import draw_curves

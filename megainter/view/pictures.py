@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from megainter.data.record import RegionRecord
+from megainter.data.feature_store.record import RegionRecord
 from megainter.errors import UsageError
 
 COLOURS = ("#c2334d", "#23804a", "#2f5fd0", "#b8560f", "#8a35b5", "#0d7f86", "#8a5a1c", "#a3206f", "#5f6f12", "#39449c")

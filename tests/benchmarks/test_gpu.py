@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.against_peers import measured
 from benchmarks.contenders import OURS, PEERS, Contender, Way
 from benchmarks.gpu.breakdown import Span, busy_and_gaps
 from benchmarks.gpu.part import Setting
@@ -18,8 +19,7 @@ from benchmarks.gpu.plan import PARTS
 from benchmarks.gpu.runner import FAILED, NOT_RUN, OK, OVER, Part, Result, _groups, _run_beside, run_parts, write_line
 from benchmarks.gpu.table import markdown, plain, rows_of
 from benchmarks.gpu.waits import watched
-from benchmarks.pretrain import measured
-from launcher.calibration import _steps, _tables
+from launcher.planning.calibration import _steps, _tables
 
 FAILING = Part("failing", "", 60, alone=True, module="tests.benchmarks.failing_part")
 HANGING = Part("hanging", "", 4, alone=True, module="tests.benchmarks.hanging_part")
@@ -57,7 +57,7 @@ def test_every_part_is_green_at_toy_sizes(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_contender_takes_its_steps() -> None:
     names = (*OURS, *PEERS)
-    command = [sys.executable, "-m", "benchmarks.pretrain", "--toy", "--samples", "4", "6", "--rounds", "1", "--only", *names]
+    command = [sys.executable, "-m", "benchmarks.against_peers", "--toy", "--samples", "4", "6", "--rounds", "1", "--only", *names]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     start = json.JSONDecoder().raw_decode

@@ -11,10 +11,10 @@ import torch
 from megainter import InterBertConfig, InterBertForMultipleChoice, InterBertForPreTraining, InterBertForSequenceClassification
 from megainter.conversion.architecture import official_settings
 from megainter.conversion.foreign_files import LazyTensor
+from megainter.conversion.mapping import expected_shapes
 from megainter.conversion.official import convert_official, official_state, to_official
 from megainter.conversion.official_names import official_name, official_names, our_name
 from megainter.conversion.plain_official import difference
-from megainter.conversion.plan import expected_shapes
 from megainter.errors import DamagedError, UsageError
 from megainter.verbs.convert import convert_app
 from tests.model.test_golden import GOLDEN, OURS_OF_OFFICIAL, drawn_weight

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from megainter import InterBertConfig, InterBertForPreTraining
 from megainter.conversion.hugging_face import convert_hugging_face
-from megainter.conversion.plan import expected_shapes
+from megainter.conversion.mapping import expected_shapes
 from megainter.conversion.zero import convert
 from megainter.errors import DamagedError, UsageError
 from megainter.files import sha256_of, write_json

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megainter import InterBertForPreTraining
-from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig
-from megainter.training import engine, zero_speed
-from megainter.training.objectives import ObjectiveWeights, PretrainingStep
+from megainter.config.settings import EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
+from megainter.training import engine, zero_speed, zero_state
+from megainter.training.world import World
 from tests.model.tiny import tiny_config
 from tests.training.launch_worker import OFF, batch
 
@@ -29,7 +30,7 @@ def module() -> PretrainingStep:
     return PretrainingStep(InterBertForPreTraining(tiny_config(**OFF)).train(), ObjectiveWeights())
 
 
-def trained(world: engine.World, stage: int, precision: Any, wire: Any, steps: int = 1, accumulation: int = 1) -> dict[str, Tensor]:
+def trained(world: World, stage: int, precision: Any, wire: Any, steps: int = 1, accumulation: int = 1) -> dict[str, Tensor]:
     """This rank's share of the state after ``steps`` steps."""
     settings = EngineConfig(precision=precision, zero_stage=stage, communication=wire)
     training = TrainingConfig(steps=steps, global_batch=4 * world.size * accumulation, micro_batch=4)
@@ -39,10 +40,10 @@ def trained(world: engine.World, stage: int, precision: Any, wire: Any, steps: i
         for micro in range(accumulation):
             built.backward(built(batch((step * accumulation + micro) * world.size + world.rank), torch.ones(3))[0])
             built.step()
-    return {f"{kind}/{name}": tensor for kind, part in engine.owned_state(built, world).items() for name, tensor in part.items()}
+    return {f"{kind}/{name}": tensor for kind, part in zero_state.owned_state(built, world).items() for name, tensor in part.items()}
 
 
-def own(world: engine.World, dtype: torch.dtype) -> dict[str, Tensor]:
+def own(world: World, dtype: torch.dtype) -> dict[str, Tensor]:
     """This rank's gradients of the first step, by autograd alone, in ``dtype`` as fp32."""
     plain = module().to(dtype)
     plain(batch(world.rank), torch.ones(3))[0].backward()

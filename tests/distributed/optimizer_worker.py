@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megainter import InterBertForPreTraining
-from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig
-from megainter.training import checkpoint, engine
+from megainter.config.settings import EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.training import checkpoint, engine, zero_state
 from megainter.training.optimizer import learning_rate
+from megainter.training.world import World
 from tests.model.tiny import packed_batch, padded, tiny_config
 
 STEPS, SAVED, BATCHES = 20, 10, 2  # of a run; in its checkpoint; of a step, over all ranks and micro-batches
@@ -61,7 +62,7 @@ def batch(number: int) -> dict[str, Tensor]:
     }
 
 
-def run(case: Case, folder: Path, world: engine.World) -> None:
+def run(case: Case, folder: Path, world: World) -> None:
     """Train one case from its start, or from another's checkpoint, to the end."""
     settings = OptimizerConfig(**case.optimizer)
     training = TrainingConfig(steps=STEPS, global_batch=4 * BATCHES, micro_batch=4, ema_decay=case.ema_decay)
@@ -78,7 +79,7 @@ def run(case: Case, folder: Path, world: engine.World) -> None:
     start = 0
     if saved is not None:
         with checkpoint.reader(saved) as read:
-            engine.restore_state(built, read, saved.state["updates"])
+            zero_state.restore_state(built, read, saved.state["updates"])
         start = saved.step
     for step in range(start, STEPS):
         engine.set_learning_rate(built, learning_rate(settings, step, STEPS))
@@ -87,13 +88,13 @@ def run(case: Case, folder: Path, world: engine.World) -> None:
             built.step()
         engine.average_weights(built, training.ema_decay)
         if case.save and step + 1 == SAVED:
-            state = {"step": SAVED, "updates": engine.update_count(built)}
-            failure = checkpoint.publish(folder / case.name, state, engine.owned_state(built, world), {}, keep=1)
+            state = {"step": SAVED, "updates": zero_state.update_count(built)}
+            failure = checkpoint.publish(folder / case.name, state, zero_state.owned_state(built, world), {}, keep=1)
             assert failure is None, failure
-    assert engine.update_count(built) == STEPS
-    share = {f"{kind}/{name}": tensor for kind, part in engine.owned_state(built, world).items() for name, tensor in part.items()}
+    assert zero_state.update_count(built) == STEPS
+    share = {f"{kind}/{name}": tensor for kind, part in zero_state.owned_state(built, world).items() for name, tensor in part.items()}
     save_file(share, folder / f"{case.name}.{world.rank}.safetensors")
-    live = torch.cat([piece.view(piece.flat) for piece in engine.pieces(built)]) if case.stage == 0 else torch.zeros(0)
+    live = torch.cat([piece.view(piece.flat) for piece in zero_state.pieces(built)]) if case.stage == 0 else torch.zeros(0)
     save_file({"live": live}, folder / f"{case.name}.live.{world.rank}.safetensors")
     built.destroy()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.config.settings import EngineConfig, OptimizerConfig, TrainingConfig
 from megainter.errors import UsageError
 from tests.distributed.communication_worker import CASES
 from tests.synthetic import environment

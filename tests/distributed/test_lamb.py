@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megainter.config import OptimizerConfig
+from megainter.config.settings import OptimizerConfig
 from megainter.training.optimizer import learning_rate
 from tests.distributed.optimizer_worker import STEPS, Case, Step
 from tests.distributed.test_optimizer import STAGES, State, assert_equal, depth_of, gradients, launch, state_of

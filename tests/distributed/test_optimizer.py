@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megainter.config import COMPAT, OptimizerConfig
+from megainter.config.reading import COMPAT
+from megainter.config.settings import OptimizerConfig
 from megainter.conversion.official_names import official_name
 from megainter.training.optimizer import learning_rate
 from tests.distributed.optimizer_worker import BATCHES, STEPS, Case, Step, batch

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.places import ROOT
 from tests.synthetic import environment
 
-ROOT = Path(__file__).parents[2]
 PAGES = ("launch.md", "plan.md", "clusters.md", "ds-configs.md")
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megainter.config import load_config
+from megainter.config.reading import load_config
 from megainter.errors import UsageError
+from tests.places import ROOT
 from tests.synthetic import NO_DROPOUT, losses, settings, train, write_data
 
-ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 

@@ -23,8 +23,8 @@ from megainter.verbs.launch import launch
 from tests.launcher.jobs import agents_of, assert_no_orphan, last_step, ranks_of, start_launch, wait_for_step, whole_checkpoints
 from tests.launcher.test_supervise import wait_until
 from tests.synthetic import environment, losses, settings, train, write_data
-from tests.tasks.classification_data import settings as classification
-from tests.tasks.classification_data import write_reviews, write_start
+from tests.tasks.classification.data import settings as classification
+from tests.tasks.classification.data import write_reviews, write_start
 
 TURNS = int(os.environ.get("MEGAINTER_TEST_KILLS", "60"))
 LOCAL = ["--processes", "2", "--engine", "torchrun"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.supervise import FINAL, Requests, outcome, supervise
+from tests.places import ROOT
 from tests.synthetic import environment
 
 DRIVER = """
@@ -142,6 +143,6 @@ def test_restarts(codes: list[int], restarts: int, expected: int, tmp_path: Path
 
 
 def test_documented_codes_are_final() -> None:
-    rows = (Path(__file__).parents[2] / "docs" / "exit-codes.md").read_text().splitlines()
+    rows = (ROOT / "docs" / "exit-codes.md").read_text().splitlines()
     documented = {int(row.split("|")[1]) for row in rows if row.startswith("| ") and row.split("|")[1].strip().isdigit()}
     assert set(FINAL) <= documented

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
-from megainter.model.packing import PackedInputs, PackedLayout
+from megainter.model.packing import PackedLayout
 from tests.model.tiny import every_row, packed_batch, padded, samples_of, tiny_model
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}

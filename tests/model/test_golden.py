@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 
 from megainter import InterBertConfig, InterBertForPreTraining
 from megainter.conversion.official_names import official_names
+from tests.places import ROOT
 
-GOLDEN = Path(__file__).parents[1] / "assets" / "interbert_tiny_mul.npz"
+GOLDEN = ROOT / "tests" / "assets" / "interbert_tiny_mul.npz"
 OURS_OF_OFFICIAL = {
     "num_hidden_layers": "num_interaction_layers",
     "t_num_hidden_layers": "num_text_layers",

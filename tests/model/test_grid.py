@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megainter.data.packed import PackedInputs
 from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid, score_pairs
 from megainter.model.interbert import InterBertForRetrieval
-from megainter.model.packing import PackedInputs
 from tests.model.tiny import tiny_config
 
 TEXTS, REGIONS = (5, 9, 3, 5, 7), (4, 2, 6)

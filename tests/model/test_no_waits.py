@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from megainter import InterBertForMultipleChoice, InterBertForPreTraining, InterBertForRetrieval, InterBertForSequenceClassification
-from megainter.data.batch import PretrainBatch
 from megainter.model.grid import embed_captions, embed_images, score_grid
-from megainter.tasks.classification_batches import LabelledBatch
-from megainter.tasks.classification_training import ClassificationStep
-from megainter.tasks.retrieval_batches import RetrievalBatch, RetrievalStep
-from megainter.tasks.vcr_batches import ChoiceBatch, ChoiceStep
-from megainter.training.objectives import ObjectiveWeights, PretrainingStep
+from megainter.tasks.classification.batches import LabelledBatch
+from megainter.tasks.classification.objective import ClassificationStep
+from megainter.tasks.pretraining.batches import PretrainBatch
+from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
+from megainter.tasks.retrieval.batches import RetrievalBatch
+from megainter.tasks.retrieval.objective import RetrievalStep
+from megainter.tasks.vcr.batches import ChoiceBatch
+from megainter.tasks.vcr.objective import ChoiceStep
 from tests.fake_gpu import GPU, Waits, fake_gpu
 from tests.model.tiny import packed_batch, tiny_config
 

@@ -10,12 +10,12 @@ import torch
 
 from megainter import InterBertForRetrieval, InterBertProcessor
 from megainter.data.feature_store import FeatureStore
-from megainter.data.manifest import Pairs, read_pairs
-from megainter.data.record import RegionRecord
+from megainter.data.feature_store.record import RegionRecord
+from megainter.data.tables.pairs import Pairs, read_pairs
 from megainter.errors import UsageError
-from megainter.tasks.retrieval import evaluate
+from megainter.tasks.retrieval.evaluation import evaluate
 from tests.synthetic import FEATURE_SIZE, write_data
-from tests.tasks.test_retrieval import write_model
+from tests.tasks.retrieval.test_evaluation import write_model
 
 
 class Data:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megainter import InterBertForMultipleChoice, InterBertModel
+from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
 from megainter.model.interbert import add_named_regions
-from megainter.model.packing import PackedInputs, PackedLayout
+from megainter.model.packing import PackedLayout
 from tests.model.tiny import packed_batch, padded, tiny_config, tiny_model
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from megainter import InterBertConfig, InterBertForPreTraining
-from megainter.model.packing import PackedInputs
+from megainter.data.packed import PackedInputs
 
 TEXT_LENGTHS, REGION_LENGTHS = (5, 9, 1, 7), (3, 1, 6, 4)
 

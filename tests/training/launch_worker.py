@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from megainter import InterBertForPreTraining
-from megainter.config import EngineConfig, OptimizerConfig, TrainingConfig
-from megainter.data.batch import PretrainBatch
-from megainter.training import engine, zero_speed
-from megainter.training.objectives import ObjectiveWeights, PretrainingStep
+from megainter.config.settings import EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.tasks.pretraining.batches import PretrainBatch
+from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
+from megainter.training import engine, zero_speed, zero_state
+from megainter.training.world import World
 from tests.model.tiny import packed_batch, tiny_config
 from tests.training.launches import counted, is_models
 
@@ -26,7 +27,7 @@ OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "region_
 class Trained:
     """A tiny model in its engine, ``accumulation`` micro-batches a step."""
 
-    def __init__(self, world: engine.World, precision: Any, stage: int, accumulation: int) -> None:
+    def __init__(self, world: World, precision: Any, stage: int, accumulation: int) -> None:
         torch.manual_seed(0)
         self.module = PretrainingStep(InterBertForPreTraining(tiny_config(**OFF)).train(), ObjectiveWeights())
         training = TrainingConfig(steps=10, global_batch=4 * accumulation, micro_batch=4, ema_decay=EMA)
@@ -43,16 +44,16 @@ class Trained:
             self.engine.step()
         engine.average_weights(self.engine, EMA)
 
-    def state(self, world: engine.World) -> dict[str, Tensor]:
+    def state(self, world: World) -> dict[str, Tensor]:
         """fp32 weights, moments and average; and the number of updates."""
-        share = engine.owned_state(self.engine, world)
-        counts = {"updates": torch.tensor(engine.update_count(self.engine)), "adam": step_count(self.engine)}
+        share = zero_state.owned_state(self.engine, world)
+        counts = {"updates": torch.tensor(zero_state.update_count(self.engine)), "adam": step_count(self.engine)}
         return counts | {f"{kind}/{name}": tensor.clone() for kind, part in share.items() for name, tensor in part.items()}
 
 
 def step_count(trained: Any) -> Tensor:
     """What Adam counts, the same in all states."""
-    return torch.stack([state["step"] for state in engine.inner_optimizer(trained).state.values()]).unique()
+    return torch.stack([state["step"] for state in zero_state.inner_optimizer(trained).state.values()]).unique()
 
 
 def batch(number: int) -> PretrainBatch:
@@ -62,7 +63,7 @@ def batch(number: int) -> PretrainBatch:
     return PretrainBatch(packed_batch(number), *rows, targets, torch.tensor([0, 1, 0, 1]))
 
 
-def measure(world: engine.World, precision: str, stage: int, accumulation: int) -> dict[str, Any]:
+def measure(world: World, precision: str, stage: int, accumulation: int) -> dict[str, Any]:
     """Launches and waits around the model of the third step; ``differs``: what a step with NaN in it has changed."""
     trained = Trained(world, precision, stage, accumulation)
     for number in (0, 1):  # DeepSpeed looks at what it is given in the first two
@@ -84,7 +85,7 @@ def measure(world: engine.World, precision: str, stage: int, accumulation: int) 
         for number in (0, 1, 2, 4):
             other.step(number)
         differs += unlike(other.state(world), trained.state(world))
-    return found | {"differs": differs, "updates": engine.update_count(trained.engine)}
+    return found | {"differs": differs, "updates": zero_state.update_count(trained.engine)}
 
 
 def unlike(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megainter import transfers
-from megainter.data.batch import PretrainBatch
-from megainter.data.loader import make_loader
-from megainter.model.packing import PackedInputs
-from megainter.tasks.classification_batches import LabelledBatch
-from megainter.tasks.retrieval_batches import RetrievalBatch
-from megainter.tasks.vcr_batches import ChoiceBatch
+from megainter.data.packed import PackedInputs
+from megainter.data.stream.loader import make_loader
+from megainter.tasks.classification.batches import LabelledBatch
+from megainter.tasks.pretraining.batches import PretrainBatch
+from megainter.tasks.retrieval.batches import RetrievalBatch
+from megainter.tasks.vcr.batches import ChoiceBatch
 from megainter.training.arrival import Arrivals, StopVote
 
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megainter.config import OptimizerConfig, load_config
+from megainter.config.reading import load_config
+from megainter.config.settings import OptimizerConfig
 from megainter.errors import UsageError
 from megainter.training import fused_apex
 from megainter.training.fused_apex import TOLERANCE, Build, disagreement, obstacle

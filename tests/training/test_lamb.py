@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megainter.config import OptimizerConfig, load_config
+from megainter.config.reading import load_config
+from megainter.config.settings import OptimizerConfig
 from megainter.errors import UsageError
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training.clipping import chunk_owners, clip_each, squared_norms

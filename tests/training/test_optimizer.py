@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from megainter import InterBertConfig
-from megainter.config import OptimizerConfig, RunConfig, as_dict, load_config
+from megainter.config.reading import load_config
+from megainter.config.settings import OptimizerConfig, RunConfig, as_dict
 from megainter.conversion.official_names import official_name
 from megainter.errors import UsageError
 from megainter.model.interbert import InterBertForPreTraining

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megainter.config import as_dict, load_config
+from megainter.config.reading import load_config
+from megainter.config.settings import as_dict
 from megainter.errors import UsageError
-from megainter.training.process import folder_lock
+from megainter.process import folder_lock
 from megainter.training.run_folder import differences, free_changes, removed_where_nothing_began
 
 GIVEN = ["--output", "run", "--data.pairs", "p", "--data.store", "s", "--training.steps", "10"]

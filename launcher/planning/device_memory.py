@@ -1,0 +1,153 @@
+"""Memory of one rank by part: what ZeRO's stages leave on it, what a packed batch needs, what stays aside. Bytes throughout."""
+
+from dataclasses import dataclass, fields
+
+from launcher.planning.shape import (
+    Load,
+    Shape,
+    forward_flops,
+    kept_rows_bytes,
+    kept_scores_bytes,
+    layer_parameters,
+    parameters,
+    spared_bytes,
+)
+from megainter.precision import Precision
+
+BUCKET = 200_000_000  # numbers: reduce and all-gather buckets of the configurations in ds_configs/
+CPU_BUCKET = 25_000_000  # numbers: the trainer's own bucket on the CPU (`megainter.training.engine`)
+LIVE = 1_000_000_000  # numbers: DeepSpeed's stage3_max_live_parameters
+CUDA_CONTEXT = 1.5 * 2**30  # context, NCCL's and cuBLAS's own buffers: an assumption, not a measurement
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is divided: ZeRO ``stage`` over ``ranks``, each running ``accumulation`` micro-batches of a step."""
+
+    stage: int
+    ranks: int
+    precision: Precision = "bf16"
+    offload: bool = False  # optimiser state and fp32 weights in host memory
+    checkpointing: bool = False  # activations recomputed layer by layer
+    accumulation: int = 1
+    communication: str = "fp32"  # of gradients while they are summed over ranks
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in activations."""
+        return 4 if self.precision == "fp32" else 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank; ``host`` is outside the device (offloaded state)."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    overhead: float
+    host: float
+
+    @property
+    def device(self) -> float:
+        """All parts that lie on the device."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.host
+
+
+def memory(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> Memory:
+    """Peak memory of a rank. ``cpu``: the plain attention form of the CPU, no context; else CUDA with fused attention."""
+    count = parameters(shape)
+    weights, gradients, optimizer = _states(count, layout)
+    host = optimizer if layout.offload else 0.0
+    return Memory(
+        weights=weights,
+        gradients=0.0 if cpu and layout.stage else gradients,  # among the buffers there, as not all lie at one time
+        optimizer=0.0 if layout.offload else optimizer,
+        activations=activations(shape, load, layout, cpu),
+        logits=logits(shape, load, layout.width),
+        buffers=_cpu_buffers(shape, load, layout) if cpu else _buffers(count, layout),
+        overhead=0.0 if cpu else CUDA_CONTEXT,
+        host=host,
+    )
+
+
+def _states(count: int, layout: Layout) -> tuple[float, float, float]:
+    """Working weights, gradients, and fp32 weights with two moments, in bytes on one rank.
+
+    Gradients are accumulated and reduced in fp32 (as `megainter.training.engine` sets). Stage 1 accumulates whole gradients, stages
+    2 and 3 only the rank's share.
+    """
+    share = count / layout.ranks
+    half = layout.precision != "fp32" and layout.stage > 0
+    if layout.stage == 0:  # bf16 runs under autocast here, over fp32 weights
+        return 4.0 * count, 4.0 * count, 8.0 * count
+    width = 2 if half else 4
+    live = min(count, LIVE) if layout.stage == 3 else 0
+    weights = width * (share + live if layout.stage == 3 else count)
+    gradients = 4.0 * (count if layout.stage == 1 else share)
+    return weights, gradients, 12.0 * share
+
+
+def _buffers(count: int, layout: Layout) -> float:
+    """Two buckets of the reductions, as communication overlaps, and the fp32 share of gradients in hand at the update."""
+    if layout.stage == 0:
+        return 0.0
+    share = 4.0 * count / layout.ranks
+    width = 4 if layout.stage == 1 else layout.width  # stage 1 stages its fp32 accumulator
+    return share + BUCKET * width * 2
+
+
+def _cpu_buffers(shape: Shape, load: Load, layout: Layout) -> float:
+    """What a rank on the CPU holds besides weights, optimiser and one micro-batch's activations; compared with real runs at stage 2.
+
+    From the system: the bucket that all gradients are copied to, and with several ranks its flat copy on the way to the others. In the
+    heap, which keeps what was freed: the weights as they were built, before DeepSpeed made them one tensor (activations come to lie
+    there); the rank's share of the gradients, cut out of the bucket, and its flat form for the optimiser. An accumulated share stays
+    where activations were, so that those of the next micro-batch need room of their own.
+    """
+    count = parameters(shape)
+    own = activations(shape, load, layout, cpu=True)
+    built = max(0.0, 4.0 * count - own)
+    if layout.stage == 0:
+        return built
+    bucket = min(CPU_BUCKET, count) * layout.width  # pages that are never touched take no memory
+    copied = bucket if layout.ranks > 1 else 0.0
+    return built + bucket + copied + 8.0 * count / layout.ranks + (own if layout.accumulation > 1 else 0.0)
+
+
+def activations(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> float:
+    """What the forward pass keeps of a micro-batch until its backward pass, logits aside."""
+    width = layout.width
+    rows = load.rows(shape)
+    scores = kept_scores_bytes(shape, load, width) if cpu else 0.0
+    embedded = load.samples * (
+        load.regions * shape.region_feature_size * (2 + width) + (load.text + load.regions) * shape.hidden_size * 4 * width
+    )
+    if not layout.checkpointing:
+        return rows * kept_rows_bytes(shape, width, cpu) - spared_bytes(shape, load, width, cpu) + scores + embedded
+    one_layer = load.samples * (load.text + load.regions) * kept_rows_bytes(shape, width, cpu) + scores / max(shape.layers, 1)
+    return rows * shape.hidden_size * width + one_layer + embedded
+
+
+def logits(shape: Shape, load: Load, width: int) -> float:
+    """Logits at masked places: themselves, their fp32 log-probabilities, and both gradients while the loss is differentiated."""
+    numbers = load.samples * (load.masked_text * shape.vocab_size + load.masked_regions * shape.targets)
+    return numbers * (2 * width + 8)
+
+
+def checkpoint_bytes(shape: Shape) -> float:
+    """Size of one checkpoint: fp32 weights and both moments."""
+    return 12.0 * parameters(shape)
+
+
+def flops_per_step(shape: Shape, load: Load, layout: Layout) -> float:
+    """Operations of one rank in one optimiser step: forward, twice that backward, and forward again with checkpointing."""
+    return (4 if layout.checkpointing else 3) * layout.accumulation * forward_flops(shape, load)
+
+
+def largest_layer(shape: Shape) -> int:
+    """Numbers of the largest part that stage 3 gathers at once: a layer, or the word embeddings."""
+    return max(layer_parameters(shape), shape.vocab_size * shape.hidden_size)

@@ -1,0 +1,45 @@
+"""Help text of a run's settings, from their docstrings."""
+
+import dataclasses
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from megainter.config.reading import COMPAT
+from megainter.config.settings import OptimizerConfig, RunConfig
+
+
+def describe_settings(kind: type = RunConfig) -> str:
+    """Every setting with type, default and meaning, a section a paragraph, for the help text."""
+    lines = []
+    for field in dataclasses.fields(kind):
+        if not dataclasses.is_dataclass(field.type):
+            lines += _described(field, field.name, kind)
+            continue
+        summary = (field.type.__doc__ or "").split("\n")[0]
+        lines += ["", f"[{field.name}] {summary.replace('``', '')}"]
+        for key in dataclasses.fields(field.type):
+            lines += _described(key, f"{field.name}.{key.name}", field.type)
+        if field.type is OptimizerConfig:
+            lines += [f"  --optimizer.compat {'|'.join(COMPAT)}", "      Stands for several of the above: docs/fidelity.md."]
+    return "\n".join(lines)
+
+
+def _described(field: dataclasses.Field, name: str, owner: Any) -> list[str]:
+    owners = (base for base in owner.__mro__ if field.name in vars(base).get("__annotations__", {}))  # only there is it documented
+    meaning = next(owners).__pydantic_fields__[field.name].description
+    return [f"  --{name} {_type_name(field.type)}{_default_of(field)}", f"      {meaning}"]
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        return _type_name(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return "|".join(str(value) for value in get_args(kind))
+    if get_args(kind):
+        return "|".join(_type_name(part) for part in get_args(kind) if part is not type(None))
+    return {"Path": "PATH", "str": "TEXT", "bool": "true|false"}.get(kind.__name__, kind.__name__.upper())
+
+
+def _default_of(field: dataclasses.Field) -> str:
+    if field.default is dataclasses.MISSING:
+        return "  (required)"
+    return f"  (default {str(field.default).lower() if field.default is None or isinstance(field.default, bool) else field.default})"

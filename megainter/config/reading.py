@@ -1,0 +1,213 @@
+"""A run's settings from a recipe and the command line, strictly: unknown keys are errors with the nearest name."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import TypeAdapter, ValidationError
+
+from megainter.config.settings import OptimizerConfig, RunConfig
+from megainter.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+# What ``optimizer.compat`` stands for. The last two act in the released code only where training starts from pretrained weights.
+COMPAT: dict[str, dict[str, Any]] = {
+    "official": {"bias_correction": False, "clip": "tensor", "decay_groups": "swapped", "start_rate": 0.1},
+}
+_COMPAT_OF_A_START = ("decay_groups", "start_rate")
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The settings of a pretraining run, as ``read_settings`` reads them."""
+    config = read_settings(RunConfig, path, overrides)
+    _check(config)
+    return config
+
+
+def read_settings(kind: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe of this ``kind`` and lay ``--section.key value`` (or ``--section.key=value``) tokens over it.
+
+    Raises ``UsageError`` with one line for a missing file, broken TOML, an unknown key, a wrong type or a contradiction.
+    """
+    path = find_recipe(path) if path is not None else None
+    settings = _read_toml(path) if path is not None else {}
+    given = _pairs(overrides)
+    _let_length_replace(settings, [key for key, _ in given])
+    _let_portion_replace(settings, [key for key, _ in given])
+    for key, value in given:
+        _assign(settings, key, value)
+    _spell_out_compat(settings)
+    try:
+        config = TypeAdapter(kind).validate_python(settings)
+    except ValidationError as error:
+        raise UsageError(_explain(error, path, kind, [key for key, _ in given])) from None
+    _check_shared(config)
+    return config
+
+
+def path_settings(kind: type) -> set[str]:
+    """Names (``section.key``) of the settings of a ``kind`` of configuration that are files or folders."""
+    sections = {field.name: field.type for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.type)}
+    return {
+        f"{section}.{key.name}"
+        for section, inner in sections.items()
+        for key in dataclasses.fields(inner)
+        if key.type is Path or Path in get_args(key.type)
+    }
+
+
+def find_recipe(path: Path) -> Path:
+    """The TOML file: ``path`` itself, or the recipe of that name that comes with megainter (``shipped_recipes``)."""
+    shipped = Path(__file__).parent / "recipes" / f"{path}.toml"
+    return shipped if path.name == str(path) and not path.exists() and shipped.is_file() else path
+
+
+def shipped_recipes(verb: str = "pretrain") -> list[str]:
+    """Names of the recipes that come with megainter for a verb (such as "finetune retrieval"): each opens with its command."""
+    found = (Path(__file__).parent / "recipes").glob("*.toml")
+    return sorted(path.stem for path in found if verb in path.read_text(encoding="utf-8").partition("\n")[0].replace("megainter.", ""))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(str(path), [found.stem for found in (Path(__file__).parent / "recipes").glob("*.toml")], n=1)
+        raise UsageError(f"recipe {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")) from None
+    except IsADirectoryError:
+        raise UsageError(f"recipe {path} is a folder; give the TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not valid TOML: {error}") from None
+
+
+def _pairs(tokens: Sequence[str]) -> list[tuple[str, str]]:
+    found = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise UsageError(f"{token!r} is not an option; settings are given as --section.key value")
+        key, equals, value = token[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UsageError(f"--{key} needs a value")
+            value = rest.pop(0)
+        found.append((key.replace("-", "_"), value))
+    return found
+
+
+def _let_length_replace(settings: dict[str, Any], keys: list[str]) -> None:
+    """A length given on the command line, in steps or in epochs, takes the place of the recipe's, whichever way that counts."""
+    training = settings.get("training")
+    if isinstance(training, dict) and {"training.steps", "training.epochs"} & set(keys):
+        training.pop("steps", None)
+        training.pop("epochs", None)
+
+
+def _let_portion_replace(settings: dict[str, Any], keys: list[str]) -> None:
+    """A micro-batch given on the command line, in samples or in tokens, takes the place of the recipe's; two from one place contradict."""
+    training = settings.get("training")
+    if not isinstance(training, dict):
+        return
+    ways = {f"training.{name}" for name in ("micro_batch", "micro_tokens")}
+    typed = ways & set(keys)
+    if len(typed) == 1:
+        for key in ways - typed:
+            training.pop(key.removeprefix("training."), None)
+    if len(typed) == 2 or (not typed and {"micro_batch", "micro_tokens"} <= training.keys()):
+        raise UsageError("training.micro_batch counts samples and training.micro_tokens real tokens; give one and leave the other out")
+
+
+def _spell_out_compat(settings: dict[str, Any]) -> None:
+    """Replace ``optimizer.compat`` by the settings it stands for, so that the run records these; what is given for itself stays."""
+    optimizer, model = settings.get("optimizer"), settings.get("model")
+    if not isinstance(optimizer, dict) or optimizer.get("compat") is None:
+        return
+    name = str(optimizer.pop("compat"))
+    if name not in COMPAT:
+        raise UsageError(f"setting optimizer.compat: {name!r} is unknown; choose {', '.join(COMPAT)} or leave it out")
+    if optimizer.get("name") == "lamb":
+        raise UsageError(f'optimizer.compat = "{name}" stands for BertAdam, and optimizer.name is "lamb"; leave one of them out')
+    started = isinstance(model, dict) and model.get("start_from") is not None
+    stands_for = {key: value for key, value in COMPAT[name].items() if started or key not in _COMPAT_OF_A_START}
+    settings["optimizer"] = stands_for | optimizer
+
+
+def _assign(settings: dict[str, Any], key: str, value: str) -> None:
+    *sections, name = key.split(".")
+    place = settings
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise UsageError(f"--{key}: {section} is a value, not a section")
+    place[name] = None if value.lower() == "none" else value
+
+
+def _known_keys(kind: type) -> list[str]:
+    keys = []
+    for field in dataclasses.fields(kind):
+        inner = dataclasses.fields(field.type) if dataclasses.is_dataclass(field.type) else ()
+        keys += [f"{field.name}.{key.name}" for key in inner] or [field.name]
+    return keys
+
+
+def _explain(error: ValidationError, path: Path | None, kind: type, typed: list[str]) -> str:
+    """One line on the first mistake: what, in the recipe or (``typed``) on the command line, and what to do."""
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    first = sorted(error.errors(), key=lambda found: found["type"] not in unknown)[0]  # a misspelt key explains a missing one
+    key = ".".join(str(part) for part in first["loc"])
+    key = next((given for given in typed if given == key or given.startswith(f"{key}.")), key)  # a whole section may be unknown
+    where = "" if path is None or key in typed else f" in {path}"
+    if first["type"] in unknown:
+        near = difflib.get_close_matches(key, _known_keys(kind), n=1, cutoff=0.4)
+        return f"unknown setting {key}{where}" + (f"; did you mean {near[0]}?" if near else "")
+    if first["type"] in ("missing", "missing_argument"):
+        return f"setting {key} is missing{where}; give it {'there or ' if path is not None else ''}as --{key} VALUE"
+    return f"setting {'--' if key in typed else ''}{key}{where}: {first['msg']} (given: {first['input']!r})"
+
+
+def _check_shared(config: Any) -> None:
+    """Contradictions in the sections that every run has."""
+    training, engine = config.training, config.engine
+    if (training.steps is None) == (training.epochs is None):
+        raise UsageError("give exactly one of training.steps and training.epochs")
+    if training.micro_tokens is None and training.micro_batch > training.global_batch:
+        raise UsageError(f"training.micro_batch {training.micro_batch} exceeds training.global_batch {training.global_batch}")
+    if engine.precision == "fp16" and engine.zero_stage == 0:
+        raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")
+    if config.optimizer.name == "lamb":
+        _check_lamb(config.optimizer)
+    if config.optimizer.start_rate != 1 and config.model.start_from is None:
+        raise UsageError("optimizer.start_rate is for weights that are there already; give model.start_from, or leave it out")
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        raise UsageError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+
+
+def _check_lamb(optimizer: OptimizerConfig) -> None:
+    """LAMB adapts what decays, as is usual: without decaying matrices it would be Adam under another name."""
+    if optimizer.weight_decay == 0:
+        raise UsageError('optimizer.name "lamb" adapts the rates of what decays; give optimizer.weight_decay above 0 (usual: 0.01)')
+    if optimizer.decay_groups == "swapped":
+        raise UsageError('optimizer.name "lamb" adapts the rates of what decays: matrices, not biases; leave out optimizer.decay_groups')
+
+
+def _check(config: RunConfig) -> None:
+    training, model = config.training, config.model
+    if training.msm_weight == training.mrm_weight == training.itm_weight == 0:
+        raise UsageError("all three objective weights are 0: nothing would be learned")
+    for heads in ("num_attention_heads", "num_region_attention_heads"):
+        if model.hidden_size % getattr(model, heads):
+            raise UsageError(f"model.hidden_size {model.hidden_size} is not divisible by model.{heads} {getattr(model, heads)}")
+    if config.data.block is not None and config.data.order != "blocks":
+        raise UsageError(f'data.block is for data.order = "blocks", and data.order is {config.data.order!r}; leave it out')
+    if config.data.word_segmentation != "auto" and config.data.masking != "paper":
+        raise UsageError(f'data.word_segmentation is for data.masking = "paper", and data.masking is {config.data.masking!r}; leave it out')
+    if config.data.max_text_tokens > model.max_position_embeddings:
+        raise UsageError(
+            f"data.max_text_tokens {config.data.max_text_tokens} exceeds model.max_position_embeddings {model.max_position_embeddings}"
+        )

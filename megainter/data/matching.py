@@ -1,0 +1,105 @@
+"""Which images of a table a store has regions of: one rule, one message and one rounding for captions, examples and questions."""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.integers import Int64s
+from megainter.data.tables.pairs import Pairs
+from megainter.data.tables.parquet import digest_of_kept
+from megainter.errors import TooManyBadInputsError, UsageError
+
+log = logging.getLogger("megainter")
+
+
+def rows_in_store(pairs: Pairs, store: FeatureStore) -> NDArray[np.integer]:
+    """[images]: the place in the store's ids of each image number, -1 where the store lacks it."""
+    if pairs.found is not None and pairs.found.store_digest == store.digest:
+        return pairs.found.rows
+    return store.find(pairs.image_ids)
+
+
+def rows_by_storage(pairs: Pairs, store_rows: NDArray[np.integer], store: FeatureStore) -> Int64s:
+    """int64 [rows]: rows of the pairs in the order in which their images' records lie in the store; captions of one image as they came."""
+    order = store.rows_in_storage_order()
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return np.argsort(rank[store_rows][pairs.image_numbers], kind="stable")
+
+
+def missing_images(pairs: Pairs, store: FeatureStore) -> NDArray[np.bool_]:
+    """bool [images]: which image numbers of the pairs are not in the store."""
+    return rows_in_store(pairs, store) < 0
+
+
+def require_images(pairs: Pairs, store: FeatureStore) -> NDArray[np.integer]:
+    """``rows_in_store``; a ``UsageError`` where captions have no image in the store: how many, and three examples."""
+    rows = rows_in_store(pairs, store)
+    if pairs.found is not None and rows is pairs.found.rows:
+        return rows  # they were matched, and none is missing
+    missing = rows < 0
+    if not missing.any():
+        return rows
+    captions = int(missing[pairs.image_numbers].sum())
+    first = ", ".join(pairs.image_ids[i] for i in np.flatnonzero(missing)[:3])
+    raise UsageError(
+        f"captions without images in {store.path}: {captions:,} of {len(pairs):,}, first {first}: run `megainter extract` on these images, "
+        "or leave their captions out of the manifest"
+    )
+
+
+def drop_missing(pairs: Pairs, store: FeatureStore) -> Pairs:
+    """The pairs whose image is in the store, with images numbered anew; the digest is that of the pairs and of what was kept."""
+    missing = missing_images(pairs, store)
+    keep = ~missing[pairs.image_numbers]
+    new_numbers = (np.cumsum(~missing) - 1).astype(np.int32)
+    image_ids = [image_id for image_id, gone in zip(pairs.image_ids, missing, strict=True) if not gone]
+    digest = digest_of_kept(pairs.digest, keep)
+    return Pairs(pairs.table.filter(pa.array(keep)), new_numbers[pairs.image_numbers[keep]], image_ids, digest)
+
+
+def with_regions(pairs: Pairs, store: FeatureStore, limit: float, where: Path) -> Pairs:
+    """The pairs whose images have regions; raises as ``accept_missing`` where more than ``limit`` of the captions have none."""
+    missing = missing_images(pairs, store)
+    captions = int(missing[pairs.image_numbers].sum())
+    if not captions:
+        return pairs
+    accept_missing(Missing("captions", captions, len(pairs), pairs.image_ids[int(missing.argmax())]), store, limit, where)
+    return drop_missing(pairs, store)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """How many of ``total`` captions, examples or questions (``what``) are of images without regions; ``first`` is such an image."""
+
+    what: str
+    count: int
+    total: int
+    first: str
+
+    def share(self) -> str:
+        """The smallest share in thousandths that allows for them: rounded up, so that the advice to give it works."""
+        return f"{math.ceil(1000 * self.count / self.total) / 1000:g}"
+
+
+def accept_missing(missing: Missing, store: FeatureStore, limit: float, where: Path, option: str = "--data.max_missing") -> None:
+    """Say what is left out, or raise ``TooManyBadInputsError`` where it is more than a share ``limit``, or everything.
+
+    ``where`` is the file that names them, ``option`` the setting that the limit comes from.
+    """
+    told = (
+        f"{where}: {missing.count:,} of {missing.total:,} {missing.what} are of images without regions in {store.path}, first "
+        f"{missing.first!r:.200}"
+    )
+    if missing.count == missing.total:
+        looks = f"; the store's ids look like {store.ids[0]!r:.200}" if len(store) else "; the store is empty"
+        raise TooManyBadInputsError(f"{told}{looks}; `megainter prepare --store` finds out by what names they meet")
+    if missing.count > limit * missing.total:
+        raise TooManyBadInputsError(f"{told}: extract these images, or leave their {missing.what} out with {option} {missing.share()}")
+    log.warning("%s: left out", told)

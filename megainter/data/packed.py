@@ -1,0 +1,76 @@
+"""An image's regions as the model takes them: its global region first, then the detector's, with locations in shares of the image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megainter.data.feature_store.record import RegionRecord
+
+GLOBAL_LOCATION = (0.0, 0.0, 1.0, 1.0, 1.0)
+
+
+def region_rows(records: Sequence[RegionRecord], max_regions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Regions of several images end to end: features [Nr, F] as stored, float32 locations [Nr, 5], int64 counts [I].
+
+    At most ``max_regions`` of each image, the first ones, after its global region: the mean of these regions (zeros where there are none),
+    over the whole image.
+    """
+    features, locations = [], []
+    for record in records:
+        kept = record.features[:max_regions]
+        mean = kept.mean(0, keepdims=True, dtype=np.float32) if len(kept) else np.zeros((1, kept.shape[1]), np.float32)
+        features += [mean.astype(np.float16), kept]
+        locations += [np.array([GLOBAL_LOCATION], dtype=np.float32), _locations(record, max_regions)]
+    lengths = torch.tensor([min(len(record), max_regions) + 1 for record in records])
+    return torch.from_numpy(np.concatenate(features)), torch.from_numpy(np.concatenate(locations)), lengths
+
+
+def _locations(record: RegionRecord, max_regions: int) -> NDArray[np.float32]:
+    """x1/W, y1/H, x2/W, y2/H and the share of the image's area, float32 [n, 5]."""
+    size = np.array([record.width, record.height] * 2, dtype=np.float32)
+    boxes = record.boxes[:max_regions] / size
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return np.concatenate([boxes, areas[:, None]], axis=1)
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """A batch as the model's core takes it. Sample i owns the next ``text_lengths[i]`` tokens and ``region_lengths[i]`` regions.
+
+    ``input_ids``, ``token_type_ids`` int64 [Nt]; ``region_features`` [Nr, F] of any floating dtype; ``region_locations`` float32
+    [Nr, 5] (x1/W, y1/H, x2/W, y2/H, area share); each sample's first region is its global region. The lengths are int64 [S] and
+    stay on the CPU wherever the rest goes: shapes follow from them, and a GPU must not be waited for to learn a shape.
+
+    ``text_regions`` int64 [Nt], where there are any: for a token that names an object of the image, the packed row of the object's region
+    (a row of its own sample), else -1. Models with ``tie_objects`` use it.
+
+    Text alone: no regions at all (Nr = 0, every region length 0). Regions alone: likewise. A batch may not mix.
+    """
+
+    input_ids: torch.Tensor
+    token_type_ids: torch.Tensor
+    text_lengths: torch.Tensor
+    region_features: torch.Tensor
+    region_locations: torch.Tensor
+    region_lengths: torch.Tensor
+    text_regions: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "PackedInputs":
+        """The same batch on ``device``, copied without waiting when its memory is pinned. The lengths stay on the CPU."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._rows().items()}
+        return replace(self, text_lengths=self.text_lengths.cpu(), region_lengths=self.region_lengths.cpu(), **moved)
+
+    def pin_memory(self) -> "PackedInputs":
+        """The same batch in page-locked memory; the lengths stay as they are, they never leave the CPU."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._rows().items()})
+
+    def _rows(self) -> dict[str, torch.Tensor]:
+        """The tensors with a row for each token or region, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("text_lengths", "region_lengths")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def __len__(self) -> int:
+        return len(self.text_lengths)

@@ -1,0 +1,1 @@
+"""Captions of a store's images, indexed on disk for all ranks."""

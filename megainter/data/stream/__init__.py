@@ -1,0 +1,1 @@
+"""The deterministic stream of samples: order, masks, negatives, portions, loading."""

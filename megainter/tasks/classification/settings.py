@@ -1,0 +1,56 @@
+"""Settings of a classifier's fine-tuning."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megainter.config.settings import STRICT, FinetuneConfig, NotNegative, Positive, Probability
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassificationData:
+    """What is read: labelled examples, and the regions of their images where they have some."""
+
+    examples: Path
+    """Labelled examples: what `megainter prepare examples` wrote."""
+    store: Path | None = None
+    """Regions: what `megainter extract` wrote; for examples with images."""
+    split: str = "train"
+    """Split of the examples that is trained on."""
+    max_text_tokens: Annotated[int, Field(ge=5)] = 128
+    """Longest text or pair of texts in tokens, [CLS] and [SEP] included; longer ones are cut."""
+    max_regions: Positive | None = None
+    """Most regions of an image; none: as the model was trained."""
+    max_missing: Probability = 0.01
+    """Share of examples that may be left out because an image of theirs has no regions in the store."""
+    workers: NotNegative = 2
+    """Loader processes of each rank; 0: the rank loads for itself."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassificationValidation:
+    """Figures on held-out examples; ``examples`` and ``store`` default to those of the training data."""
+
+    examples: Path | None = None
+    """Labelled examples; none: those of the training data."""
+    store: Path | None = None
+    """Regions; none: those of the training data."""
+    split: str = "val"
+    """Split of the examples; where it has none there is no validation."""
+    figure: str | None = None
+    """By which the best checkpoint is chosen; none: as the task is usually reported."""
+    batch: Positive = 64
+    """Examples of one forward."""
+    every_steps: NotNegative = 500
+    """Steps between two validations; 0: only at the end."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ClassificationConfig(FinetuneConfig):
+    """A whole fine-tuning run."""
+
+    data: ClassificationData
+    validation: ClassificationValidation = dataclasses.field(default_factory=ClassificationValidation)

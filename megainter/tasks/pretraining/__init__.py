@@ -1,0 +1,1 @@
+"""Masked segments, masked regions and image-text matching."""

@@ -1,0 +1,250 @@
+"""Packed micro-batches of the deterministic stream: every rank's share of every global step, and their background loading."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from megainter.data.feature_store.first_regions import FirstRegions
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.integers import Int64s
+from megainter.data.packed import PackedInputs
+from megainter.data.stream.negatives import HardNegatives
+from megainter.data.stream.portions import accumulation, forwards, shares
+from megainter.data.tables.pairs import Pairs
+from megainter.data.text.token_table import TokenTable
+from megainter.data.text.vocabulary import VocabularyFacts
+from megainter.errors import UsageError
+from megainter.tasks.pretraining.sampling import Draws, Sample, Sampler, Samples, StreamSettings
+
+
+@dataclass(frozen=True)
+class PretrainBatch:
+    """One micro-batch. M masked tokens and K scored masked regions, of S samples; positions are rows of the packed tensors.
+
+    ``msm_positions``, ``msm_labels`` int64 [M] (labels are the original ids); ``mrm_positions`` int64 [K]; ``mrm_targets`` float32 [K, C],
+    the detector's class probabilities with background first, or [K, F] the unmasked features for the "feature" objective; ``itm_labels``
+    int64 [S], 0 = matched. ``counted`` False marks a filler: run so that all ranks run as many forwards, and left out of every count.
+    """
+
+    inputs: PackedInputs
+    msm_positions: torch.Tensor
+    msm_labels: torch.Tensor
+    mrm_positions: torch.Tensor
+    mrm_targets: torch.Tensor
+    itm_labels: torch.Tensor
+    counted: bool = True
+
+    def counts(self) -> tuple[int, int, int]:
+        """(masked tokens, scored masked regions, samples): what the three losses are divided by, summed over the global batch."""
+        return (len(self.msm_positions), len(self.mrm_positions), len(self.itm_labels)) if self.counted else (0, 0, 0)
+
+    def tokens(self) -> int:
+        """Real tokens, text and regions."""
+        return len(self.inputs.input_ids) + len(self.inputs.region_features)
+
+    def to(self, device: torch.device | str) -> "PretrainBatch":
+        """The same batch on ``device``, copied without waiting where its memory is pinned."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
+        return replace(self, inputs=self.inputs.to(device), **moved)
+
+    def pin_memory(self) -> "PretrainBatch":
+        """The same batch in page-locked memory (called by the loader); lengths stay as they are, they never leave the CPU."""
+        pinned = {name: getattr(self, name).pin_memory() for name in _TENSORS}
+        return replace(self, inputs=self.inputs.pin_memory(), **pinned)
+
+
+_TENSORS = ("msm_positions", "msm_labels", "mrm_positions", "mrm_targets", "itm_labels")
+
+
+def collate(samples: Samples, settings: StreamSettings, counted: bool = True) -> PretrainBatch:
+    """Samples as one micro-batch, their features and class probabilities read; regions of each sample follow its global region.
+
+    ``DamagedError`` for a record that is not as it was written.
+    """
+    counts = samples.regions.counts
+    record = np.repeat(np.arange(len(counts)), counts)  # of each region
+    rows = np.arange(len(record)) + record + 1  # its packed row, the global regions left out
+    spoken = _spoken(samples, settings.gate_msm)
+    features, predicted = _features(samples, settings.region_objective == "feature")
+    inputs = PackedInputs(
+        input_ids=torch.from_numpy(samples.ids),
+        token_type_ids=torch.zeros(len(samples.ids), dtype=torch.int64),
+        text_lengths=torch.from_numpy(samples.text_lengths),
+        region_features=features,
+        region_locations=torch.from_numpy(_locations(samples.regions, rows)),
+        region_lengths=torch.from_numpy(counts + 1),
+    )
+    return PretrainBatch(
+        inputs=inputs,
+        msm_positions=torch.from_numpy(samples.msm_positions[spoken]),
+        msm_labels=torch.from_numpy(samples.msm_labels[spoken]),
+        mrm_positions=torch.from_numpy(rows[samples.scored]),
+        mrm_targets=_class_targets(samples, record) if settings.region_objective == "class" else torch.from_numpy(predicted),
+        itm_labels=torch.from_numpy(samples.draws.itm_labels),
+        counted=counted,
+    )
+
+
+def _spoken(samples: Samples, gate_msm: bool) -> NDArray[np.bool_]:
+    """bool [M]: which of the masked tokens are scored."""
+    if not gate_msm:
+        return np.ones(len(samples.msm_positions), np.bool_)
+    sample = np.searchsorted(np.cumsum(samples.text_lengths), samples.msm_positions, side="right")
+    return samples.draws.itm_labels[sample] == 0
+
+
+def _features(samples: Samples, wanted: bool) -> tuple[torch.Tensor, NDArray[np.float32]]:
+    """float16 [Nr, F]: masked regions are zero, and the global region is the mean over all of them after masking (official code).
+
+    Where ``wanted`` also float32 [K, F], what the scored regions were. A sample is read, blanked and summed while it is in the cache.
+    """
+    regions, size = samples.regions, samples.regions.schema.feature_size
+    ends, numbers = np.cumsum(regions.counts), np.arange(len(samples))
+    features, sums = torch.empty(len(samples.masked) + len(samples), size, dtype=torch.float16), torch.empty(len(samples), size)
+    packed = features.numpy()
+    parts = features.split([count for own in regions.counts.tolist() for count in (1, own)])[1::2]
+    zeroed = np.flatnonzero(samples.zeroed)
+    begins, cuts = (ends - regions.counts).tolist(), np.searchsorted(zeroed, np.append(0, ends)).tolist()
+    predicted = [np.zeros((0, size), np.float32)]
+    for i, (begin, part, total) in enumerate(zip(begins, parts, sums.unbind(), strict=True)):
+        own = packed[begin + i + 1 : begin + i + 1 + len(part)]
+        stored = regions.features(i, own)
+        if wanted:
+            predicted.append(stored[samples.scored[begin : begin + len(own)]].astype(np.float32))
+        own[zeroed[cuts[i] : cuts[i + 1]] - begin] = 0
+        torch.sum(part, 0, dtype=torch.float32, out=total)  # several times as fast as NumPy's
+    means = sums / torch.from_numpy(regions.counts.clip(min=1))[:, None]
+    features[torch.from_numpy(ends - regions.counts + numbers)] = means.half()
+    return features, np.concatenate(predicted)
+
+
+def _locations(regions: FirstRegions, rows: Int64s) -> NDArray[np.float32]:
+    """float32 [Nr, 5]: x1/W, y1/H, x2/W, y2/H, share of the area; [0, 0, 1, 1, 1] for global regions."""
+    sizes = np.stack([regions.widths, regions.heights, regions.widths, regions.heights], axis=1).astype(np.float32)
+    boxes = regions.boxes / np.repeat(sizes, regions.counts, axis=0)
+    locations = np.empty((len(rows) + len(regions), 5), dtype=np.float32)
+    locations[:] = (0, 0, 1, 1, 1)
+    locations[rows, :4] = boxes
+    locations[rows, 4] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return locations
+
+
+def _class_targets(samples: Samples, record: Int64s) -> torch.Tensor:
+    """float32 [K, C]: the class probabilities of the scored regions."""
+    first = np.cumsum(samples.regions.counts) - samples.regions.counts
+    scored = np.flatnonzero(samples.scored)
+    of = record[scored]
+    return torch.from_numpy(samples.regions.class_probs(of, scored - first[of])).float()  # from half precision exactly, and fast
+
+
+class PretrainStream(Dataset[list[PretrainBatch]]):
+    """``stream[step]``: the micro-batches of this rank at that global step (from 0). Endless, and a pure function of its arguments.
+
+    Global step s takes samples ``s * global_batch ..`` of the endless sequence epoch 0, epoch 1, ...; every epoch shows each caption once,
+    and a step may cross into the next epoch. What the samples are does not depend on rank or world size, only who gets them does.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        store: FeatureStore,
+        tokens: TokenTable,
+        vocabulary: VocabularyFacts,
+        settings: StreamSettings,
+        rank: int = 0,
+        world_size: int = 1,
+        hard_negatives: HardNegatives | None = None,
+        by_storage: Int64s | None = None,
+    ) -> None:
+        self.sampler = Sampler(pairs, store, tokens, vocabulary, settings, hard_negatives, by_storage)
+        self.settings, self.rank, self.world_size = settings, rank, world_size
+        self.accumulation_steps = accumulation(settings, world_size, lambda step: self.sampler.lengths(self.draws(step)))
+
+    @property
+    def size(self) -> int:
+        """Samples of an epoch: one for each caption."""
+        return len(self.sampler.pairs)
+
+    def __getitem__(self, step: int) -> list[PretrainBatch]:
+        draws = self.draws(step)
+        mine = self._shares(draws)[self.rank]
+        self.sampler.announce(draws, np.concatenate(mine))
+        return [self._batch(draws, share) for share in mine]
+
+    def sample(self, epoch: int, n: int) -> Sample:
+        """Sample ``n`` of ``epoch``, alone."""
+        return self.sampler.sample(self.sampler.draws(np.array([epoch]), np.array([n])), 0)
+
+    def draws(self, step: int) -> Draws:
+        """All samples of a global step, in the order of the sequence, before masking."""
+        sequence = step * self.settings.global_batch + np.arange(self.settings.global_batch, dtype=np.int64)
+        return self.sampler.draws(sequence // self.size, sequence % self.size)
+
+    def sample_digests(self, step: int) -> list[tuple[int, str]]:
+        """(place in the global step, hex digest) of this rank's samples; all ranks' together give ``combined_digest``."""
+        draws = self.draws(step)
+        places = np.concatenate(self._shares(draws)[self.rank])
+        return [(int(i), self.sampler.digest(self.sampler.sample(draws, int(i))).hex()) for i in places]
+
+    def digest(self, step: int) -> str:
+        """Hex SHA-256 of all samples of a global step, in the order of the sequence: the same at every world size."""
+        draws = self.draws(step)
+        return combined_digest([(i, self.sampler.digest(self.sampler.sample(draws, i)).hex()) for i in range(len(draws))])
+
+    def _shares(self, draws: Draws) -> list[list[Int64s]]:
+        return shares(self.settings, self.sampler.lengths(draws), self.world_size, self.accumulation_steps)
+
+    def _batch(self, draws: Draws, share: Int64s) -> PretrainBatch:
+        return collate(self.sampler.samples(draws, share), self.settings)
+
+
+def combined_digest(digests: list[tuple[int, str]]) -> str:
+    """The digest of a global step from the (place, digest) of its samples, gathered from all ranks in any order."""
+    return hashlib.sha256("".join(digest for _, digest in sorted(digests)).encode()).hexdigest()
+
+
+class ValidationBatches(Dataset[PretrainBatch]):
+    """``batches[i]``: the i-th micro-batch of this rank over a fixed set, the first ``count`` samples of epoch 0.
+
+    Every rank has ``len(batches)`` of them, and every sample is in exactly one that is counted. Build the stream with ``shuffle=False``
+    for a set that does not depend on the seed's order.
+    """
+
+    def __init__(self, stream: PretrainStream, count: int) -> None:
+        self.stream = stream
+        self.count = min(count, stream.size)
+        numbers = np.arange(self.count, dtype=np.int64)
+        self._draws = stream.sampler.draws(np.zeros_like(numbers), numbers)
+        lengths = stream.sampler.lengths(self._draws)
+        self._forwards = forwards(stream.settings, lengths, stream.world_size)
+        self._shares = _fixed_shares(stream, lengths, self._forwards)
+
+    def __len__(self) -> int:
+        return self._forwards
+
+    def __getitem__(self, i: int) -> PretrainBatch:
+        if not 0 <= i < self._forwards:
+            raise IndexError(i)
+        share = self._shares[i * self.stream.world_size + self.stream.rank]
+        filler = len(share) == 0
+        samples = self.stream.sampler.samples(self._draws, self._shares[0][:1] if filler else share)
+        return collate(samples, self.stream.settings, counted=not filler)
+
+
+def _fixed_shares(stream: PretrainStream, lengths: Int64s, turns: int) -> list[Int64s]:
+    """The samples of each forward of each rank, those of a turn side by side; some are empty where samples are few."""
+    if stream.settings.micro_tokens is None or len(lengths) < stream.world_size:
+        return np.array_split(np.argsort(-lengths, kind="stable"), turns * stream.world_size)
+    by_rank = shares(stream.settings, lengths, stream.world_size, turns)
+    return [by_rank[rank][turn] for turn in range(turns) for rank in range(stream.world_size)]
+
+
+def validation_batches(stream: PretrainStream, count: int) -> ValidationBatches:
+    """The first ``count`` samples (or all there are) of ``stream`` at epoch 0, as micro-batches shared out over its ranks."""
+    if count < 1:
+        raise UsageError(f"validation needs at least one sample, got {count}")
+    return ValidationBatches(stream, count)

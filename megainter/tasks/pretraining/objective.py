@@ -1,0 +1,65 @@
+"""The three pretraining objectives of one micro-batch, normalised by counts over the global batch.
+
+Paper section 3 (masked segment modeling, masked region modeling, image-text matching). The losses are sums divided by the
+number of masked tokens, scored regions and samples of the whole global batch, so that the gradient depends neither on the
+number of ranks nor on the number of micro-batches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megainter import kernels
+from megainter.model.interbert import InterBertForPreTraining, PackedLosses
+from megainter.tasks.pretraining.batches import PretrainBatch
+from megainter.transfers import Constants
+
+OBJECTIVES = ("msm", "mrm", "itm")
+
+
+@dataclass(frozen=True)
+class ObjectiveWeights:
+    """Weights of the three losses in their sum."""
+
+    msm: float = 1.0
+    mrm: float = 1.0
+    itm: float = 1.0
+
+
+class PretrainingStep(nn.Module):
+    """The module DeepSpeed wraps: from a packed micro-batch to its share of the global loss."""
+
+    def __init__(self, model: InterBertForPreTraining, weights: ObjectiveWeights) -> None:
+        super().__init__()
+        self.model = model
+        self._weights = Constants((weights.msm, weights.mrm, weights.itm))
+
+    def forward(self, batch: PretrainBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss share (scalar, fp32) and ``tallies`` [2, 3] fp32: loss sums and correct predictions of the three objectives.
+
+        ``counts`` [3] fp32: masked tokens, scored regions, samples of the global batch (at least 1 each). A filler batch
+        (``batch.counted`` False) runs like any other, so that collectives match, and weighs nothing.
+        """
+        made = self.model.judge_packed(batch.inputs, batch.msm_positions, batch.msm_labels, batch.mrm_positions)
+        region_sum = self._region_sum(made.mrm_logits, batch.mrm_targets)
+        sums = torch.stack([made.msm_sum, region_sum, kernels.cross_entropy_sum(made.itm_logits, batch.itm_labels)])
+        if not batch.counted:
+            sums = sums * 0.0
+        loss = (self._weights.on(sums.device) * sums / counts).sum()
+        return loss, torch.stack([sums.detach(), self._correct(made, batch) * float(batch.counted)])
+
+    def _region_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.model.config.region_objective == "feature":
+            return kernels.squared_error_sum(logits, targets)
+        return kernels.soft_label_kl_sum(logits, targets)
+
+    @torch.no_grad()
+    def _correct(self, made: PackedLosses, batch: PretrainBatch) -> Tensor:
+        pairs = ((made.mrm_logits, _best(batch.mrm_targets)), (made.itm_logits, batch.itm_labels))
+        return torch.stack([made.msm_right.float(), *((_best(logits) == labels).sum().float() for logits, labels in pairs)])
+
+
+def _best(scores: Tensor) -> Tensor:
+    """Index of the largest entry of each row; rows may be missing altogether."""
+    return scores.argmax(dim=-1) if scores.numel() else scores.new_zeros(scores.shape[0], dtype=torch.long)

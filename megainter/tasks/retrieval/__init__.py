@@ -1,0 +1,1 @@
+"""Images by captions and captions by images."""

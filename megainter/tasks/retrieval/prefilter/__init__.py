@@ -1,0 +1,1 @@
+"""The light first stage: one vector for a caption, one for an image."""

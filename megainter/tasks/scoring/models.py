@@ -1,0 +1,82 @@
+"""The model that scores, its devices and its precision."""
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.text.vocabulary import Vocabulary
+from megainter.devices import devices_named, torch_device, units_of
+from megainter.errors import UsageError
+from megainter.model.configuration import InterBertConfig
+from megainter.model.folder import read_vocabulary
+from megainter.precision import AskedPrecision, Precision, automatic
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+USUAL_LENGTH = 36  # regions and tokens where the model's folder does not say what it was trained with
+PAIRS_WORTH_A_PROCESS = 10_000  # on CPU: starting one costs about as much as scoring these
+
+
+def check_model(folder: Path, config: InterBertConfig, store: FeatureStore, max_text_tokens: int) -> Vocabulary:
+    """The model's vocabulary, once model, vocabulary, store and text length are known to fit each other; ``UsageError`` if not."""
+    if config.region_feature_size != store.schema.feature_size:
+        raise UsageError(
+            f"{folder} takes {config.region_feature_size}-d region features, and {store.path} has {store.schema.feature_size}-d ones"
+        )
+    if not 3 <= max_text_tokens <= config.max_position_embeddings:
+        raise UsageError(
+            f"--max-text-tokens is {max_text_tokens}; give 3 to {config.max_position_embeddings}, what {folder} has positions for"
+        )
+    return read_vocabulary(folder, config)
+
+
+def choose_precision(asked: AskedPrecision, device: str) -> Precision:
+    """What ``asked`` stands for on ``device``: of "auto" a line says which and why. ``UsageError`` for a device that is not here."""
+    if asked != "auto":
+        return asked
+    if device != "auto":
+        torch_device(device)
+    precision, why = automatic([units_of(each) for each in devices_named(device)])
+    print(why, flush=True)
+    return precision
+
+
+def choose_devices(device: str, precision: str, processes: int | None, pairs: int, chunks: int) -> list[torch.device]:
+    """One device for each process: GPUs in turn, or the CPU as often as there are cores and work for them."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_device(device)
+    if precision not in DTYPES or (precision == "fp16" and device == "cpu"):
+        raise UsageError(f"--precision {precision} is not possible on {device}; give fp32 or bf16")
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        return [torch.device("cuda", number % gpus) for number in range(min(processes or gpus, chunks))]
+    worth = 1 if device != "cpu" else max(1, min(len(os.sched_getaffinity(0)), pairs // PAIRS_WORTH_A_PROCESS))
+    return [torch.device(device)] * min(processes or worth, chunks)
+
+
+def load_model(folder: Path, kind: type[Model]) -> Model:
+    """The model of this ``kind`` in a Hugging Face folder, in evaluation mode, from safetensors alone.
+
+    ``UsageError`` where the folder is none, or its weights lack a part of the model (a bare encoder has no head).
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = kind.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{folder} cannot be loaded as {kind.__name__}: {str(error).splitlines()[0]}") from None
+    model, info = loaded
+    missing: list[str] = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"{folder} has no weights for {len(missing)} parameters, first {missing[0]}; give a pretrained or fine-tuned model"
+        )
+    whole: Model = model.eval()
+    return whole

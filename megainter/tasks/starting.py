@@ -1,0 +1,106 @@
+"""What every fine-tuning task does before and after the training loop: open the starting model, and leave a Hugging Face folder."""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from megainter.config.settings import StartConfig
+from megainter.conversion.zero import convert
+from megainter.data.packed import PackedInputs
+from megainter.data.text.vocabulary import Vocabulary
+from megainter.errors import UsageError
+from megainter.model.configuration import InterBertConfig
+from megainter.model.flops import BatchCounts, forward_flops
+from megainter.model.folder import read_config, read_vocabulary
+from megainter.training.job import Job, RunSettings
+from megainter.training.loop import BEST, log, train
+from megainter.training.world import World
+
+MODEL = "model"  # the Hugging Face folder in the run folder
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def finetune_job(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
+    """Train, and write the Hugging Face folder ``<output>/model``: the best checkpoint (else the last), averaged where it was averaged.
+
+    Raises as ``training.loop.train``. Returns the folder, on every rank; rank 0 writes it.
+    """
+    last = train(config, open_job)
+    folder = config.output / MODEL
+    if os.environ.get("RANK", "0") == "0":
+        best = config.output / BEST
+        source = next((path for path in sorted(best.glob("step_*"), reverse=True)), last)
+        aside = config.output / f".{MODEL}.new"
+        shutil.rmtree(aside, ignore_errors=True)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            convert(source, aside, ema=config.training.ema_decay > 0)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(aside, folder)
+        log.info("the model of %s: %s", source, folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that fine-tuning starts from: its folder, configuration (with the changes that the settings ask for) and vocabulary."""
+
+    folder: Path
+    config: InterBertConfig
+    vocabulary: Vocabulary
+    vocabulary_file: bytes
+
+    def build(self, kind: type[Model], saved: InterBertConfig | None, fresh: str = r"(?!)") -> Model:
+        """A model of this ``kind``: with the folder's weights, or bare in the configuration of a checkpoint.
+
+        ``UsageError`` where the folder lacks parameters whose names do not begin with ``fresh`` (a new head begins anew).
+        """
+        if saved is not None:
+            return kind(saved)
+        transformers_logging.disable_progress_bar()
+        try:
+            loaded: Any = kind.from_pretrained(
+                self.folder, config=self.config, output_loading_info=True, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(f"model.start_from {self.folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        model, info = loaded
+        missing = sorted(name for name in info["missing_keys"] if not name.startswith(fresh))
+        if missing:
+            raise UsageError(f"model.start_from {self.folder} lacks {len(missing)} parameters, first {missing[0]}; give a pretrained model")
+        started: Model = model
+        return started
+
+
+def open_start(settings: StartConfig, max_text_tokens: int | None, max_regions: int | None, feature_size: int | None) -> Start:
+    """Open ``model.start_from``. Lengths that are None stay as the model was trained with them; ``feature_size`` is the store's, if any.
+
+    ``UsageError`` for a folder that is no model of ours, or does not fit the store or the lengths.
+    """
+    folder = settings.start_from
+    config = read_config(folder)
+    if feature_size is not None and config.region_feature_size != feature_size:
+        raise UsageError(
+            f"model.start_from {folder} takes {config.region_feature_size}-d region features, the store has {feature_size}-d ones"
+        )
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob"):
+        if getattr(settings, name) is not None:
+            setattr(config, name, getattr(settings, name))
+    config.max_text_tokens = max_text_tokens or config.max_text_tokens
+    config.max_regions = max_regions or config.max_regions
+    if config.max_text_tokens is not None and config.max_text_tokens > config.max_position_embeddings:
+        raise UsageError(f"data.max_text_tokens {config.max_text_tokens} exceeds {folder}'s {config.max_position_embeddings} positions")
+    vocabulary = read_vocabulary(folder, config)
+    return Start(folder, config, vocabulary, (folder / "vocab.txt").read_bytes())
+
+
+def inputs_flops(config: InterBertConfig, inputs: PackedInputs) -> int:
+    """Floating-point operations of one forward without the heads of masking."""
+    return forward_flops(config, BatchCounts.of(inputs.text_lengths, inputs.region_lengths, 0, 0))

@@ -1,0 +1,146 @@
+"""Visual commonsense reasoning (VCR): a question about an image, four answers, four rationales.
+
+`vcr_training.finetune` trains a model, ``evaluate`` measures one: answers (Q->A), rationales given the right answer (QA->R), and both right
+(Q->AR), joined by question id. Where labels are not public it writes the file that the leaderboard takes.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megainter.errors import NumericsError, UsageError
+from megainter.files import require_file_place, write_json
+from megainter.model.folder import model_digest, read_config
+from megainter.precision import AskedPrecision
+from megainter.progress import Progress
+from megainter.tasks.scoring.file import ScoreFile, open_score_file
+from megainter.tasks.scoring.models import check_model, choose_devices, choose_precision
+from megainter.tasks.scoring.processes import score_chunks
+from megainter.tasks.vcr.batches import Examples, Item, all_items, right_choices
+from megainter.tasks.vcr.inputs import MODES, WordPieces, open_questions, open_stores, read_facts
+from megainter.tasks.vcr.report import BOTH, CHANCE, Judged, VcrReport, accuracies, is_right, summary, write_probabilities, write_submission
+from megainter.tasks.vcr.scoring import ChoiceWork
+
+ASKED = {BOTH: MODES["joint"], "answer": MODES["answer"], "rationale": MODES["rationale"]}
+
+
+def evaluate(
+    model: Path,
+    questions: Path,
+    store: Path,
+    *,
+    output: Path,
+    objects_store: Path | None = None,
+    mode: Literal["both", "answer", "rationale"] = "both",
+    split: str | None = None,
+    max_missing: float = 0.0,
+    batch_questions: int = 16,
+    processes: int | None = None,
+    precision: AskedPrecision = "auto",
+    device: str = "auto",
+    submission: Path | None = None,
+) -> VcrReport:
+    """Score the choices of all questions and write the accuracies to ``output`` (JSON).
+
+    ``model`` is a folder that ``finetune`` made; text lengths, regions and tied names are as in its training. ``split``: None takes all
+    questions of the file. Beside the JSON, ``<output>.probabilities.parquet`` has the probabilities of every question. ``submission``
+    writes the leaderboard's CSV, for which rationales are scored given each of the four answers, as they always are where the right
+    answer is not known. ``processes``: None takes one per GPU, or as many cores as the work is worth; the figures are bit-equal for any
+    number. An interrupted run goes on where it was.
+
+    Raises ``UsageError`` for what cannot be used as given, ``TooManyBadInputsError`` where more than ``max_missing`` of the questions have
+    no regions, ``LockedError`` where another process writes the same output, ``NumericsError`` where a probability is not a number.
+    """
+    probabilities = output.with_name(f"{output.stem}.probabilities.parquet")
+    _check(mode, batch_questions, processes, max_missing, submission)
+    for option, path in (("--output", output), ("--output's table", probabilities), ("--submission", submission)):
+        if path is not None:
+            require_file_place(path, option)
+    config = read_config(model)
+    settings, trained_for, with_objects = read_facts(config, model)
+    _check_objects(model, with_objects, objects_store)
+    stores = open_stores(store, objects_store)
+    vocabulary = check_model(model, config, stores.detected, max(settings.max_answer_tokens, settings.max_rationale_tokens))
+    asked, digest = open_questions(questions, split, stores, max_missing, "--max-missing")
+    if trained_for not in ("joint", mode):
+        print(f"{model} was fine-tuned for {trained_for}s alone; what it makes of {mode} is no more than a guess", flush=True)
+    examples = Examples(asked, stores, WordPieces.of(asked, vocabulary), settings, ASKED[mode])
+    arithmetic = choose_precision(precision, device)
+    work = ChoiceWork(model, examples, all_items(asked, ASKED[mode], submission is not None), batch_questions, arithmetic)
+    devices = choose_devices(device, arithmetic, processes, 4 * len(work.items), len(work))
+    facts: dict[str, Any] = {"mode": mode, "trained_for": trained_for, "tie_objects": settings.tie_objects, "split": split}
+    facts |= {"precision": arithmetic, "model": str(model), "questions_file": str(questions), "store": str(store)}
+    facts |= {"objects_store": str(objects_store) if objects_store is not None else None, "device": devices[0].type}
+    facts |= {"model_digest": model_digest(model), "questions_digest": digest, "store_digest": stores.detected.digest}
+    facts |= {"objects_store_digest": stores.given.digest if stores.given is not None else None, "questions": len(asked)}
+    plan = facts | {"items": len(work.items), "batch_questions": batch_questions, "vocabulary": vocabulary.digest}
+    with open_score_file(output, plan | {"torch": str(torch.__version__)}, len(work.items), 4, len(work)) as file:
+        speed = _score(work, file, devices)
+        scores = np.array(file.scores)
+        write_probabilities(probabilities, asked, work.items, scores)
+        if submission is not None:
+            write_submission(submission, asked, work.items, scores)
+        shares, labelled = _measure(examples, work.items, scores)
+        files = {"probabilities": probabilities.name, "submission": str(submission) if submission is not None else None}
+        figures = {name: shares.get(name) for name in CHANCE}
+        report = VcrReport(**figures, **facts, **speed, **files, labelled=labelled, chance=CHANCE, processes=len(devices))  # type: ignore[arg-type]
+        write_json(output, asdict(report))
+    print(summary(report), flush=True)
+    return report
+
+
+def _check(mode: str, batch_questions: int, processes: int | None, max_missing: float, submission: Path | None) -> None:
+    for option, number in (("--batch-questions", batch_questions), ("--processes", processes)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} is {number}; give at least 1")
+    if not 0 <= max_missing <= 1:
+        raise UsageError(f"--max-missing is {max_missing}; give a share, 0 to 1")
+    if submission is not None and mode != BOTH:
+        raise UsageError(f"--submission needs answers and rationales, and --mode is {mode}; leave --mode out")
+
+
+def _check_objects(model: Path, with_objects: bool, objects_store: Path | None) -> None:
+    """The model sees at evaluation what it saw in training."""
+    if with_objects and objects_store is None:
+        raise UsageError(f"{model} was trained with annotated boxes; give --objects-store, what `megainter extract --boxes` wrote")
+    if objects_store is not None and not with_objects:
+        raise UsageError(f"{model} was trained without annotated boxes; leave --objects-store out")
+
+
+def _score(work: ChoiceWork, file: ScoreFile, devices: list[torch.device]) -> dict[str, Any]:
+    """Score what is not done yet; returns the seconds it took and the choices per second."""
+    todo = file.todo()
+    left = sum(len(work.places(chunk)) for chunk in todo)
+    with Progress("scoring", len(work.items), "choices", done=len(work.items) - left) as progress:
+        start = time.monotonic()
+        for chunk, scores in score_chunks(work, todo, devices):
+            _require_numbers(scores, work, chunk)
+            file.put(chunk, work.places(chunk), scores)
+            progress.update(len(scores))
+        seconds = time.monotonic() - start
+    return {"seconds": round(seconds, 3), "choices_per_second": round(4 * left / max(seconds, 1e-9), 1)}
+
+
+def _require_numbers(scores: NDArray[np.float32], work: ChoiceWork, chunk: int) -> None:
+    bad = np.argwhere(~np.isfinite(scores))
+    if len(bad):
+        item = work.items[int(work.places(chunk)[bad[0][0]])]
+        raise NumericsError(
+            f"a probability of question {work.examples.questions[item.row].question_id!r} is not a number: the model's weights are not "
+            "finite, or --precision is too narrow for them"
+        )
+
+
+def _measure(examples: Examples, items: list[Item], scores: NDArray[np.float32]) -> tuple[dict[str, float], int]:
+    """Accuracies over the items that have a right choice, and how many questions those are of."""
+    labels = right_choices(examples.questions, items)
+    known = np.flatnonzero(labels >= 0)
+    right = is_right(scores[known], labels[known])
+    ids = examples.questions.table.column("question_id").to_pylist()
+    judged = [Judged(ids[items[place].row], items[place].kind, bool(value)) for place, value in zip(known, right, strict=True)]
+    return accuracies(judged), len({one.question_id for one in judged})

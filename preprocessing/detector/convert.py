@@ -1,0 +1,48 @@
+"""`megainter convert detector`: anybody's detector weights into one safetensors file with its configuration inside."""
+
+from pathlib import Path
+
+from megainter.errors import UsageError
+from preprocessing.detector.detector import save_weights
+from preprocessing.detector.weights import Weights, read_weights
+
+
+def convert_detector(source: Path, destination: Path, class_names: Path | None = None) -> Weights:
+    """Write ``destination`` from any file that ``read_weights`` knows, whole or not at all, and print what was taken.
+
+    Raises ``UsageError`` where ``destination`` exists, and whatever ``read_weights`` raises.
+    """
+    if destination.exists():
+        raise UsageError(f"{destination} exists; give a new file name or remove it")
+    weights = read_weights(source, class_names)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    fingerprint = save_weights(destination, weights.config, weights.state)
+    print(f"{source}: {weights.origin}\n")
+    print(table(weights))
+    print(f"\n{destination}: {destination.stat().st_size / 1e6:.1f} MB, fingerprint {fingerprint}, classes {_example(weights)}")
+    return weights
+
+
+def table(weights: Weights) -> str:
+    """What was taken by part of the network, and what was left over."""
+    parts: dict[str, list[int]] = {}
+    for name, value in weights.state.items():
+        parts.setdefault(_part(name), []).append(value.numel())
+    rows = [(part, f"{len(sizes):,}", f"{sum(sizes):,}") for part, sizes in parts.items()]
+    sizes = [size for part in parts.values() for size in part]
+    rows = [("part", "tensors", "numbers"), *rows, ("taken", f"{len(sizes):,}", f"{sum(sizes):,}")]
+    lines = [f"{part:<{max(len(row[0]) for row in rows)}}  {count:>7}  {numbers:>12}" for part, count, numbers in rows]
+    counters = sum(name.endswith("num_batches_tracked") for name in weights.left_over)
+    others = [name for name in weights.left_over if not name.endswith("num_batches_tracked")]
+    left = f"{counters} step counters of normalisation layers" + "".join(f", {name}" for name in others[:20])
+    return "\n".join([*lines, f"left over: {left}{', ...' * (len(others) > 20)}"])
+
+
+def _part(name: str) -> str:
+    pieces = name.split(".")
+    return ".".join(pieces[: 3 if name.startswith(("roi_heads.box_predictor", "proposal_generator", "backbone.body")) else 2])
+
+
+def _example(weights: Weights) -> str:
+    names = weights.config.class_names[1:]
+    return f"{', '.join(names[:3])}{', ...' * (len(names) > 3)} ({len(names):,})"

@@ -1,0 +1,284 @@
+"""`megainter extract`: image files in, a sealed feature store out. Resumable, on all cores or GPUs, with a list of what failed and why.
+
+This process reads image headers, hands out batches of equally sized images and watches the workers (`worker`): child
+processes, or the other ranks of an MPI job (`mpi`).
+A batch depends only on the list of images, never on which worker takes it or on earlier interruptions, and is stored whole or not at
+all; so a run that was killed and taken up again ends with the same store, to the digest, as one that was not.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megainter.data.feature_store.lock import LOOSE, WriterLock, network_filesystem
+from megainter.data.feature_store.reader import FeatureStore, StoreSchema, seal_store, stored_ids
+from megainter.data.feature_store.shard import read_store_json, refuse_live_writers
+from megainter.data.feature_store.writer import create_store
+from megainter.data.tables.boxes import ImageBoxes, read_boxes
+from megainter.devices import devices_named, torch_device, units_of
+from megainter.errors import StoppedEarly, TooManyBadInputsError, UsageError
+from megainter.files import sha256_of
+from megainter.precision import AskedPrecision, Precision, Units, automatic
+from megainter.progress import Progress
+from preprocessing.detector.detector import load_detector
+from preprocessing.extraction.crew import Worker, end, feed, receive, start_child, with_news
+from preprocessing.extraction.worker import Failure, Job, Task
+from preprocessing.failures import write_failures
+from preprocessing.images.decode import DRAFT_PIXELS, UnreadableImageError, confined, image_size, silence_pillow
+from preprocessing.images.listing import Item, Source, list_images
+
+SMALLEST_SIDE = 32  # pixels
+WINDOW_BATCHES = 8  # images of one size are looked for among this many batches' worth of neighbours in the list
+WORKERS_PER_GPU = 2  # one computes while the other prepares its batch
+BATCH_PIXELS = 32_000_000  # of a batch decoded, 100 MB; a worker holds three
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What a finished run says: images in the store, images that failed, and the store's digest."""
+
+    stored: int
+    failed: int
+    digest: str
+
+
+@dataclass
+class _Stop:
+    """Set by the first SIGINT or SIGTERM; the second one ends the process at once."""
+
+    requested: bool = False
+
+
+def extract(
+    images: Path,
+    output: Path,
+    weights: Path,
+    *,
+    manifest: Path | None = None,
+    min_boxes: int = 10,
+    max_boxes: int = 100,
+    selection: Literal["caffe", "d2"] = "caffe",
+    min_size: int | None = None,
+    max_size: int | None = None,
+    workers: int | None = None,
+    batch_size: int = 8,
+    max_bad: float = 0.01,
+    device: str | None = None,
+    precision: AskedPrecision = "auto",
+    boxes: Path | None = None,
+    network_disk: bool = False,
+    ranks: Sequence[Worker] = (),
+    elsewhere: Sequence[Units] = (),
+) -> Extraction:
+    """Extract the regions of ``images`` (`preprocessing.images.listing.list_images`) into the feature store ``output``, and seal it.
+
+    The same command goes on where an earlier run stopped. ``workers`` processes (default: one per core, two per GPU), each with its own
+    detector on ``device`` (default: the GPUs where there are any), and ``ranks`` beside them, whose devices are ``elsewhere``. ``boxes``,
+    a manifest, gives the regions of the images that it names; then nothing is proposed or selected. ``precision`` "auto" is what the store
+    was begun in, in a new one the best that all devices compute. Images that fail are listed in ``output``/failed.tsv.
+
+    Raises ``UsageError`` (missing or empty folder, other settings or detector than the store's, a store on a network disk that was not
+    asked for by ``network_disk``), ``TooManyBadInputsError`` where more than ``max_bad`` of the images failed (the good ones are kept,
+    the store stays unsealed), ``StoppedEarly`` on SIGTERM or SIGINT, ``NoSpaceError``, ``LockedError``, ``DamagedError``, and
+    ``MegainterError`` where a worker died.
+    """
+    _check_settings(min_boxes, max_boxes, selection, workers, batch_size, max_bad)
+    _check_sizes(min_size, max_size)
+    if device is not None:
+        torch_device(device)
+    _check_disk(output, network_disk)
+    silence_pillow()
+    source, given = _source(images, manifest, boxes)
+    arithmetic = precision if precision != "auto" else _automatic(output, device, elsewhere)
+    options: dict[str, Any] = {"min_size": min_size, "max_size": max_size}
+    options |= {} if boxes else {"min_boxes": min_boxes, "max_boxes": max_boxes, "selection": selection}
+    settings = options | ({"boxes": sha256_of(boxes)[:16]} if boxes else {}) | ({"precision": arithmetic} if arithmetic != "fp32" else {})
+    schema = replace(load_detector(weights, "cpu").schema(), settings=settings)
+    create_store(output, schema)
+    with WriterLock(output / "extract.lock"):
+        refuse_live_writers(output)
+        done = stored_ids(output)
+        total = len(source.items)
+        left = sum(item.image_id not in done for item in source.items)
+        devices = _devices(device, workers, -(-left // batch_size))
+        devices += [device or "cuda"] * min(len(ranks), max(0, -(-left // batch_size) - 1))
+        jobs = [Job(n, source.root, output, schema, weights, name, arithmetic, options, os.getpid()) for n, name in enumerate(devices)]
+        failures: list[Failure] = []
+        try:
+            if jobs:
+                _run(jobs, ranks, _batches(source, given, done, batch_size), total, total - left, failures)
+        except BaseException:
+            with suppress(OSError):  # a full disk must not hide the first error
+                _list_failures(output, failures)
+            raise
+        _list_failures(output, failures)
+        return _finish(output, schema, total, failures, max_bad, changed=left > len(failures))
+
+
+def _automatic(output: Path, device: str | None, elsewhere: Sequence[Units]) -> Precision:
+    """What ``precision`` "auto" stands for, said. A store that is there goes on in its own, even slowly: its records are alike."""
+    units = [*map(units_of, devices_named(device)), *elsewhere]
+    there = (output / "store.json").is_file()
+    begun = StoreSchema.from_json(read_store_json(output)["schema"]).settings.get("precision", "fp32") if there else None
+    precision, why = automatic(units, begun=begun)
+    if begun is not None and begun != precision:
+        precision, why = begun, f"precision {begun} (auto), as {output} was begun in; {precision} would be faster here, in another store"
+    print(why, flush=True)
+    return precision
+
+
+def _source(images: Path, manifest: Path | None, boxes: Path | None) -> tuple[Source, dict[str, ImageBoxes]]:
+    """The images, and the boxes given for them by image id: those of a folder are the ones that the boxes name."""
+    if boxes is None:
+        return list_images(images, manifest), {}
+    if manifest is not None:
+        raise UsageError(f"boxes {boxes} already say which images to take; leave the manifest {manifest} out")
+    given = {image.image_id: image for image in read_boxes(boxes)}
+    if images.is_dir() and not any(images.glob("*.tar")):
+        return list_images(images, boxes), given
+    source = list_images(images)
+    items = [item for item in source.items if item.image_id in given]
+    if len(items) < len(given):
+        absent = min(given.keys() - {item.image_id for item in items})
+        raise UsageError(f"{len(given) - len(items):,} of {len(given):,} images of {boxes} are not in {images}, first {absent!r}")
+    return Source(source.root, items), given
+
+
+def _check_disk(output: Path, network_disk: bool) -> None:
+    kind = network_filesystem(output)
+    if kind in LOOSE and not network_disk:
+        raise UsageError(
+            f"{output} is on a network disk ({kind}), where a crash can damage what is being written: extract to a local disk and "
+            f"copy the finished store (rsync -a LOCAL_STORE/ {output}/), or allow it with --network-disk"
+        )
+    if kind:
+        print(f"warning: {output} is on a network disk ({kind}); its writers are told apart by heartbeat", file=sys.stderr, flush=True)
+
+
+def _check_settings(min_boxes: int, max_boxes: int, selection: str, workers: int | None, batch_size: int, max_bad: float) -> None:
+    if not 0 < min_boxes <= max_boxes:
+        raise UsageError(f"min_boxes {min_boxes} must be positive and at most max_boxes {max_boxes}")
+    if selection not in ("caffe", "d2"):
+        raise UsageError(f"selection {selection!r} is not 'caffe' or 'd2'")
+    if (workers is not None and workers < 1) or batch_size < 1 or not 0 <= max_bad <= 1:
+        raise UsageError(f"workers {workers} and batch_size {batch_size} must be at least 1, max_bad {max_bad} between 0 and 1")
+
+
+def _check_sizes(min_size: int | None, max_size: int | None) -> None:
+    """Sizes in pixels of the network's input; what is smaller than its coarsest stride shows it nothing."""
+    for name, size in (("min_size", min_size), ("max_size", max_size)):
+        if size is not None and size < SMALLEST_SIDE:
+            raise UsageError(f"{name} {size} is too small: images are brought to at least {SMALLEST_SIDE} pixels a side")
+    if min_size is not None and max_size is not None and min_size > max_size:
+        raise UsageError(f"min_size {min_size} must be at most max_size {max_size}")
+
+
+def _devices(device: str | None, workers: int | None, batches: int) -> list[str]:
+    """The device of each worker."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cuda":
+        names = [device]
+        wanted = workers or (len(os.sched_getaffinity(0)) if device == "cpu" else WORKERS_PER_GPU)
+    else:
+        names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        wanted = workers or WORKERS_PER_GPU * len(names)
+    return [names[number % len(names)] for number in range(min(wanted, batches))]
+
+
+def _batches(source: Source, given: dict[str, ImageBoxes], done: set[str], batch_size: int) -> Iterator[list[Task]]:
+    """Batches of equally sized images, without what is done. Where batches begin does not depend on what is done."""
+    window = WINDOW_BATCHES * batch_size
+    for start in range(0, len(source.items), window):
+        part = source.items[start : start + window]
+        if all(item.image_id in done for item in part):
+            continue
+        by_size: dict[tuple[int, int] | None, list[Task]] = defaultdict(list)
+        for item in part:
+            size = _size(source.root, item)
+            by_size[size].append(Task(item.image_id, item.path, size, item.part, given.get(item.image_id)))
+        for size, tasks in by_size.items():
+            step = batch_size if size is None else max(1, min(batch_size, BATCH_PIXELS // min(size[0] * size[1], DRAFT_PIXELS)))
+            for first in range(0, len(tasks), step):
+                if batch := [task for task in tasks[first : first + step] if task.image_id not in done]:
+                    yield batch
+
+
+def _size(root: Path, item: Item) -> tuple[int, int] | None:
+    try:
+        return image_size(confined(root, item.path), item.part)
+    except UnreadableImageError:
+        return None  # the worker finds out why
+
+
+def _run(jobs: list[Job], ranks: Sequence[Worker], batches: Iterator[list[Task]], total: int, done: int, failures: list[Failure]) -> None:
+    """Have all batches extracted; images that failed are added to ``failures`` as they become known."""
+    workers: list[Worker] = []
+    helpers = list(ranks)[: len(jobs) - 1]
+    with _stop_on_signals() as stop, Progress("extract", total, "images", done=done) as progress:
+        try:
+            for rank, job in zip(helpers, jobs[len(jobs) - len(helpers) :], strict=True):
+                rank.link.send(job)
+                workers.append(rank)
+            for job in jobs[: len(jobs) - len(helpers)]:
+                workers.append(start_child(job))
+            while not all(worker.closed for worker in workers):
+                for worker in workers:
+                    feed(worker, batches)
+                for worker in with_news(workers):
+                    done += receive(worker, failures, progress)
+                if stop.requested:
+                    raise StoppedEarly(f"stopped at {done:,} of {total:,} images; run the same command to go on")
+        finally:
+            end(workers)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set handlers; whoever runs threads handles signals
+        return
+
+    def request(number: int, frame: object) -> None:
+        stop.requested = True
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _list_failures(output: Path, failures: list[Failure]) -> None:
+    """``failed.tsv``: id, path, reason."""
+    rows = sorted((failure.image_id, failure.path, failure.reason) for failure in failures)
+    write_failures(output / "failed.tsv", ("image_id", "path", "reason"), rows)
+
+
+def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failure], max_bad: float, changed: bool) -> Extraction:
+    """Seal, unless too many failed."""
+    listed = f"{len(failures):,} of {total:,} images failed, listed in {output / 'failed.tsv'}"
+    if len(failures) > max(max_bad * total, 1 if max_bad and total > 1 else 0):  # one bad file of a few is no sign of a bad collection
+        raise TooManyBadInputsError(
+            f"{listed}: more than --max-bad {max_bad:g} of them; the others are kept: repair them, or allow more, and run again"
+        )
+    if failures:
+        print(listed, flush=True)
+    if changed or not read_store_json(output)["sealed"]:
+        seal_store(output)
+    with FeatureStore(output) as store:
+        state = "sealed" if changed else "complete before"
+        print(f"{output}: regions of {len(store):,} images, {state}, digest {store.digest[:16]}", flush=True)
+        return Extraction(len(store), len(failures), store.digest)

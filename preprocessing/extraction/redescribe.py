@@ -1,0 +1,109 @@
+"""`megainter features redescribe`: the boxes of a store with other features, those of a network that knows ImageNet.
+
+A detector trained on a few thousand photos finds boxes, but its features know little beyond its own classes. A network trained on 1.3
+million images sees more in the same boxes: as bottom-up attention's features are the mean of a pretrained stage over a region, each
+region's feature here is the mean of the network's last map over the region's box.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from megainter.data.feature_store.reader import FeatureStore, FeatureStoreWriter, seal_store
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.devices import torch_device
+from megainter.errors import UsageError
+from megainter.files import sha256_of
+from megainter.progress import Progress
+from preprocessing.detector.backbones import DESCRIBERS, Describer
+from preprocessing.images.decode import confined, load_image, silence_pillow
+from preprocessing.images.listing import Item, list_images
+
+BINS = 3  # per side of a region, each the mean of 2 x 2 samples of the map
+STRIDE = 32  # pixels of the network's input per place of its map
+
+
+def redescribe(
+    store: Path, images: Path, output: Path, *, network: str = "efficientnet_lite0", side: int = 224, batch: int = 32, device: str = "auto"
+) -> str:
+    """Write ``output``: the records of ``store`` with features float16 [n, C] of ``network``; returns its digest.
+
+    Images are squeezed to ``side`` x ``side`` pixels, a multiple of 32: 224 gives a map of 7 x 7 places. Boxes, class probabilities and
+    extras stay. The same command goes on after a stop. ``UsageError`` where ``images`` lacks an image of the store.
+    """
+    if side < STRIDE or side % STRIDE:
+        raise UsageError(f"--side is {side}; give a multiple of {STRIDE} pixels")
+    if batch < 1:
+        raise UsageError(f"--batch is {batch}; give at least 1")
+    given = FeatureStore(store)
+    items = _files_of(given, images)
+    where = torch_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    describer, weights = _describer(network)
+    describer.to(where).eval()
+    with FeatureStoreWriter(output, _schema(given.schema, describer, network, sha256_of(weights), side)) as writer:
+        todo = [item for item in items if item.image_id not in writer]
+        with Progress("describing", len(items), "images", done=len(items) - len(todo)) as progress:
+            for start in range(0, len(todo), batch):
+                some = todo[start : start + batch]
+                writer.add_all(_described(some, given, images, describer, side, where))
+                progress.update(len(some))
+    return seal_store(output)
+
+
+def _files_of(store: FeatureStore, images: Path) -> list[Item]:
+    """The image file of every record, in the order of their ids."""
+    found = {item.image_id: item for item in list_images(images).items}
+    ids = list(store.ids)
+    missing = [image_id for image_id in ids if image_id not in found]
+    if missing:
+        raise UsageError(f"{images} lacks {len(missing):,} of the {len(ids):,} images of {store.path}, first {missing[0]!r}")
+    return [found[image_id] for image_id in ids]
+
+
+def _describer(network: str) -> tuple[Describer, Path]:
+    if network not in DESCRIBERS:
+        raise UsageError(f"unknown network {network!r}; there is {', '.join(DESCRIBERS)}")
+    return DESCRIBERS[network]()
+
+
+def _schema(given: StoreSchema, describer: Describer, network: str, digest: str, side: int) -> StoreSchema:
+    settings = given.settings | {"feature_network": network, "feature_network_sha256": digest, "feature_side": side}
+    return replace(given, feature_size=describer.out_channels, feature_dtype="float16", settings=settings)
+
+
+@torch.inference_mode()
+def _described(
+    items: Sequence[Item], store: FeatureStore, images: Path, describer: Describer, side: int, device: torch.device
+) -> Iterator[tuple[str, RegionRecord]]:
+    silence_pillow()
+    pictures = [_squeezed(load_image(confined(images, item.path), draft=True, part=item.part), side) for item in items]
+    records = [store[item.image_id] for item in items]
+    places = [torch.from_numpy(_scaled(record, side)).to(device) for record in records]
+    features = region_means(describer(torch.stack(pictures).to(device)), places).cpu().numpy().astype(np.float16)
+    ends = np.cumsum([len(record) for record in records])
+    for item, record, own in zip(items, records, np.split(features, ends[:-1]), strict=True):
+        yield item.image_id, replace(record, features=own)
+
+
+def region_means(map_SCHW: Tensor, boxes: list[Tensor]) -> Tensor:
+    """The mean of a map [S, C, H, W] over each image's boxes [n, 4] (xyxy, pixels of the network's input): [boxes of all images, C]."""
+    return roi_align(map_SCHW.float(), boxes, BINS, 1 / STRIDE, sampling_ratio=2, aligned=True).mean((2, 3))
+
+
+def _squeezed(image: Image.Image, side: int) -> Tensor:
+    """RGB in 0..1, float32 [3, side, side]."""
+    pixels = np.array(image.resize((side, side), Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def _scaled(record: RegionRecord, side: int) -> NDArray[np.float32]:
+    """Boxes [n, 4] in pixels of the squeezed image."""
+    scale = np.array([side / record.width, side / record.height] * 2, dtype=np.float32)
+    return record.boxes.astype(np.float32) * scale

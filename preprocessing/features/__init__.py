@@ -1,0 +1,1 @@
+"""Region features of other projects: in, out, joined and shown."""

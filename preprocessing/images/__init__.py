@@ -1,0 +1,1 @@
+"""Images listed and decoded."""

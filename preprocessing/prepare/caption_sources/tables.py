@@ -1,0 +1,148 @@
+"""Caption tables with named columns: CSV, Parquet, and what img2dataset writes beside the images it downloads."""
+
+from collections.abc import Iterator
+from functools import partial
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megainter.data.tables.parquet import open_parquet
+from megainter.errors import UsageError
+from preprocessing.prepare.caption_sources.addresses import Address, names_of
+from preprocessing.prepare.caption_sources.embedded import ROWS_AT_ONCE, EmbeddedImages, holds_images
+from preprocessing.prepare.delimited import Fault, delimited_rows, header_cells, literal_notes, shown_names
+from preprocessing.prepare.reading import NOT_DOWNLOADED, Fields, Item, Items, Reading, Unusable, record_item, text
+
+DELIMITERS = (",", "\t", ";", "|")
+DOWNLOADED = {"key", "url", "caption", "status"}  # columns of img2dataset's tables
+
+
+def table_of_csv(src: Path, fields: Fields) -> Reading[Item]:
+    """A header line, then a row for each caption; the delimiter is the one that the header has most of."""
+    raw = open(src, "rb")  # noqa: SIM115 (closed by the generator)
+    file = TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    header = file.readline()
+    delimiter = max(DELIMITERS, key=header.count)
+    columns = header_cells(header, delimiter)
+    _refuse_missing(src, columns, fields)
+    literal = list[int]()
+    items = _csv_items(file, columns, delimiter, fields, literal)
+    return Reading(items, src.stat().st_size, "bytes", raw.tell, notes=partial(literal_notes, literal))
+
+
+def _csv_items(file: TextIO, columns: list[str], delimiter: str, fields: Fields, literal: list[int]) -> Items:
+    """``literal`` takes the lines in which quotation marks were taken for text."""
+    with file:
+        for row in delimited_rows(file, delimiter, len(columns), columns.index(fields.image or "image")):
+            if isinstance(row, Fault):
+                yield Unusable(row.number, row.reason)
+                continue
+            if row.literal:
+                literal.append(row.number)
+            try:
+                yield _csv_item(row.number, row.cells, columns, fields)
+            except ValueError as error:
+                yield Unusable(row.number, str(error))
+
+
+def _csv_item(number: int, row: list[str], columns: list[str], fields: Fields) -> Item:
+    if len(row) != len(columns):
+        raise ValueError(f"{len(row)} columns, the header has {len(columns)}")
+    if any("\udc80" <= character <= "\udcff" for cell in row if not cell.isascii() for character in cell):
+        raise ValueError("not UTF-8")
+    return record_item(number, {name: cell for name, cell in zip(columns, row, strict=True) if cell or name != "image_id"}, fields)
+
+
+def table_of_parquet(src: Path, fields: Fields, images: Path | None = None) -> Reading[Item]:
+    """A Parquet file, or a folder of them in the order of their names; img2dataset's are known by their columns.
+
+    Where the column of images holds these and not their paths, they are written to ``images``, which is made.
+    """
+    files = sorted(src.glob("*.parquet")) if src.is_dir() else [src]
+    if not files:
+        raise UsageError(f"folder {src} has no *.parquet")
+    opened = [open_parquet(file, made_by="give a Parquet file or a folder of them") for file in files]
+    columns = opened[0].schema_arrow.names
+    downloaded = set(columns) >= DOWNLOADED and fields.image is None
+    if not downloaded:
+        if fields.image_names is not None:
+            raise UsageError(f"{src}: image names are for tables of img2dataset, which have columns {', '.join(sorted(DOWNLOADED))}")
+        _refuse_missing(src, columns, fields)
+    total = sum(file.metadata.num_rows for file in opened)
+    if downloaded:
+        return Reading(_downloaded_items(files, fields), total, "rows", place="row")
+    if not holds_images(opened[0].schema_arrow.field(fields.image or "image").type):
+        return Reading(_parquet_items(files, fields), total, "rows", place="row")
+    items = _parquet_items(files, fields, EmbeddedImages(images))
+    where = f"written to {images}" if images is not None else "not written anywhere; give --images FOLDER to have them there"
+    return Reading(items, total, "rows", place="row", notes=lambda: [f"note: the images stand in the table and were {where}"])
+
+
+def is_download(src: Path) -> bool:
+    """True for a folder or file that img2dataset can have written: Parquet."""
+    return src.suffix == ".parquet" or (src.is_dir() and any(src.glob("*.parquet")))
+
+
+def _parquet_items(files: list[Path], fields: Fields, embedded: EmbeddedImages | None = None) -> Items:
+    image = fields.image or "image"
+    wanted = {fields.captions, image, fields.split or "split", fields.pair_id or "pair_id", "image_id"}
+    wanted |= set() if fields.captions else {"caption", "captions"}
+    for number, file, row in _rows(files, {name for name in wanted if name}, ROWS_AT_ONCE if embedded else 8192):
+        try:
+            placed = {} if embedded is None else {image: embedded.place(row[image], file.stem, number)}
+            yield record_item(number, row | placed, fields, "row")
+        except ValueError as error:
+            yield Unusable(number, str(error))
+
+
+def _downloaded_items(files: list[Path], fields: Fields) -> Items:
+    """Images lie in SHARD/KEY.jpg beside SHARD.parquet (output format "files"), or in SHARD.tar ("webdataset"), where the key is the id.
+
+    Keys are unique over all shards.
+    """
+    paths = names_of(fields.image_names or "{shard}/{key}.jpg,{shard}/{key}.png,{shard}/{key}.webp")
+    caption = fields.captions or "caption"
+    for number, file, row in _rows(files, DOWNLOADED | {caption}):
+        try:
+            if row["status"] != "success":
+                yield Unusable(number, f"{row['url']!r:.80} {row['status']}", NOT_DOWNLOADED)
+                continue
+            key = text(row, "key")
+            address = Address(number, row["url"] or "", shard=file.stem, key=key)
+            image_id = key if file.with_suffix(".tar").exists() else None
+            yield Item(number, paths(address), [text(row, caption, "")], [f"{file.stem}/{key}"], image_id)
+        except ValueError as error:
+            yield Unusable(number, str(error))
+
+
+def _rows(files: list[Path], columns: set[str], at_once: int = 8192) -> Iterator[tuple[int, Path, dict[str, Any]]]:
+    """(number from 1 over all files, file, row) of those columns that are there."""
+    number = 0
+    for path in files:
+        file = open_parquet(path, made_by="give a Parquet file or a folder of them")
+        for batch in _batches(path, file, [name for name in file.schema_arrow.names if name in columns], at_once):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, path, row
+
+
+def _batches(path: Path, file: pq.ParquetFile, columns: list[str], at_once: int) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(batch_size=at_once, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]:.200}") from None
+
+
+def _refuse_missing(src: Path, columns: list[str], fields: Fields) -> None:
+    captions = {fields.captions} if fields.captions else {"caption", "captions"}
+    given = {fields.image or "image", fields.split, fields.pair_id} - {None}
+    missing = sorted(str(name) for name in given - set(columns)) + (
+        [] if captions & set(columns) else [" or ".join(sorted(map(str, captions)))]
+    )
+    if missing:
+        raise UsageError(
+            f"{src} has no column {', '.join(missing)}; it has {shown_names(columns)}: name yours with --captions, --image-field"
+        )

@@ -1,0 +1,192 @@
+"""From caption sources to the manifest of pairs, with a report of what was left out."""
+
+import os
+import re
+import unicodedata
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.image_ids import match, renamer
+from megainter.data.tables.pairs import DuplicatePairError, Pair, write_pairs
+from megainter.data.tables.parquet import SPLITS, check_relative
+from megainter.errors import UsageError
+from megainter.files import inside
+from preprocessing.prepare.caption_sources import addresses, annotations, tables
+from preprocessing.prepare.reading import Fields, Item, Items, Reading, Unusable, refuse_fields, shown
+from preprocessing.prepare.report import BLANK, MALFORMED, MISSING_IMAGE, OTHER_SPLIT, Report, checked, publish, refuse_overwriting
+from preprocessing.prepare.splits import Shares, Splitting
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+COLUMNS = ("captions", "image", "split", "pair_id")
+
+Kind = Literal["coco", "flickr30k", "conceptual-captions", "sbu", "visual-genome", "jsonl", "csv", "parquet"]
+Finder = Callable[[tuple[str, ...]], str | None]
+
+
+def prepare(
+    source: Kind,
+    src: Path,
+    output: Path,
+    *,
+    images: Path | None = None,
+    split: str | None = None,
+    shares: Shares | None = None,
+    fields: Fields | None = None,
+    ids: str | None = None,
+    store: Path | None = None,
+    max_bad: float = 0.01,
+) -> Report:
+    """Write the manifest ``output`` from the captions ``src``, print a report and write it to ``output``.report.json.
+
+    ``images``: drop captions whose image is not in that folder; images that stand in the table are written there. ``split``: keep only
+    captions of that split; those that name none are given it. ``shares``: for captions without splits. ``fields``: names that the source
+    uses instead of the usual ones. ``ids``: how an image's id is made of the usual one (``image_ids.renamer``). ``store``: give images the
+    ids that this feature store has them under, whatever form of their name that is.
+
+    Raises ``UsageError`` (missing file, another format, pair ids that come twice, nothing kept, an ``output`` that is the source or
+    something else than a manifest) and ``TooManyBadInputsError`` where more than ``max_bad`` of the captions, and more than one line, are
+    malformed or without image; then no manifest is written, the report is.
+    """
+    splitting = Splitting(split, shares)
+    refuse_overwriting(output, src, *(src.glob("*.parquet") if src.is_dir() else ()))
+    reading = _open(source, src, fields or Fields(), images)
+    find = finder(images)
+    report, lines = Report(place=reading.place), array("Q")
+    items = shown(reading, "captions")
+    pairs = checked(_pairs(items, report, lines, find, splitting, renamer(ids) if ids else str), report, src, output, max_bad, "captions")
+    notes = list[str]()
+    try:
+        write_pairs(output, pairs if store is None else _matched(list(pairs), store, notes))
+    except DuplicatePairError as error:
+        first, second = (f"{reading.place} {lines[row]}" for row in (error.first, error.second))
+        raise UsageError(_twice(src, error.pair_id, first, second)) from None
+    report.images = pc.count_distinct(pq.read_table(output, columns=["image_id"]).column("image_id")).as_py()
+    publish(report, src, output, "captions", *reading.notes(), *notes, *splitting.notes(report))
+    return report
+
+
+def _matched(pairs: list[Pair], store: Path, notes: list[str]) -> Iterator[Pair]:
+    """The pairs under the ids of the store's images; ``notes`` takes what was found."""
+    names, told = names_in_store(dict.fromkeys(pair.image_id for pair in pairs), store)
+    notes.append(told)
+    yield from (replace(pair, image_id=names.get(pair.image_id, pair.image_id)) for pair in pairs)
+
+
+def names_in_store(image_ids: Iterable[str], store: Path) -> tuple[dict[str, str], str]:
+    """The ids in a store by those wanted (each once), where they are found, and a note for the user. ``UsageError`` where none is."""
+    wanted = list(image_ids)
+    with FeatureStore(store, allow_partial=True) as opened:
+        stored = opened.ids[:]
+    found = match(wanted, stored)
+    told = found.told(wanted, stored, store)
+    if wanted and not found.names:
+        raise UsageError(f"{told}: name the images as the store does (--ids, --image-names), or extract these")
+    return found.names, f"note: {told}"
+
+
+def _twice(src: Path, pair_id: str, first: str, second: str) -> str:
+    return (
+        f"{src}: pair id {pair_id!r:.80} comes in {first} and again in {second}; pair ids must be unique: put all captions of an image "
+        "into one entry, give each pair an id of its own, or remove one of the two"
+    )
+
+
+def _open(source: str, src: Path, fields: Fields, images: Path | None) -> Reading[Item]:
+    """The captions of ``src`` in any of the formats; images that stand in it are written to the folder ``images``."""
+    tabular = source == "parquet" or (source in ("conceptual-captions", "sbu") and tables.is_download(src))
+    if not (src.is_file() or (src.is_dir() and (tabular or source == "sbu"))):
+        raise UsageError(f"{src} does not exist or is not a file")
+    if tabular:
+        return tables.table_of_parquet(src, fields, images)
+    if source in ("jsonl", "csv"):
+        refuse_fields(source, fields, *COLUMNS)
+        return annotations.jsonl(src, fields) if source == "jsonl" else tables.table_of_csv(src, fields)
+    if source in ("conceptual-captions", "sbu"):
+        refuse_fields(source, fields, "image_names")
+        return addresses.conceptual_captions(src, fields) if source == "conceptual-captions" else addresses.sbu(src, fields)
+    refuse_fields(source, fields)
+    if source == "visual-genome":
+        return annotations.visual_genome(src)
+    return annotations.coco(src) if source == "coco" else annotations.flickr30k(src)
+
+
+def normalise(caption: str) -> str:
+    """Unicode NFC on one line: runs of white space and control characters become one space, lone surrogates U+FFFD."""
+    text = caption if caption.isascii() else caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return " ".join(unicodedata.normalize("NFC", CONTROL.sub(" ", text)).split())
+
+
+def _pairs(
+    items: Items, report: Report, lines: "array[int]", find: Finder, splitting: Splitting, rename: Callable[[str], str]
+) -> Iterator[Pair]:
+    """Pairs of the items that can be used; ``lines`` takes the line of each."""
+    for item in items:
+        if isinstance(item, Unusable):
+            report.drop(item.kind, f"{item.where}: {item.reason}", item.count)
+        elif problem := _problem(item):
+            report.drop(MALFORMED, f"{item.where}: {problem}")
+        elif not splitting.keeps(item.split):
+            report.drop(OTHER_SPLIT, f"{item.where}: {item.split}", len(item.captions))
+        elif (path := find(item.paths)) is None:
+            report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r:.80}", len(item.captions))
+        else:
+            try:
+                image_id = rename(item.image_id or os.path.splitext(path)[0])
+            except ValueError as error:
+                report.drop(MALFORMED, f"{item.where}: {error}", len(item.captions))
+                continue
+            for pair in _item_pairs(item, image_id, path, splitting, report):
+                lines.append(item.where)
+                yield pair
+
+
+def _item_pairs(item: Item, image_id: str, path: str, splitting: Splitting, report: Report) -> Iterator[Pair]:
+    split = splitting.of(item.split, image_id)
+    for number, text in enumerate(item.captions):
+        caption = normalise(text)
+        if not caption:
+            report.drop(BLANK, str(item.where))
+            continue
+        report.keep(split)
+        yield Pair(item.pair_ids[number] if item.pair_ids else f"{image_id}#{number}", image_id, path, caption, split)
+
+
+def _problem(item: Item) -> str | None:
+    """Why an item cannot be used, or None where it can."""
+    for text in (*item.paths, item.image_id or "", *(item.pair_ids or ())):
+        if SURROGATE.search(text):
+            return f"{text!r:.80} is not valid Unicode"
+    for path in item.paths:
+        if reason := check_relative(path):
+            return f"image {path!r:.80} {reason}"
+    return None if item.split in SPLITS else f"split {item.split!r:.80} is not train, val or test"
+
+
+def finder(folder: Path | None) -> Finder:
+    """Which of an image's paths to take: the one that is there, or the first where no folder was given. ``UsageError`` for no folder."""
+    if folder is None:
+        return lambda paths: os.path.normpath(paths[0])
+    if not folder.is_dir():
+        raise UsageError(f"images folder {folder} does not exist or is not a folder")
+
+    @lru_cache(maxsize=65536)  # captions of one image stand near each other
+    def find(paths: tuple[str, ...]) -> str | None:
+        return next((os.path.normpath(path) for path in paths if _is_file(folder, path)), None)
+
+    return find
+
+
+def _is_file(folder: Path, path: str) -> bool:
+    try:
+        return inside(folder, path).is_file()
+    except (UsageError, OSError):
+        return False

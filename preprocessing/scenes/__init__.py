@@ -1,0 +1,1 @@
+"""Composed scenes: the demo's data."""

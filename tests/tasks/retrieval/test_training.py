@@ -1,0 +1,208 @@
+"""Fine-tuning for retrieval: which pairs a caption gets, what they cost, and whole runs in real processes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megainter.config.reading import read_settings
+from megainter.data.feature_store import FeatureStore
+from megainter.data.tables.pairs import read_pairs
+from megainter.data.text.token_table import build_token_table
+from megainter.data.text.vocabulary import load_vocabulary, train_vocabulary
+from megainter.errors import UsageError
+from megainter.model.configuration import InterBertConfig
+from megainter.model.interbert import InterBertForRetrieval
+from megainter.tasks.retrieval.batches import GroupSettings, RetrievalStream
+from megainter.tasks.retrieval.evaluation import evaluate
+from megainter.tasks.retrieval.neighbours import mean_features, nearest_images
+from megainter.tasks.retrieval.objective import RetrievalStep
+from megainter.tasks.retrieval.settings import RetrievalConfig
+from megainter.tasks.retrieval.training import finetune as run_retrieval
+from megainter.training.metrics import read_metrics
+from tests.synthetic import FEATURE_SIZE, TINY, settings, train, write_data
+
+KINDS = {"random_captions": 1, "random_images": 2, "hard_captions": 2, "hard_images": 1}
+
+
+@pytest.fixture(scope="module")
+def stream_of(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("retrieval")
+    path, store_path = write_data(folder, images=40, captions=3)
+    pairs, store = read_pairs(path, split="train"), FeatureStore(store_path)
+    vocabulary = load_vocabulary(train_vocabulary(pairs.table.column("caption").to_pylist(), 60, folder / "vocab.txt"))
+    tokens = build_token_table(pairs, vocabulary, 12, folder / "tokens.arrow", progress=False)
+    neighbours = nearest_images(mean_features(store, pairs.image_ids, 5), 7)
+
+    def make(rank: int = 0, world: int = 1, listwise: bool = False, **kinds: int) -> RetrievalStream:
+        grouping = GroupSettings(3, 24, 24 // world, **(KINDS | kinds))
+        return RetrievalStream(pairs, store, tokens, vocabulary.facts, grouping, 5, listwise, neighbours, rank, world)
+
+    return make
+
+
+def test_pairs_of_a_caption_are_what_the_settings_say(stream_of) -> None:
+    stream = stream_of()
+    numbers = stream.pairs.image_numbers
+    similar, texts = [set(row.tolist()) for row in stream.neighbours], stream.pairs.table.column("caption").to_pylist()
+    seen = []
+    for step in range(4):  # 96 captions: more than an epoch of 90
+        groups = stream.groups(step)
+        own_image, own = groups.images[:, 0], groups.captions[:, 0]
+        seen += own.tolist()
+        assert (numbers[own] == own_image).all()
+        assert (numbers[groups.captions[:, 1]] != own_image).all()
+        assert (groups.images[:, 1] == own_image[:]).all()
+        for column in (2, 3):
+            assert (groups.images[:, column] != own_image).all()
+            assert (groups.captions[:, column] == own).all()
+        for column in (4, 5):
+            assert (groups.images[:, column] == own_image).all()
+            assert np.mean([numbers[caption] in similar[image] for image, caption in zip(own_image, groups.captions[:, column])]) > 0.9
+            assert not any(texts[caption] == texts[row] for row, caption in zip(own, groups.captions[:, column]))  # twins are replaced
+        assert np.mean([other in similar[image] for image, other in zip(own_image, groups.images[:, 6])]) > 0.9
+    assert sorted(seen[:90]) == list(range(90))  # an epoch shows each caption once
+    assert (stream.groups(0).images[:, 2] != stream.groups(0).images[:, 3]).any()
+
+
+def test_every_rank_has_its_share_of_the_same_pairs(stream_of) -> None:
+    alone = stream_of()[1][0]
+    parts = [stream_of(rank, 3)[1][0] for rank in range(3)]
+    lengths = [batch.inputs.text_lengths.view(-1, batch.group) for batch in (alone, *parts)]
+    assert sorted(lengths[0].tolist()) == sorted(torch.cat(lengths[1:]).tolist())
+    assert float(alone.inputs.region_features.float().sum()) == pytest.approx(
+        float(sum(part.inputs.region_features.double().sum() for part in parts)), rel=1e-3
+    )
+
+
+def test_packed_pairs_hold_the_regions_and_tokens_of_each_pair(stream_of) -> None:
+    stream = stream_of()
+    groups = stream.groups(0)
+    images, captions = groups.images[:3].ravel(), groups.captions[:3].ravel()
+    inputs = stream.pack(images, captions)
+    regions = inputs.region_features.split(inputs.region_lengths.tolist())
+    texts = inputs.input_ids.split(inputs.text_lengths.tolist())
+    for image, caption, region, text in zip(images, captions, regions, texts, strict=True):
+        stored = stream.store[stream.pairs.image_ids[image]].features[:5]
+        assert torch.equal(region[1:], torch.from_numpy(stored.copy()))
+        assert np.allclose(region[0], stored.astype(np.float32).mean(0), atol=2e-3)
+        assert text[1:-1].tolist() == stream.tokens[int(caption)].tolist()
+
+
+@pytest.mark.parametrize("listwise", [False, True])
+def test_loss_is_the_cross_entropy_of_the_definition(stream_of, listwise: bool) -> None:
+    torch.manual_seed(0)
+    config = InterBertConfig(vocab_size=60, region_feature_size=FEATURE_SIZE, num_region_classes=8, **TINY)
+    model = InterBertForRetrieval(config).eval()
+    batch = stream_of(listwise=listwise)[0][0]
+    counts = torch.tensor([float(batch.counts()[0])])
+    loss, tallies = RetrievalStep(model)(batch, counts)
+    logits = model.logits_packed(batch.inputs).double()
+    if listwise:
+        odds = (logits[:, 0] - logits[:, 1]).view(-1, batch.group)
+        expected, right = F.cross_entropy(odds, torch.zeros(len(odds), dtype=torch.long)), (odds.argmax(1) == 0).sum()
+    else:
+        labels = torch.tensor([0] + [1] * (batch.group - 1)).repeat(len(logits) // batch.group)
+        expected, right = F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert tallies[1, 0] == right
+
+
+def test_nearest_images_against_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((50, 6)).astype(np.float32)
+    features[7] = features[3]  # twins: an image is never its own neighbour
+    found = nearest_images(features, 5)
+    for number in range(50):
+        distances = ((features - features[number]) ** 2).sum(1)
+        distances[number] = np.inf
+        assert number not in found[number]
+        assert np.allclose(np.sort(distances)[:5], distances[found[number]], atol=1e-5)
+
+
+def finetune(arguments: list[object], processes: int = 1) -> subprocess.CompletedProcess[str]:
+    alone = ["megainter.finetune"]
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--module", "megainter.finetune"]
+    command = [sys.executable, "-m", *map(str, alone if processes == 1 else several), "retrieval", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("start")
+    pairs, store = write_data(folder, images=48)
+    done = train(settings(pairs, store, folder / "run", training__steps=30, training__log_every=30))
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-m", "megainter", "convert", "zero", folder / "run", folder / "model"], check=False)
+    assert done.returncode == 0
+    return folder / "model", pairs, store
+
+
+def arguments(start: tuple[Path, Path, Path], output: Path, **changes: object) -> list[object]:
+    model, pairs, store = start
+    values = {
+        "output": output, "data.pairs": pairs, "data.store": store, "model.start_from": model, "data.workers": 0,
+        "training.steps": 24, "training.global_batch": 16, "training.micro_batch": 8, "training.log_every": 8, "training.ema_decay": 0.5,
+        "validation.every_steps": 8, "optimizer.learning_rate": 0.002, "engine.precision": "fp32", "engine.zero_stage": 1,
+        "checkpoint.every_steps": 8, "tensorboard": "false", "model.hidden_dropout_prob": 0, "model.region_hidden_dropout_prob": 0,
+        "model.attention_probs_dropout_prob": 0,
+    }  # fmt: skip
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [text for key, value in values.items() for text in (f"--{key}", value)]
+
+
+def test_runs_agree_over_processes_and_the_folder_scores_as_validated(start: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    alone = finetune(arguments(start, tmp_path / "one"))
+    assert alone.returncode == 0, alone.stderr
+    both = finetune(arguments(start, tmp_path / "two", engine__zero_stage=3), processes=2)
+    assert both.returncode == 0, both.stderr
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl", "train") for name in ("one", "two"))
+    assert [record["matching_loss"] for record in one] == pytest.approx([record["matching_loss"] for record in two], abs=1e-4)
+    assert one[-1]["matching_loss"] < one[0]["matching_loss"]
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl", "validation") for name in ("one", "two"))
+    for name in ("text_to_image_r_at_1", "text_to_image_r_at_5", "image_to_text_r_at_1"):
+        assert [record[name] for record in one] == pytest.approx([record[name] for record in two], abs=0.09)  # one caption of 12
+    best = max(record["text_to_image_r_at_1"] for record in one)
+    model, pairs, store = tmp_path / "one" / "model", *start[1:]
+    options = {"split": "val", "captions_per_image": 1, "processes": 1, "precision": "fp32"}
+    report = evaluate(model, pairs, store, output=tmp_path / "scores.json", **options)
+    assert report.text_to_image.r_at_1 == best  # of the averaged weights
+    state = json.loads(next((tmp_path / "one" / "best").glob("step_*/trainer.json")).read_text())
+    assert state["validation"]["text_to_image_r_at_1"] == best
+
+
+def test_a_stopped_run_goes_on_bit_equal(start: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    whole = finetune(arguments(start, tmp_path / "whole", validation__every_steps=0))
+    assert whole.returncode == 0, whole.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step_0000024")
+    shutil.rmtree(tmp_path / "part" / "best")
+    again = finetune(arguments(start, tmp_path / "part", validation__every_steps=0))
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stdout
+    for name in ("weights", "exp_avg", "ema"):
+        last = [tmp_path / run / "checkpoints" / "step_0000024" for run in ("whole", "part")]
+        first, second = (next(folder.glob(f"{name}-*")).read_bytes() for folder in last)
+        assert first == second, name
+
+
+def test_mistakes_end_in_one_line(start: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    nothing = {"data__random_captions": 0, "data__random_images": 0, "data__hard_captions": 0}
+    for changes, words in (
+        (nothing, "its own pair alone"),
+        ({"data__objective": "pairwise"}, "objective"),
+        ({"data__random_imags": 1}, "did you mean data.random_images"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            run_retrieval(read_settings(RetrievalConfig, None, list(map(str, arguments(start, tmp_path / "run", **changes)))))
+    done = finetune(arguments(start, tmp_path / "run", model__start_from=tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "config.json" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
