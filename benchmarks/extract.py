@@ -27,7 +27,8 @@ from torch import Tensor
 
 from benchmarks import plain_detector
 from benchmarks.timing import CPU, machine, peak_mib, product_rate, seconds_of
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord
+from megainter.data.feature_store.record import RegionRecord
+from megainter.data.feature_store.writer import FeatureStoreWriter
 from preprocessing.detector.detector import Detector, _record
 from preprocessing.detector.selection import select_caffe
 from preprocessing.detector.visual_genome import VgConfig, build_vg_network

@@ -34,8 +34,10 @@ import pyarrow as pa
 import torch
 
 from benchmarks.batches import CAPTIONS_BY_LENGTH, VOCABULARY
-from megainter.data.feature_store.reader import FeatureStore, FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.views import first_bytes, probs_span
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.stream.order import permuted, permuted_by_blocks
 from megainter.data.tables.pairs import Pairs
 from megainter.data.text.vocabulary import VocabularyFacts

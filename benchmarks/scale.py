@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.batches import CAPTIONS_BY_LENGTH
-from megainter.data.feature_store.reader import FeatureStore, FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.pairs_index.index import build_pairs_index, open_pairs_index
 from megainter.data.tables.pairs import PAIRS_SCHEMA, read_pairs
 from megainter.data.tables.parquet import ROWS_PER_GROUP

@@ -9,7 +9,7 @@ import lmdb
 import numpy as np
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import RegionRecord
+from megainter.data.feature_store.record import RegionRecord
 from preprocessing.features.importing import import_features
 from preprocessing.features.writing import Imported
 

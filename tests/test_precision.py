@@ -183,7 +183,7 @@ import megainter.training.precision as precision
 from megainter.config import load_config
 from megainter.precision import cpu_units
 from megainter.training import engine
-from megainter.training.pretraining import pretrain
+from megainter.tasks.pretraining.training import pretrain
 with engine.distributed():
     for output, steps, flags in json.loads(sys.argv[1]):
         precision.units_of = lambda device: cpu_units(flags)

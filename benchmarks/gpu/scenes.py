@@ -16,7 +16,8 @@ import numpy as np
 
 from benchmarks.gpu.part import Report, Setting, Wrong, run_part
 from benchmarks.gpu.training import Run
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.tables.pairs import Pair, write_pairs
 from megainter.demo import GALLERY, SEED
 from preprocessing.scenes.scenes import glyphs, write_scenes

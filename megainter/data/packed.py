@@ -7,33 +7,58 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megainter.data.feature_store.first_regions import FirstRegions
 from megainter.data.feature_store.record import RegionRecord
+from megainter.data.feature_store.views import RegionViews
+from megainter.data.integers import Int64s
 
 GLOBAL_LOCATION = (0.0, 0.0, 1.0, 1.0, 1.0)
 
 
-def region_rows(records: Sequence[RegionRecord], max_regions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def region_rows(images: Sequence[RegionRecord | RegionViews], max_regions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Regions of several images end to end: features [Nr, F] as stored, float32 locations [Nr, 5], int64 counts [I].
 
     At most ``max_regions`` of each image, the first ones, after its global region: the mean of these regions (zeros where there are none),
     over the whole image.
     """
-    features, locations = [], []
-    for record in records:
-        kept = record.features[:max_regions]
-        mean = kept.mean(0, keepdims=True, dtype=np.float32) if len(kept) else np.zeros((1, kept.shape[1]), np.float32)
-        features += [mean.astype(np.float16), kept]
-        locations += [np.array([GLOBAL_LOCATION], dtype=np.float32), _locations(record, max_regions)]
-    lengths = torch.tensor([min(len(record), max_regions) + 1 for record in records])
-    return torch.from_numpy(np.concatenate(features)), torch.from_numpy(np.concatenate(locations)), lengths
+    features, places = [], []
+    for image in images:
+        own = image.features[:max_regions]
+        mean = own.mean(0, keepdims=True, dtype=np.float32) if len(own) else np.zeros((1, own.shape[1]), np.float32)
+        features += [mean.astype(np.float16), own]
+        places += [np.array([GLOBAL_LOCATION], dtype=np.float32), image_locations(image, max_regions)]
+    lengths = torch.tensor([min(len(image), max_regions) + 1 for image in images])
+    return torch.from_numpy(np.concatenate(features)), torch.from_numpy(np.concatenate(places)), lengths
 
 
-def _locations(record: RegionRecord, max_regions: int) -> NDArray[np.float32]:
-    """x1/W, y1/H, x2/W, y2/H and the share of the image's area, float32 [n, 5]."""
-    size = np.array([record.width, record.height] * 2, dtype=np.float32)
-    boxes = record.boxes[:max_regions] / size
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return np.concatenate([boxes, areas[:, None]], axis=1)
+def image_locations(image: RegionRecord | RegionViews, most: int) -> NDArray[np.float32]:
+    """float32 [n, 5]: ``locations`` of the first ``most`` regions of one image."""
+    return locations(image.boxes[:most], np.array([image.width, image.height] * 2))
+
+
+def packed_rows(counts: Int64s) -> Int64s:
+    """int64 [N]: the packed row of each region of images with ``counts`` [I] of them, every image's global region before its own."""
+    image = np.repeat(np.arange(len(counts)), counts)
+    return np.arange(len(image)) + image + 1
+
+
+def packed_locations(regions: FirstRegions) -> NDArray[np.float32]:
+    """float32 [Nr, 5]: locations of all regions, every image's global region before its own."""
+    sizes = np.stack([regions.widths, regions.heights, regions.widths, regions.heights], axis=1)
+    packed = np.empty((len(regions.boxes) + len(regions), 5), dtype=np.float32)
+    packed[:] = GLOBAL_LOCATION
+    packed[packed_rows(regions.counts)] = locations(regions.boxes, np.repeat(sizes, regions.counts, axis=0))
+    return packed
+
+
+def locations(boxes: NDArray[np.float32], sizes: NDArray[np.integer]) -> NDArray[np.float32]:
+    """x1/W, y1/H, x2/W, y2/H and the share of the image's area, float32 [n, 5].
+
+    ``boxes`` [n, 4] xyxy in pixels of images whose W, H, W, H are ``sizes``, [n, 4] or [4] where they are all of one image.
+    """
+    shares = boxes / sizes.astype(np.float32)
+    areas = (shares[:, 2] - shares[:, 0]) * (shares[:, 3] - shares[:, 1])
+    return np.concatenate([shares, areas[:, None]], axis=1)
 
 
 @dataclass(frozen=True)

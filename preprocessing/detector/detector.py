@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.ops.boxes import clip_boxes_to_image
 
-from megainter.data.feature_store.reader import RegionRecord, StoreSchema
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.errors import UsageError
 from megainter.files import write_atomically
 from megainter.precision import Precision

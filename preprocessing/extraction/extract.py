@@ -20,9 +20,10 @@ from typing import Any, Literal
 import torch
 
 from megainter.data.feature_store.lock import LOOSE, WriterLock, network_filesystem
-from megainter.data.feature_store.reader import FeatureStore, StoreSchema, seal_store, stored_ids
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import StoreSchema
 from megainter.data.feature_store.shard import read_store_json, refuse_live_writers
-from megainter.data.feature_store.writer import create_store
+from megainter.data.feature_store.writer import create_store, seal_store, stored_ids
 from megainter.data.tables.boxes import ImageBoxes, read_boxes
 from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import StoppedEarly, TooManyBadInputsError, UsageError

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from megainter.data.feature_store.reader import FeatureStore, FeatureStoreWriter, seal_store
+from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.devices import torch_device
 from megainter.errors import UsageError
 from megainter.files import sha256_of

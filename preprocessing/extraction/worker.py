@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema
-from megainter.data.feature_store.record import check_record
+from megainter.data.feature_store.record import RegionRecord, StoreSchema, check_record
+from megainter.data.feature_store.writer import FeatureStoreWriter
 from megainter.data.tables.boxes import ImageBoxes
 from megainter.errors import MegainterError, UsageError
 from megainter.precision import Precision

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megainter.data.feature_store.reader import FeatureStore, StoreSchema
-from megainter.data.feature_store.record import RegionRecord
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.errors import NoSpaceError, UsageError
 from megainter.files import fsync_folder
 from megainter.progress import Progress

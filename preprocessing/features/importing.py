@@ -11,10 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from megainter.data.feature_store.reader import StoreSchema, stored_ids
-from megainter.data.feature_store.record import encode
+from megainter.data.feature_store.record import StoreSchema, encode
 from megainter.data.feature_store.shard import refuse_live_writers
-from megainter.data.feature_store.writer import create_store
+from megainter.data.feature_store.writer import create_store, stored_ids
 from megainter.data.image_ids import renamer
 from megainter.errors import UsageError
 from megainter.progress import Progress

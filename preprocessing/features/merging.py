@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megainter.data.feature_store.reader import FeatureStore, StoreSchema, seal_store, stored_ids
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import StoreSchema
 from megainter.data.feature_store.shard import refuse_live_writers
-from megainter.data.feature_store.writer import create_store
+from megainter.data.feature_store.writer import create_store, seal_store, stored_ids
 from megainter.errors import UsageError
 from megainter.progress import Progress
 from preprocessing.features.writing import BOXES, Encoded, write_entries

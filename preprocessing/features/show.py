@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megainter.data.feature_store.reader import FeatureStore, RegionRecord, StoreSchema
-from megainter.data.feature_store.record import check_record
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord, StoreSchema, check_record
 from megainter.errors import DamagedError, UsageError
 from megainter.progress import Progress
 

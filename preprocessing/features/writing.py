@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megainter.data.feature_store.reader import FeatureStore, FeatureStoreWriter, StoreSchema, seal_store
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import StoreSchema
 from megainter.data.feature_store.shard import read_store_json, shard_files
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import TooManyBadInputsError
 from preprocessing.failures import write_failures
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.tables.pairs import Pair, write_pairs
 from megainter.errors import UsageError
 from megainter.view.page import plain, spread, write_page

@@ -26,12 +26,10 @@ from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.shard import INDEX_SCHEMA, count_records, read_store_json, refuse_live_writers, shard_files
 from megainter.data.feature_store.verified import VerifiedRecords, files_identity
 from megainter.data.feature_store.views import RegionViews, decode, decode_views, first_bytes, probs_span
-from megainter.data.feature_store.writer import FeatureStoreWriter, index_digest, seal_store, sorted_index, stored_ids
+from megainter.data.feature_store.writer import index_digest, sorted_index
 from megainter.data.lookup import Lookup
 from megainter.errors import DamagedError, UsageError
 from megainter.files import sha256_of
-
-__all__ = ["FeatureStore", "FeatureStoreWriter", "RegionRecord", "StoreSchema", "seal_store", "stored_ids"]
 
 Result = TypeVar("Result")
 READ_ATTEMPTS = 3  # network disks report passing input/output errors
@@ -111,6 +109,11 @@ class FeatureStore:
         """The first ``most`` regions (None: all) of the record of ``ids[row]``: ``first_regions`` of one."""
         return self.first_regions(np.array([row]), most).views(0)
 
+    def views(self, image_ids: Sequence[str], most: int | None = None) -> list[RegionViews]:
+        """The first ``most`` regions (None: all) of some images: ``first_regions`` by id; ``UsageError`` where the store lacks one."""
+        regions = self.first_regions(self.rows_of(image_ids), most)
+        return [regions.views(i) for i in range(len(regions))]
+
     def first_regions(self, rows: np.ndarray, most: int | None = None) -> FirstRegions:
         """The first ``most`` regions (None: all) of the records of ``rows`` int64 [S]: to read them again and again, in training.
 
@@ -179,14 +182,18 @@ class FeatureStore:
         """Regions of one image, without reading its record."""
         return int(self._column["regions"][self._existing_row(image_id)])
 
-    def region_counts(self, image_ids: Sequence[str]) -> np.ndarray:
-        """int32 [len(image_ids)]: regions of each image; ``UsageError`` naming the first that is missing and how many are."""
+    def rows_of(self, image_ids: Sequence[str]) -> np.ndarray:
+        """int64 [len(image_ids)]: their rows of ``ids``; ``UsageError`` naming the first that is missing and how many are."""
         rows = self.find(image_ids)
         missing = np.flatnonzero(rows < 0)
         if len(missing):
             first = image_ids[int(missing[0])]
             raise UsageError(f"{self.path} has no regions for {len(missing):,} of {len(rows):,} images, first {first!r}; extract them")
-        return self._column["regions"][rows]
+        return rows
+
+    def region_counts(self, image_ids: Sequence[str]) -> np.ndarray:
+        """int32 [len(image_ids)]: regions of each image; ``UsageError`` as ``rows_of``."""
+        return self._column["regions"][self.rows_of(image_ids)]
 
     def announce(self, rows: np.ndarray, most: int | None = None) -> None:
         """Ask the system to fetch what ``at`` will read of ``ids[row]``, int64 [rows], while other work goes on; it then waits less."""

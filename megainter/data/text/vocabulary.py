@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from megainter.data.text.layout import marked
 from megainter.errors import UsageError
 from megainter.files import write_atomically
 
@@ -59,7 +60,7 @@ class Vocabulary:
 
     def with_specials(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
         """[CLS] ids [SEP], int64 [n + 2]."""
-        return np.concatenate(([self.facts.cls_id], ids, [self.facts.sep_id])).astype(np.int64)
+        return marked(ids.astype(np.int64), None, self.facts.cls_id, self.facts.sep_id)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text of token ids, for people: "##" pieces joined."""

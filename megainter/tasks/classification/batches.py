@@ -15,10 +15,11 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.integers import Int64s
 from megainter.data.matching import Missing, accept_missing
 from megainter.data.packed import PackedInputs, region_rows
-from megainter.data.stream.order import permuted
-from megainter.data.stream.portions import Portions, accumulation, shares
+from megainter.data.stream.portions import Portions
+from megainter.data.stream.steps import GlobalSteps, shuffled
 from megainter.data.tables.labelled import Examples
-from megainter.data.text.vocabulary import Vocabulary, VocabularyFacts
+from megainter.data.text.layout import PAIR_MARKS, cut_pair, marked
+from megainter.data.text.vocabulary import Vocabulary
 from megainter.tasks.classification.metrics import Labels, labels_of
 
 TEXTS_PER_ENCODING = 16_384
@@ -44,40 +45,17 @@ class Texts:
 
 def encode_texts(first: list[str], second: list[str], vocabulary: Vocabulary, max_tokens: int) -> Texts:
     """[CLS] first [SEP], and second [SEP] where it is not empty, cut to ``max_tokens``: of a pair the longer text is cut first."""
+    marks = vocabulary.facts.cls_id, vocabulary.facts.sep_id
     parts, first_lengths = list[NDArray[np.int32]](), []
     for start in range(0, len(first), TEXTS_PER_ENCODING):
         ones = vocabulary.encode(first[start : start + TEXTS_PER_ENCODING], max_tokens - 2)
-        twos = vocabulary.encode(second[start : start + TEXTS_PER_ENCODING], max_tokens - 3)
+        twos = vocabulary.encode(second[start : start + TEXTS_PER_ENCODING], max_tokens - PAIR_MARKS)
         for one, two in zip(ones, twos, strict=True):
-            ids, of_first = _with_specials(one, two, vocabulary.facts, max_tokens)
-            parts.append(ids)
-            first_lengths.append(of_first)
+            left, right = cut_pair(len(one), len(two), max_tokens - PAIR_MARKS) if len(two) else (len(one), 0)
+            parts.append(marked(one[:left], two[:right] if len(two) else None, *marks))
+            first_lengths.append(left + 2)
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
     return Texts(np.concatenate(parts), lengths, np.array(first_lengths, dtype=np.int64))
-
-
-def _with_specials(
-    one: NDArray[np.int32], two: NDArray[np.int32], facts: VocabularyFacts, max_tokens: int
-) -> tuple[NDArray[np.int32], int]:  # fmt: skip
-    cls, sep = np.array([facts.cls_id], np.int32), np.array([facts.sep_id], np.int32)
-    if not len(two):
-        return np.concatenate([cls, one, sep]), len(one) + 2
-    left, right = cut_pair(len(one), len(two), max_tokens - 3)
-    return np.concatenate([cls, one[:left], sep, two[:right], sep]), left + 2
-
-
-def cut_pair(first: int, second: int, room: int) -> tuple[int, int]:
-    """Lengths of two texts in ``room`` tokens, of which the longer one is cut first (BERT's rule; of equals the second).
-
-    >>> cut_pair(5, 3, 10), cut_pair(9, 3, 10), cut_pair(9, 8, 10), cut_pair(9, 8, 9)
-    ((5, 3), (7, 3), (5, 5), (5, 4))
-    """
-    if first + second <= room:
-        return first, second
-    half = room // 2
-    if second <= half:
-        return room - second, second
-    return (first, room - first) if first <= room - half else (room - half, half)
 
 
 @dataclass(frozen=True)
@@ -138,8 +116,8 @@ class EncodedExamples:
         if self.store is None:
             none = torch.zeros(0, self.feature_size), torch.zeros(0, 5), torch.zeros(len(rows), dtype=torch.int64)
             return PackedInputs(*texts, *none)
-        records = [self.store[image] for row in rows for image in self.image_ids[row]]
-        return PackedInputs(*texts, *region_rows(records, self.max_regions))
+        images = [image for row in rows for image in self.image_ids[row]]
+        return PackedInputs(*texts, *region_rows(self.store.views(images, self.max_regions), self.max_regions))
 
     def targets(self, rows: Int64s) -> torch.Tensor:
         """What the model should say of some examples; where a label is not public, anything."""
@@ -172,27 +150,25 @@ def encode_examples(
 class ClassificationStream(Dataset[list[LabelledBatch]]):
     """``stream[step]``: this rank's micro-batches of a global step. Endless, and a pure function of its arguments.
 
-    Step s takes examples ``s * global_batch ..`` of the endless sequence epoch 0, epoch 1, ...; every epoch shows each example once, in an
-    order of its own. What the examples are does not depend on rank or world size, only who gets them does.
+    Every epoch shows each example once, in an order of its own; the steps are ``GlobalSteps``.
     """
 
     def __init__(self, examples: EncodedExamples, portions: Portions, rank: int = 0, world_size: int = 1) -> None:
-        self.examples, self.portions, self.rank, self.world_size = examples, portions, rank, world_size
-        self._lengths = examples.lengths()
-        self.accumulation_steps = accumulation(portions, world_size, lambda step: self._lengths[self.rows(step)])
+        self.examples, self._seed, self._lengths = examples, portions.seed, examples.lengths()
+        self.steps = GlobalSteps(
+            portions, len(examples), lambda epochs, numbers: self._lengths[self._rows(epochs, numbers)], rank, world_size
+        )
 
     def __getitem__(self, step: int) -> list[LabelledBatch]:
         rows = self.rows(step)
-        mine = shares(self.portions, self._lengths[rows], self.world_size, self.accumulation_steps)[self.rank]
-        return [self.examples.batch(rows[share]) for share in mine]
+        return [self.examples.batch(rows[share]) for share in self.steps.mine(self._lengths[rows])]
 
     def rows(self, step: int) -> Int64s:
         """The examples of a global step, int64 [global_batch]."""
-        size, seed = len(self.examples), self.portions.seed
-        sequence = step * self.portions.global_batch + np.arange(self.portions.global_batch, dtype=np.int64)
-        epochs = sequence // size
-        parts = [permuted(seed, int(epoch), sequence[epochs == epoch] % size, size) for epoch in np.unique(epochs)]
-        return np.concatenate(parts)
+        return self._rows(*self.steps.samples(step))
+
+    def _rows(self, epochs: Int64s, numbers: Int64s) -> Int64s:
+        return shuffled(self._seed, epochs, numbers, len(self.examples))
 
 
 def fixed_batches(examples: EncodedExamples, size: int) -> list[Int64s]:

@@ -98,7 +98,7 @@ def task_job(
         objectives=("label",),
         weights=(1.0,),
         batches=stream,
-        accumulation=stream.accumulation_steps,
+        accumulation=stream.steps.accumulation,
         samples=len(task.training),
         build_model=build_model,
         build_step=ClassificationStep,

@@ -8,15 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from megainter.data.feature_store.first_regions import FirstRegions
-from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.integers import Int64s
-from megainter.data.packed import PackedInputs
-from megainter.data.stream.negatives import HardNegatives
-from megainter.data.stream.portions import accumulation, forwards, shares
-from megainter.data.tables.pairs import Pairs
-from megainter.data.text.token_table import TokenTable
-from megainter.data.text.vocabulary import VocabularyFacts
+from megainter.data.packed import PackedInputs, packed_locations, packed_rows
+from megainter.data.stream.portions import forwards, shares
+from megainter.data.stream.steps import GlobalSteps
 from megainter.errors import UsageError
 from megainter.tasks.pretraining.sampling import Draws, Sample, Sampler, Samples, StreamSettings
 
@@ -67,7 +62,7 @@ def collate(samples: Samples, settings: StreamSettings, counted: bool = True) ->
     """
     counts = samples.regions.counts
     record = np.repeat(np.arange(len(counts)), counts)  # of each region
-    rows = np.arange(len(record)) + record + 1  # its packed row, the global regions left out
+    rows = packed_rows(counts)
     spoken = _spoken(samples, settings.gate_msm)
     features, predicted = _features(samples, settings.region_objective == "feature")
     inputs = PackedInputs(
@@ -75,7 +70,7 @@ def collate(samples: Samples, settings: StreamSettings, counted: bool = True) ->
         token_type_ids=torch.zeros(len(samples.ids), dtype=torch.int64),
         text_lengths=torch.from_numpy(samples.text_lengths),
         region_features=features,
-        region_locations=torch.from_numpy(_locations(samples.regions, rows)),
+        region_locations=torch.from_numpy(packed_locations(samples.regions)),
         region_lengths=torch.from_numpy(counts + 1),
     )
     return PretrainBatch(
@@ -122,17 +117,6 @@ def _features(samples: Samples, wanted: bool) -> tuple[torch.Tensor, NDArray[np.
     return features, np.concatenate(predicted)
 
 
-def _locations(regions: FirstRegions, rows: Int64s) -> NDArray[np.float32]:
-    """float32 [Nr, 5]: x1/W, y1/H, x2/W, y2/H, share of the area; [0, 0, 1, 1, 1] for global regions."""
-    sizes = np.stack([regions.widths, regions.heights, regions.widths, regions.heights], axis=1).astype(np.float32)
-    boxes = regions.boxes / np.repeat(sizes, regions.counts, axis=0)
-    locations = np.empty((len(rows) + len(regions), 5), dtype=np.float32)
-    locations[:] = (0, 0, 1, 1, 1)
-    locations[rows, :4] = boxes
-    locations[rows, 4] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return locations
-
-
 def _class_targets(samples: Samples, record: Int64s) -> torch.Tensor:
     """float32 [K, C]: the class probabilities of the scored regions."""
     first = np.cumsum(samples.regions.counts) - samples.regions.counts
@@ -144,34 +128,23 @@ def _class_targets(samples: Samples, record: Int64s) -> torch.Tensor:
 class PretrainStream(Dataset[list[PretrainBatch]]):
     """``stream[step]``: the micro-batches of this rank at that global step (from 0). Endless, and a pure function of its arguments.
 
-    Global step s takes samples ``s * global_batch ..`` of the endless sequence epoch 0, epoch 1, ...; every epoch shows each caption once,
-    and a step may cross into the next epoch. What the samples are does not depend on rank or world size, only who gets them does.
+    Every epoch shows each caption once; the steps are ``GlobalSteps``.
     """
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        store: FeatureStore,
-        tokens: TokenTable,
-        vocabulary: VocabularyFacts,
-        settings: StreamSettings,
-        rank: int = 0,
-        world_size: int = 1,
-        hard_negatives: HardNegatives | None = None,
-        by_storage: Int64s | None = None,
-    ) -> None:
-        self.sampler = Sampler(pairs, store, tokens, vocabulary, settings, hard_negatives, by_storage)
-        self.settings, self.rank, self.world_size = settings, rank, world_size
-        self.accumulation_steps = accumulation(settings, world_size, lambda step: self.sampler.lengths(self.draws(step)))
+    def __init__(self, sampler: Sampler, rank: int = 0, world_size: int = 1) -> None:
+        self.sampler, self.settings = sampler, sampler.settings
+        self.steps = GlobalSteps(
+            self.settings, len(sampler.pairs), lambda epochs, numbers: sampler.lengths(sampler.draws(epochs, numbers)), rank, world_size
+        )
 
     @property
     def size(self) -> int:
         """Samples of an epoch: one for each caption."""
-        return len(self.sampler.pairs)
+        return self.steps.size
 
     def __getitem__(self, step: int) -> list[PretrainBatch]:
         draws = self.draws(step)
-        mine = self._shares(draws)[self.rank]
+        mine = self.steps.mine(self.sampler.lengths(draws))
         self.sampler.announce(draws, np.concatenate(mine))
         return [self._batch(draws, share) for share in mine]
 
@@ -181,22 +154,18 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
 
     def draws(self, step: int) -> Draws:
         """All samples of a global step, in the order of the sequence, before masking."""
-        sequence = step * self.settings.global_batch + np.arange(self.settings.global_batch, dtype=np.int64)
-        return self.sampler.draws(sequence // self.size, sequence % self.size)
+        return self.sampler.draws(*self.steps.samples(step))
 
     def sample_digests(self, step: int) -> list[tuple[int, str]]:
         """(place in the global step, hex digest) of this rank's samples; all ranks' together give ``combined_digest``."""
         draws = self.draws(step)
-        places = np.concatenate(self._shares(draws)[self.rank])
+        places = np.concatenate(self.steps.mine(self.sampler.lengths(draws)))
         return [(int(i), self.sampler.digest(self.sampler.sample(draws, int(i))).hex()) for i in places]
 
     def digest(self, step: int) -> str:
         """Hex SHA-256 of all samples of a global step, in the order of the sequence: the same at every world size."""
         draws = self.draws(step)
         return combined_digest([(i, self.sampler.digest(self.sampler.sample(draws, i)).hex()) for i in range(len(draws))])
-
-    def _shares(self, draws: Draws) -> list[list[Int64s]]:
-        return shares(self.settings, self.sampler.lengths(draws), self.world_size, self.accumulation_steps)
 
     def _batch(self, draws: Draws, share: Int64s) -> PretrainBatch:
         return collate(self.sampler.samples(draws, share), self.settings)
@@ -220,7 +189,7 @@ class ValidationBatches(Dataset[PretrainBatch]):
         numbers = np.arange(self.count, dtype=np.int64)
         self._draws = stream.sampler.draws(np.zeros_like(numbers), numbers)
         lengths = stream.sampler.lengths(self._draws)
-        self._forwards = forwards(stream.settings, lengths, stream.world_size)
+        self._forwards = forwards(stream.settings, lengths, stream.steps.world_size)
         self._shares = _fixed_shares(stream, lengths, self._forwards)
 
     def __len__(self) -> int:
@@ -229,7 +198,7 @@ class ValidationBatches(Dataset[PretrainBatch]):
     def __getitem__(self, i: int) -> PretrainBatch:
         if not 0 <= i < self._forwards:
             raise IndexError(i)
-        share = self._shares[i * self.stream.world_size + self.stream.rank]
+        share = self._shares[i * self.stream.steps.world_size + self.stream.steps.rank]
         filler = len(share) == 0
         samples = self.stream.sampler.samples(self._draws, self._shares[0][:1] if filler else share)
         return collate(samples, self.stream.settings, counted=not filler)
@@ -237,10 +206,11 @@ class ValidationBatches(Dataset[PretrainBatch]):
 
 def _fixed_shares(stream: PretrainStream, lengths: Int64s, turns: int) -> list[Int64s]:
     """The samples of each forward of each rank, those of a turn side by side; some are empty where samples are few."""
-    if stream.settings.micro_tokens is None or len(lengths) < stream.world_size:
-        return np.array_split(np.argsort(-lengths, kind="stable"), turns * stream.world_size)
-    by_rank = shares(stream.settings, lengths, stream.world_size, turns)
-    return [by_rank[rank][turn] for turn in range(turns) for rank in range(stream.world_size)]
+    ranks = stream.steps.world_size
+    if stream.settings.micro_tokens is None or len(lengths) < ranks:
+        return np.array_split(np.argsort(-lengths, kind="stable"), turns * ranks)
+    by_rank = shares(stream.settings, lengths, ranks, turns)
+    return [by_rank[rank][turn] for turn in range(turns) for rank in range(ranks)]
 
 
 def validation_batches(stream: PretrainStream, count: int) -> ValidationBatches:

@@ -17,6 +17,7 @@ from megainter.data.stream.masking import REGION_DRAWS, TEXT_DRAWS, Bools, Unifo
 from megainter.data.stream.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text
 from megainter.data.stream.order import Purpose, SampleGenerators, permuted, permuted_by_blocks, uniform
 from megainter.data.tables.pairs import Pairs
+from megainter.data.text.layout import marked_end_to_end, marked_places
 from megainter.data.text.token_table import TokenTable
 from megainter.data.text.vocabulary import VocabularyFacts
 from megainter.errors import UsageError
@@ -242,16 +243,8 @@ class Sampler:
         caption = np.repeat(np.arange(len(lengths)), lengths)  # of each token
         masked = np.where(in_text[caption], masked, original)
         positions = positions[in_text[caption[positions]]]
-        places = np.arange(len(original)) + 2 * caption + 1  # of each token among the ids
-        return self._between_marks(masked, places, lengths + 2), lengths + 2, places[positions], original[positions].astype(np.int64)
-
-    def _between_marks(self, tokens: NDArray[np.int32], places: Int64s, lengths: Int64s) -> Int64s:
-        """int64 [sum of lengths]: captions end to end, each between [CLS] and [SEP]; ``tokens`` [N] go to ``places`` [N]."""
-        ends = np.cumsum(lengths)
-        ids = np.empty(int(lengths.sum()), dtype=np.int64)
-        ids[places] = tokens
-        ids[ends - lengths], ids[ends - 1] = self.vocabulary.cls_id, self.vocabulary.sep_id
-        return ids
+        ids = marked_end_to_end(masked, lengths, self.vocabulary.cls_id, self.vocabulary.sep_id)
+        return ids, lengths + 2, marked_places(lengths)[positions], original[positions].astype(np.int64)
 
     def _continues(self, caption_rows: list[int]) -> Bools | None:
         """Which tokens of the captions go on with the word before them; None where the vocabulary alone tells."""

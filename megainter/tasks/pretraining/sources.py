@@ -22,7 +22,7 @@ from megainter.errors import UsageError
 from megainter.files import sha256_of, write_atomically
 from megainter.model.configuration import InterBertConfig
 from megainter.tasks.pretraining.batches import PretrainStream
-from megainter.tasks.pretraining.sampling import StreamSettings
+from megainter.tasks.pretraining.sampling import Sampler, StreamSettings
 from megainter.training.collective import first_said, on_first_rank
 
 BLOCK = 4096  # samples, some hundred megabytes of records
@@ -178,7 +178,8 @@ def _stream(
         shuffle=name == "train",
         block=(data.block or BLOCK) if by_storage is not None else 0,
     )
-    return PretrainStream(pairs, store, tokens, vocabulary.facts, settings, rank, world_size, hard_negatives, by_storage)
+    sampler = Sampler(pairs, store, tokens, vocabulary.facts, settings, hard_negatives, by_storage)
+    return PretrainStream(sampler, rank, world_size)
 
 
 def _ignore(value: object) -> None:

@@ -39,7 +39,7 @@ def open_job(config: RunConfig, world: World) -> Job:
         objectives=OBJECTIVES,
         weights=(weights.msm, weights.mrm, weights.itm),
         batches=sources.training,
-        accumulation=sources.training.accumulation_steps,
+        accumulation=sources.training.steps.accumulation,
         samples=sources.samples,
         build_model=lambda saved: starting_model(config, architecture) if saved is None else InterBertForPreTraining(saved),
         build_step=lambda model: PretrainingStep(model, weights),

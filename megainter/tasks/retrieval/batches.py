@@ -19,8 +19,9 @@ from megainter.data.integers import Int64s
 from megainter.data.packed import PackedInputs, region_rows
 from megainter.data.stream.negatives import negative_rows, same_text
 from megainter.data.stream.order import Purpose, permuted, uniform
-from megainter.data.stream.portions import accumulation, shares
+from megainter.data.stream.steps import GlobalSteps
 from megainter.data.tables.pairs import Pairs
+from megainter.data.text.layout import marked
 from megainter.data.text.token_table import TokenTable
 from megainter.data.text.vocabulary import VocabularyFacts
 from megainter.errors import UsageError
@@ -105,25 +106,26 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
             raise UsageError("hard pairs need the neighbours of every image")
         self.pairs, self.store, self.tokens, self.vocabulary, self.settings = pairs, store, tokens, vocabulary, settings
         self.max_regions, self.listwise, self.neighbours = max_regions, listwise, neighbours
-        self.rank, self.world_size = rank, world_size
         self.region_counts = store.region_counts(pairs.image_ids).clip(max=max_regions)
         self._rows_by_image = np.argsort(pairs.image_numbers, kind="stable").astype(np.int64)
         self._captions_of = np.bincount(pairs.image_numbers, minlength=len(pairs.image_ids))
         self._first_of = np.cumsum(self._captions_of) - self._captions_of
-        self.accumulation_steps = accumulation(settings, world_size, lambda step: self.lengths(self.groups(step)))
+        self.steps = GlobalSteps(
+            settings, len(pairs), lambda epochs, numbers: self.lengths(self._groups(epochs, numbers)), rank, world_size
+        )
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, step: int) -> list[RetrievalBatch]:
         groups = self.groups(step)
-        mine = shares(self.settings, self.lengths(groups), self.world_size, self.accumulation_steps)[self.rank]
-        return [self._batch(groups, share) for share in mine]
+        return [self._batch(groups, share) for share in self.steps.mine(self.lengths(groups))]
 
     def groups(self, step: int) -> Groups:
         """All pairs of a global step, in the order of the sequence."""
-        sequence = step * self.settings.global_batch + np.arange(self.settings.global_batch, dtype=np.int64)
-        epochs, numbers = sequence // len(self.pairs), sequence % len(self.pairs)
+        return self._groups(*self.steps.samples(step))
+
+    def _groups(self, epochs: Int64s, numbers: Int64s) -> Groups:
         parts = [self._groups_of_epoch(int(epoch), numbers[epochs == epoch]) for epoch in np.unique(epochs)]
         return Groups(np.concatenate([part.images for part in parts]), np.concatenate([part.captions for part in parts]))
 
@@ -179,18 +181,15 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
     def pack(self, images: Int64s, captions: Int64s) -> PackedInputs:
         """Pairs of image numbers [S] and caption rows [S], one packed sample each."""
         distinct, places = np.unique(images, return_inverse=True)
-        features, locations, lengths = region_rows([self.store[self.pairs.image_ids[i]] for i in distinct], self.max_regions)
+        features, locations, lengths = region_rows(
+            self.store.views([self.pairs.image_ids[i] for i in distinct], self.max_regions), self.max_regions
+        )
         rows = _rows_of(lengths.numpy(), places)
-        ids = [self._with_specials(int(row)) for row in captions]
+        marks = self.vocabulary.cls_id, self.vocabulary.sep_id
+        ids = [marked(self.tokens[row].astype(np.int64), None, *marks) for row in captions.tolist()]
         packed = torch.from_numpy(np.concatenate(ids))
         text_lengths = torch.tensor([len(one) for one in ids], dtype=torch.int64)
         return PackedInputs(packed, torch.zeros_like(packed), text_lengths, features[rows], locations[rows], lengths[places])
-
-    def _with_specials(self, row: int) -> Int64s:
-        tokens = self.tokens[row]
-        ids = np.empty(len(tokens) + 2, dtype=np.int64)
-        ids[0], ids[1:-1], ids[-1] = self.vocabulary.cls_id, tokens, self.vocabulary.sep_id
-        return ids
 
 
 def _rows_of(lengths: Int64s, places: Int64s) -> Tensor:

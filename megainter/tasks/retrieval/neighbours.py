@@ -11,8 +11,8 @@ from megainter.data.feature_store.reader import FeatureStore
 def mean_features(store: FeatureStore, image_ids: Sequence[str], max_regions: int) -> NDArray[np.float32]:
     """The mean of each image's first ``max_regions`` region features, float32 [images, F]."""
     means = np.empty((len(image_ids), store.schema.feature_size), dtype=np.float32)
-    for number, image_id in enumerate(image_ids):
-        means[number] = store[image_id].features[:max_regions].mean(axis=0, dtype=np.float32)
+    for number, row in enumerate(store.rows_of(image_ids).tolist()):
+        means[number] = store.at(row, max_regions).features.mean(axis=0, dtype=np.float32)
     return means
 
 

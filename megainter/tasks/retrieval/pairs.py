@@ -157,7 +157,7 @@ class ChunkScorer:
         return scores
 
     def _embed_images(self, image_ids: list[str]) -> EmbeddedRows:
-        features, locations, lengths = region_rows([self.job.store[image_id] for image_id in image_ids], self.job.max_regions)
+        features, locations, lengths = region_rows(self.job.store.views(image_ids, self.job.max_regions), self.job.max_regions)
         return embed_images(self.model, features.to(self.device), locations.to(self.device), lengths)
 
 

@@ -69,7 +69,7 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
         objectives=(data.objective,),
         weights=(1.0,),
         batches=stream,
-        accumulation=stream.accumulation_steps,
+        accumulation=stream.steps.accumulation,
         samples=len(pairs),
         build_model=lambda saved: start.build(InterBertForRetrieval, saved),
         build_step=RetrievalStep,
@@ -171,7 +171,7 @@ def gallery_scores(
     order = np.argsort(tokens.lengths, kind="stable")
     for mine in _image_turns(images, world):
         numbers = mine if len(mine) else np.zeros(1, dtype=np.int64)
-        features, locations, lengths = region_rows([store[gallery.image_ids[i]] for i in numbers], max_regions)
+        features, locations, lengths = region_rows(store.views([gallery.image_ids[i] for i in numbers], max_regions), max_regions)
         embedded = embed_images(model, features.to(world.device), locations.to(world.device), lengths)
         for start in range(0, captions, PAIRS_AT_ONCE):
             some = order[start : start + PAIRS_AT_ONCE]

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from megainter.data.integers import Int64s
 from megainter.data.packed import PackedInputs
 from megainter.data.stream.order import permuted
-from megainter.data.stream.portions import Portions, accumulation, shares
+from megainter.data.stream.portions import Portions
+from megainter.data.stream.steps import GlobalSteps
 from megainter.data.tables.questions import CHOICES, Question, Questions
 from megainter.tasks.vcr.inputs import (
     ANSWER,
@@ -115,8 +116,9 @@ class Examples:
 
     def _regions(self, question: Question) -> ImageRegions:
         detected, given = self.stores.detected, self.stores.given
-        record = given[question.image_id] if given is not None else None
-        return image_regions(detected[question.image_id], record, len(question.objects), self.settings)
+        most, image = self.settings.max_regions, [question.image_id]
+        boxes = given.views(image, most)[0] if given is not None else None
+        return image_regions(detected.views(image, most)[0], boxes, len(question.objects), self.settings)
 
 
 def pack(texts: Sequence[list[Text]], regions: Sequence[ImageRegions], tie_objects: bool) -> PackedInputs:
@@ -151,32 +153,40 @@ class ChoiceStream(Dataset[list[ChoiceBatch]]):
     """
 
     def __init__(self, examples: Examples, portions: Portions, rank: int = 0, world_size: int = 1) -> None:
-        self.examples, self.portions, self.rank, self.world_size = examples, portions, rank, world_size
-        self.accumulation_steps = accumulation(portions, world_size, lambda step: examples.tokens(self._examples(step)))
+        self.examples, self._seed = examples, portions.seed
+        self.steps = GlobalSteps(
+            portions,
+            len(examples.questions) * len(examples.kinds),
+            lambda epochs, numbers: examples.tokens(self._examples(epochs, numbers)),
+            rank,
+            world_size,
+        )
 
     @property
     def size(self) -> int:
-        """Samples of an epoch."""
-        return len(self.examples.questions) * len(self.examples.kinds)
+        """Samples of an epoch: every question once for each kind."""
+        return self.steps.size
 
     def __getitem__(self, step: int) -> list[ChoiceBatch]:
-        examples = self._examples(step)
-        mine = shares(self.portions, self.examples.tokens(examples), self.world_size, self.accumulation_steps)[self.rank]
+        examples = self._examples(*self.steps.samples(step))
+        mine = self.steps.mine(self.examples.tokens(examples))
         return [self.examples.collate([examples[int(i)] for i in share]) for share in mine]
-
-    def _examples(self, step: int) -> list[Example]:
-        return [self.examples.of(item) for item in self.items(step)]
 
     def items(self, step: int) -> list[Item]:
         """All samples of a global step, in the order of the sequence."""
-        sequence = step * self.portions.global_batch + np.arange(self.portions.global_batch, dtype=np.int64)
-        return [self._item(*divmod(int(number), self.size)) for number in sequence]
+        return self._items(*self.steps.samples(step))
+
+    def _examples(self, epochs: Int64s, numbers: Int64s) -> list[Example]:
+        return [self.examples.of(item) for item in self._items(epochs, numbers)]
+
+    def _items(self, epochs: Int64s, numbers: Int64s) -> list[Item]:
+        return [self._item(epoch, n) for epoch, n in zip(epochs.tolist(), numbers.tolist(), strict=True)]
 
     def _item(self, epoch: int, n: int) -> Item:
         kinds = self.examples.kinds
         place, turn = divmod(n, len(kinds))
         order = epoch * len(kinds) + turn  # an order for each kind in each epoch
-        row = permuted(self.portions.seed, order, np.array([place]), len(self.examples.questions))
+        row = permuted(self._seed, order, np.array([place]), len(self.examples.questions))
         return Item(int(row[0]), kinds[turn])
 
 

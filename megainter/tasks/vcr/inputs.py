@@ -15,10 +15,13 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from megainter.data.feature_store.reader import FeatureStore, RegionRecord
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord
+from megainter.data.feature_store.views import RegionViews
 from megainter.data.matching import Missing, accept_missing
-from megainter.data.packed import GLOBAL_LOCATION
+from megainter.data.packed import GLOBAL_LOCATION, image_locations
 from megainter.data.tables.questions import Question, Questions, Tokens, read_questions
+from megainter.data.text.layout import PAIR_MARKS, cut_pair, marked
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
@@ -27,7 +30,6 @@ KINDS = ("answer", "rationale")
 ANSWER, RATIONALE = range(len(KINDS))
 MODES = {"joint": (ANSWER, RATIONALE), "answer": (ANSWER,), "rationale": (RATIONALE,)}  # what a model is trained for
 FACTS = "vcr"  # where the model's config.json says how it was fine-tuned
-SPECIAL_TOKENS = 3  # [CLS] A [SEP] B [SEP]
 PERSON = "person"
 _BETWEEN = "and"  # of two objects that are pointed at together
 # Given names in use for women and men alike; most are one entry of BERT's English vocabulary.
@@ -158,25 +160,20 @@ def choice_texts(question: Question, kind: int, given: int, words: WordPieces, m
 def _text(
     a: tuple[NDArray[np.int64], NDArray[np.int64]], b: tuple[NDArray[np.int64], NDArray[np.int64]], words: WordPieces, max_tokens: int
 ) -> Text:
-    n_a, n_b = kept_lengths(len(a[0]), len(b[0]), max_tokens - SPECIAL_TOKENS)
+    n_a, n_b = cut_pair(len(a[0]), len(b[0]), max_tokens - PAIR_MARKS)
     types = np.repeat([0, 1], [n_a + 2, n_b + 1])
-    ids = np.concatenate([[words.cls], a[0][:n_a], [words.sep], b[0][:n_b], [words.sep]])
-    return Text(ids, types, np.concatenate([[-1], a[1][:n_a], [-1], b[1][:n_b], [-1]]))
-
-
-def kept_lengths(a: int, b: int, limit: int) -> tuple[int, int]:
-    """Lengths of two parts cut to ``limit`` together by taking from the longer one, from the second where they are equal."""
-    excess = max(0, a + b - limit)
-    from_longer = min(excess, abs(a - b))
-    a, b = (a - from_longer, b) if a > b else (a, b - from_longer)
-    rest = excess - from_longer
-    return a - rest // 2, b - (rest - rest // 2)
+    ids, objects = (
+        marked(of_a[:n_a], of_b[:n_b], *marks) for of_a, of_b, marks in zip(a, b, ((words.cls, words.sep), (-1, -1)), strict=True)
+    )
+    return Text(ids, types, objects)
 
 
 # --- regions -----------------------------------------------------------------------------------------------------------------------
 
 
-def image_regions(detected: RegionRecord, given: RegionRecord | None, objects: int, settings: ExampleSettings) -> ImageRegions:
+def image_regions(
+    detected: RegionRecord | RegionViews, given: RegionRecord | RegionViews | None, objects: int, settings: ExampleSettings
+) -> ImageRegions:
     """[global, detector's boxes, annotated boxes], where the annotated ones have the first claim on the places (released code).
 
     Each store's first boxes are taken. The global region's feature is the mean of the regions that are kept. ``given`` is the record
@@ -187,18 +184,11 @@ def image_regions(detected: RegionRecord, given: RegionRecord | None, objects: i
     parts = [(detected, n_detected)] + ([(given, n_given)] if given is not None else [])
     features = np.concatenate([record.features[:kept] for record, kept in parts])
     mean = features.mean(0, dtype=np.float32) if len(features) else np.zeros(features.shape[1], np.float32)
-    locations = [np.array([GLOBAL_LOCATION], dtype=np.float32), *(_locations(record, kept) for record, kept in parts)]
+    locations = [np.array([GLOBAL_LOCATION], dtype=np.float32), *(image_locations(record, kept) for record, kept in parts)]
     rows = np.full(objects, -1, dtype=np.int64)
     rows[:n_given] = 1 + n_detected + np.arange(n_given)
     packed = np.concatenate([mean[None], features]).astype(np.float16)
     return ImageRegions(torch.from_numpy(packed), torch.from_numpy(np.concatenate(locations)), rows)
-
-
-def _locations(record: RegionRecord, kept: int) -> NDArray[np.float32]:
-    """x1/W, y1/H, x2/W, y2/H and the share of the image's area, float32 [kept, 5]."""
-    boxes = record.boxes[:kept] / np.array([record.width, record.height] * 2, dtype=np.float32)
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return np.concatenate([boxes, areas[:, None]], axis=1, dtype=np.float32)
 
 
 # --- questions and stores that belong together -------------------------------------------------------------------------------------

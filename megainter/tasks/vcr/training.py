@@ -73,7 +73,7 @@ def open_job(config: VcrConfig, world: World) -> Job:
         objectives=tuple(KINDS[kind] for kind in kinds),
         weights=weights,
         batches=stream,
-        accumulation=stream.accumulation_steps,
+        accumulation=stream.steps.accumulation,
         samples=stream.size,
         build_model=lambda saved: start.build(InterBertForMultipleChoice, saved, fresh="choice_head."),
         build_step=lambda model: ChoiceStep(model, weights),

@@ -15,7 +15,7 @@ import pytest
 
 from megainter.data.feature_store import FeatureStore, lock
 from megainter.data.feature_store.lock import WriterLock, network_filesystem
-from megainter.data.feature_store.reader import FeatureStoreWriter, seal_store, stored_ids
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, stored_ids
 from megainter.errors import LockedError
 from tests.data.feature_store.test_reader import SCHEMA, make_record, write_store
 from tests.places import ROOT
@@ -23,7 +23,7 @@ from tests.places import ROOT
 PRELUDE = f"""
     import sys
     sys.path.insert(0, {str(ROOT)!r})
-    from tests.data.test_feature_store import *
+    from tests.data.feature_store.test_reader import *
     from megainter.errors import MegainterError
     def ids_of(path):
         return stored_ids(path)

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pytest
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store, stored_ids
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.shard import FIRST_MAP_BYTES, WriterLock, count_records
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, stored_ids
 from megainter.errors import DamagedError, LockedError, NoSpaceError, UsageError
 from tests.places import ROOT
 
@@ -339,7 +340,7 @@ def test_a_second_writer_of_a_shard_is_refused_within_two_seconds(tmp_path: Path
     script = f"""
         import sys, time
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.data.test_feature_store import *
+        from tests.data.feature_store.test_reader import *
         with FeatureStoreWriter(Path({str(tmp_path / "s")!r}), SCHEMA) as writer:
             print("ready", flush=True)
             time.sleep(60)
@@ -364,7 +365,7 @@ def test_a_killed_writer_loses_at_most_its_open_transaction(tmp_path: Path) -> N
     script = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.data.test_feature_store import *
+        from tests.data.feature_store.test_reader import *
         with FeatureStoreWriter(Path({str(tmp_path / "s")!r}), SCHEMA, batch_records=4) as writer:
             print("have", len(writer.done), flush=True)
             for seed in range(300):
@@ -423,7 +424,7 @@ def test_a_write_that_the_disk_refuses_keeps_what_was_committed(tmp_path: Path) 
     script = f"""
         import resource, sys
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.data.test_feature_store import *
+        from tests.data.feature_store.test_reader import *
         try:
             with FeatureStoreWriter(Path({str(tmp_path / "s")!r}), SCHEMA, batch_records=10) as writer:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))

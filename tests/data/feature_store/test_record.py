@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
-from megainter.data.feature_store.record import encode, record_size
+from megainter.data.feature_store.record import RegionRecord, StoreSchema, encode, record_size
 from megainter.data.feature_store.views import decode
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import DamagedError, UsageError
 
 SCHEMA = StoreSchema(6, 3, ("__background__", "a", "b"), "d")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
-from megainter.data.feature_store.record import record_size
+from megainter.data.feature_store.record import RegionRecord, StoreSchema, record_size
 from megainter.data.feature_store.views import _positive_halves, first_bytes, probs_span
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import DamagedError
 
 F, C, MOST_REGIONS = 6, 9, 7

@@ -17,7 +17,7 @@ from megainter.data.text.token_table import build_token_table
 from megainter.data.text.vocabulary import load_vocabulary, train_vocabulary
 from megainter.errors import DamagedError, UsageError
 from megainter.tasks.pretraining.batches import PretrainStream
-from megainter.tasks.pretraining.sampling import StreamSettings
+from megainter.tasks.pretraining.sampling import Sampler, StreamSettings
 from tests.synthetic import open_store, write_data
 
 SETTINGS = StreamSettings(seed=3, global_batch=16, micro_batch=8, max_regions=4, masking="paper")
@@ -70,7 +70,7 @@ def test_samples_are_those_of_the_manifest_in_memory(data: tuple[Path, FeatureSt
     digests = []
     for name, pairs in (("read", read), ("mapped", mapped)):
         tokens = build_token_table(pairs, vocabulary, 12, tmp_path / f"{name}.arrow", progress=False)
-        stream = PretrainStream(pairs, store, tokens, vocabulary.facts, SETTINGS)
+        stream = PretrainStream(Sampler(pairs, store, tokens, vocabulary.facts, SETTINGS))
         digests.append([stream.digest(step) for step in range(6)])
     assert digests[0] == digests[1]
 
@@ -173,8 +173,8 @@ def test_blocks_are_of_images_that_lie_together_in_the_store(data: tuple[Path, F
     assert by_storage.tolist() == sorted(range(len(pairs)), key=lambda row: (rank[pairs.image_id(row)], row))
     vocabulary = load_vocabulary(train_vocabulary(pairs.captions(range(len(pairs))), 60, tmp_path / "vocab.txt"))
     tokens = build_token_table(pairs, vocabulary, 12, tmp_path / "tokens.arrow", progress=False)
-    sampler = PretrainStream(pairs, store, tokens, vocabulary.facts, replace(SETTINGS, block=8), by_storage=by_storage).sampler
-    alone = PretrainStream(pairs, store, tokens, vocabulary.facts, replace(SETTINGS, block=8)).sampler
+    sampler = Sampler(pairs, store, tokens, vocabulary.facts, replace(SETTINGS, block=8), by_storage=by_storage)
+    alone = Sampler(pairs, store, tokens, vocabulary.facts, replace(SETTINGS, block=8))
     numbers = np.arange(len(pairs))
     for epoch in range(3):
         rows = sampler.draws(np.full(len(pairs), epoch), numbers).rows

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, stored_ids
+from megainter.data.feature_store.record import RegionRecord
 from megainter.data.feature_store.shard import count_records
+from megainter.data.feature_store.writer import FeatureStoreWriter, stored_ids
 from megainter.data.tables.boxes import ImageBoxes, write_boxes
 from megainter.errors import LockedError, MegainterError, TooManyBadInputsError, UsageError
 from preprocessing.detector import load_detector
@@ -69,7 +70,7 @@ SCRIPT = """
     sys.path.insert(0, {root!r})
     from pathlib import Path
     from megainter.errors import MegainterError
-    from preprocessing.extract import extract
+    from preprocessing.extraction.extract import extract
     folder = Path({folder!r})
     try:
         options = dict(workers=2, min_boxes=3, max_boxes=9, precision="fp32")

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import stored_ids
+from megainter.data.feature_store.writer import stored_ids
 from preprocessing.extraction.extract import extract
 from tests.places import ROOT
 from tests.preprocessing.extraction import test_mpi as mpi
@@ -193,7 +193,7 @@ LIMITED = """
     import resource, sys
     sys.path.insert(0, {root!r})
     from pathlib import Path
-    from preprocessing.extract import extract
+    from preprocessing.extraction.extract import extract
     folder = Path({folder!r})
     done = extract(folder / "images", folder / "store", folder / "detector.safetensors", workers=1, max_bad=1.0, min_boxes=1, max_boxes=5)
     print("result", done.stored, done.failed, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import stored_ids
+from megainter.data.feature_store.writer import stored_ids
 from tests.places import ROOT
 from tests.preprocessing.extraction.test_extract import committed, make_folder
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import UsageError
 from preprocessing.detector.backbones import DESCRIBERS
 from preprocessing.extraction.redescribe import redescribe, region_means

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import FeatureStoreWriter, StoreSchema, seal_store, stored_ids
+from megainter.data.feature_store.record import StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, stored_ids
 from megainter.errors import DamagedError, LockedError, NoSpaceError, TooManyBadInputsError, UsageError
 from megainter.verbs.features import features_app
 from preprocessing.features import importing as transfer
@@ -55,8 +56,8 @@ def test_an_import_that_was_killed_goes_on_and_ends_like_one_that_was_not(tmp_pa
         import sys, time
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
-        from megainter.data.store_writer import FeatureStoreWriter
-        from preprocessing.transfer import import_features
+        from megainter.data.feature_store.writer import FeatureStoreWriter
+        from preprocessing.features.importing import import_features
         commit = FeatureStoreWriter.commit
         def slow(writer):
             commit(writer)
@@ -264,7 +265,8 @@ def test_two_imports_into_one_store_do_not_meet(tmp_path: Path) -> None:
         import sys, time
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
-        from megainter.data.feature_store import FeatureStore, FeatureStoreWriter
+        from megainter.data.feature_store.reader import FeatureStore
+        from megainter.data.feature_store.writer import FeatureStoreWriter
         with FeatureStoreWriter(Path({str(store.path)!r}), FeatureStore({str(store.path)!r}).schema):
             print("ready", flush=True)
             time.sleep(60)
@@ -333,7 +335,7 @@ def test_sigterm_commits_what_is_done_and_ends_with_75(tmp_path: Path) -> None:
     script = f"""
         import sys, time
         sys.path.insert(0, {str(ROOT)!r})
-        from megainter.data.store_writer import FeatureStoreWriter
+        from megainter.data.feature_store.writer import FeatureStoreWriter
         add = FeatureStoreWriter.add_encoded
         def slow(writer, records):
             add(writer, records)

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from megainter.data.feature_store import FeatureStore
-from megainter.data.feature_store.reader import FeatureStoreWriter, RegionRecord, StoreSchema, seal_store
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.matching import drop_missing
 from megainter.data.stream.loader import make_loader
 from megainter.data.stream.negatives import HardNegatives
@@ -25,7 +26,7 @@ from megainter.data.text.token_table import TokenTable, build_token_table
 from megainter.data.text.vocabulary import VocabularyFacts, load_vocabulary, train_vocabulary
 from megainter.errors import DamagedError, UsageError
 from megainter.tasks.pretraining.batches import PretrainBatch, PretrainStream, collate, combined_digest, validation_batches
-from megainter.tasks.pretraining.sampling import Samples, StreamSettings
+from megainter.tasks.pretraining.sampling import Sampler, Samples, StreamSettings
 from tests.places import ROOT
 
 IMAGES, CAPTIONS_EACH, FEATURES, CLASSES = 31, 2, 24, 7
@@ -42,7 +43,7 @@ class Data:
     facts: VocabularyFacts
 
     def stream(self, settings: StreamSettings = SETTINGS, rank: int = 0, world_size: int = 1) -> PretrainStream:
-        return PretrainStream(self.pairs, self.store, self.tokens, self.facts, settings, rank, world_size)
+        return PretrainStream(Sampler(self.pairs, self.store, self.tokens, self.facts, settings), rank, world_size)
 
 
 def region_record(rng: np.random.Generator) -> RegionRecord:
@@ -288,7 +289,7 @@ def test_hard_negatives_enter_the_stream_by_their_share(data: Data) -> None:
     lists = [[(row + 1) % size] for row in range(size)]  # the next image's caption
     hard = HardNegatives(np.arange(size + 1), np.array(lists, np.int32).ravel(), {})
     settings = replace(SETTINGS, global_batch=2400, hard_negative_share=0.5)
-    plain, mixed = (PretrainStream(data.pairs, data.store, data.tokens, data.facts, settings, 0, 1, one) for one in (None, hard))
+    plain, mixed = (PretrainStream(Sampler(data.pairs, data.store, data.tokens, data.facts, settings, one)) for one in (None, hard))
     usual, draws = plain.draws(0), mixed.draws(0)
     assert (usual.itm_labels == draws.itm_labels).all()
     changed = usual.caption_rows != draws.caption_rows
@@ -297,7 +298,7 @@ def test_hard_negatives_enter_the_stream_by_their_share(data: Data) -> None:
     assert abs(changed.sum() / mismatched - 0.5) < 5 * 0.5 / np.sqrt(mismatched) + 2 / size
     short = HardNegatives(np.arange(3), np.array([1, 0], np.int32), {})
     with pytest.raises(UsageError, match="hard negatives are for 2 captions, the pairs are 62"):
-        PretrainStream(data.pairs, data.store, data.tokens, data.facts, SETTINGS, 0, 1, short)
+        PretrainStream(Sampler(data.pairs, data.store, data.tokens, data.facts, SETTINGS, short))
 
 
 @pytest.mark.parametrize("counts", [[0], [0, 3, 0], [2, 0, 0, 1]])
@@ -364,14 +365,17 @@ def test_a_users_error_in_a_worker_arrives_as_one_line(tmp_path: Path, workers: 
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from tests.data.test_batch import SETTINGS, Data
-from megainter.data.batch import make_loader, PretrainStream
+from tests.tasks.pretraining.test_batches import SETTINGS, Data
+from megainter.data.stream.loader import make_loader
+from megainter.tasks.pretraining.batches import PretrainStream
+from megainter.tasks.pretraining.sampling import Sampler
 from megainter.data.feature_store import FeatureStore
-from megainter.data.manifest import read_pairs
-from megainter.data.text import load_vocabulary, open_token_table
+from megainter.data.tables.pairs import read_pairs
+from megainter.data.text.token_table import open_token_table
+from megainter.data.text.vocabulary import load_vocabulary
 folder, key = Path(sys.argv[1]), sys.argv[2]
 pairs, facts = read_pairs(folder / "pairs.parquet"), load_vocabulary(folder / "vocab.txt").facts
-stream = PretrainStream(pairs, FeatureStore(folder / "store"), open_token_table(folder / "tokens.arrow", key), facts, SETTINGS)
+stream = PretrainStream(Sampler(pairs, FeatureStore(folder / "store"), open_token_table(folder / "tokens.arrow", key), facts, SETTINGS))
 signal.signal(signal.SIGTERM, lambda *_: None)
 loader = make_loader(stream, 0, 1000, 2)
 next(loader)
@@ -459,13 +463,15 @@ def test_captions_without_images_are_counted(data: Data, tmp_path: Path) -> None
     vocabulary = load_vocabulary(data.folder)
     tokens = build_token_table(pairs, vocabulary, 12, tmp_path / "t.arrow", progress=False)
     with pytest.raises(UsageError, match=r"captions without images in .*: 10 of 41, first image 31, image 32, image 33: run"):
-        PretrainStream(pairs, data.store, tokens, data.facts, SETTINGS)
+        PretrainStream(Sampler(pairs, data.store, tokens, data.facts, SETTINGS))
     kept = drop_missing(pairs, data.store)
     assert len(kept) == 31
     assert kept.image_ids == [f"image {i}" for i in range(31)]
     assert kept.digest != pairs.digest
     assert [kept.image_id(row) for row in range(31)] == kept.table.column("image_id").to_pylist()
-    PretrainStream(kept, data.store, build_token_table(kept, vocabulary, 12, tmp_path / "k.arrow", progress=False), data.facts, SETTINGS)
+    PretrainStream(
+        Sampler(kept, data.store, build_token_table(kept, vocabulary, 12, tmp_path / "k.arrow", progress=False), data.facts, SETTINGS)
+    )
 
 
 def test_settings_that_do_not_fit_are_one_line(data: Data, tmp_path: Path) -> None:
@@ -480,7 +486,7 @@ def test_settings_that_do_not_fit_are_one_line(data: Data, tmp_path: Path) -> No
     pairs = read_pairs(tmp_path / "one.parquet")
     tokens = build_token_table(pairs, load_vocabulary(data.folder), 12, tmp_path / "t.arrow", progress=False)
     with pytest.raises(UsageError, match="at least two images"):
-        PretrainStream(pairs, data.store, tokens, data.facts, SETTINGS)
-    PretrainStream(pairs, data.store, tokens, data.facts, replace(SETTINGS, mismatch_probability=0.0))
+        PretrainStream(Sampler(pairs, data.store, tokens, data.facts, SETTINGS))
+    PretrainStream(Sampler(pairs, data.store, tokens, data.facts, replace(SETTINGS, mismatch_probability=0.0)))
     with pytest.raises(UsageError, match="holds 4 captions, the pairs 62"):
-        PretrainStream(data.pairs, data.store, tokens, data.facts, SETTINGS)
+        PretrainStream(Sampler(data.pairs, data.store, tokens, data.facts, SETTINGS))

@@ -321,7 +321,7 @@ def test_a_dead_scoring_process_is_reported(data: tuple[Path, Path, Path], tmp_p
 import os, signal, multiprocessing, threading, time
 from pathlib import Path
 from megainter.errors import MegainterError
-from megainter.tasks.retrieval import evaluate
+from megainter.tasks.retrieval.evaluation import evaluate
 def kill():
     while not multiprocessing.active_children(): time.sleep(0.01)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -346,7 +346,7 @@ def test_scoring_processes_end_with_their_parent(data: tuple[Path, Path, Path], 
     script.write_text(f"""
 import multiprocessing, threading, time, os, signal
 from pathlib import Path
-from megainter.tasks.retrieval import evaluate
+from megainter.tasks.retrieval.evaluation import evaluate
 def kill():
     while len(multiprocessing.active_children()) < 2: time.sleep(0.01)
     time.sleep(1)

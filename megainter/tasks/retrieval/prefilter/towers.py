@@ -181,7 +181,7 @@ def image_vectors(encoder: DualEncoder, store: FeatureStore, image_ids: Sequence
     with Progress("reading images", len(image_ids), "images") as progress:
         for start in range(0, len(image_ids), AT_ONCE):
             some = image_ids[start : start + AT_ONCE]
-            features, locations, lengths = region_rows([store[image_id] for image_id in some], encoder.settings.max_regions)
+            features, locations, lengths = region_rows(store.views(some, encoder.settings.max_regions), encoder.settings.max_regions)
             parts.append(encoder.region(features.to(device), locations.to(device), lengths))
             progress.update(len(some))
     return _finite(torch.cat(parts), "images")

@@ -139,7 +139,9 @@ def loss_of(
 ) -> torch.Tensor:
     """The contrastive loss of the captions in ``rows`` and their images, each image once."""
     images, image_of_caption = np.unique(pairs.image_numbers[rows], return_inverse=True)
-    features, locations, lengths = region_rows([store[pairs.image_ids[i]] for i in images], encoder.settings.max_regions)
+    features, locations, lengths = region_rows(
+        store.views([pairs.image_ids[i] for i in images], encoder.settings.max_regions), encoder.settings.max_regions
+    )
     ids, text_lengths = tokens.take(rows)
     texts = encoder.text(ids.to(device), text_lengths)
     regions = encoder.region(features.to(device), locations.to(device), lengths)

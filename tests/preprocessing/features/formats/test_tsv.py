@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megainter.data.feature_store.reader import FeatureStoreWriter, seal_store
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import UsageError
 from preprocessing.features.exporting import export_features
 from preprocessing.features.formats import recognise, tsv
