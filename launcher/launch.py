@@ -5,7 +5,6 @@ import os
 import secrets
 import shlex
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -27,11 +26,12 @@ from launcher.command import (
     require_programs,
 )
 from launcher.hostfile import HOST, Host, format_hostfile, read_hostfile, select
-from launcher.supervise import Requests, adopt_orphans, control_variables, run_attempt, supervise
+from launcher.supervise import SIGNALS, adopt_orphans, control_variables, run_attempt, supervise
 from megainter.config.portions import check_portions
 from megainter.config.settings import TrainingConfig
 from megainter.errors import STOPPED_EARLY, MegainterError, UsageError
 from megainter.files import write_atomically
+from megainter.process import StopRequest, free_port
 
 WAIT_FOR_HOSTS = 600.0  # seconds, after a failure
 ENGINE_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # prefixes that DeepSpeed's runner passes on unquoted
@@ -156,14 +156,8 @@ def job_of(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> J
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(os.environ["CUDA_VISIBLE_DEVICES"].split(",")[:processes])
     master = settings.master or (hosts[0].name if hosts else "127.0.0.1")
     engine = settings.engine or ("srun" if settings.request is not None else "deepspeed")
-    port = settings.port or (20000 + secrets.randbelow(10000) if remote else _free_port())
+    port = settings.port or (20000 + secrets.randbelow(10000) if remote else free_port())
     return Job(engine, settings.arguments, hosts, processes, environment, folder, master, port, settings.remote_shell, settings.module)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def describe(job: Job, settings: LaunchSettings) -> str:
@@ -198,7 +192,7 @@ def engine_environment(job: Job, source: Mapping[str, str]) -> dict[str, str]:
 
 
 def _supervised(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> int:
-    requests = Requests()
+    requests = StopRequest(SIGNALS, patient=True)
     adopt_orphans()
 
     def attempt(number: int) -> int:
@@ -211,7 +205,7 @@ def _supervised(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path)
     return supervise(attempt, settings.restarts, requests, folder / "attempts.jsonl")
 
 
-def _job_of_attempt(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path, first: bool, requests: Requests) -> Job:
+def _job_of_attempt(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path, first: bool, requests: StopRequest) -> Job:
     """The job on the hosts that answer now; with fewer ranks the global batch stays and the micro-batch follows."""
     if first or not hosts:
         return job_of(settings, hosts, folder)
@@ -228,7 +222,7 @@ def _job_of_attempt(settings: LaunchSettings, hosts: tuple[Host, ...], folder: P
     return job_of(replace(settings, arguments=arguments), reduced(alive, ranks), folder)
 
 
-def _wait_for(settings: LaunchSettings, hosts: tuple[Host, ...], requests: Requests) -> tuple[Host, ...]:
+def _wait_for(settings: LaunchSettings, hosts: tuple[Host, ...], requests: StopRequest) -> tuple[Host, ...]:
     """The hosts that answer, at least ``min_nodes`` (default: all); ``UsageError`` where they stay away for ten minutes."""
     least = settings.min_nodes or len(hosts)
     deadline = time.monotonic() + WAIT_FOR_HOSTS

@@ -10,29 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from megainter.errors import STOPPED_EARLY
-from megainter.process import OUTCOME_VARIABLE, PULSE_VARIABLE, STOP_VARIABLE, WATCH_VARIABLE
+from megainter.process import OUTCOME_VARIABLE, PULSE_VARIABLE, STOP_VARIABLE, WATCH_VARIABLE, StopRequest, end_with_parent
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FINAL = (2, 3, 4, 5, 6, 7, STOPPED_EARLY)  # the same command would end the same way, or was asked to stop
 LEFT_OVER = 5.0  # seconds that ranks get to notice the end of their launcher
 TICK = 0.1
-
-
-class Requests:
-    """Counts the signals that ask this launcher to stop, from the moment it is made."""
-
-    def __init__(self) -> None:
-        self.count, self.number = 0, 0
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.count, self.number = self.count + 1, number
 
 
 def adopt_orphans() -> None:
@@ -41,7 +29,7 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def run_attempt(command: list[str], environment: Mapping[str, str], folder: Path, requests: Requests, grace: float, remote: bool) -> int:
+def run_attempt(command: list[str], environment: Mapping[str, str], folder: Path, requests: StopRequest, grace: float, remote: bool) -> int:
     """Start ``command`` in a session of its own and stay until nothing of it is left; returns the exit code of the attempt.
 
     0 only where rank 0 left its 0 and the engine ended with 0. The first signal asks all ranks to save and end within ``grace``
@@ -76,14 +64,7 @@ def control_variables(folder: Path, remote: bool) -> dict[str, str]:
 
 
 def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    library, parent = ctypes.CDLL(None), os.getpid()
-
-    def die_with_parent() -> None:
-        if hasattr(library, "prctl"):
-            library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(143)
-
+    die_with_parent = partial(end_with_parent, os.getpid(), signal.SIGTERM)
     return subprocess.Popen(
         command, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
     )  # one thread runs here: the hazards of preexec_fn do not arise
@@ -143,7 +124,7 @@ def _end_all(child: subprocess.Popen[bytes]) -> None:
     _clear_descendants(0.0)
 
 
-def supervise(attempt: Callable[[int], int], restarts: int, requests: Requests, record: Path) -> int:
+def supervise(attempt: Callable[[int], int], restarts: int, requests: StopRequest, record: Path) -> int:
     """Run ``attempt(1)``, and after a failure that another start may mend ``attempt(2)`` and so on, ``restarts`` times at most.
 
     Returns the last exit code; each attempt is one line of ``record`` (JSON Lines).

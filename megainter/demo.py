@@ -5,7 +5,6 @@ A finished stage leaves ``stages/NAME.json`` and is not run again; a killed demo
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from megainter.errors import MegainterError
 from megainter.files import read_json, write_json
-from megainter.process import WATCH_VARIABLE, folder_lock
+from megainter.process import WATCH_VARIABLE, folder_lock, free_port
 
 TRAINING_SCENES = 3000
 HELD_OUT_SCENES = 200
@@ -93,7 +92,7 @@ def _megainter(*arguments: object) -> None:
 def _deepspeed(*arguments: object) -> None:
     """Run under DeepSpeed's launcher with local processes, after showing the command."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    _run("deepspeed", launcher, ["--num_gpus", PROCESSES, "--master_port", _free_port(), *arguments])
+    _run("deepspeed", launcher, ["--num_gpus", PROCESSES, "--master_port", free_port(), *arguments])
 
 
 def _run(shown: str, program: list[str], arguments: Iterable[object]) -> None:
@@ -115,12 +114,6 @@ def _export(run: Path, model: Path) -> None:
     if model.exists():
         shutil.rmtree(model)  # of a killed start: without the stage's record it is not known to be this run's
     _megainter("convert", "zero", run, model)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _farewell(output: Path) -> None:

@@ -9,7 +9,12 @@ from megainter.precision import Units, cpu_units, cuda_units
 
 
 def torch_device(name: str) -> torch.device:
-    """The device ``name`` ("cpu", "cuda", "cuda:1", ...); ``UsageError`` where it is misspelt or not on this machine."""
+    """The device ``name`` ("cpu", "cuda", "cuda:1"; "auto" is a GPU where there is one, else the CPU).
+
+    ``UsageError`` where it is misspelt or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpus = torch.cuda.device_count()
     try:
         device = torch.device(name)

@@ -1,20 +1,23 @@
-"""This process among the others: world, signals, the lock of a run folder, and not outliving the launcher."""
+"""This process among the others: world, signals, ports, the lock of a run folder, and not outliving the launcher."""
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from megainter.errors import LockedError
+from megainter.errors import LockedError, StoppedEarly
 from megainter.files import write_atomically
 
 WATCH_VARIABLE = "MEGAINTER_WATCH_PID"  # a process whose end must end this one too
@@ -22,6 +25,8 @@ STOP_VARIABLE = "MEGAINTER_STOP_FILE"  # a file; when it appears, this process t
 PULSE_VARIABLE = "MEGAINTER_PULSE_FILE"  # a file that a launcher on another host rewrites while it lives
 OUTCOME_VARIABLE = "MEGAINTER_OUTCOME_FOLDER"  # where exit codes are left: launchers turn them into their own
 RANKS_VARIABLE = "MEGAINTER_RANKS_FROM"  # "slurm": srun started the ranks
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PULSE_LIMIT = 60.0  # seconds without a new pulse after which the launcher counts as dead
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 RANK_SOURCES = {  # rank, world size, local rank, local world size
@@ -37,10 +42,7 @@ def launched() -> bool:
 
 def become_single_process() -> None:
     """Set the environment of a world of one, with a free port, for a process started by hand."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def adopt_rank() -> None:
@@ -70,17 +72,60 @@ def record_exit(code: int) -> None:
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1; a second signal ends the process at once with 128 + its number."""
+    """Signals that ask this process to stop: ``count`` of them so far, ``number`` the last one (0: none).
 
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+    The second one ends the process at once with 128 + its number; where ``patient``, whoever asks ``count`` sees to that. As a context
+    manager it gives the signals back to whoever had them. Outside the main thread, where Python lets nobody handle signals, none comes.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals] = STOP_SIGNALS, patient: bool = False) -> None:
+        self.count, self.number, self._patient = 0, 0, patient
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in signals}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.count > 0
+
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None:
+        if self.asked and not self._patient:
             os._exit(128 + number)
-        self.signal_name = signal.Signals(number).name
+        self.count, self.number = self.count + 1, number
+
+
+def raise_on_signals(message: str) -> None:
+    """From here on the first SIGTERM or SIGINT raises ``StoppedEarly`` where this process is; the next ones do what they did before."""
+
+    def stop(number: int, frame: object) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        raise StoppedEarly(message)
+
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def end_with_parent(parent: int, last: signal.Signals = signal.SIGKILL) -> None:
+    """Have ``last`` sent to this process when its ``parent`` dies (Linux); one that is dead already ends it here."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, last, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(128 + last)
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _parent_of(pid: int) -> int:

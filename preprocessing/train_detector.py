@@ -4,12 +4,12 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from cyclopts import App, CycloptsError
 
 from megainter.errors import MegainterError, UsageError
+from megainter.process import StopRequest
 from preprocessing.detector.backbones import packaged_efficientnet_weights
 from preprocessing.detector.detector import DetectorConfig
 from preprocessing.detector.training import DetectorTraining, train_detector
@@ -150,6 +150,7 @@ def main(
     if min_size is not None and max_size is None:
         given["max_size"] = max(min_size, DEFAULTS[backbone].max_size)
     pretrained = packaged_efficientnet_weights() if backbone_weights == "packaged" else backbone_weights and Path(backbone_weights)
+    request = StopRequest((signal.SIGINT, signal.SIGTERM))
     train_detector(
         boxes=boxes,
         images=images,
@@ -179,24 +180,8 @@ def main(
         half=half,
         split=split,
         validation_split=validation_split,
-        stop=_StopOnSignal(),
+        stop=lambda: request.asked,
     )
-
-
-class _StopOnSignal:
-    """SIGTERM or SIGINT asks for a stop after the running step; a second one is obeyed at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def __call__(self) -> bool:
-        return self.asked
 
 
 if __name__ == "__main__":

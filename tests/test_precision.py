@@ -180,7 +180,7 @@ def test_ranks_on_unlike_machines_agree(tmp_path: Path) -> None:
 PRETRAIN = """
 import json, sys
 import megainter.training.precision as precision
-from megainter.config import load_config
+from megainter.config.reading import load_config
 from megainter.precision import cpu_units
 from megainter.training import engine
 from megainter.tasks.pretraining.training import pretrain

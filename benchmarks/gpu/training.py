@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.part import Setting, Wrong
+from megainter.process import free_port
 
 SMALL = {
     "hidden_size": 256, "num_attention_heads": 4, "num_region_attention_heads": 4, "intermediate_size": 1024, "pooler_size": 256,
@@ -79,10 +79,3 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     """As a machine that fails."""
     process.send_signal(signal.SIGKILL)
     process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

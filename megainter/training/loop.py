@@ -63,7 +63,7 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
             meter.waited += time.perf_counter() - waiting
 
             # What all ranks together score, and whether one of them was asked to stop: one sum, which no host waits for on a GPU.
-            wish = torch.tensor([float(stop.signal_name is not None)])
+            wish = torch.tensor([float(stop.asked)])
             agreed = summed(sent(torch.cat([counted(batches), wish]), world.device))
             scored = agreed[:-1]
             divisors = scored.clamp(min=1)

@@ -1,12 +1,11 @@
 """`megainter features`: feature stores looked at, checked, merged, and exchanged with other programs."""
 
-import signal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cyclopts import App
 
-from megainter.errors import StoppedEarly
+from megainter.process import raise_on_signals
 
 features_app = App(name="features", help="Show, check, merge, import and export feature stores.")
 
@@ -54,7 +53,7 @@ def merge(*stores: Path, output: Path) -> None:
     """
     from preprocessing.features.merging import merge_stores
 
-    _stop_on_signals()
+    raise_on_signals("stopped on request; what was stored is kept, run the same command again")
     print(f"{output}: digest {merge_stores(list(stores), output)}")
 
 
@@ -91,7 +90,7 @@ def redescribe(
     """
     from preprocessing.extraction.redescribe import redescribe
 
-    _stop_on_signals()
+    raise_on_signals("stopped on request; what was stored is kept, run the same command again")
     digest = redescribe(store, images, output, network=network, side=side, batch=batch, device=device)
     print(f"{output}: digest {digest}")
 
@@ -144,7 +143,7 @@ def import_(
     """
     from preprocessing.features.importing import import_features
 
-    _stop_on_signals()
+    raise_on_signals("stopped on request; what was stored is kept, run the same command again")
     done = import_features(
         src, dst, format=format, features=features, classes=classes, sizes=sizes, background=background, top_k=top_k, detector=detector,
         ids=ids, max_bad=max_bad,
@@ -167,16 +166,5 @@ def export(store: Path, dst: Path, /, *, format: Literal["lxmert-tsv", "vilbert-
     """
     from preprocessing.features.exporting import export_features
 
-    _stop_on_signals()
+    raise_on_signals("stopped on request; what was stored is kept, run the same command again")
     print(f"{dst}: {export_features(store, dst, format):,} images")
-
-
-def _stop_on_signals() -> None:
-    """On SIGTERM and SIGINT, what is finished is committed and what is half exported removed; a second one ends the process at once."""
-
-    def stop(number: int, frame: object) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        raise StoppedEarly("stopped on request; what was stored is kept, run the same command again")
-
-    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

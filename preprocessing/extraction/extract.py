@@ -9,10 +9,9 @@ all; so a run that was killed and taken up again ends with the same store, to th
 import os
 import signal
 import sys
-import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import StoppedEarly, TooManyBadInputsError, UsageError
 from megainter.files import sha256_of
 from megainter.precision import AskedPrecision, Precision, Units, automatic
+from megainter.process import StopRequest
 from megainter.progress import Progress
 from preprocessing.detector.detector import load_detector
 from preprocessing.extraction.crew import Worker, end, feed, receive, start_child, with_news
@@ -50,13 +50,6 @@ class Extraction:
     stored: int
     failed: int
     digest: str
-
-
-@dataclass
-class _Stop:
-    """Set by the first SIGINT or SIGTERM; the second one ends the process at once."""
-
-    requested: bool = False
 
 
 def extract(
@@ -225,7 +218,7 @@ def _run(jobs: list[Job], ranks: Sequence[Worker], batches: Iterator[list[Task]]
     """Have all batches extracted; images that failed are added to ``failures`` as they become known."""
     workers: list[Worker] = []
     helpers = list(ranks)[: len(jobs) - 1]
-    with _stop_on_signals() as stop, Progress("extract", total, "images", done=done) as progress:
+    with StopRequest((signal.SIGINT, signal.SIGTERM)) as stop, Progress("extract", total, "images", done=done) as progress:
         try:
             for rank, job in zip(helpers, jobs[len(jobs) - len(helpers) :], strict=True):
                 rank.link.send(job)
@@ -237,29 +230,10 @@ def _run(jobs: list[Job], ranks: Sequence[Worker], batches: Iterator[list[Task]]
                     feed(worker, batches)
                 for worker in with_news(workers):
                     done += receive(worker, failures, progress)
-                if stop.requested:
+                if stop.asked:
                     raise StoppedEarly(f"stopped at {done:,} of {total:,} images; run the same command to go on")
         finally:
             end(workers)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set handlers; whoever runs threads handles signals
-        return
-
-    def request(number: int, frame: object) -> None:
-        stop.requested = True
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _list_failures(output: Path, failures: list[Failure]) -> None:

@@ -45,15 +45,15 @@ def redescribe(
         raise UsageError(f"--batch is {batch}; give at least 1")
     given = FeatureStore(store)
     items = _files_of(given, images)
-    where = torch_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    computing = torch_device(device)
     describer, weights = _describer(network)
-    describer.to(where).eval()
+    describer.to(computing).eval()
     with FeatureStoreWriter(output, _schema(given.schema, describer, network, sha256_of(weights), side)) as writer:
         todo = [item for item in items if item.image_id not in writer]
         with Progress("describing", len(items), "images", done=len(items) - len(todo)) as progress:
             for start in range(0, len(todo), batch):
                 some = todo[start : start + batch]
-                writer.add_all(_described(some, given, images, describer, side, where))
+                writer.add_all(_described(some, given, images, describer, side, computing))
                 progress.update(len(some))
     return seal_store(output)
 

@@ -3,11 +3,9 @@
 The link is a pipe to the parent process or an MPI rank's link to rank 0.
 """
 
-import ctypes
 import os
 import queue
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,10 +23,10 @@ from megainter.data.feature_store.writer import FeatureStoreWriter
 from megainter.data.tables.boxes import ImageBoxes
 from megainter.errors import MegainterError, UsageError
 from megainter.precision import Precision
+from megainter.process import end_with_parent
 from preprocessing.detector.detector import Detector, load_detector
 from preprocessing.images.decode import Part, UnreadableImageError, confined, load_image, silence_pillow
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 FRAME_TOLERANCE = 0.02  # relative difference in aspect between an image and the frame in which its boxes were drawn
 STOP = "stop"  # sent instead of a batch: keep what is finished and end
 
@@ -98,7 +96,7 @@ class _Terminated(Exception):
 
 def work(link: Link, job: Job) -> None:
     """The worker's whole life; the shard's writer commits what is finished however it ends, SIGKILL apart."""
-    _end_with_parent(job.parent)
+    end_with_parent(job.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _terminate)
     silence_pillow()
@@ -132,14 +130,6 @@ def _work(link: Link, job: Job) -> tuple[Any, ...]:
 def _terminate(number: int, frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Terminated
-
-
-def _end_with_parent(parent: int) -> None:
-    """Where the parent is killed, its shards must be free at once for the run that goes on; transactions make SIGKILL harmless."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _decoded_batches(link: Link, images: Path) -> Iterator[Decoded]:

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from launcher.supervise import FINAL, Requests, outcome, supervise
+from launcher.supervise import FINAL, SIGNALS, outcome, supervise
+from megainter.process import StopRequest
 from tests.places import ROOT
 from tests.synthetic import environment
 
 DRIVER = """
 import os, sys
 from pathlib import Path
-from launcher.supervise import Requests, adopt_orphans, run_attempt
-requests = Requests(); adopt_orphans()
+from launcher.supervise import SIGNALS, adopt_orphans, run_attempt
+from megainter.process import StopRequest
+requests = StopRequest(SIGNALS, patient=True); adopt_orphans()
 sys.exit(run_attempt([sys.executable, "-c", {engine!r}], dict(os.environ), Path({folder!r}), requests, {grace}, remote=False))
 """
 # An engine with one rank: the rank obeys the stop file unless told to be stubborn, and writes its process id first.
@@ -133,7 +135,7 @@ def test_restarts(codes: list[int], restarts: int, expected: int, tmp_path: Path
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
     try:
         ends = iter(codes)
-        assert supervise(lambda number: next(ends), restarts, Requests(), tmp_path / "attempts.jsonl") == expected
+        assert supervise(lambda number: next(ends), restarts, StopRequest(SIGNALS, patient=True), tmp_path / "attempts.jsonl") == expected
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,10 +1,8 @@
 """Background loading: worker processes make whole steps ahead of the trainer, in order, and never outlive it."""
 
 import atexit
-import ctypes
 import os
 import signal
-import sys
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -14,10 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megainter.errors import MegainterError
+from megainter.process import end_with_parent
 
 Item = TypeVar("Item", covariant=True)
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Indexed(Protocol[Item]):
@@ -126,7 +123,4 @@ def _start_worker(parent: int, _: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
+    end_with_parent(parent)

@@ -3,7 +3,6 @@
 `classification_training` makes the model. The figures are those of GLUE, VQA and NLVR2 (`classification_metrics`).
 """
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import model_digest, read_config, read_vocabulary
 from megainter.model.interbert import InterBertForSequenceClassification
 from megainter.precision import AskedPrecision
-from megainter.progress import Progress
 from megainter.tasks.classification.batches import EncodedExamples, encode_examples, fixed_batches, with_regions
 from megainter.tasks.classification.head import PROBLEM_TYPES, outcome
 from megainter.tasks.classification.metrics import by_kind, figures
 from megainter.tasks.classification.report import ClassificationReport, summary, write_predictions
-from megainter.tasks.scoring.file import ScoreFile, open_score_file
+from megainter.tasks.scoring.file import open_score_file
 from megainter.tasks.scoring.models import DTYPES, USUAL_LENGTH, choose_devices, choose_precision, load_model
-from megainter.tasks.scoring.processes import score_chunks
+from megainter.tasks.scoring.running import run
 
 KEPT = ("prediction", "score", "loss")  # of each example, in this order
 EXAMPLES_WORTH_A_PROCESS = 20  # times its cost, beside that of a pair of caption and image
@@ -86,7 +84,7 @@ def evaluate(
     }  # fmt: skip
     plan = facts | {"vocabulary": vocabulary.digest, "batch": batch, "torch": str(torch.__version__)}
     with open_score_file(output, plan, len(kept), len(KEPT), len(work.batches)) as file:
-        seconds = _score(work, kept, file, devices)
+        seconds, _ = run(work, file, devices, "examples", lambda chunk, scores: _require_numbers(scores, kept, work.places(chunk)))
         found = np.array(file.scores)
         write_predictions(predictions, kept, encoded, found)
         measured = _measured(kept, encoded, found)
@@ -139,6 +137,17 @@ class Work:
     batches: tuple[Int64s, ...]
     precision: str
 
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def places(self, chunk: int) -> Int64s:
+        """Numbers of the examples of a batch."""
+        return self.batches[chunk]
+
+    def units(self, chunk: int) -> int:
+        """Examples of a batch."""
+        return len(self.batches[chunk])
+
     def scorer(self, device: torch.device) -> "BatchScorer":
         return BatchScorer(self, device)
 
@@ -159,21 +168,11 @@ class BatchScorer:
         return kept.T.astype(np.float32)
 
 
-def _score(work: Work, examples: Examples, file: ScoreFile, devices: list[torch.device]) -> float:
-    """Score what is not done yet; returns the seconds it took."""
-    todo = file.todo()
-    left = sum(len(work.batches[chunk]) for chunk in todo)
-    with Progress("predicting", len(examples), "examples", done=len(examples) - left) as progress:
-        start = time.monotonic()
-        for chunk, kept in score_chunks(work, todo, devices):
-            rows = work.batches[chunk]
-            bad = ~np.isfinite(kept[:, :2]).all(1)
-            if bad.any():
-                example = examples[int(rows[bad.argmax()])].example_id
-                raise NumericsError(f"the score of example {example!r} is no number: weights are not finite, or --precision is too narrow")
-            file.put(chunk, rows, kept)
-            progress.update(len(rows))
-        return round(time.monotonic() - start, 3)
+def _require_numbers(kept: NDArray[np.float32], examples: Examples, rows: Int64s) -> None:
+    bad = ~np.isfinite(kept[:, :2]).all(1)
+    if bad.any():
+        example = examples[int(rows[bad.argmax()])].example_id
+        raise NumericsError(f"the score of example {example!r} is no number: weights are not finite, or --precision is too narrow")
 
 
 def _measured(examples: Examples, encoded: EncodedExamples, found_N3: NDArray[np.float32]) -> dict[str, Any]:

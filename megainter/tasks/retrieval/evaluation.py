@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.text.vocabulary import Vocabulary
+from megainter.devices import torch_device
 from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
 from megainter.model.folder import model_digest, read_config
 from megainter.precision import AskedPrecision
-from megainter.progress import Progress
 from megainter.tasks.retrieval.gallery import Gallery, read_gallery, tokenize
 from megainter.tasks.retrieval.pairs import CandidateJob, Job, make_job
 from megainter.tasks.retrieval.prefilter.candidates import Candidates, choose_candidates, found_shares, rank_candidates
@@ -35,9 +35,9 @@ from megainter.tasks.retrieval.ranking import (
     text_to_image,
 )
 from megainter.tasks.retrieval.report import BothStages, FirstStage, RetrievalReport, summary, write_pair_scores, write_scores, write_top
-from megainter.tasks.scoring.file import ScoreFile, open_score_file
+from megainter.tasks.scoring.file import open_score_file
 from megainter.tasks.scoring.models import USUAL_LENGTH, check_model, choose_devices, choose_precision
-from megainter.tasks.scoring.processes import score_chunks
+from megainter.tasks.scoring.running import run
 
 TOP = 10  # best images kept for each caption
 
@@ -108,8 +108,8 @@ def evaluate(
     choose_devices(device, arithmetic, processes, 1, 1)  # refuses before long work
     stage, chosen = None, None
     if encoder is not None and prefilter is not None and prefilter_model is not None:
-        where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
-        stage, chosen = _first_stage(prefilter_model, encoder.to(where), prefilter, gallery, vocabulary, feature_store, where)
+        first = torch_device(device)
+        stage, chosen = _first_stage(prefilter_model, encoder.to(first), prefilter, gallery, vocabulary, feature_store, first)
     job = everything if chosen is None else CandidateJob(everything, chosen.keys)
     shape = (len(gallery.image_ids), len(gallery.rows)) if chosen is None else (len(chosen.keys), 1)
     devices = choose_devices(device, arithmetic, processes, shape[0] * shape[1], len(job))
@@ -118,19 +118,26 @@ def evaluate(
     facts |= {"model_digest": model_digest(model), "pairs_digest": gallery.pairs.digest, "store_digest": feature_store.digest}
     facts |= {"images": len(gallery.image_ids), "captions": len(gallery.rows), "missing_images": gallery.missing_images}
     with open_score_file(output, _plan(facts, vocabulary, gallery, everything, chosen), *shape, len(job)) as file:
-        speed = _score(job, gallery, file, devices)
+        seconds, pace = run(job, file, devices, "pairs", lambda chunk, scores: _require_numbers(scores, job, chunk, gallery))
         ranks = _ranks(file.scores, gallery, chosen)
         write_top(top, gallery, ranks)
         if scores is not None and chosen is None:
             write_scores(scores, file.scores, gallery)
         elif scores is not None and chosen is not None:
             write_pair_scores(scores, file.scores[:, 0], chosen.keys, gallery)
-        recalls: dict[str, Any] = {"text_to_image": text_to_image(ranks), "image_to_text": image_to_text(ranks, gallery.image_of_caption)}
-        files: dict[str, Any] = {"top": top.name, "scores": str(scores) if scores is not None else None}
-        together = None if stage is None or chosen is None else _both_stages(file.scores[:, 0], gallery, chosen, stage.scale)
-        parts = None if folds is None else mean_over_folds(file.scores, gallery.image_of_caption, folds)
-        more: dict[str, Any] = {"prefilter": stage, "both_stages": together, "folds": parts}
-        report = RetrievalReport(**recalls, **facts, **speed, **files, **more, processes=len(devices))
+        report = RetrievalReport(
+            **facts,
+            text_to_image=text_to_image(ranks),
+            image_to_text=image_to_text(ranks, gallery.image_of_caption),
+            processes=len(devices),
+            seconds=seconds,
+            pairs_per_second=pace,
+            top=top.name,
+            scores=str(scores) if scores is not None else None,
+            prefilter=stage,
+            both_stages=None if stage is None or chosen is None else _both_stages(file.scores[:, 0], gallery, chosen, stage.scale),
+            folds=None if folds is None else mean_over_folds(file.scores, gallery.image_of_caption, folds),
+        )
         write_json(output, asdict(report))
     print(summary(report), flush=True)
     return report
@@ -201,20 +208,6 @@ def _plan(facts: dict[str, Any], vocabulary: Vocabulary, gallery: Gallery, job: 
         "candidates": hashlib.sha256(chosen.keys.tobytes()).hexdigest() if chosen is not None else None,
         "torch": str(torch.__version__),
     }
-
-
-def _score(job: Job | CandidateJob, gallery: Gallery, file: ScoreFile, devices: list[torch.device]) -> dict[str, Any]:
-    """Score what is not done yet; returns the seconds it took and the pairs per second."""
-    todo, total = file.todo(), file.scores.size
-    left = sum(job.pairs(chunk) for chunk in todo)
-    with Progress("scoring", total, "pairs", done=total - left) as progress:
-        start = time.monotonic()
-        for chunk, scores in score_chunks(job, todo, devices):
-            _require_numbers(scores, job, chunk, gallery)
-            file.put(chunk, job.places(chunk), scores)
-            progress.update(scores.size)
-        seconds = time.monotonic() - start
-    return {"seconds": round(seconds, 3), "pairs_per_second": round(left / max(seconds, 1e-9), 1)}
 
 
 def _require_numbers(scores: NDArray[np.float32], job: Job | CandidateJob, chunk: int, gallery: Gallery) -> None:

@@ -55,7 +55,7 @@ class Job:
         """Numbers of the image and the caption of a chunk's score."""
         return int(self.images(chunk)[row]), column
 
-    def pairs(self, chunk: int) -> int:
+    def units(self, chunk: int) -> int:
         """How many pairs a chunk has."""
         return len(self.images(chunk)) * len(self.caption_order)
 
@@ -95,7 +95,7 @@ class CandidateJob:
         image, caption = divmod(int(self.keys[self.places(chunk)[row]]), len(self.job.caption_order))
         return image, caption
 
-    def pairs(self, chunk: int) -> int:
+    def units(self, chunk: int) -> int:
         """How many pairs a chunk has."""
         return len(self.places(chunk))
 

@@ -48,9 +48,7 @@ def choose_precision(asked: AskedPrecision, device: str) -> Precision:
 
 def choose_devices(device: str, precision: str, processes: int | None, pairs: int, chunks: int) -> list[torch.device]:
     """One device for each process: GPUs in turn, or the CPU as often as there are cores and work for them."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_device(device)
+    device = str(torch_device(device))
     if precision not in DTYPES or (precision == "fp16" and device == "cpu"):
         raise UsageError(f"--precision {precision} is not possible on {device}; give fp32 or bf16")
     if device == "cuda":

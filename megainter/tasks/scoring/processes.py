@@ -26,14 +26,14 @@ class Scorer(Protocol):
         """The scores of one chunk."""
 
 
-class Work(Protocol):
+class Scored(Protocol):
     """Whatever can be scored chunk by chunk; sent to every process."""
 
     def scorer(self, device: torch.device) -> Scorer:
         """Its model on a device."""
 
 
-def score_chunks(job: Work, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def score_chunks(job: Scored, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """(chunk, its scores) as they come, in no particular order. One device: in this process; several: a process for each."""
     if not chunks:
         return
@@ -43,7 +43,7 @@ def score_chunks(job: Work, chunks: list[int], devices: list[torch.device]) -> I
         yield from _score_in_processes(job, chunks, devices[: len(chunks)])
 
 
-def _score_here(job: Work, chunks: list[int], device: torch.device) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _score_here(job: Scored, chunks: list[int], device: torch.device) -> Iterator[tuple[int, NDArray[np.float32]]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -54,7 +54,7 @@ def _score_here(job: Work, chunks: list[int], device: torch.device) -> Iterator[
         torch.set_num_threads(threads)
 
 
-def _score_in_processes(job: Work, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _score_in_processes(job: Scored, chunks: list[int], devices: list[torch.device]) -> Iterator[tuple[int, NDArray[np.float32]]]:
     context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks and CUDA state
     processes, pipes = [], []
     try:
@@ -110,7 +110,7 @@ def _next_result(pipes: list[Connection]) -> tuple[Connection, NDArray[np.float3
     return pipe, result
 
 
-def _serve(job: Work, device: torch.device, pipe: Connection) -> None:
+def _serve(job: Scored, device: torch.device, pipe: Connection) -> None:
     """One scoring process: chunk numbers in, scores out, until the pipe closes (also because the other end was killed)."""
     torch.set_num_threads(1)
     try:

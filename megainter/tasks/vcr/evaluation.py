@@ -4,7 +4,6 @@
 (Q->AR), joined by question id. Where labels are not public it writes the file that the leaderboard takes.
 """
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +16,9 @@ from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
 from megainter.model.folder import model_digest, read_config
 from megainter.precision import AskedPrecision
-from megainter.progress import Progress
-from megainter.tasks.scoring.file import ScoreFile, open_score_file
+from megainter.tasks.scoring.file import open_score_file
 from megainter.tasks.scoring.models import check_model, choose_devices, choose_precision
-from megainter.tasks.scoring.processes import score_chunks
+from megainter.tasks.scoring.running import run
 from megainter.tasks.vcr.batches import Examples, Item, all_items, right_choices
 from megainter.tasks.vcr.inputs import MODES, WordPieces, open_questions, open_stores, read_facts
 from megainter.tasks.vcr.report import BOTH, CHANCE, Judged, VcrReport, accuracies, is_right, summary, write_probabilities, write_submission
@@ -80,15 +78,25 @@ def evaluate(
     facts |= {"objects_store_digest": stores.given.digest if stores.given is not None else None, "questions": len(asked)}
     plan = facts | {"items": len(work.items), "batch_questions": batch_questions, "vocabulary": vocabulary.digest}
     with open_score_file(output, plan | {"torch": str(torch.__version__)}, len(work.items), 4, len(work)) as file:
-        speed = _score(work, file, devices)
+        seconds, pace = run(work, file, devices, "choices", lambda chunk, scores: _require_numbers(scores, work, chunk))
         scores = np.array(file.scores)
         write_probabilities(probabilities, asked, work.items, scores)
         if submission is not None:
             write_submission(submission, asked, work.items, scores)
         shares, labelled = _measure(examples, work.items, scores)
-        files = {"probabilities": probabilities.name, "submission": str(submission) if submission is not None else None}
-        figures = {name: shares.get(name) for name in CHANCE}
-        report = VcrReport(**figures, **facts, **speed, **files, labelled=labelled, chance=CHANCE, processes=len(devices))  # type: ignore[arg-type]
+        report = VcrReport(
+            **facts,
+            answer=shares.get("answer"),
+            rationale=shares.get("rationale"),
+            both=shares.get("both"),
+            labelled=labelled,
+            chance=CHANCE,
+            processes=len(devices),
+            seconds=seconds,
+            choices_per_second=round(4 * pace, 1),
+            probabilities=probabilities.name,
+            submission=str(submission) if submission is not None else None,
+        )
         write_json(output, asdict(report))
     print(summary(report), flush=True)
     return report
@@ -110,20 +118,6 @@ def _check_objects(model: Path, with_objects: bool, objects_store: Path | None) 
         raise UsageError(f"{model} was trained with annotated boxes; give --objects-store, what `megainter extract --boxes` wrote")
     if objects_store is not None and not with_objects:
         raise UsageError(f"{model} was trained without annotated boxes; leave --objects-store out")
-
-
-def _score(work: ChoiceWork, file: ScoreFile, devices: list[torch.device]) -> dict[str, Any]:
-    """Score what is not done yet; returns the seconds it took and the choices per second."""
-    todo = file.todo()
-    left = sum(len(work.places(chunk)) for chunk in todo)
-    with Progress("scoring", len(work.items), "choices", done=len(work.items) - left) as progress:
-        start = time.monotonic()
-        for chunk, scores in score_chunks(work, todo, devices):
-            _require_numbers(scores, work, chunk)
-            file.put(chunk, work.places(chunk), scores)
-            progress.update(len(scores))
-        seconds = time.monotonic() - start
-    return {"seconds": round(seconds, 3), "choices_per_second": round(4 * left / max(seconds, 1e-9), 1)}
 
 
 def _require_numbers(scores: NDArray[np.float32], work: ChoiceWork, chunk: int) -> None:

@@ -34,6 +34,10 @@ class ChoiceWork:
         first = chunk * self.batch_questions
         return np.arange(first, min(first + self.batch_questions, len(self.items)))
 
+    def units(self, chunk: int) -> int:
+        """Items of a chunk."""
+        return len(self.places(chunk))
+
     def scorer(self, device: torch.device) -> "ChoiceScorer":
         return ChoiceScorer(self, device)
 

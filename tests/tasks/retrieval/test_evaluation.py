@@ -21,6 +21,7 @@ from megainter.tasks.retrieval import evaluation as retrieval
 from megainter.tasks.retrieval.evaluation import evaluate
 from megainter.tasks.retrieval.pairs import ChunkScorer
 from megainter.tasks.retrieval.ranking import mean_over_folds, rank_scores
+from megainter.tasks.scoring import running
 from tests.synthetic import CLASSES, FEATURE_SIZE, TINY, environment, write_data
 
 IMAGES, CAPTIONS = 19, 2  # not a multiple of the chunk
@@ -272,7 +273,7 @@ def test_a_training_run_is_told_to_be_converted_first(data: tuple[Path, Path, Pa
 def test_a_place_that_cannot_be_written_is_found_before_scoring(
     data: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr(retrieval, "score_chunks", lambda *_: pytest.fail("scoring began"))
+    monkeypatch.setattr(running, "score_chunks", lambda *_: pytest.fail("scoring began"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "file").touch()
     for path, text in ((tmp_path / "photos", "is a folder"), (tmp_path / "file" / "x", "cannot be written")):

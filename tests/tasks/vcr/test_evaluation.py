@@ -21,6 +21,7 @@ from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.tables.questions import read_questions
 from megainter.errors import NumericsError, UsageError
+from megainter.tasks.scoring import running
 from megainter.tasks.vcr import evaluation as vcr
 from megainter.tasks.vcr.evaluation import evaluate
 from megainter.tasks.vcr.settings import VcrConfig
@@ -137,7 +138,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     arguments = {"objects_store": files.objects_store, "split": "val", "batch_questions": 8, "processes": 1}
     evaluate(run / "model", files.questions, files.store, output=tmp_path / "whole.json", **arguments)
     asked: list[list[int]] = []
-    real = vcr.score_chunks
+    real = running.score_chunks
 
     def interrupted(work, chunks, devices):
         asked.append(chunks)
@@ -146,7 +147,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(vcr, "score_chunks", interrupted)
+    monkeypatch.setattr(running, "score_chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(run / "model", files.questions, files.store, output=tmp_path / "cut.json", **arguments)
     assert not (tmp_path / "cut.json").exists()

@@ -77,7 +77,7 @@ def finetune(
         max_text_tokens=max_text_tokens,
         max_regions=max_regions,
     )
-    on = torch_device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+    on = torch_device(device)
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         encoder = DualEncoder(settings, training.dropout)
