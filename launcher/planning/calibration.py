@@ -1,4 +1,4 @@
-"""From a run of ``python -m benchmarks.gpu`` to a measured row of ``launcher/gpus.toml``.
+"""From a run of ``python -m benchmarks.gpu`` to a measured row of ``launcher/planning/gpus.toml``.
 
     python -m launcher.planning.calibration gpu-run/results.jsonl h100
 
@@ -132,7 +132,7 @@ def main() -> None:
         prog="python -m launcher.planning.calibration", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("results", type=Path, help="results.jsonl of a run on that device")
-    options.add_argument("name", help="its name in launcher/gpus.toml, or a TOML file with a table like those there")
+    options.add_argument("name", help="its name in launcher/planning/gpus.toml, or a TOML file with a table like those there")
     given = options.parse_args()
     try:
         known = device(given.name)

@@ -102,7 +102,7 @@ def device(name: str) -> Device:
         raise UsageError(f"{name} is not valid TOML: {error}") from None
     chosen = next(iter(table)) if path.suffix == ".toml" and len(table) == 1 else name.lower()
     if not table:
-        raise UsageError(f"{name} is empty; it needs one table like those of launcher/gpus.toml")
+        raise UsageError(f"{name} is empty; it needs one table like those of launcher/planning/gpus.toml")
     if chosen not in table:
         raise UsageError(f"no device {name!r}; known: {', '.join(table)}; or give a TOML file with one table like them")
     try:
@@ -111,7 +111,7 @@ def device(name: str) -> Device:
         rates = float(facts["hbm"]) * 1e9, float(facts["link"]) * 1e9
         return Device(chosen, float(facts["memory"]), peaks, *rates, str(facts.get("source", path)), **_reached(facts))
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"device {chosen} in {name} lacks a number: {error}; see launcher/gpus.toml for the form") from None
+        raise UsageError(f"device {chosen} in {name} lacks a number: {error}; see launcher/planning/gpus.toml for the form") from None
 
 
 def _reached(facts: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,9 +14,15 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.feature_store.record import RegionRecord
 from megainter.data.tables.pairs import Pairs, read_pairs
 from megainter.errors import UsageError
-from megainter.tasks.retrieval.evaluation import evaluate
+from megainter.tasks.retrieval import evaluation
+from megainter.tasks.retrieval.options import RetrievalEvaluation
+from megainter.tasks.retrieval.report import RetrievalReport
 from tests.synthetic import FEATURE_SIZE, write_data
 from tests.tasks.retrieval.test_evaluation import write_model
+
+
+def evaluate(model: Path, pairs: Path, store: Path, **given: Any) -> RetrievalReport:
+    return evaluation.evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, **given))
 
 
 class Data:

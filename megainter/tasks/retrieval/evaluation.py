@@ -7,7 +7,7 @@ log-odds of "matched".
 
 import hashlib
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from megainter.devices import torch_device
 from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
 from megainter.model.folder import model_digest, read_config
-from megainter.precision import AskedPrecision
+from megainter.precision import Precision
 from megainter.tasks.retrieval.gallery import Gallery, read_gallery, tokenize
+from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.pairs import CandidateJob, Job, make_job
 from megainter.tasks.retrieval.prefilter.candidates import Candidates, choose_candidates, found_shares, rank_candidates
 from megainter.tasks.retrieval.prefilter.towers import DualEncoder, caption_vectors, image_vectors, load_prefilter, prefilter_digest
@@ -42,28 +43,8 @@ from megainter.tasks.scoring.running import run
 TOP = 10  # best images kept for each caption
 
 
-def evaluate(
-    model: Path,
-    pairs: Path,
-    store: Path,
-    *,
-    output: Path,
-    split: str | None = "test",
-    images: int | None = None,
-    captions_per_image: int | None = None,
-    max_regions: int | None = None,
-    max_text_tokens: int | None = None,
-    batch_pairs: int = 256,
-    processes: int | None = None,
-    precision: AskedPrecision = "auto",
-    device: str = "auto",
-    scores: Path | None = None,
-    prefilter: int | None = None,
-    prefilter_model: Path | None = None,
-    max_missing: float = 0.01,
-    folds: int | None = None,
-) -> RetrievalReport:
-    """Score every caption against every image of a gallery, rank both ways, and write the figures to ``output`` (JSON).
+def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
+    """Score every caption against every image of a gallery, rank both ways, and write the figures to ``options.output`` (JSON).
 
     ``model`` is a Hugging Face folder with its vocab.txt. The gallery is the first ``images`` images of ``split`` with the first
     ``captions_per_image`` captions of each. Ties count against the model (`rank_scores`). ``processes``: None takes one per GPU, or as
@@ -83,48 +64,28 @@ def evaluate(
     Raises ``UsageError`` for inputs that do not fit each other, ``TooManyBadInputsError`` where ``images`` is None and more than
     ``max_missing`` of the split's images have no regions, ``NumericsError`` naming the pair for a score that is not a number.
     """
-    _check_numbers({"--batch-pairs": batch_pairs, "--max-regions": max_regions, "--processes": processes})
-    _check_prefilter(prefilter, prefilter_model)
-    if folds is not None and prefilter is not None:
-        raise UsageError("--folds needs every score; leave out --prefilter, or give --images for one fold")
-    top = output.with_name(f"{output.stem}.top.parquet")
-    _check_places({"--output": output, "--output's list of best images": top, "--scores": scores})
-    config = read_config(model)
-    max_regions = _length("--max-regions", max_regions, config.max_regions, model)
-    max_text_tokens = _length("--max-text-tokens", max_text_tokens, config.max_text_tokens, model)
-    feature_store = FeatureStore(store)
-    vocabulary = check_model(model, config, feature_store, max_text_tokens)
-    encoder = load_prefilter(prefilter_model, vocabulary, feature_store) if prefilter_model is not None else None
-    if not 0 <= max_missing <= 1:
-        raise UsageError(f"--max-missing is {max_missing}; give a share, 0 to 1")
-    gallery = read_gallery(pairs, feature_store, split, images, captions_per_image, max_missing)
-    if folds is not None and (folds < 1 or len(gallery.image_ids) % folds):
-        raise UsageError(f"--folds is {folds}; give a number that divides the gallery's {len(gallery.image_ids):,} images")
-    if gallery.missing_images:
-        print(f"left out: {gallery.missing_images:,} images of {pairs} that have no regions in {store}", flush=True)
-    tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
-    arithmetic = choose_precision(precision, device)
-    everything = make_job(model, feature_store, gallery.image_ids, tokens, max_regions, batch_pairs, arithmetic)
-    choose_devices(device, arithmetic, processes, 1, 1)  # refuses before long work
-    stage, chosen = None, None
-    if encoder is not None and prefilter is not None and prefilter_model is not None:
-        first = torch_device(device)
-        stage, chosen = _first_stage(prefilter_model, encoder.to(first), prefilter, gallery, vocabulary, feature_store, first)
+    top = options.output.with_name(f"{options.output.stem}.top.parquet")
+    _check(options, top)
+    inputs = _open_inputs(model, options)
+    choose_devices(options.device, inputs.precision, options.processes, 1, 1)  # refuses before long work
+
+    # The pairs to score: all, or those that a first stage chooses.
+    gallery, everything = inputs.gallery, inputs.job
+    stage, chosen = _first_stage(inputs, options) if inputs.encoder is not None else (None, None)
     job = everything if chosen is None else CandidateJob(everything, chosen.keys)
     shape = (len(gallery.image_ids), len(gallery.rows)) if chosen is None else (len(chosen.keys), 1)
-    devices = choose_devices(device, arithmetic, processes, shape[0] * shape[1], len(job))
-    facts: dict[str, Any] = {"split": split, "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": arithmetic}
-    facts |= {"model": str(model), "pairs": str(pairs), "store": str(store), "device": devices[0].type}
-    facts |= {"model_digest": model_digest(model), "pairs_digest": gallery.pairs.digest, "store_digest": feature_store.digest}
-    facts |= {"images": len(gallery.image_ids), "captions": len(gallery.rows), "missing_images": gallery.missing_images}
-    with open_score_file(output, _plan(facts, vocabulary, gallery, everything, chosen), *shape, len(job)) as file:
+    devices = choose_devices(options.device, inputs.precision, options.processes, shape[0] * shape[1], len(job))
+
+    # Scores, kept on the disk until the report is written.
+    facts = inputs.facts | {"split": options.split, "device": devices[0].type}
+    with open_score_file(options.output, _plan(facts, inputs, chosen), *shape, len(job)) as file:
         seconds, pace = run(job, file, devices, "pairs", lambda chunk, scores: _require_numbers(scores, job, chunk, gallery))
         ranks = _ranks(file.scores, gallery, chosen)
         write_top(top, gallery, ranks)
-        if scores is not None and chosen is None:
-            write_scores(scores, file.scores, gallery)
-        elif scores is not None and chosen is not None:
-            write_pair_scores(scores, file.scores[:, 0], chosen.keys, gallery)
+        if options.scores is not None and chosen is None:
+            write_scores(options.scores, file.scores, gallery)
+        elif options.scores is not None and chosen is not None:
+            write_pair_scores(options.scores, file.scores[:, 0], chosen.keys, gallery)
         report = RetrievalReport(
             **facts,
             text_to_image=text_to_image(ranks),
@@ -133,29 +94,82 @@ def evaluate(
             seconds=seconds,
             pairs_per_second=pace,
             top=top.name,
-            scores=str(scores) if scores is not None else None,
+            scores=str(options.scores) if options.scores is not None else None,
             prefilter=stage,
             both_stages=None if stage is None or chosen is None else _both_stages(file.scores[:, 0], gallery, chosen, stage.scale),
-            folds=None if folds is None else mean_over_folds(file.scores, gallery.image_of_caption, folds),
+            folds=None if options.folds is None else mean_over_folds(file.scores, gallery.image_of_caption, options.folds),
         )
-        write_json(output, asdict(report))
+        write_json(options.output, asdict(report))
     print(summary(report), flush=True)
     return report
 
 
-def _first_stage(
-    folder: Path, encoder: DualEncoder, keep: int, gallery: Gallery, vocabulary: Vocabulary, store: FeatureStore, device: torch.device
-) -> tuple[FirstStage, Candidates]:
+@dataclass(frozen=True)
+class Inputs:
+    """What an evaluation reads, opened and known to fit together; ``job`` is all pairs of the gallery, ``encoder`` the first stage."""
+
+    gallery: Gallery
+    job: Job
+    store: FeatureStore
+    vocabulary: Vocabulary
+    encoder: DualEncoder | None
+    precision: Precision
+    facts: dict[str, Any]
+
+
+def _open_inputs(model: Path, options: RetrievalEvaluation) -> Inputs:
+    config = read_config(model)
+    max_regions = _length("--max-regions", options.max_regions, config.max_regions, model)
+    max_text_tokens = _length("--max-text-tokens", options.max_text_tokens, config.max_text_tokens, model)
+    store = FeatureStore(options.store)
+    vocabulary = check_model(model, config, store, max_text_tokens)
+    encoder = load_prefilter(options.prefilter_model, vocabulary, store) if options.prefilter_model is not None else None
+
+    gallery = read_gallery(options.pairs, store, options.split, options.images, options.captions_per_image, options.max_missing)
+    if options.folds is not None and len(gallery.image_ids) % options.folds:
+        raise UsageError(f"--folds is {options.folds}; give a number that divides the gallery's {len(gallery.image_ids):,} images")
+    if gallery.missing_images:
+        print(f"left out: {gallery.missing_images:,} images of {options.pairs} that have no regions in {options.store}", flush=True)
+
+    precision = choose_precision(options.precision, options.device)
+    tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
+    job = make_job(model, store, gallery.image_ids, tokens, max_regions, options.batch_pairs, precision)
+    facts: dict[str, Any] = {
+        "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": precision, "model": str(model),
+        "pairs": str(options.pairs), "store": str(options.store), "model_digest": model_digest(model), "pairs_digest": gallery.pairs.digest,
+        "store_digest": store.digest, "images": len(gallery.image_ids), "captions": len(gallery.rows),
+        "missing_images": gallery.missing_images,
+    }  # fmt: skip
+    return Inputs(gallery, job, store, vocabulary, encoder, precision, facts)
+
+
+def _first_stage(inputs: Inputs, options: RetrievalEvaluation) -> tuple[FirstStage, Candidates]:
     """Choose the candidates of every query, and see how well that went."""
+    assert inputs.encoder is not None  # as ``_check`` saw to
+    assert options.prefilter is not None
+    assert options.prefilter_model is not None
     start = time.monotonic()
-    captions = caption_vectors(encoder, tokenize(gallery.texts(), vocabulary, encoder.settings.max_text_tokens), device)
-    chosen = choose_candidates(captions, image_vectors(encoder, store, gallery.image_ids, device), keep)
+    device, gallery = torch_device(options.device), inputs.gallery
+    encoder = inputs.encoder.to(device)
+    captions = caption_vectors(encoder, tokenize(gallery.texts(), inputs.vocabulary, encoder.settings.max_text_tokens), device)
+    chosen = choose_candidates(captions, image_vectors(encoder, inputs.store, gallery.image_ids, device), options.prefilter)
     seconds = time.monotonic() - start
+
     ranks = rank_candidates(chosen, gallery.image_of_caption, chosen.images.scores, chosen.captions.scores)
-    bounds = found_shares(chosen, gallery.image_of_caption)
-    own = text_to_image(ranks), image_to_text(ranks, gallery.image_of_caption)
-    scale = float(encoder.log_scale.detach().exp())
-    return FirstStage(str(folder), prefilter_digest(folder), keep, len(chosen.keys), *bounds, *own, scale, round(seconds, 3)), chosen
+    of_captions, of_images = found_shares(chosen, gallery.image_of_caption)
+    stage = FirstStage(
+        model=str(options.prefilter_model),
+        model_digest=prefilter_digest(options.prefilter_model),
+        candidates=options.prefilter,
+        pairs=len(chosen.keys),
+        bound_text_to_image=of_captions,
+        bound_image_to_text=of_images,
+        text_to_image=text_to_image(ranks),
+        image_to_text=image_to_text(ranks, gallery.image_of_caption),
+        scale=float(encoder.log_scale.detach().exp()),
+        seconds=round(seconds, 3),
+    )
+    return stage, chosen
 
 
 def _both_stages(scores_P: NDArray[np.float32], gallery: Gallery, chosen: Candidates, scale: float) -> BothStages:
@@ -179,32 +193,33 @@ def _length(option: str, given: int | None, trained: int | None, folder: Path) -
     return given or trained or USUAL_LENGTH
 
 
-def _check_numbers(numbers: dict[str, int | None]) -> None:
-    for name, number in numbers.items():
+def _check(options: RetrievalEvaluation, top: Path) -> None:
+    """``UsageError`` for numbers that cannot be, options that need each other, and places that cannot be written."""
+    numbers = {"--batch-pairs": options.batch_pairs, "--max-regions": options.max_regions, "--processes": options.processes}
+    for name, number in (numbers | {"--folds": options.folds}).items():
         if number is not None and number < 1:
             raise UsageError(f"{name} is {number}; give at least 1")
+    if not 0 <= options.max_missing <= 1:
+        raise UsageError(f"--max-missing is {options.max_missing}; give a share, 0 to 1")
 
-
-def _check_prefilter(prefilter: int | None, folder: Path | None) -> None:
-    if (prefilter is None) != (folder is None):
+    if (options.prefilter is None) != (options.prefilter_model is None):
         raise UsageError("--prefilter (how many candidates) and --prefilter-model (its folder) go together; give both or neither")
-    if prefilter is not None and prefilter < max(RECALL_AT):
-        raise UsageError(f"--prefilter is {prefilter}; give at least {max(RECALL_AT)}, or R@{max(RECALL_AT)} would mean nothing")
+    if options.prefilter is not None and options.prefilter < max(RECALL_AT):
+        raise UsageError(f"--prefilter is {options.prefilter}; give at least {max(RECALL_AT)}, or R@{max(RECALL_AT)} would mean nothing")
+    if options.folds is not None and options.prefilter is not None:
+        raise UsageError("--folds needs every score; leave out --prefilter, or give --images for one fold")
 
-
-def _check_places(places: dict[str, Path | None]) -> None:
-    for option, path in places.items():
+    for option, path in (("--output", options.output), ("--output's list of best images", top), ("--scores", options.scores)):
         if path is not None:
             require_file_place(path, option)
 
 
-def _plan(facts: dict[str, Any], vocabulary: Vocabulary, gallery: Gallery, job: Job, chosen: Candidates | None) -> dict[str, Any]:
+def _plan(facts: dict[str, Any], inputs: Inputs, chosen: Candidates | None) -> dict[str, Any]:
     """Everything the scores depend on: scores of an interrupted run are used only under the same plan."""
-    selection = hashlib.sha256(gallery.rows.tobytes()).hexdigest()
     return facts | {
-        "vocabulary": vocabulary.digest,
-        "selection": selection,
-        "batch_pairs": job.batch_pairs,
+        "vocabulary": inputs.vocabulary.digest,
+        "selection": hashlib.sha256(inputs.gallery.rows.tobytes()).hexdigest(),
+        "batch_pairs": inputs.job.batch_pairs,
         "candidates": hashlib.sha256(chosen.keys.tobytes()).hexdigest() if chosen is not None else None,
         "torch": str(torch.__version__),
     }

@@ -6,7 +6,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,35 +15,20 @@ from numpy.typing import NDArray
 from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
 from megainter.model.folder import model_digest, read_config
-from megainter.precision import AskedPrecision
 from megainter.tasks.scoring.file import open_score_file
 from megainter.tasks.scoring.models import check_model, choose_devices, choose_precision
 from megainter.tasks.scoring.running import run
 from megainter.tasks.vcr.batches import Examples, Item, all_items, right_choices
 from megainter.tasks.vcr.inputs import MODES, WordPieces, open_questions, open_stores, read_facts
+from megainter.tasks.vcr.options import VcrEvaluation
 from megainter.tasks.vcr.report import BOTH, CHANCE, Judged, VcrReport, accuracies, is_right, summary, write_probabilities, write_submission
 from megainter.tasks.vcr.scoring import ChoiceWork
 
 ASKED = {BOTH: MODES["joint"], "answer": MODES["answer"], "rationale": MODES["rationale"]}
 
 
-def evaluate(
-    model: Path,
-    questions: Path,
-    store: Path,
-    *,
-    output: Path,
-    objects_store: Path | None = None,
-    mode: Literal["both", "answer", "rationale"] = "both",
-    split: str | None = None,
-    max_missing: float = 0.0,
-    batch_questions: int = 16,
-    processes: int | None = None,
-    precision: AskedPrecision = "auto",
-    device: str = "auto",
-    submission: Path | None = None,
-) -> VcrReport:
-    """Score the choices of all questions and write the accuracies to ``output`` (JSON).
+def evaluate(model: Path, options: VcrEvaluation) -> VcrReport:
+    """Score the choices of all questions and write the accuracies to ``options.output`` (JSON).
 
     ``model`` is a folder that ``finetune`` made; text lengths, regions and tied names are as in its training. ``split``: None takes all
     questions of the file. Beside the JSON, ``<output>.probabilities.parquet`` has the probabilities of every question. ``submission``
@@ -54,36 +39,28 @@ def evaluate(
     Raises ``UsageError`` for what cannot be used as given, ``TooManyBadInputsError`` where more than ``max_missing`` of the questions have
     no regions, ``LockedError`` where another process writes the same output, ``NumericsError`` where a probability is not a number.
     """
-    probabilities = output.with_name(f"{output.stem}.probabilities.parquet")
-    _check(mode, batch_questions, processes, max_missing, submission)
-    for option, path in (("--output", output), ("--output's table", probabilities), ("--submission", submission)):
-        if path is not None:
-            require_file_place(path, option)
-    config = read_config(model)
-    settings, trained_for, with_objects = read_facts(config, model)
-    _check_objects(model, with_objects, objects_store)
-    stores = open_stores(store, objects_store)
-    vocabulary = check_model(model, config, stores.detected, max(settings.max_answer_tokens, settings.max_rationale_tokens))
-    asked, digest = open_questions(questions, split, stores, max_missing, "--max-missing")
-    if trained_for not in ("joint", mode):
-        print(f"{model} was fine-tuned for {trained_for}s alone; what it makes of {mode} is no more than a guess", flush=True)
-    examples = Examples(asked, stores, WordPieces.of(asked, vocabulary), settings, ASKED[mode])
-    arithmetic = choose_precision(precision, device)
-    work = ChoiceWork(model, examples, all_items(asked, ASKED[mode], submission is not None), batch_questions, arithmetic)
-    devices = choose_devices(device, arithmetic, processes, 4 * len(work.items), len(work))
-    facts: dict[str, Any] = {"mode": mode, "trained_for": trained_for, "tie_objects": settings.tie_objects, "split": split}
-    facts |= {"precision": arithmetic, "model": str(model), "questions_file": str(questions), "store": str(store)}
-    facts |= {"objects_store": str(objects_store) if objects_store is not None else None, "device": devices[0].type}
-    facts |= {"model_digest": model_digest(model), "questions_digest": digest, "store_digest": stores.detected.digest}
-    facts |= {"objects_store_digest": stores.given.digest if stores.given is not None else None, "questions": len(asked)}
-    plan = facts | {"items": len(work.items), "batch_questions": batch_questions, "vocabulary": vocabulary.digest}
-    with open_score_file(output, plan | {"torch": str(torch.__version__)}, len(work.items), 4, len(work)) as file:
+    probabilities = options.output.with_name(f"{options.output.stem}.probabilities.parquet")
+    _check(options, probabilities)
+    examples, facts = _open_inputs(model, options)
+    asked = examples.questions
+
+    # What is asked, and who answers.
+    precision = choose_precision(options.precision, options.device)
+    items = all_items(asked, ASKED[options.mode], options.submission is not None)
+    work = ChoiceWork(model, examples, items, options.batch_questions, precision)
+    devices = choose_devices(options.device, precision, options.processes, 4 * len(items), len(work))
+    facts |= {"precision": precision, "device": devices[0].type}
+
+    # Scores, kept on the disk until the report is written.
+    plan = facts | {"items": len(items), "batch_questions": options.batch_questions, "torch": str(torch.__version__)}
+    with open_score_file(options.output, plan, len(items), 4, len(work)) as file:
         seconds, pace = run(work, file, devices, "choices", lambda chunk, scores: _require_numbers(scores, work, chunk))
         scores = np.array(file.scores)
-        write_probabilities(probabilities, asked, work.items, scores)
-        if submission is not None:
-            write_submission(submission, asked, work.items, scores)
-        shares, labelled = _measure(examples, work.items, scores)
+        write_probabilities(probabilities, asked, items, scores)
+        if options.submission is not None:
+            write_submission(options.submission, asked, items, scores)
+        shares, labelled = _measure(examples, items, scores)
+        del facts["vocabulary"]  # of the plan alone
         report = VcrReport(
             **facts,
             answer=shares.get("answer"),
@@ -95,21 +72,44 @@ def evaluate(
             seconds=seconds,
             choices_per_second=round(4 * pace, 1),
             probabilities=probabilities.name,
-            submission=str(submission) if submission is not None else None,
+            submission=str(options.submission) if options.submission is not None else None,
         )
-        write_json(output, asdict(report))
+        write_json(options.output, asdict(report))
     print(summary(report), flush=True)
     return report
 
 
-def _check(mode: str, batch_questions: int, processes: int | None, max_missing: float, submission: Path | None) -> None:
-    for option, number in (("--batch-questions", batch_questions), ("--processes", processes)):
+def _open_inputs(model: Path, options: VcrEvaluation) -> tuple[Examples, dict[str, Any]]:
+    """What is scored, opened and known to fit together, and what the report says of it."""
+    config = read_config(model)
+    settings, trained_for, with_objects = read_facts(config, model)
+    _check_objects(model, with_objects, options.objects_store)
+    stores = open_stores(options.store, options.objects_store)
+    vocabulary = check_model(model, config, stores.detected, max(settings.max_answer_tokens, settings.max_rationale_tokens))
+    asked, digest = open_questions(options.questions, options.split, stores, options.max_missing, "--max-missing")
+    if trained_for not in ("joint", options.mode):
+        print(f"{model} was fine-tuned for {trained_for}s alone; what it makes of {options.mode} is no more than a guess", flush=True)
+    facts: dict[str, Any] = {
+        "mode": options.mode, "trained_for": trained_for, "tie_objects": settings.tie_objects, "split": options.split, "model": str(model),
+        "questions_file": str(options.questions), "store": str(options.store), "model_digest": model_digest(model),
+        "objects_store": str(options.objects_store) if options.objects_store is not None else None, "questions_digest": digest,
+        "store_digest": stores.detected.digest, "objects_store_digest": stores.given.digest if stores.given is not None else None,
+        "questions": len(asked), "vocabulary": vocabulary.digest,
+    }  # fmt: skip
+    return Examples(asked, stores, WordPieces.of(asked, vocabulary), settings, ASKED[options.mode]), facts
+
+
+def _check(options: VcrEvaluation, probabilities: Path) -> None:
+    for option, number in (("--batch-questions", options.batch_questions), ("--processes", options.processes)):
         if number is not None and number < 1:
             raise UsageError(f"{option} is {number}; give at least 1")
-    if not 0 <= max_missing <= 1:
-        raise UsageError(f"--max-missing is {max_missing}; give a share, 0 to 1")
-    if submission is not None and mode != BOTH:
-        raise UsageError(f"--submission needs answers and rationales, and --mode is {mode}; leave --mode out")
+    if not 0 <= options.max_missing <= 1:
+        raise UsageError(f"--max-missing is {options.max_missing}; give a share, 0 to 1")
+    if options.submission is not None and options.mode != BOTH:
+        raise UsageError(f"--submission needs answers and rationales, and --mode is {options.mode}; leave --mode out")
+    for option, path in (("--output", options.output), ("--output's table", probabilities), ("--submission", options.submission)):
+        if path is not None:
+            require_file_place(path, option)
 
 
 def _check_objects(model: Path, with_objects: bool, objects_store: Path | None) -> None:

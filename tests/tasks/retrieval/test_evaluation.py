@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,15 +18,20 @@ from megainter.data.tables.pairs import Pair, read_pairs, write_pairs
 from megainter.data.text.vocabulary import load_vocabulary, train_vocabulary
 from megainter.errors import NumericsError, TooManyBadInputsError, UsageError
 from megainter.precision import Units, cpu_units
-from megainter.tasks.retrieval import evaluation as retrieval
-from megainter.tasks.retrieval.evaluation import evaluate
+from megainter.tasks.retrieval import evaluation
+from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.pairs import ChunkScorer
 from megainter.tasks.retrieval.ranking import mean_over_folds, rank_scores
+from megainter.tasks.retrieval.report import RetrievalReport
 from megainter.tasks.scoring import running
 from tests.synthetic import CLASSES, FEATURE_SIZE, TINY, environment, write_data
 
 IMAGES, CAPTIONS = 19, 2  # not a multiple of the chunk
 OLD_CPU, NEW_CPU = cpu_units("flags : avx2 avx512f"), cpu_units("flags : avx2 avx512f avx512_bf16")
+
+
+def evaluate(model: Path, pairs: Path, store: Path, **given: Any) -> RetrievalReport:
+    return evaluation.evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, **given))
 
 
 def write_model(folder: Path, pairs: Path) -> Path:
@@ -199,7 +205,7 @@ def test_an_interrupted_evaluation_goes_on(data: tuple[Path, Path, Path], tmp_pa
 def test_another_plan_does_not_reuse_scores(data: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores left by a run with other settings are thrown away."""
     with monkeypatch.context() as patch:
-        patch.setattr(retrieval, "rank_scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(evaluation, "rank_scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             evaluate(*data, output=tmp_path / "out.json", split=None, max_regions=2)
     evaluate(*data, output=tmp_path / "out.json", split=None, scores=tmp_path / "s.parquet")
@@ -323,13 +329,16 @@ import os, signal, multiprocessing, threading, time
 from pathlib import Path
 from megainter.errors import MegainterError
 from megainter.tasks.retrieval.evaluation import evaluate
+from megainter.tasks.retrieval.options import RetrievalEvaluation
 def kill():
     while not multiprocessing.active_children(): time.sleep(0.01)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 if __name__ == "__main__":
     threading.Thread(target=kill, daemon=True).start()
     try:
-        evaluate(*map(Path, {[str(path) for path in data]!r}), output=Path({str(tmp_path / "out.json")!r}), split=None, processes=2)
+        model, pairs, store = map(Path, {[str(path) for path in data]!r})
+        evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, 
+            pairs=pairs, store=store, output=Path({str(tmp_path / "out.json")!r}), split=None, processes=2))
     except MegainterError as error:
         print(error, len(multiprocessing.active_children()))
 """
@@ -348,6 +357,7 @@ def test_scoring_processes_end_with_their_parent(data: tuple[Path, Path, Path], 
 import multiprocessing, threading, time, os, signal
 from pathlib import Path
 from megainter.tasks.retrieval.evaluation import evaluate
+from megainter.tasks.retrieval.options import RetrievalEvaluation
 def kill():
     while len(multiprocessing.active_children()) < 2: time.sleep(0.01)
     time.sleep(1)
@@ -355,7 +365,9 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
     threading.Thread(target=kill, daemon=True).start()
-    evaluate(*map(Path, {[str(path) for path in data]!r}), output=Path({str(tmp_path / "out.json")!r}), split=None, processes=2)
+    model, pairs, store = map(Path, {[str(path) for path in data]!r})
+    evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, 
+        pairs=pairs, store=store, output=Path({str(tmp_path / "out.json")!r}), split=None, processes=2))
 """)
     done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment(), timeout=120, check=False)
     pids = [int(word) for word in done.stdout.split() if word.isdigit()]

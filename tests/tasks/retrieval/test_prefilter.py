@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,20 +14,26 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.tables.pairs import read_pairs
 from megainter.errors import UsageError
 from megainter.model.folder import read_config, read_vocabulary
-from megainter.tasks.retrieval.evaluation import evaluate
+from megainter.tasks.retrieval import evaluation
 from megainter.tasks.retrieval.gallery import read_gallery, tokenize
+from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.pairs import CandidateScorer
 from megainter.tasks.retrieval.prefilter import candidates
 from megainter.tasks.retrieval.prefilter.candidates import choose_candidates, nearest, rank_candidates
 from megainter.tasks.retrieval.prefilter.towers import PrefilterSettings, caption_vectors, image_vectors, load_prefilter
 from megainter.tasks.retrieval.prefilter.training import PrefilterTraining, batches, contrastive_loss, finetune
 from megainter.tasks.retrieval.ranking import rank_scores
+from megainter.tasks.retrieval.report import RetrievalReport
 from tests.synthetic import write_data
 from tests.tasks.retrieval.test_evaluation import write_model
 from tests.tasks.retrieval.test_ranking import brute_force
 
 IMAGES, CAPTIONS, KEEP = 40, 2, 10  # 30 images of train, 10 of val
 TRAINING = PrefilterTraining(epochs=60, batch=20, learning_rate=3e-3)
+
+
+def evaluate(model: Path, pairs: Path, store: Path, **given: Any) -> RetrievalReport:
+    return evaluation.evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, **given))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +20,22 @@ from megainter.data.text.vocabulary import load_vocabulary, train_vocabulary
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForRetrieval
+from megainter.tasks.retrieval import evaluation
 from megainter.tasks.retrieval.batches import GroupSettings, RetrievalStream
-from megainter.tasks.retrieval.evaluation import evaluate
 from megainter.tasks.retrieval.neighbours import mean_features, nearest_images
 from megainter.tasks.retrieval.objective import RetrievalStep
+from megainter.tasks.retrieval.options import RetrievalEvaluation
+from megainter.tasks.retrieval.report import RetrievalReport
 from megainter.tasks.retrieval.settings import RetrievalConfig
 from megainter.tasks.retrieval.training import finetune as run_retrieval
 from megainter.training.metrics import read_metrics
 from tests.synthetic import FEATURE_SIZE, TINY, settings, train, write_data
 
 KINDS = {"random_captions": 1, "random_images": 2, "hard_captions": 2, "hard_images": 1}
+
+
+def evaluate(model: Path, pairs: Path, store: Path, **given: Any) -> RetrievalReport:
+    return evaluation.evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, **given))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,8 +23,9 @@ from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.tables.questions import read_questions
 from megainter.errors import NumericsError, UsageError
 from megainter.tasks.scoring import running
-from megainter.tasks.vcr import evaluation as vcr
-from megainter.tasks.vcr.evaluation import evaluate
+from megainter.tasks.vcr import evaluation
+from megainter.tasks.vcr.options import VcrEvaluation
+from megainter.tasks.vcr.report import VcrReport
 from megainter.tasks.vcr.settings import VcrConfig
 from megainter.tasks.vcr.training import finetune as finetune_here
 from megainter.training.metrics import read_metrics
@@ -35,6 +37,10 @@ from tests.tasks.vcr.data import CLASSES, FEATURE_SIZE, VcrFiles, write_scene_qu
 
 SAMPLE = ROOT.parent / "shared" / "data" / "vcr_sample"
 STILL = {"model.hidden_dropout_prob": 0, "model.attention_probs_dropout_prob": 0, "model.region_hidden_dropout_prob": 0}
+
+
+def evaluate(model: Path, questions: Path, store: Path, **given: Any) -> VcrReport:
+    return evaluation.evaluate(model, VcrEvaluation(questions=questions, store=store, **given))
 
 
 def settings(files: VcrFiles, start: Path, output: Path, **changes: object) -> list[str]:
@@ -112,7 +118,7 @@ def test_more_processes_evaluate_alike(processes: int, files: VcrFiles, run: Pat
     assert (report.answer, report.rationale, report.both) == (alone.answer, alone.rationale, alone.both)
 
 
-def evaluated(files: VcrFiles, run: Path, folder: Path, processes: int) -> tuple[vcr.VcrReport, list[dict]]:
+def evaluated(files: VcrFiles, run: Path, folder: Path, processes: int) -> tuple[VcrReport, list[dict]]:
     """The report and the table of probabilities of the validation's questions."""
     report = evaluate(
         run / "model", files.questions, files.store, output=folder / f"scores-{processes}.json", objects_store=files.objects_store,
@@ -121,7 +127,7 @@ def evaluated(files: VcrFiles, run: Path, folder: Path, processes: int) -> tuple
     return report, pq.read_table(folder / f"scores-{processes}.probabilities.parquet").to_pylist()
 
 
-def brute_force(rows: list[dict], report: vcr.VcrReport) -> None:
+def brute_force(rows: list[dict], report: VcrReport) -> None:
     """The accuracies again, from the table that is written, one question at a time."""
     answers, rationales, both = 0, 0, 0
     for row in rows:

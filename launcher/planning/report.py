@@ -1,0 +1,89 @@
+"""A plan as text: the table of layouts, and what the recommended one means."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.planning.device_memory import checkpoint_bytes
+from launcher.planning.goodput import Reliability, curve, draw_curve
+from launcher.planning.layouts import Choice, Corpus, choices, deepspeed_settings, recommended, summary
+from launcher.planning.settings import PlanSettings
+from launcher.planning.shape import parameters, shape_of
+from launcher.planning.timing import Cluster, device
+from megainter.config.reading import load_config
+from megainter.files import write_json
+
+GIB = 2**30
+
+
+def tell(options: PlanSettings, overrides: Sequence[str]) -> None:
+    """Print the plan of a recipe under ``overrides``, and write the files that are asked for."""
+    run = load_config(options.config, overrides)
+    cluster = Cluster(device(options.gpu), options.per_node, options.network * 1e9, efficiency=options.efficiency)
+    regions = options.regions if options.regions is not None else run.data.max_regions + 1
+    corpus = Corpus(options.pairs, options.text_tokens, regions)
+    layouts, shape = choices(run, options.gpus, cluster, corpus), shape_of(run)
+
+    # What was assumed, every layout, and what the best one means.
+    print(
+        f"{options.config}: {parameters(shape):,} parameters, {options.gpus} x {options.gpu} ({cluster.device.memory:g} GiB; {cluster.device.source})"
+    )
+    print(f"step times and memory: {cluster.device.standing}; precision {layouts[0].layout.precision}")
+    print("GiB of one device, by part, and seconds of a step of", run.training.global_batch, "samples:\n")
+    _print_table(layouts)
+    best = recommended(layouts)
+    stall = checkpoint_bytes(shape) / (options.disk * 1e9)
+    reliability = Reliability(options.mtbf_hours * 3600, stall, options.restart, options.straggle)
+    figures = summary(run, best, corpus, reliability)
+    _print_summary(figures, options.gpus)
+    tokens = run.training.global_batch / options.gpus * (corpus.text + corpus.regions)
+    if best.micro_tokens is not None and tokens < 0.8 * best.micro_tokens:
+        filled = f"training.micro_tokens {best.micro_tokens:,} is filled by a larger training.global_batch"
+        print(f"a device has {tokens:,.0f} tokens of a step: {filled}")
+
+    # Files.
+    if options.ds_config is not None:
+        write_json(options.ds_config, deepspeed_settings(best.layout))
+    rows = curve(reliability, [2**power for power in range(13)]) if options.simulate is not None else []
+    if options.simulate is not None:
+        draw_curve(rows, f"goodput of {options.config}, MTBF {options.mtbf_hours:,.0f} h a device", options.simulate)
+    if options.report is not None:
+        write_json(options.report, figures | {"goodput_curve": rows})
+
+
+def _print_table(options: list[Choice]) -> None:
+    head = ("stage", "offload", "recompute", "micro", "weights", "grads", "optim", "activ", "logits", "buffers", "other", "sum", "s/step")
+    print(" ".join(f"{name:>9}" for name in head))
+    for choice in options:
+        memory, layout = choice.memory, choice.layout
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits, memory.buffers, memory.overhead)
+        words = [str(layout.stage), "yes" if layout.offload else "no", "yes" if layout.checkpointing else "no", str(choice.micro_batch)]
+        words += [f"{part / GIB:.2f}" for part in (*parts, memory.device)]
+        words.append(f"{choice.time.total:.3f}" if choice.fits else "too large")
+        print(" ".join(f"{word:>9}" for word in words))
+
+
+def _print_summary(figures: dict[str, Any], gpus: int) -> None:
+    time = figures["time"]
+    print(f"\nrecommended: {figures['settings']}")
+    print(
+        f"step {figures['step_seconds']:.3f} s (matrix products {time['matmul']:.3f} at {time['efficiency']:.0%} of the peak, elsewhere "
+        f"{time['elementwise']:.3f}, update {time['optimizer']:.3f}, communication not hidden {time['communication']:.3f}, "
+        f"waiting for the host {time['idle']:.3f})"
+    )
+    print(f"{figures['samples_per_second']:,.0f} samples/s, {figures['tokens_per_second']:,.0f} tokens/s on {gpus} devices")
+    often = f"best every {figures['checkpoint_every_seconds'] / 60:.0f} min"
+    if figures["checkpoint_every_steps"] < figures["steps"]:
+        often += f" (--checkpoint.every_steps {figures['checkpoint_every_steps']})"
+    else:
+        often += ": longer than the run, so keep the recipe's checkpoint.every_steps"
+    print(f"checkpoint {figures['checkpoint_bytes'] / 1e9:.1f} GB, {figures['checkpoint_stall_seconds']:.1f} s each; {often}")
+    days, useful = figures["days"], figures["goodput"]
+    length = f"{days:.2f} days" if days >= 1 else f"{24 * days:.1f} hours" if days >= 1 / 24 else f"{1440 * days:.0f} minutes"
+    print(f"{figures['steps']:,} steps, {length} at {useful:.2%} useful time (failures and checkpoints; no stragglers)")
+    if gpus > 1 and time["communication"] > figures["step_seconds"] / 2:
+        print(
+            "more than half of a step is communication: fewer devices, a faster --network, a larger training.global_batch or "
+            "engine.communication bf16 will use them better"
+        )
+    if time["idle"] > figures["step_seconds"] / 3:
+        print("much of a step waits for the host: fewer devices or a larger training.global_batch will use them better")

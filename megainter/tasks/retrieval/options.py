@@ -1,0 +1,46 @@
+"""What `megainter evaluate retrieval` is asked; light, since the command line reads it for its help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megainter.precision import AskedPrecision
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalEvaluation:
+    """What `megainter evaluate retrieval` is asked."""
+
+    pairs: Path
+    """Pairs manifest."""
+    store: Path
+    """Feature store of its images."""
+    output: Path
+    """JSON file for the scores."""
+    split: str = "test"
+    """Split of the manifest that makes the gallery."""
+    images: int | None = None
+    """Gallery size: the first so many images; default all."""
+    captions_per_image: int | None = None
+    """Use at most so many captions of each image; default all."""
+    max_regions: int | None = None
+    """Regions per image; default as in training, which the model's config.json says (36 where it does not)."""
+    max_text_tokens: int | None = None
+    """Tokens per caption; default as in training, which the model's config.json says (36 where it does not)."""
+    batch_pairs: int = 256
+    """Caption-image pairs per forward."""
+    processes: int | None = None
+    """Processes that share the work; default one per GPU, or one per core."""
+    precision: AskedPrecision = "auto"
+    """Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32."""
+    device: str = "auto"
+    """Torch device; "auto" takes CUDA where there is one."""
+    scores: Path | None = None
+    """Also write the whole score matrix to this file; with --prefilter the pairs that were scored."""
+    prefilter: int | None = None
+    """For a large gallery: score only so many images of each caption and captions of each image, the nearest by --prefilter-model."""
+    prefilter_model: Path | None = None
+    """Folder that `megainter finetune prefilter` made."""
+    max_missing: float = 0.01
+    """Share of the split's images that may be left out because they have no regions; with --images it does not matter."""
+    folds: int | None = None
+    """Also give the mean recalls of so many equal parts of the gallery: 5 for COCO's "1K" figures beside its "5K" ones."""

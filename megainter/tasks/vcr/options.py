@@ -1,0 +1,37 @@
+"""What `megainter evaluate vcr` is asked; light, since the command line reads it for its help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megainter.precision import AskedPrecision
+
+
+@dataclass(frozen=True, kw_only=True)
+class VcrEvaluation:
+    """What `megainter evaluate vcr` is asked."""
+
+    questions: Path
+    """Questions: what `megainter prepare vcr` wrote."""
+    store: Path
+    """Feature store of the detector's boxes."""
+    output: Path
+    """JSON file for the accuracies; the probabilities of every question go beside it."""
+    objects_store: Path | None = None
+    """Feature store of the annotated boxes, for a model that was trained with one."""
+    mode: Literal["both", "answer", "rationale"] = "both"
+    """What is asked: answers, rationales, or both."""
+    split: str | None = None
+    """Questions of this split alone; default all of the file."""
+    max_missing: float = 0.0
+    """Share of questions that may be left out because their image has no regions."""
+    batch_questions: int = 16
+    """Choices to make per forward: each is four texts with an image."""
+    processes: int | None = None
+    """Processes that share the work; default one per GPU, or one per core."""
+    precision: AskedPrecision = "auto"
+    """Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32."""
+    device: str = "auto"
+    """Torch device; "auto" takes CUDA where there is one."""
+    submission: Path | None = None
+    """Also write the CSV that VCR's leaderboard takes."""
