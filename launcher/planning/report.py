@@ -24,9 +24,8 @@ def tell(options: PlanSettings, overrides: Sequence[str]) -> None:
     layouts, shape = choices(run, options.gpus, cluster, corpus), shape_of(run)
 
     # What was assumed, every layout, and what the best one means.
-    print(
-        f"{options.config}: {parameters(shape):,} parameters, {options.gpus} x {options.gpu} ({cluster.device.memory:g} GiB; {cluster.device.source})"
-    )
+    size = f"{parameters(shape):,} parameters, {options.gpus} x {options.gpu}"
+    print(f"{options.config}: {size} ({cluster.device.memory:g} GiB; {cluster.device.source})")
     print(f"step times and memory: {cluster.device.standing}; precision {layouts[0].layout.precision}")
     print("GiB of one device, by part, and seconds of a step of", run.training.global_batch, "samples:\n")
     _print_table(layouts)

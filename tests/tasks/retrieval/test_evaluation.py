@@ -337,8 +337,8 @@ if __name__ == "__main__":
     threading.Thread(target=kill, daemon=True).start()
     try:
         model, pairs, store = map(Path, {[str(path) for path in data]!r})
-        evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, 
-            pairs=pairs, store=store, output=Path({str(tmp_path / "out.json")!r}), split=None, processes=2))
+        evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, output=Path({str(tmp_path / "out.json")!r}),
+                                            split=None, processes=2))
     except MegainterError as error:
         print(error, len(multiprocessing.active_children()))
 """
@@ -366,8 +366,8 @@ def kill():
 if __name__ == "__main__":
     threading.Thread(target=kill, daemon=True).start()
     model, pairs, store = map(Path, {[str(path) for path in data]!r})
-    evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, 
-        pairs=pairs, store=store, output=Path({str(tmp_path / "out.json")!r}), split=None, processes=2))
+    evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, output=Path({str(tmp_path / "out.json")!r}),
+                                            split=None, processes=2))
 """)
     done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment(), timeout=120, check=False)
     pids = [int(word) for word in done.stdout.split() if word.isdigit()]
