@@ -11,6 +11,7 @@ from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageE
 from megainter.process import adopt_rank, end_with_launcher, record_exit
 from megainter.verbs.convert import convert_app
 from megainter.verbs.demo import demo
+from megainter.verbs.detector import detector_app
 from megainter.verbs.evaluate import evaluate_app
 from megainter.verbs.extract import extract
 from megainter.verbs.features import features_app
@@ -39,6 +40,7 @@ app = App(
 app.command(demo)
 app.command(prepare_app)
 app.command(extract)
+app.command(detector_app)
 app.command(features_app)
 app.command(pretrain, help_flags=[])
 app.command(finetune_app)

@@ -1,22 +1,20 @@
 """Does a detector see a known photo as its weights were trained to? Catches swapped colours and classes read in the other dialect's order.
 
-    python -m preprocessing.detector.check --weights FILE --image PHOTO [--regions ROWS.tsv]
+    megainter detector check --weights FILE --image PHOTO [--regions ROWS.tsv]
 
 With reference regions of that photo (its row of an LXMERT TSV file) the detector reads the same boxes, and every way of feeding it is
 compared with the reference. Without them trained weights still tell: the right colours make them more certain, and the background is
 the class with the largest share of all proposals. Exit code 0: as it should be; 4: something is swapped, and the line says what.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from cyclopts import App
 from PIL import Image
 
-from megainter.errors import DamagedError, MegainterError, UsageError
+from megainter.errors import DamagedError, UsageError
 from preprocessing.detector.detector import Detector, load_detector
 from preprocessing.detector.network import Regions
 from preprocessing.features.formats.entry import BadEntryError
@@ -26,8 +24,6 @@ from preprocessing.images.decode import load_image
 
 SHIFTS = {0: "as read", 1: "one later: the background is last in the file", -1: "one earlier: the background is first in the file"}
 SAME_DETECTOR = 0.7  # mean cosine of features; below it the reference comes from other weights
-
-app = App(name="selftest", help=__doc__)
 
 
 @dataclass(frozen=True)
@@ -105,21 +101,8 @@ def read_reference(path: Path, image_id: str, feature_size: int) -> Reference:
     raise UsageError(f"{path} has no row of the photo {image_id!r} (the file's name without its suffix)")
 
 
-@app.default
-def main(*, weights: Path, image: Path, regions: Path | None = None, device: str = "cpu") -> None:
-    """Compare what a detector says of a known photo with what it should say.
-
-    Parameters
-    ----------
-    weights
-        Detector weights of any known kind.
-    image
-        The photo.
-    regions
-        LXMERT TSV file with a row of the photo, from the same weights.
-    device
-        Torch device.
-    """
+def check(weights: Path, image: Path, regions: Path | None, device: str) -> None:
+    """Print how well the detector fits the photo; ``DamagedError`` naming what is swapped."""
     detector = load_detector(weights, device)
     reference = None if regions is None else read_reference(regions, image.stem, detector.config.feature_size)
     finding = examine(detector, load_image(image), reference)
@@ -128,11 +111,3 @@ def main(*, weights: Path, image: Path, regions: Path | None = None, device: str
     if found := problems(finding):
         raise DamagedError(f"{weights}: {'; '.join(found)}")
     print("colours and classes are as they should be")
-
-
-if __name__ == "__main__":
-    try:
-        app()
-    except MegainterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

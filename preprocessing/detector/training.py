@@ -28,33 +28,9 @@ from megainter.files import apply_umask, fsync_folder, read_json, sha256_of, wri
 from megainter.progress import Progress
 from preprocessing.detector.batches import BoxesDataset, Sample, batches_from, class_names_of, repeat_factors
 from preprocessing.detector.detector import DetectorConfig, build_model, save_detector
+from preprocessing.detector.settings import DetectorTraining
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class DetectorTraining:
-    """A training run. Paths aside, everything here is part of what "the same run" means when it is resumed."""
-
-    epochs: float = 12.0
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_steps: int = 200
-    clip_norm: float = 10.0
-    seed: int = 0
-    flip: bool = True
-    balance: float = 0.001  # repeat-factor threshold: classes in a smaller share of the images are shown more often
-    regions_per_image: int = 128  # sampled for the second stage's loss
-    anchors_per_image: int = 256  # sampled for the first stage's loss
-    freeze_backbone_stages: int = 0
-    precision: str = "fp32"  # or "bf16": autocast, weights stay fp32
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"unknown precision {self.precision!r}: choose fp32 or bf16")
-        if self.epochs <= 0 or self.batch_size < 1:
-            raise UsageError(f"epochs {self.epochs} and batch_size {self.batch_size} must be positive")
 
 
 @dataclass(frozen=True)
@@ -94,14 +70,14 @@ def train_detector(
     if not rows:
         raise UsageError(f"{boxes} has no rows" + (f" of split {split!r}" if split else ""))
     config = configure(class_names_of(rows))
-    where = torch_device(device)
+    computing = torch_device(device)
     held_out = read_boxes(validation, validation_split) if validation else []
     data = BoxesDataset(rows, images, config.class_names, config.min_size, config.max_size)
     held_out_data = BoxesDataset(held_out, validation_images or images, config.class_names, config.min_size, config.max_size)
     factors = repeat_factors(rows, training.balance)
     total = max(1, math.floor(training.epochs * factors.sum() / training.batch_size))
     with _only_writer(output):
-        run = _Run(output, config, training, backbone_weights, where, data_digest=_digest_of(rows))
+        run = _Run(output, config, training, backbone_weights, computing, data_digest=_digest_of(rows))
         batches = batches_from(factors, training.seed, training.batch_size, training.flip, run.step, total)
         loader = DataLoader(data, batch_sampler=_Fixed(batches), collate_fn=list, num_workers=workers)
         with Progress("train detector", total, "steps", done=run.step) as bar:
@@ -117,11 +93,11 @@ def train_detector(
                 if checkpoint_every and run.step % checkpoint_every == 0 and run.step < total:
                     run.save()
                 if evaluate_every and held_out and run.step % evaluate_every == 0 and run.step < total:
-                    run.log({"step": run.step, **evaluate(run.model, held_out_data, where)})
+                    run.log({"step": run.step, **evaluate(run.model, held_out_data, computing)})
         run.save()
         weights = output / "detector.safetensors"
         save_detector(weights, config, run.model, half)
-        scores = evaluate(run.model, held_out_data, where) if held_out else {}
+        scores = evaluate(run.model, held_out_data, computing) if held_out else {}
         if scores:
             run.log({"step": run.step, **scores})
             print("validation: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()), flush=True)

@@ -18,6 +18,7 @@ from torchvision.ops.boxes import clip_boxes_to_image
 from megainter.errors import DamagedError, UsageError
 from preprocessing.detector import load_detector
 from preprocessing.detector.backbones import BACKBONES, build_backbone
+from preprocessing.detector.command import DEFAULTS
 from preprocessing.detector.detector import (
     BACKGROUND,
     Detector,
@@ -31,7 +32,6 @@ from preprocessing.detector.detector import (
 from preprocessing.detector.network import Input
 from preprocessing.detector.selection import confidence_after_nms, pairwise_iou, select_caffe, select_d2
 from preprocessing.detector.torchvision_models import TorchvisionDetection
-from preprocessing.train_detector import DEFAULTS
 from tests.places import SHARED
 
 GOLDEN = SHARED / "golden" / "frcnn_small.npz"

@@ -23,9 +23,9 @@ from megainter.errors import DamagedError, LockedError, NumericsError, StoppedEa
 from megainter.files import read_json
 from preprocessing.detector import load_detector
 from preprocessing.detector.batches import BoxesDataset, batches_from, class_names_of, epoch_order, repeat_factors
+from preprocessing.detector.command import DEFAULTS
 from preprocessing.detector.detector import DetectorConfig
 from preprocessing.detector.training import DetectorTraining, TrainedDetector, coco_map, evaluate, learning_rate_at, train_detector
-from preprocessing.train_detector import DEFAULTS
 from tests.places import ROOT
 
 DEMO_WEIGHTS = ROOT / "preprocessing" / "assets" / "demo_detector.safetensors"

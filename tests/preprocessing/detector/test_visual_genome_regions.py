@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from megainter.errors import DamagedError, UsageError
-from preprocessing.detector.check import examine, main, problems, read_reference
+from preprocessing.detector.check import check, examine, problems, read_reference
 from preprocessing.detector.detector import Detector, Precision, build_detector
 from preprocessing.detector.network import Input
 from preprocessing.detector.visual_genome import DIALECTS, VgConfig
@@ -246,7 +246,7 @@ def test_half_precision_keeps_proposals_and_nearly_the_features() -> None:
         make(precision="int4")  # type: ignore[arg-type]
 
 
-# --- selftest --------------------------------------------------------------------------------------------------------------------------
+# --- check --------------------------------------------------------------------------------------------------------------------------
 
 
 def write_reference(path: Path, detector: Detector, image: Image.Image) -> None:
@@ -274,7 +274,7 @@ def broken(colours: bool, shift: int) -> Detector:
 
 @pytest.mark.parametrize("colours", [False, True])
 @pytest.mark.parametrize("shift", [-1, 0, 1])
-def test_the_selftest_finds_swapped_colours_and_moved_classes(tmp_path: Path, colours: bool, shift: int) -> None:
+def test_the_check_finds_swapped_colours_and_moved_classes(tmp_path: Path, colours: bool, shift: int) -> None:
     image = picture(10, 160, 120)
     write_reference(tmp_path / "rows.tsv", make(), image)
     reference = read_reference(tmp_path / "rows.tsv", "photo", 256)
@@ -295,16 +295,16 @@ def test_without_a_reference_the_background_s_place_tells(shift: int) -> None:
     assert max(finding.classes, key=lambda key: finding.classes[key]) == -shift
 
 
-def test_the_selftest_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_check_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = picture(12, 160, 120)
     image.save(tmp_path / "photo.png")
     write_reference(tmp_path / "rows.tsv", make(), image)
     torch.save(small_state(), tmp_path / "weights.pth")
     torch.save({**small_state(), "backbone.stem.conv1.weight": small_state()["backbone.stem.conv1.weight"].flip(1)}, tmp_path / "wrong.pth")
-    main(weights=tmp_path / "weights.pth", image=tmp_path / "photo.png", regions=tmp_path / "rows.tsv")
+    check(tmp_path / "weights.pth", tmp_path / "photo.png", tmp_path / "rows.tsv", "cpu")
     assert "as they should be" in capsys.readouterr().out
     with pytest.raises(DamagedError, match="colours are swapped"):
-        main(weights=tmp_path / "wrong.pth", image=tmp_path / "photo.png", regions=tmp_path / "rows.tsv")
+        check(tmp_path / "wrong.pth", tmp_path / "photo.png", tmp_path / "rows.tsv", "cpu")
     with pytest.raises(UsageError, match="no row of the photo"):
         read_reference(tmp_path / "rows.tsv", "other", 256)
     with pytest.raises(UsageError, match="features of 256 numbers"):

@@ -1,0 +1,44 @@
+"""`megainter detector`: a Faster R-CNN trained on boxes of one's own, and any detector tried on a known photo."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from preprocessing.detector.settings import DetectorRun, DetectorTraining
+
+detector_app = App(name="detector", help="Train a detector on boxes of your own, or try one on a known photo.")
+USUAL = DetectorTraining()
+
+
+@detector_app.command
+def train(*, run: Annotated[DetectorRun, Parameter(name="*")], training: Annotated[DetectorTraining, Parameter(name="*")] = USUAL) -> None:
+    """Train a Faster R-CNN on a boxes manifest; the result is OUTPUT/detector.safetensors, for `megainter extract --weights`.
+
+    The same command goes on where an earlier one stopped.
+    """
+    from preprocessing.detector.command import train as run_training
+
+    run_training(run, training)
+
+
+@detector_app.command
+def check(*, weights: Path, image: Path, regions: Path | None = None, device: str = "cpu") -> None:
+    """Compare what a detector says of a known photo with what it should say: swapped colours, classes in another order.
+
+    Exit code 4 where something is swapped; the line says what.
+
+    Parameters
+    ----------
+    weights
+        Detector weights of any known kind.
+    image
+        The photo.
+    regions
+        LXMERT TSV file with a row of the photo, from the same weights.
+    device
+        Torch device: cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one.
+    """
+    from preprocessing.detector.check import check as run_check
+
+    run_check(weights, image, regions, device)
