@@ -8,7 +8,6 @@ from launcher.planning.shape import (
     forward_flops,
     kept_rows_bytes,
     kept_scores_bytes,
-    layer_parameters,
     parameters,
     spared_bytes,
 )
@@ -146,8 +145,3 @@ def checkpoint_bytes(shape: Shape) -> float:
 def flops_per_step(shape: Shape, load: Load, layout: Layout) -> float:
     """Operations of one rank in one optimiser step: forward, twice that backward, and forward again with checkpointing."""
     return (4 if layout.checkpointing else 3) * layout.accumulation * forward_flops(shape, load)
-
-
-def largest_layer(shape: Shape) -> int:
-    """Numbers of the largest part that stage 3 gathers at once: a layer, or the word embeddings."""
-    return max(layer_parameters(shape), shape.vocab_size * shape.hidden_size)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -46,10 +45,3 @@ def gathered(value: Result) -> list[Result]:
 def first_said(message: str | None) -> str | None:
     """What the lowest rank that has a message says, on all ranks; None where none has one. Collective."""
     return next((said for said in gathered(message) if said is not None), None)
-
-
-def all_equal(value: int, device: torch.device) -> bool:
-    """Whether every rank holds the same integer. Collective."""
-    limits = torch.tensor([value, -value], dtype=torch.int64, device=device)
-    dist.all_reduce(limits, op=dist.ReduceOp.MAX)
-    return bool(limits[0] == -limits[1])

@@ -57,10 +57,6 @@ GLUE = {
 COLA_COLUMNS = ["source", "label", "star", "sentence"]  # of its files without a header line
 
 
-class NoLabelError(ValueError):
-    """An example on whose label the annotators did not agree."""
-
-
 @dataclass(frozen=True)
 class Options:
     """What a user gave beside the files. ``columns`` and ``regression`` are for tsv, the rest for sources with images."""

@@ -30,10 +30,6 @@ class Gallery:
     image_of_caption: NDArray[np.int32]
     missing_images: int
 
-    @property
-    def pairs_to_score(self) -> int:
-        return len(self.image_ids) * len(self.rows)
-
     def texts(self) -> list[str]:
         """The captions, in order."""
         captions: list[str] = self.pairs.table.column("caption").take(self.rows).to_pylist()
