@@ -55,9 +55,18 @@ def make_batch(samples: int, seed: int, rank: int = 0, ranks: int = 1) -> Pretra
     scored = (masked_regions & (itm.repeat_interleave(regions) == 0)).nonzero()[:, 0]
     targets = torch.from_numpy(rng.random((len(scored), CLASSES), dtype=np.float32)).mul(8).softmax(-1)
     ids = torch.from_numpy(rng.integers(1000, VOCABULARY, tokens))
-    inputs = PackedInputs(ids, torch.zeros_like(ids), text, features, torch.cat([corners, corners[:, :1] * corners[:, 1:2]], 1), regions)
+    inputs = PackedInputs(
+        input_ids=ids,
+        token_type_ids=torch.zeros_like(ids),
+        text_lengths=text,
+        region_features=features,
+        region_locations=torch.cat([corners, corners[:, :1] * corners[:, 1:2]], 1),
+        region_lengths=regions,
+    )
     positions = masked_text.nonzero()[:, 0]
-    return PretrainBatch(inputs, positions, ids[positions], scored, targets, itm)
+    return PretrainBatch(
+        inputs=inputs, msm_positions=positions, msm_labels=ids[positions], mrm_positions=scored, mrm_targets=targets, itm_labels=itm
+    )
 
 
 def pad_batch(batch: PretrainBatch) -> PaddedBatch:

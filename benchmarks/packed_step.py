@@ -52,12 +52,12 @@ def _step(model: InterBertForPreTraining, text: torch.Tensor, regions: torch.Ten
     """Forward and backward over a batch with these lengths, an eighth of the rows masked."""
     tokens, rows = int(text.sum()), int(regions.sum())
     inputs = PackedInputs(
-        torch.randint(100, 30000, (tokens,)),
-        torch.zeros(tokens, dtype=torch.int64),
-        text,
-        torch.rand(rows, 2048),
-        torch.rand(rows, 5),
-        regions,
+        input_ids=torch.randint(100, 30000, (tokens,)),
+        token_type_ids=torch.zeros(tokens, dtype=torch.int64),
+        text_lengths=text,
+        region_features=torch.rand(rows, 2048),
+        region_locations=torch.rand(rows, 5),
+        region_lengths=regions,
     ).to(model.device)
     masked_text, masked_regions = torch.arange(0, tokens, 8, device=model.device), torch.arange(1, rows, 8, device=model.device)
 

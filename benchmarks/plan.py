@@ -96,7 +96,14 @@ def compared(folder: Path, size: str, numbers: tuple[int, int], ranks: int, cons
 
 def predicted_seconds(shape: Shape, load: Load, layout: Layout, constants: Constants, numbers: tuple[int, int]) -> float:
     """The plan's step time with the constants measured here, over the time of a run with as many layers and next to no model."""
-    device = Device("cpu", 0, {"fp32": constants.flops[numbers[0]]}, memory_speed(constants, shape), constants.all_reduce, "measured here")
+    device = Device(
+        name="cpu",
+        memory=0,
+        flops={"fp32": constants.flops[numbers[0]]},
+        hbm=memory_speed(constants, shape),
+        link=constants.all_reduce,
+        source="measured here",
+    )
     cluster = Cluster(device, network=constants.all_reduce, efficiency=1.0, traffic_efficiency=1.0, overlap=0.0)
     return step_time(shape, load, layout, cluster).total + without_model(constants, numbers[1])
 
@@ -127,7 +134,9 @@ def measured_constants(folder: Path, ranks: int, timed: bool) -> Constants:
 def calibrated(folder: Path, numbers: tuple[int, int], ranks: int, constants: Constants) -> tuple[int, float]:
     """Parameters of a size, and the bytes/s of memory that explain what its run takes beside the other parts."""
     shape, load, layout = described(folder, numbers, ranks)
-    device = Device("cpu", 0, {"fp32": constants.flops[numbers[0]]}, 1.0, constants.all_reduce, "measured here")
+    device = Device(
+        name="cpu", memory=0, flops={"fp32": constants.flops[numbers[0]]}, hbm=1.0, link=constants.all_reduce, source="measured here"
+    )
     cluster = Cluster(device, network=constants.all_reduce, efficiency=1.0, traffic_efficiency=1.0, overlap=0.0)
     bare = step_time(shape, load, layout, cluster)  # at one byte a second
     rest = run(folder, numbers, ranks).seconds - without_model(constants, numbers[1]) - bare.matmul - bare.communication

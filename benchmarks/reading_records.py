@@ -519,7 +519,9 @@ def make_sampler(place: Path, records: int, masking: str) -> Sampler:
     texts = pa.array([f"caption {i}" for i in range(records)])
     table = pa.table({"pair_id": texts, "caption": texts})
     pairs = Pairs(table, np.arange(records, dtype=np.int32), [image_id(i) for i in range(records)], "none")
-    facts = VocabularyFacts(VOCABULARY, 0, 100, 101, 102, 103, rng.random(VOCABULARY) < 0.2)
+    facts = VocabularyFacts(
+        size=VOCABULARY, pad_id=0, unk_id=100, cls_id=101, sep_id=102, mask_id=103, is_continuation=rng.random(VOCABULARY) < 0.2
+    )
     settings = StreamSettings(seed=1, global_batch=512, micro_batch=64, masking=masking)
     return Sampler(pairs, FeatureStore(place / "regions.store"), tokens, facts, settings)
 

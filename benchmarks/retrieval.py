@@ -86,7 +86,12 @@ class Rows(NamedTuple):
         )
         ids = self.ids.repeat(images)
         return PackedInputs(
-            ids, torch.zeros_like(ids), self.text.repeat(images), features, locations, self.regions.repeat_interleave(captions)
+            input_ids=ids,
+            token_type_ids=torch.zeros_like(ids),
+            text_lengths=self.text.repeat(images),
+            region_features=features,
+            region_locations=locations,
+            region_lengths=self.regions.repeat_interleave(captions),
         )
 
 

@@ -185,7 +185,9 @@ def open_all(folder: Path, rows: int) -> dict[str, Any]:
     pairs = open_pairs_index(folder / "index", key, store)
     seconds["pairs"] = time.perf_counter() - start - seconds["store"]
     tokens = open_token_table(folder / "tokens.arrow", "random")
-    facts = VocabularyFacts(30522, 0, 100, 101, 102, 103, np.zeros(30522, np.bool_))
+    facts = VocabularyFacts(
+        size=30522, pad_id=0, unk_id=100, cls_id=101, sep_id=102, mask_id=103, is_continuation=np.zeros(30522, np.bool_)
+    )
     sampler = Sampler(pairs, store, tokens, facts, StreamSettings(seed=1, global_batch=STEP, micro_batch=STEP))
     seconds["tokens and sampler"] = time.perf_counter() - start - sum(seconds.values())
     opened = time.perf_counter() - start

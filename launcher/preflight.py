@@ -80,7 +80,7 @@ def preflight(config: RunConfig, settings: LaunchSettings, dry_run_step: bool = 
     folder.mkdir(parents=True)
     job = job_of(settings, hosts, folder)
     reachable = answering(hosts)
-    facts = Facts(config, settings, hosts, job, folder, _ask_all(reachable, settings, job))
+    facts = Facts(config=config, settings=settings, hosts=hosts, job=job, folder=folder, answers=_ask_all(reachable, settings, job))
     failed = []
     try:
         for number, check in enumerate(_checks(facts, reachable, dry_run_step), start=1):

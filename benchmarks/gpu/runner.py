@@ -55,7 +55,7 @@ def run_parts(parts: Sequence[Part], setting: Setting, seconds: float) -> Iterat
     for group in _groups(parts, together=setting.device == "cuda"):
         left = end - time.monotonic()
         if left < min(LEAST, *(part.seconds for part in group)):
-            yield from (Result(part.name, NOT_RUN, 0.0, part.seconds, {}, []) for part in group)
+            yield from (Result(part=part.name, outcome=NOT_RUN, seconds=0.0, limit=part.seconds, figures={}, tail=[]) for part in group)
             continue
         yield from _run_beside(group, setting, left)
 
@@ -110,7 +110,14 @@ def _result(part: Part, code: int, over: bool, seconds: float, limit: float, set
     path = _log(part.name, setting)
     outcome = OVER if over else FAILED if code else OK
     tail = [] if outcome == OK else path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-    return Result(part.name, outcome, round(seconds, 1), round(limit, 1), figures_of(path.with_suffix(".jsonl")), tail)
+    return Result(
+        part=part.name,
+        outcome=outcome,
+        seconds=round(seconds, 1),
+        limit=round(limit, 1),
+        figures=figures_of(path.with_suffix(".jsonl")),
+        tail=tail,
+    )
 
 
 def end_with_children(process: subprocess.Popen[bytes]) -> None:

@@ -133,7 +133,15 @@ def _boxes(row: dict[str, Any], images: Path, rank: dict[str, int]) -> ImageBoxe
             labels.append(max(votes, key=lambda noun: (votes[noun], rank[noun], noun)))
     if not boxes:
         return None
-    return ImageBoxes(Path(row["image"]).stem, row["image"], width, height, np.array(boxes, dtype=np.float32), labels, row["split"])
+    return ImageBoxes(
+        image_id=Path(row["image"]).stem,
+        image=row["image"],
+        width=width,
+        height=height,
+        boxes=np.array(boxes, dtype=np.float32),
+        labels=labels,
+        split=row["split"],
+    )
 
 
 if __name__ == "__main__":

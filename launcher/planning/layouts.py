@@ -88,7 +88,7 @@ def _choice_by_tokens(config: RunConfig, shape: Shape, layout: Layout, cluster: 
     need = memory(shape, largest_load(config, layout.ranks), layout)
     time = step_time(shape, load_of(config, samples, corpus.text, corpus.regions), layout, cluster)
     fits = need.device <= cluster.device.memory * 2**30 * HEADROOM
-    return Choice(layout, round(samples), need, time, fits, training.micro_tokens)
+    return Choice(layout=layout, micro_batch=round(samples), memory=need, time=time, fits=fits, micro_tokens=training.micro_tokens)
 
 
 def _lengths(config: RunConfig, corpus: Corpus) -> Int64s:

@@ -148,7 +148,14 @@ def step_time(shape: Shape, load: Load, layout: Layout, cluster: Cluster) -> Ste
     hidden = cluster.overlap * (matmul + elementwise) * 2 / 3
     update = update_time(shape, layout, cluster)
     idle = max(0.0, launches(shape, layout) * cluster.device.launch - (matmul + elementwise + update))
-    return StepTime(matmul, elementwise, update, max(0.0, communication_time(shape, layout, cluster) - hidden), idle, reached)
+    return StepTime(
+        matmul=matmul,
+        elementwise=elementwise,
+        optimizer=update,
+        communication=max(0.0, communication_time(shape, layout, cluster) - hidden),
+        idle=idle,
+        efficiency=reached,
+    )
 
 
 def traffic(shape: Shape, load: Load, layout: Layout) -> float:

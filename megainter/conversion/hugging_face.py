@@ -62,7 +62,19 @@ def convert_hugging_face(
     found = {name: Origin(name, tensor) for name, tensor in tensors.items()}
     heads = [name for name in HEADS if name in present or name == wanted]
     plan = make_plan(config, found, tensors, heads=heads, fresh=rf"{wanted}\." if wanted else r"(?!)", notes=notes)
-    finish(plan, source, Output(destination, files, allow_partial, seed, dtype, architecture, verify))
+    finish(
+        plan,
+        source,
+        Output(
+            destination=destination,
+            vocabulary=files,
+            allow_partial=allow_partial,
+            seed=seed,
+            dtype=dtype,
+            architecture=architecture,
+            verify=verify,
+        ),
+    )
     return plan
 
 

@@ -218,7 +218,14 @@ class InterBertModel(InterBertPreTrainedModel):
         """
         size = self.config.region_feature_size
         inputs, places = pack_padded(
-            input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, size, text_regions
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_mask=region_mask,
+            feature_size=size,
+            text_regions=text_regions,
         )
         encoded = self.encode(inputs)
         return InterBertModelOutput(
@@ -487,7 +494,16 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         ids, mask, types, named = (t.flatten(0, 1) if t is not None else None for t in per_token)
         features, locations = (_per_choice(t, choices, shared_dims=3) for t in (region_features, region_locations))
         real = _per_choice(region_mask, choices, shared_dims=2)
-        inputs, _ = pack_padded(ids, mask, types, features, locations, real, self.config.region_feature_size, named)
+        inputs, _ = pack_padded(
+            input_ids=ids,
+            attention_mask=mask,
+            token_type_ids=types,
+            region_features=features,
+            region_locations=locations,
+            region_mask=real,
+            feature_size=self.config.region_feature_size,
+            text_regions=named,
+        )
         logits = self.score_packed(inputs).view(batch, choices)
         loss = cross_entropy_sum(logits, labels) / max(batch, 1) if labels is not None else None
         return InterBertClassificationOutput(loss=loss, logits=logits)

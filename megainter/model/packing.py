@@ -141,13 +141,13 @@ def pack_padded(
     text_rows, region_rows = (mask.flatten().nonzero()[:, 0] for mask in (text, region))
     types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
     packed = PackedInputs(
-        input_ids.flatten()[text_rows],
-        types.flatten()[text_rows],
-        text.sum(1).cpu(),
-        region_features.flatten(0, 1)[region_rows],
-        region_locations.flatten(0, 1)[region_rows],
-        region.sum(1).cpu(),
-        _packed_targets(text_regions, text, region) if text_regions is not None else None,
+        input_ids=input_ids.flatten()[text_rows],
+        token_type_ids=types.flatten()[text_rows],
+        text_lengths=text.sum(1).cpu(),
+        region_features=region_features.flatten(0, 1)[region_rows],
+        region_locations=region_locations.flatten(0, 1)[region_rows],
+        region_lengths=region.sum(1).cpu(),
+        text_regions=_packed_targets(text_regions, text, region) if text_regions is not None else None,
     )
     return packed, PaddedPlaces(batch, input_ids.shape[1], region_features.shape[1], text_rows, region_rows)
 

@@ -77,7 +77,14 @@ class InterBertProcessor:
             features, locations, region_lengths = self._regions(records)
         else:
             features, locations, region_lengths = torch.zeros(0, self.region_feature_size), torch.zeros(0, 5), _none(count)
-        return PackedInputs(ids, torch.zeros_like(ids), text_lengths, features, locations, region_lengths)
+        return PackedInputs(
+            input_ids=ids,
+            token_type_ids=torch.zeros_like(ids),
+            text_lengths=text_lengths,
+            region_features=features,
+            region_locations=locations,
+            region_lengths=region_lengths,
+        )
 
     def __call__(self, texts: Sequence[str] | None = None, records: Sequence[RegionRecord] | None = None) -> BatchFeature:
         """Texts and records row by row as padded tensors, by the names of the models' ``forward``: ``model(**processor(texts, records))``.

@@ -153,7 +153,17 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
     _describe(config, job, model, world, start, total_steps)
     log.info("%s", describe(config.optimizer, zero_state.inner_optimizer(trained).param_groups))
     metrics = MetricsLog(config.output, start, config.tensorboard) if first else None
-    return Run(config, job, world, trained, metrics, saved, start, total_steps, peak_flops(world.device, config.engine.precision))
+    return Run(
+        config=config,
+        job=job,
+        world=world,
+        trained=trained,
+        metrics=metrics,
+        saved=saved,
+        start=start,
+        total_steps=total_steps,
+        peak=peak_flops(world.device, config.engine.precision),
+    )
 
 
 def steps_of(config: RunSettings, samples: int) -> int:

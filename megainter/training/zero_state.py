@@ -72,7 +72,9 @@ def _piece(engine: Any, name: str, parameter: Tensor) -> Piece:
         return _stage3_piece(engine.optimizer, name, parameter)
     if hasattr(parameter, "_hp_mapping"):
         return _stage12_piece(engine.optimizer, name, parameter)
-    return Piece(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, speaks=engine.global_rank == 0)
+    return Piece(
+        name=name, shape=tuple(parameter.shape), start=0, numel=parameter.numel(), flat=parameter, offset=0, speaks=engine.global_rank == 0
+    )
 
 
 def _stage12_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
@@ -83,16 +85,23 @@ def _stage12_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
         else optimizer.fp32_groups_flat_partition
     )
     if mapping is None:
-        return Piece(name, shape, 0, 0, flats[0], 0)
+        return Piece(name=name, shape=shape, start=0, numel=0, flat=flats[0], offset=0)
     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Piece(name, shape, here.start, here.numel, flats[mapping.param_group_index], there.start)
+    return Piece(name=name, shape=shape, start=here.start, numel=here.numel, flat=flats[mapping.param_group_index], offset=there.start)
 
 
 def _stage3_piece(optimizer: Any, name: str, parameter: Any) -> Piece:
     group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = min(padded * optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
     numel = min(padded, parameter.ds_numel - start)  # the last rank's partition is padded
-    return Piece(name, tuple(parameter.ds_shape), start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
+    return Piece(
+        name=name,
+        shape=tuple(parameter.ds_shape),
+        start=start,
+        numel=numel,
+        flat=optimizer.fp32_partitioned_groups_flat[group],
+        offset=offset,
+    )
 
 
 def flat_state(engine: Any, flat: Tensor) -> dict[str, Tensor]:

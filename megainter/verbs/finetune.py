@@ -139,7 +139,9 @@ def finetune_prefilter(
     """
     from megainter.tasks.retrieval.prefilter.training import PrefilterTraining, finetune
 
-    training = PrefilterTraining(epochs, batch, learning_rate, weight_decay, dropout, seed)
+    training = PrefilterTraining(
+        epochs=epochs, batch=batch, learning_rate=learning_rate, weight_decay=weight_decay, dropout=dropout, seed=seed
+    )
     finetune(
         model, pairs, store, output=output, split=split, max_regions=max_regions, max_text_tokens=max_text_tokens,
         max_missing=max_missing, training=training, device=device,

@@ -112,15 +112,15 @@ def _schema(samples: list[tuple[str, Regions]], how: Completion, name: str, feat
     settings = {"imported": name, "image_sizes": "nominal" if regions.normalised and how.sizes is None else "given"}
     _say_what_is_missing(regions, settings, name)
     return StoreSchema(
-        record.features.shape[1],
-        how.num_classes,
-        ("__background__", *names),
-        detector or f"unknown, imported from {name}",
-        "top-k" if kept else "dense",
-        kept,
-        settings,
-        features,
-        {extra: value.dtype.name for extra, value in record.extras.items()},
+        feature_size=record.features.shape[1],
+        num_classes=how.num_classes,
+        class_names=("__background__", *names),
+        detector=detector or f"unknown, imported from {name}",
+        probs="top-k" if kept else "dense",
+        top_k=kept,
+        settings=settings,
+        feature_dtype=features,
+        extras={extra: value.dtype.name for extra, value in record.extras.items()},
     )
 
 

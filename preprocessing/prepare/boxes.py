@@ -190,7 +190,7 @@ def _labelled(
     if split not in SPLITS:
         raise ValueError(f"split {split!r:.80} is not train, val or test")
     width, height = (int(text(value, name)) for name in ("width", "height"))
-    image = ImageBoxes(image_id, paths[0], width, height, _numbers(boxes), labels, split)
+    image = ImageBoxes(image_id=image_id, image=paths[0], width=width, height=height, boxes=_numbers(boxes), labels=labels, split=split)
     return Labelled(number, paths, image, crowds, reach)
 
 
@@ -225,7 +225,17 @@ def _coco(src: Path) -> Reading[Labelled]:
         boxes[:, 2:] += boxes[:, :2]
         try:
             paths = coco_paths(src, text(entry, "file_name"))
-            return _labelled(number, paths, entry, boxes, found.labels, "", split, found.crowds, reach=math.inf)
+            return _labelled(
+                number=number,
+                paths=paths,
+                value=entry,
+                boxes=boxes,
+                labels=found.labels,
+                image_id="",
+                split=split,
+                crowds=found.crowds,
+                reach=math.inf,
+            )
         except ValueError as error:
             return Unusable(number, f"image {entry.get('file_name', entry['id'])!r:.80}: {error}", count=max(1, len(boxes)))
 

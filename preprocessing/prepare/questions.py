@@ -75,17 +75,17 @@ def _question(value: dict[str, Any], split: str) -> Question:
         if reason := check_relative(path):
             raise ValueError(f"path {path!r:.80} {reason}")
     question = Question(
-        text(value, "annot_id"),
-        os.path.splitext(image)[0],
-        image,
-        metadata,
-        split,
-        tuple(texts(value, "objects")),
-        _tokens(value.get("question")),
-        _choices(value, "answer_choices"),
-        _choices(value, "rationale_choices"),
-        int(text(value, "answer_label", "-1")),
-        int(text(value, "rationale_label", "-1")),
+        question_id=text(value, "annot_id"),
+        image_id=os.path.splitext(image)[0],
+        image=image,
+        metadata=metadata,
+        split=split,
+        objects=tuple(texts(value, "objects")),
+        question=_tokens(value.get("question")),
+        answers=_choices(value, "answer_choices"),
+        rationales=_choices(value, "rationale_choices"),
+        answer_label=int(text(value, "answer_label", "-1")),
+        rationale_label=int(text(value, "rationale_label", "-1")),
     )
     try:
         check_question(question)
@@ -135,5 +135,7 @@ def _boxes(images: Path, sources: dict[str, tuple[str, str]], split: str) -> Ite
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{metadata} is not VCR's metadata: {error!r:.80}") from None
             limit = np.array([width, height] * 2, np.float32)
-            yield ImageBoxes(image_id, image, width, height, found.clip(0, limit), names, split)
+            yield ImageBoxes(
+                image_id=image_id, image=image, width=width, height=height, boxes=found.clip(0, limit), labels=names, split=split
+            )
             progress.update()

@@ -158,9 +158,16 @@ def record_item(number: int, value: dict[str, Any], fields: Fields, place: str =
     if isinstance(value[name], str):
         # records of one caption may repeat an image, so their number tells them apart
         pair_id = pair_id or f"{image_id or os.path.splitext(image)[0]}#{place}{number}"
-        return Item(number, (image,), [value[name]], [pair_id], image_id, split)
+        return Item(where=number, paths=(image,), captions=[value[name]], pair_ids=[pair_id], image_id=image_id, split=split)
     captions = texts(value, name)
-    return Item(number, (image,), captions, [f"{pair_id}#{n}" for n in range(len(captions))] if pair_id else None, image_id, split)
+    return Item(
+        where=number,
+        paths=(image,),
+        captions=captions,
+        pair_ids=[f"{pair_id}#{n}" for n in range(len(captions))] if pair_id else None,
+        image_id=image_id,
+        split=split,
+    )
 
 
 def _optional(value: dict[str, Any], name: str) -> str | None:

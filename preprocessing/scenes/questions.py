@@ -109,12 +109,12 @@ def _finished(
             rationales: list[Words] = [[[item], "is", *how.split(), [other], "."] for how in relations]
             answers_at, rationales_at = rng.permutation(CHOICES), rng.permutation(CHOICES)
             return SceneQuestion(
-                question,
-                [answers[i] for i in answers_at],
-                int(np.flatnonzero(answers_at == 0)[0]),
-                [rationales[i] for i in rationales_at],
-                int(np.flatnonzero(rationales_at == 0)[0]),
-                ambiguous,
+                question=question,
+                answers=[answers[i] for i in answers_at],
+                answer_label=int(np.flatnonzero(answers_at == 0)[0]),
+                rationales=[rationales[i] for i in rationales_at],
+                rationale_label=int(np.flatnonzero(rationales_at == 0)[0]),
+                ambiguous=ambiguous,
             )
     return None
 

@@ -318,4 +318,4 @@ def _numbered(splits: Mapping[str, int]) -> Iterator[tuple[int, str]]:
 def _boxes_row(scene: Scene, name: str, split: str) -> ImageBoxes:
     boxes = np.array([item.box for item in scene.objects], dtype=np.float32)
     labels = [glyphs()[item.kind].singular for item in scene.objects]
-    return ImageBoxes(Path(name).stem, name, SCENE_SIZE, SCENE_SIZE, boxes, labels, split)
+    return ImageBoxes(image_id=Path(name).stem, image=name, width=SCENE_SIZE, height=SCENE_SIZE, boxes=boxes, labels=labels, split=split)

@@ -107,7 +107,14 @@ def decode(data: Bytes, image_id: str, schema: StoreSchema, where: object) -> Re
     """The record in ``data``; boxes and features are views of it. ``DamagedError`` naming the id where anything is not as written."""
     views = decode_views(data, image_id, schema, where)
     probs = views.class_probs(np.arange(len(views)))
-    return RegionRecord(views.boxes, views.features, probs, views.width, views.height, _decode_extras(data, len(views), schema))
+    return RegionRecord(
+        boxes=views.boxes,
+        features=views.features,
+        class_probs=probs,
+        width=views.width,
+        height=views.height,
+        extras=_decode_extras(data, len(views), schema),
+    )
 
 
 def decode_views(data: Bytes, image_id: str, schema: StoreSchema, where: object, most: int | None = None) -> RegionViews:
@@ -121,7 +128,18 @@ def decode_views(data: Bytes, image_id: str, schema: StoreSchema, where: object,
         raise not_finite(image_id, where)
     at += schema.feature_bytes * regions
     read = partial(_part_of, memoryview(data))
-    return RegionViews(boxes[:most], features[:most], width, height, regions, at, read, schema, image_id, where)
+    return RegionViews(
+        boxes=boxes[:most],
+        features=features[:most],
+        width=width,
+        height=height,
+        regions=regions,
+        probs_at=at,
+        read=read,
+        schema=schema,
+        image_id=image_id,
+        where=where,
+    )
 
 
 def _part_of(data: memoryview, at: int, size: int) -> memoryview:

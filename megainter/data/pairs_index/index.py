@@ -112,7 +112,14 @@ def open_pairs_index(folder: Path, key: str, store: FeatureStore) -> Pairs:
     table = pa.table({name: mapped.strings(name) for name in _STRINGS})
     rows = arrays["store_rows"]
     share = facts.chinese_captions / max(facts.rows, 1)
-    return Pairs(table, arrays["image_numbers"], StoreIds(store.ids, rows), facts.digest, FoundImages(store.digest, rows), share)
+    return Pairs(
+        table=table,
+        image_numbers=arrays["image_numbers"],
+        image_ids=StoreIds(store.ids, rows),
+        digest=facts.digest,
+        found=FoundImages(store.digest, rows),
+        chinese_share=share,
+    )
 
 
 def build_storage_order(pairs: Pairs, store: FeatureStore, folder: Path) -> str:
@@ -163,7 +170,14 @@ def _write(manifest: Path, split: str, store: FeatureStore, writer: ArrayWriter,
     if images.contradicted or _any_twice(hashes):
         refuse_contradictions(manifest, split)  # hashes may agree by chance: the columns themselves decide, and name the rows
     kept_digest = digest.hexdigest() if keep.all() else digest_of_kept(digest.hexdigest(), keep)
-    return IndexFacts(int(keep.sum()), images.count, len(keep), first_missing, chinese, kept_digest)
+    return IndexFacts(
+        rows=int(keep.sum()),
+        images=images.count,
+        manifest_rows=len(keep),
+        first_missing=first_missing,
+        chinese_captions=chinese,
+        digest=kept_digest,
+    )
 
 
 def _append(writer: ArrayWriter, table: pa.Table, store_rows: Int64s, images: "_Images") -> int:

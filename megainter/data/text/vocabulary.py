@@ -84,7 +84,15 @@ def load_vocabulary(path: Path, lowercase: bool = True) -> Vocabulary:
         raise UsageError(f"{path} lists {twice!r} twice: entries must be unique, because the line number is the id")
     content = "\n".join([*entries, f"lowercase={lowercase}"])
     pad, unk, cls, sep, mask = (ids[special] for special in SPECIALS)
-    facts = VocabularyFacts(len(entries), pad, unk, cls, sep, mask, np.array([entry.startswith("##") for entry in entries]))
+    facts = VocabularyFacts(
+        size=len(entries),
+        pad_id=pad,
+        unk_id=unk,
+        cls_id=cls,
+        sep_id=sep,
+        mask_id=mask,
+        is_continuation=np.array([entry.startswith("##") for entry in entries]),
+    )
     return Vocabulary(_wordpiece(ids, lowercase), ids, facts, lowercase, hashlib.sha256(content.encode()).hexdigest())
 
 

@@ -144,7 +144,15 @@ def encode_examples(
     texts = encode_texts(examples.column("text_a"), examples.column("text_b"), vocabulary, max_tokens)
     image_ids = tuple(tuple(images) for images in examples.column("images"))
     labels = labels_of(examples, classes)
-    return EncodedExamples(texts, labels, examples.images, image_ids, store if examples.images else None, max_regions, feature_size)
+    return EncodedExamples(
+        texts=texts,
+        labels=labels,
+        images=examples.images,
+        image_ids=image_ids,
+        store=store if examples.images else None,
+        max_regions=max_regions,
+        feature_size=feature_size,
+    )
 
 
 class ClassificationStream(Dataset[list[LabelledBatch]]):

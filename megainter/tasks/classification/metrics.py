@@ -57,7 +57,16 @@ def labels_of(examples: Examples, classes: tuple[str, ...]) -> Labels:
     known = np.array([bool(target) for target in targets], dtype=bool)
     annotators = np.array([sum(count) for count in counts], dtype=np.int64)
     kinds = tuple(tuple(kind) for kind in examples.column("kinds"))
-    return Labels(problem, classes, values, scores, annotators, kinds, tuple(examples.column("group")), known)
+    return Labels(
+        problem=problem,
+        classes=classes,
+        values=values,
+        scores=scores,
+        annotators=annotators,
+        kinds=kinds,
+        groups=tuple(examples.column("group")),
+        known=known,
+    )
 
 
 def _refuse_unknown(examples: Examples, names: list[list[str]], numbers: dict[str, int]) -> None:

@@ -84,7 +84,15 @@ def open_task(config: ClassificationConfig) -> OpenTask:
     digests = {"examples": examples.digest, "vocabulary": start.vocabulary.digest}
     digests |= {"store": store.digest} if store is not None else {}
     figure = _figure(config, examples.task) if validation is not None else None
-    return OpenTask(start, examples.task, training, validation, figure, digests, _told(config, examples, validation))
+    return OpenTask(
+        start=start,
+        facts=examples.task,
+        training=training,
+        validation=validation,
+        figure=figure,
+        digests=digests,
+        told=_told(config, examples, validation),
+    )
 
 
 def task_job(

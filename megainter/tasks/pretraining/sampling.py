@@ -188,7 +188,17 @@ class Sampler:
         rows = self._shuffled(epoch, n) if settings.shuffle else n
         hard, share = self.hard_negatives, settings.hard_negative_share
         same = partial(same_text, self.pairs)
-        captions, labels = choose_captions(numbers, rows, settings.seed, epoch, n, settings.mismatch_probability, hard, share, same)
+        captions, labels = choose_captions(
+            image_numbers=numbers,
+            rows=rows,
+            seed=settings.seed,
+            epoch=epoch,
+            n=n,
+            probability=settings.mismatch_probability,
+            hard=hard,
+            hard_share=share,
+            same=same,
+        )
         return rows, captions, labels
 
     def _shuffled(self, epoch: int, n: Int64s) -> Int64s:

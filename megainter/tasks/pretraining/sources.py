@@ -55,7 +55,18 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
     hard_negatives = read_hard_negatives(data.hard_negatives, pairs) if data.hard_negatives is not None else None
     words = on_first_rank(lambda: word_boundaries(data, pairs))
     by_storage, storage_digest = storage_order(config, pairs, store) if data.order == "blocks" else (None, None)
-    training = _stream(config, "train", pairs, store, vocabulary, words, rank, world_size, hard_negatives, by_storage)
+    training = _stream(
+        config=config,
+        name="train",
+        pairs=pairs,
+        store=store,
+        vocabulary=vocabulary,
+        words=words,
+        rank=rank,
+        world_size=world_size,
+        hard_negatives=hard_negatives,
+        by_storage=by_storage,
+    )
     digests = {"pairs": pairs.digest, "store": store.digest, "vocabulary": vocabulary.digest}
     if words != WORDPIECE:
         digests["words"] = words
@@ -178,7 +189,15 @@ def _stream(
         shuffle=name == "train",
         block=(data.block or BLOCK) if by_storage is not None else 0,
     )
-    sampler = Sampler(pairs, store, tokens, vocabulary.facts, settings, hard_negatives, by_storage)
+    sampler = Sampler(
+        pairs=pairs,
+        store=store,
+        tokens=tokens,
+        vocabulary=vocabulary.facts,
+        settings=settings,
+        hard_negatives=hard_negatives,
+        by_storage=by_storage,
+    )
     return PretrainStream(sampler, rank, world_size)
 
 
@@ -195,7 +214,9 @@ def _validation(
         return None
     own = FeatureStore(settings.store) if settings.store is not None else store
     pairs = mapped_pairs(config, "validation", path, settings.split, own)
-    return _stream(config, "validation", pairs, own, vocabulary, words, rank, world_size)
+    return _stream(
+        config=config, name="validation", pairs=pairs, store=own, vocabulary=vocabulary, words=words, rank=rank, world_size=world_size
+    )
 
 
 def check_store(config: RunConfig, store: FeatureStore) -> None:

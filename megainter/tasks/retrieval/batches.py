@@ -189,7 +189,14 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
         ids = [marked(self.tokens[row].astype(np.int64), None, *marks) for row in captions.tolist()]
         packed = torch.from_numpy(np.concatenate(ids))
         text_lengths = torch.tensor([len(one) for one in ids], dtype=torch.int64)
-        return PackedInputs(packed, torch.zeros_like(packed), text_lengths, features[rows], locations[rows], lengths[places])
+        return PackedInputs(
+            input_ids=packed,
+            token_type_ids=torch.zeros_like(packed),
+            text_lengths=text_lengths,
+            region_features=features[rows],
+            region_locations=locations[rows],
+            region_lengths=lengths[places],
+        )
 
 
 def _rows_of(lengths: Int64s, places: Int64s) -> Tensor:

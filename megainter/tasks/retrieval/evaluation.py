@@ -140,7 +140,7 @@ def _open_inputs(model: Path, options: RetrievalEvaluation) -> Inputs:
         "store_digest": store.digest, "images": len(gallery.image_ids), "captions": len(gallery.rows),
         "missing_images": gallery.missing_images,
     }  # fmt: skip
-    return Inputs(gallery, job, store, vocabulary, encoder, precision, facts)
+    return Inputs(gallery=gallery, job=job, store=store, vocabulary=vocabulary, encoder=encoder, precision=precision, facts=facts)
 
 
 def _first_stage(inputs: Inputs, options: RetrievalEvaluation) -> tuple[FirstStage, Candidates]:

@@ -109,7 +109,17 @@ def make_job(
     """Sort images by region count and captions by length (stable), so that a forward has hardly any padding."""
     counts = store.region_counts(image_ids).clip(max=max_regions)
     image_order, caption_order = (np.argsort(lengths, kind="stable") for lengths in (counts, tokens.lengths))
-    return Job(model, store, image_ids, tokens, image_order, caption_order, max_regions, batch_pairs, precision)
+    return Job(
+        model=model,
+        store=store,
+        image_ids=image_ids,
+        tokens=tokens,
+        image_order=image_order,
+        caption_order=caption_order,
+        max_regions=max_regions,
+        batch_pairs=batch_pairs,
+        precision=precision,
+    )
 
 
 class ChunkScorer:

@@ -99,7 +99,18 @@ def _stream(config: RetrievalConfig, start: Start, pairs: Pairs, store: FeatureS
     tokens = open_token_table(path, table_key(pairs, start.vocabulary, max_tokens))
     neighbours = _neighbours(config, pairs, store, max_regions) if settings.needs_neighbours else None
     facts, listwise = start.vocabulary.facts, config.data.objective == "listwise"
-    return RetrievalStream(pairs, store, tokens, facts, settings, max_regions, listwise, neighbours, world.rank, world.size)
+    return RetrievalStream(
+        pairs=pairs,
+        store=store,
+        tokens=tokens,
+        vocabulary=facts,
+        settings=settings,
+        max_regions=max_regions,
+        listwise=listwise,
+        neighbours=neighbours,
+        rank=world.rank,
+        world_size=world.size,
+    )
 
 
 def _neighbours(config: RetrievalConfig, pairs: Pairs, store: FeatureStore, max_regions: int) -> NDArray[np.int32]:

@@ -93,7 +93,14 @@ def complete(image_id: str, regions: Regions, how: Completion) -> RegionRecord:
         raise BadEntryError(f"boxes {list(regions.boxes.shape)} and features {list(regions.features.shape)} do not belong together")
     extras = _extras(regions, how)
     probs = _probs(regions, how) if regions.probs is not None else _probs_of_labels(n, extras, how.num_classes)
-    return RegionRecord(regions.boxes.astype(np.float32) * scale, regions.features, probs, width, height, extras)
+    return RegionRecord(
+        boxes=regions.boxes.astype(np.float32) * scale,
+        features=regions.features,
+        class_probs=probs,
+        width=width,
+        height=height,
+        extras=extras,
+    )
 
 
 def class_count(regions: Regions, classes: tuple[str, ...] | None, background: Background | None) -> int:
