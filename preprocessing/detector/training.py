@@ -70,12 +70,16 @@ def train_detector(
     if not rows:
         raise UsageError(f"{boxes} has no rows" + (f" of split {split!r}" if split else ""))
     config = configure(class_names_of(rows))
+
+    # What is learned from and measured on.
     computing = torch_device(device)
     held_out = read_boxes(validation, validation_split) if validation else []
     data = BoxesDataset(rows, images, config.class_names, config.min_size, config.max_size)
     held_out_data = BoxesDataset(held_out, validation_images or images, config.class_names, config.min_size, config.max_size)
     factors = repeat_factors(rows, training.balance)
     total = max(1, math.floor(training.epochs * factors.sum() / training.batch_size))
+
+    # Steps, each either in the checkpoint or not done.
     with _only_writer(output):
         run = _Run(output, config, training, backbone_weights, computing, data_digest=_digest_of(rows))
         batches = batches_from(factors, training.seed, training.batch_size, training.flip, run.step, total)
@@ -94,6 +98,8 @@ def train_detector(
                     run.save()
                 if evaluate_every and held_out and run.step % evaluate_every == 0 and run.step < total:
                     run.log({"step": run.step, **evaluate(run.model, held_out_data, computing)})
+
+        # The result, and how good it is.
         run.save()
         weights = output / "detector.safetensors"
         save_detector(weights, config, run.model, half)

@@ -54,6 +54,8 @@ def import_features(
     if name not in READERS or not 0 <= max_bad <= 1:
         raise UsageError(f"format {name!r:.80} is not one of {', '.join(READERS)}, or max_bad {max_bad} not between 0 and 1")
     entries, rename = READERS[name](source), renamer(ids) if ids is not None else str
+
+    # What the store will hold, decided from the first entries and from what the user said.
     samples = _samples(source, entries)
     names = read_classes(classes) if classes is not None else None
     counts = Counter(class_count(regions, names, background) for _, regions in samples)
@@ -65,6 +67,8 @@ def import_features(
     decided = ({"labels": labels.ids} if labels is not None else {}) | ({"ids": ids} if ids is not None else {})
     schema = replace(schema, settings=schema.settings | decided)
     _say_what_is_decided(samples, how, labels, name)
+
+    # Every entry, in a store that nobody else writes; one that is there goes on where it was.
     create_store(output, schema)
     refuse_live_writers(output)
     done, account = stored_ids(output), Account()
@@ -104,6 +108,8 @@ def _schema(samples: list[tuple[str, Regions]], how: Completion, name: str, feat
             reason = str(error)
     if not records:
         raise UsageError(f"image {samples[0][0]!r:.80}: {reason}")
+
+    # Sizes are those of most; what labels and names say of the classes.
     size = Counter(record.features.shape[1] for record in records).most_common(1)[0][0]
     record = next(record for record in records if record.features.shape[1] == size)
     regions = samples[0][1]
@@ -111,6 +117,7 @@ def _schema(samples: list[tuple[str, Regions]], how: Completion, name: str, feat
     names = how.classes or tuple(f"class {number}" for number in range(1, how.num_classes))
     settings = {"imported": name, "image_sizes": "nominal" if regions.normalised and how.sizes is None else "given"}
     _say_what_is_missing(regions, settings, name)
+
     return StoreSchema(
         feature_size=record.features.shape[1],
         num_classes=how.num_classes,

@@ -50,11 +50,15 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
     store = FeatureStore(data.store)
     check_store(config, store)
     pairs = mapped_pairs(config, "train", data.pairs, data.split, store)
+
+    # What reads the captions, and what wrong ones are drawn from.
     vocabulary_path = on_first_rank(lambda: place_vocabulary(data, pairs, config.output))
     vocabulary = load_vocabulary(vocabulary_path, lowercase=data.lowercase)
     hard_negatives = read_hard_negatives(data.hard_negatives, pairs) if data.hard_negatives is not None else None
     words = on_first_rank(lambda: word_boundaries(data, pairs))
     by_storage, storage_digest = storage_order(config, pairs, store) if data.order == "blocks" else (None, None)
+
+    # The streams; validation may have a store of its own.
     training = _stream(
         config=config,
         name="train",
@@ -67,6 +71,9 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
         hard_negatives=hard_negatives,
         by_storage=by_storage,
     )
+    validation = _validation(config, store, vocabulary, words, rank, world_size)
+
+    # What a resumed run must find again.
     digests = {"pairs": pairs.digest, "store": store.digest, "vocabulary": vocabulary.digest}
     if words != WORDPIECE:
         digests["words"] = words
@@ -74,7 +81,7 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
         digests["storage_order"] = storage_digest
     if data.hard_negatives is not None:
         digests["hard_negatives"] = sha256_of(data.hard_negatives)
-    validation = _validation(config, store, vocabulary, words, rank, world_size)
+
     if world_size > 1:
         verify_together([store] if validation is None else [store, validation.sampler.store])
     return Sources(

@@ -59,10 +59,13 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
     start = open_start(config.model, data.max_text_tokens, data.max_regions, store.schema.feature_size)
     lengths = start.config.max_text_tokens or USUAL_LENGTH, start.config.max_regions or USUAL_LENGTH
     start.config.max_text_tokens, start.config.max_regions = lengths
+
+    # What it is trained and validated on.
     pairs = with_regions(read_pairs(data.pairs, split=data.split), store, data.max_missing, data.pairs)
     require_two_images(pairs.image_numbers, str(data.pairs))
     stream = _stream(config, start, pairs, store, world)
     gallery = _gallery(config, store)
+
     group = group_settings(config).group
     told = f"{len(pairs):,} captions of {len(pairs.image_ids):,} images, {group} pairs for each caption ({data.objective})"
     return Job(

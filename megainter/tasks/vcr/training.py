@@ -62,12 +62,15 @@ def open_job(config: VcrConfig, world: World) -> Job:
     data, kinds = config.data, MODES[config.data.mode]
     stores = open_stores(data.store, data.objects_store)
     start = _open_start(config, stores)
+
+    # What it is trained and validated on.
     questions, digest = open_questions(data.questions, data.split, stores, data.max_missing)
     require_labels(questions, kinds, data.questions)
     examples = _examples(config, start, questions, stores)
     portions = Portions(config.training.seed, config.training.global_batch, config.training.micro_batch, config.training.micro_tokens)
     stream = ChoiceStream(examples, portions, world.rank, world.size)
     held_out = _held_out(config, start, stores)
+
     weights = (config.training.answer_weight, config.training.rationale_weight) if data.mode == "joint" else (1.0,)
     return Job(
         objectives=tuple(KINDS[kind] for kind in kinds),

@@ -62,6 +62,8 @@ def finetune(
     """
     training = training or PrefilterTraining()
     _check(training, max_regions, max_text_tokens, output)
+
+    # What is learned from, and the words to begin with.
     config = read_config(model)
     vocabulary = read_vocabulary(model, config)
     feature_store = FeatureStore(store)
@@ -69,6 +71,8 @@ def finetune(
     require_two_images(captions.image_numbers, str(pairs))
     tokens = tokenize(captions.table.column("caption").to_pylist(), vocabulary, max_text_tokens)
     words = read_words(model, vocabulary.size)
+
+    # The encoder, from the seed alone.
     settings = PrefilterSettings(
         vocabulary_digest=vocabulary.digest,
         vocabulary_size=vocabulary.size,
@@ -83,6 +87,7 @@ def finetune(
         encoder = DualEncoder(settings, training.dropout)
         encoder.text.word.weight.data.copy_(words)
         train(encoder.to(on), captions, tokens, feature_store, training)
+
     save_prefilter(output, encoder)
     print(f"prefilter: {output}", flush=True)
     return output
