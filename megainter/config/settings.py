@@ -167,6 +167,8 @@ class TrainingConfig:
     """Steps between two records of losses and rates; progress is shown at least once a minute besides."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of a moving average of the weights, kept in the checkpoints; 0: none."""
+    max_skipped: Positive = 10
+    """Updates left out in a row, for a loss or gradient that is not finite, after which the run ends; fp16's first scale search is free."""
     profile_steps: NotNegative = 0
     """Steps to profile after two of warm-up: a Chrome trace of each rank and a table by module, in the run folder's profile; 0: none."""
 

@@ -53,6 +53,30 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, field.name))
 
 
+class Landing:
+    """One number of each step on its way to the host: at once on a CPU (``at_once``), on a GPU that of the call before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.at_once = device.type != "cuda"
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def swap(self, value: Tensor | float) -> float | None:
+        """Send ``value`` ([] of any dtype, or a number that the host has); gives the one that has arrived, None for the first on a GPU."""
+        if self.at_once:
+            return float(value)
+        arrived = self.take()
+        self._pending = _on_its_way(value if isinstance(value, Tensor) else torch.tensor(value, device="cuda"))
+        return arrived
+
+    def take(self) -> float | None:
+        """The number that is on its way, waited for; None where there is none."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        pending[1].synchronize()
+        return float(pending[0])
+
+
 class StopVote:
     """Whether any rank wants to stop, by a sum that all ranks hold: read without waiting for a GPU, and so one step late there.
 
@@ -60,18 +84,11 @@ class StopVote:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.pending: tuple[Tensor, Any] | None = None  # the step before's sum on its way to the host, and its arrival
+        self._landing = Landing(device)
 
     def passed(self, wishes: Tensor) -> bool:
         """The verdict on ``wishes`` (float32 []: how many ranks want to stop); on a GPU that of the call before, at first False."""
-        if self.device.type != "cuda":
-            return bool(wishes > 0)
-        earlier, self.pending = self.pending, _on_its_way(wishes)
-        if earlier is None:
-            return False
-        earlier[1].synchronize()
-        return bool(earlier[0] > 0)
+        return bool(self._landing.swap(wishes))
 
 
 def _on_its_way(value: Tensor) -> tuple[Tensor, Any]:

@@ -289,6 +289,15 @@ def set_loss_scale(engine: Any, scale: float) -> None:
         scaler.cur_scale = scale
 
 
+def left_out(engine: Any) -> Tensor | float:
+    """1 where the last update was not made because its gradient was not finite, else 0; still on the device where the host need not know.
+
+    The same on all ranks.
+    """
+    on_device = None if isinstance(engine.updates, str) else engine.updates.left_out
+    return float(getattr(engine.optimizer, "overflow", False)) if on_device is None else on_device
+
+
 def gradient_norm(engine: Any) -> float:
     """Global gradient norm of the last update before clipping; NaN where DeepSpeed does not give it."""
     norm = engine.get_global_grad_norm()

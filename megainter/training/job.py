@@ -64,7 +64,8 @@ class Job:
     engine: a module with the model as attribute ``model`` and ``forward(batch, counts [K]) -> (loss share, tallies [2, K])``, where
     tallies are loss sums and numbers of right predictions (see ``training/objectives.py``). ``validate(engine, world)`` runs on every
     rank, in evaluation mode and without gradients, and gives the same figures everywhere; ``best`` names the one (larger is better)
-    by which the best checkpoint is kept. ``started`` are lines for the log: what is trained on what.
+    by which the best checkpoint is kept. ``started`` are lines for the log: what is trained on what. ``sample_ids(step)`` names all samples
+    of a global step, in the order of the sequence, for whoever must look at them.
     """
 
     objectives: tuple[str, ...]
@@ -72,6 +73,7 @@ class Job:
     batches: Dataset[list[Any]]
     accumulation: int  # micro-batches of a step
     samples: int  # of one epoch
+    sample_ids: Callable[[int], list[str]]
     build_model: Callable[[InterBertConfig | None], PreTrainedModel]
     build_step: Callable[[Any], nn.Module]  # of the model
     flops: Callable[[Any, Any], int]  # (model configuration, micro-batch) -> floating-point operations of one forward

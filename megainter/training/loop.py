@@ -1,6 +1,7 @@
 """Training: one straight loop over global batches, resumable at any published step. What is trained is a ``Job``."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +21,8 @@ from megainter.model.configuration import InterBertConfig
 from megainter.process import StopRequest, folder_lock
 from megainter.training import checkpoint, engine, zero_state
 from megainter.training.arrival import Arrivals, StopVote
-from megainter.training.collective import on_first_rank, summed
+from megainter.training.collective import first_said, on_first_rank, summed
+from megainter.training.guard import StepGuard, not_finite, poisoned
 from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
@@ -50,6 +52,7 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
         job, trained, world = run.job, run.trained, run.world
         steps = stack.enter_context(make_loader(job.batches, run.start, run.total_steps, workers=job.workers))
         arrivals, vote = Arrivals(world.device), StopVote(world.device)
+        guard = StepGuard(world.device, searching=config.engine.precision == "fp16")
         meter, (tallies, counts) = Throughput(), _interval(run)
         pulse = Heartbeat(run.start, run.total_steps, job.accumulation)
         profile = StepProfile(config.training.profile_steps, trained.module, config.output, world)
@@ -72,31 +75,37 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
 
             # One update.
             engine.set_learning_rate(trained, learning_rate(config.optimizer, step, run.total_steps))
+            before = tallies.clone()
             for micro, (batch, here) in enumerate(arrivals.each(batches)):
                 torch.manual_seed(_dropout_seed(config.training.seed, step, micro, world.rank))
                 loss, parts = trained(here, divisors)
-                trained.backward(loss * (world.size * job.accumulation))  # the engine divides by both
+                trained.backward(poisoned(loss, world.size * job.accumulation))  # the engine divides by both
                 trained.step()
                 tallies += parts
                 meter.add(batch.tokens(), len(batch.inputs), 3 * job.flops(trained.module.model.config, batch))
                 pulse.micro_batch(step, micro + 1)
             engine.average_weights(trained, config.training.ema_decay)
             profile.step()
-            counts += scored
             finished = step + 1
             meter.steps += 1
+
+            # Was it made? A step whose loss or gradient is not finite is left out by all ranks, and counts for nothing.
+            left_out = engine.left_out(trained)
+            tallies, counts = _kept(before, tallies, left_out), _kept(counts, counts + scored, left_out)
+            _tell_left_out(run, guard, guard.note(finished, left_out))
 
             # Once in a while: report, validate, save. Here the host waits for the device.
             due = finished % config.training.log_every == 0 or finished == run.total_steps
             if due:
-                _report(run, meter, tallies, counts, finished)
+                _tell_left_out(run, guard, guard.settle())
+                _report(run, meter, tallies, counts, finished, guard.total)
                 tallies, counts = torch.zeros_like(tallies), torch.zeros_like(counts)
                 meter.reset()
             pulse.step(finished, reported=due)
             if job.validate is not None and _due(job.validate_every, finished, run.total_steps):
                 _keep_best(run, finished, _validate(run, finished))
                 meter.reset()
-            if finished % config.checkpoint.every_steps == 0 and finished < run.total_steps:
+            if finished % config.checkpoint.every_steps == 0 and finished < run.total_steps and _sound(run, guard, finished):
                 failed_saves = 0 if _save(run, finished, summed(tallies), counts) else failed_saves + 1
                 if failed_saves >= FAILED_SAVES:
                     raise NoSpaceError(
@@ -104,10 +113,13 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
                     )
                 meter.reset()
 
-        if finished > run.start and not _save(run, finished, summed(tallies), counts):
+        sound = finished > run.start and _sound(run, guard, finished)
+        if sound and not _save(run, finished, summed(tallies), counts):
             raise NoSpaceError(f"the last checkpoint could not be written to {config.output}; free space and run the same command")
         if run.metrics is not None:
             run.metrics.close()
+        if finished == run.total_steps and finished > run.start and not sound:
+            raise NumericsError(f"the last {guard.in_a_row} updates were left out: the run did not end well; {_remedy(run)}")
         if finished < run.total_steps:
             raise StoppedEarly(f"stopped at step {finished:,} of {run.total_steps:,} on request; run the same command to go on")
         log.info("finished: %s", config.output / "checkpoints" / checkpoint.step_name(finished))
@@ -241,6 +253,45 @@ def _interval(run: Run) -> tuple[Tensor, Tensor]:
     return tallies.to(run.world.device), counts.to(run.world.device)
 
 
+def _kept(before: Tensor, after: Tensor, left_out: Tensor | float) -> Tensor:
+    """``after``, or ``before`` where the step was left out; without the host's knowing where the device knows."""
+    if isinstance(left_out, Tensor):
+        return torch.where(left_out > 0, before, after)
+    return before if left_out else after
+
+
+def _tell_left_out(run: Run, guard: StepGuard, steps: list[int]) -> None:
+    """Say which updates were left out, of which samples; ``NumericsError`` where they were too many in a row. The same on all ranks."""
+    for step in steps:
+        if run.metrics is not None:
+            samples = run.job.sample_ids(step - 1)
+            run.metrics.write(
+                "skipped", step, {"in_a_row": guard.in_a_row, "loss_scale": engine.loss_scale(run.trained), "samples": samples}
+            )
+        log.warning("step %d left out: its loss or gradient is not finite (%d in a row)", step, guard.in_a_row)
+    if guard.in_a_row >= run.config.training.max_skipped:
+        first = steps[-1] - guard.in_a_row + 1
+        raise NumericsError(
+            f"{guard.in_a_row} updates in a row were left out, from step {first:,} on: loss or gradient not finite (training.max_skipped); "
+            f"{_remedy(run)}"
+        )
+
+
+def _remedy(run: Run) -> str:
+    """What to do after numbers went wrong: from where the run can go on, and how."""
+    newest = checkpoint.newest(run.config.output / "checkpoints", log.warning)
+    there = f"{newest.folder} stands" if newest is not None else "there is no checkpoint yet"
+    return f"{there}; go on with a lower optimizer.learning_rate (the samples are in metrics.jsonl)"
+
+
+def _sound(run: Run, guard: StepGuard, finished: int) -> bool:
+    """Whether the last update was made: what stands after one that was left out may be what made the next ones impossible."""
+    _tell_left_out(run, guard, guard.settle())
+    if guard.in_a_row:
+        log.error("checkpoint of step %d NOT written: the last %d updates were left out; older checkpoints stand", finished, guard.in_a_row)
+    return guard.in_a_row == 0
+
+
 def _save(run: Run, finished: int, tallies: Tensor, counts: Tensor) -> bool:
     """Publish a checkpoint on all ranks; False (and a loud line) where it could not be written."""
     began = time.perf_counter()
@@ -256,11 +307,14 @@ def _save(run: Run, finished: int, tallies: Tensor, counts: Tensor) -> bool:
 def _publish(run: Run, finished: int, root: Path, keep: int, more: dict[str, Any]) -> str | None:
     """Write a checkpoint into ``root``; None, or what went wrong. Collective."""
     job, trained = run.job, run.trained
+    owned = zero_state.owned_state(trained, run.world)
+    if (where := first_said(not_finite(owned))) is not None:
+        raise NumericsError(f"{where} is not finite at step {finished:,}: nothing was published of it; {_remedy(run)}")
     state = {"step": finished, "updates": zero_state.update_count(trained), "samples": finished * run.config.training.global_batch,
              "loss_scale": engine.loss_scale(trained), "digests": dict(job.digests), "lowercase": job.lowercase, **more}  # fmt: skip
     configuration = trained.module.model.config.to_json_string(use_diff=False).encode()
     files = {"config.json": configuration, "vocab.txt": job.vocabulary, **job.files}
-    return checkpoint.publish(root, state, zero_state.owned_state(trained, run.world), files, keep)
+    return checkpoint.publish(root, state, owned, files, keep)
 
 
 @torch.no_grad()
@@ -286,6 +340,9 @@ def _keep_best(run: Run, finished: int, values: dict[str, float]) -> None:
         return
     root = run.config.output / BEST
     known = on_first_rank(lambda: checkpoint.newest(root, log.warning))
+    if not math.isfinite(values[figure]):
+        log.error("the best checkpoint is left as it is: %s at step %d is %s", figure.replace("_", " "), finished, values[figure])
+        return
     if known is not None and known.step < finished and known.state["validation"][figure] >= values[figure]:
         return
     failure = _publish(run, finished, root, 1, {"validation": values})
@@ -295,7 +352,7 @@ def _keep_best(run: Run, finished: int, values: dict[str, float]) -> None:
         log.info("best %s so far: %.4f, kept in %s", figure.replace("_", " "), values[figure], root)
 
 
-def _report(run: Run, meter: Throughput, tallies: Tensor, counts: Tensor, finished: int) -> None:
+def _report(run: Run, meter: Throughput, tallies: Tensor, counts: Tensor, finished: int, skipped: int) -> None:
     """One line, one record; collective, as tallies and throughput are summed over ranks. The device is waited for once."""
     world, trained = run.world, run.trained
     work = torch.tensor([meter.samples, meter.tokens, meter.flops, meter.waited / world.size], dtype=torch.float64)
@@ -304,7 +361,10 @@ def _report(run: Run, meter: Throughput, tallies: Tensor, counts: Tensor, finish
     meter.samples, meter.tokens, meter.flops, meter.waited = int(work[0]), int(work[1]), int(work[2]), float(work[3])
     rates = meter.rates(world.size, run.peak)
     rate, norm, scale = engine.current_learning_rate(trained), engine.gradient_norm(trained), engine.loss_scale(trained)
-    values = values | {"learning_rate": rate, "gradient_norm": norm, "loss_scale": scale} | rates
+    values = values | {"learning_rate": rate, "gradient_norm": norm, "loss_scale": scale, "skipped_steps": skipped} | rates
+    if not counts.any():
+        log.warning("step %d: no update of the last %d was made, so there are no losses to report", finished, meter.steps)
+        return
     if run.metrics is not None:
         run.metrics.write("train", finished, values)
 

@@ -30,6 +30,8 @@ FREE_KEYS = {
     "training": ("micro_batch", "micro_tokens", "log_every", "steps", "epochs", "profile_steps"),
     "model": ("gradient_checkpointing",),
 }
+# And of these, which do change the steps to come: what a run that blew up is to go on with. The log says so.
+REMEDIES = {"optimizer": ("learning_rate", "clip_norm"), "training": ("max_skipped",)}
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "lmdb", "numpy")
 
 
@@ -77,14 +79,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], kind: type = RunConfig
         before = section_defaults(section, kind) | old.get(section, {})
         after = new[section] if section != "digests" else dict.fromkeys(before) | new[section]
         for key, value in after.items():
-            if key not in FREE_KEYS.get(section, ()) and f"{section}.{key}" not in files and before.get(key) != value:
+            free = key in FREE_KEYS.get(section, ()) or key in REMEDIES.get(section, ()) or f"{section}.{key}" in files
+            if not free and before.get(key) != value:
                 found.append(f"{section}.{key}: {before.get(key)} -> {value}")
     return found
 
 
 def free_changes(old: dict[str, Any], new: dict[str, Any], kind: type = RunConfig) -> list[str]:
-    """Settings of the engine and of a step's portions in which a resumed run differs from what it was, as ``differences`` has them."""
-    names = {"engine": tuple(new["engine"]), "training": FREE_KEYS["training"]}
+    """What a resumed run may change and did, of the engine, of a step's portions and of the optimiser: as ``differences`` has them."""
+    names = {"engine": tuple(new["engine"]), "optimizer": REMEDIES["optimizer"], "training": FREE_KEYS["training"] + REMEDIES["training"]}
     return [
         f"{section}.{key}: {before.get(key)} -> {new[section][key]}"
         for section, keys in names.items()

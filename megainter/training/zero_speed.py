@@ -86,12 +86,18 @@ class Updates:
 
 
 def join(engine: Any, inner: torch.optim.Optimizer, sharded: bool, release: str) -> Updates | str:
-    """Bind the functions that fit ``engine`` of this ``release`` of DeepSpeed; or why its own stay. ``sharded``: ZeRO on several ranks."""
+    """Bind the functions that fit ``engine`` of this ``release`` of DeepSpeed; or why its own stay. ``sharded``: ZeRO on several ranks.
+
+    At stage 0, where DeepSpeed makes every update whatever its gradient, it is left out where that is not finite, in any release.
+    """
+    wrapper = type(engine.optimizer).__name__
+    if engine.optimizer is inner:
+        updates = _guard_stage0(engine, Updates(inner, float(engine.gradient_clipping()), sharded=False, scaled=False))
+        return _join_stage0(engine, updates) if release in READ else updates
     if release not in READ:
         return f"what takes its place is written for {', '.join(READ)}"
-    wrapper = type(engine.optimizer).__name__
     if wrapper not in _USED:
-        return _join_stage0(engine, Updates(inner, float(engine.gradient_clipping()), sharded=False, scaled=False))
+        return f"its {wrapper} is not one that was read"
     optimizer = engine.optimizer
     if missing := [name for name in _USED[wrapper] if not hasattr(optimizer, name)]:
         return f"its {wrapper} has no {missing[0]}"
@@ -105,19 +111,34 @@ def join(engine: Any, inner: torch.optim.Optimizer, sharded: bool, release: str)
 
 
 def _join_stage0(engine: Any, updates: Updates) -> Updates:
-    """Stage 0: gradients are the parameters' own, whole on every rank. No step is left out."""
+    """Stage 0: gradients are the parameters' own, whole on every rank."""
 
     def allreduce_and_copy(small_bucket: list[Tensor], dp_group: Any, dp_world_size: Any = None) -> None:
         if dist.get_world_size(dp_group) > 1:
             reduced = engine.allreduce_bucket(small_bucket, dp_group, dp_world_size)
             torch._foreach_copy_(small_bucket, list(engine.unflatten(reduced, small_bucket)))
 
-    def clip_fp32_gradients() -> None:
+    engine.allreduce_and_copy = allreduce_and_copy
+    return updates
+
+
+def _guard_stage0(engine: Any, updates: Updates) -> Updates:
+    """Clip in the optimiser's own step, which is not made where the gradient's norm is not finite."""
+    optimizer = updates.inner
+    make_step = optimizer.step
+
+    @torch.no_grad()
+    def step(closure: Any = None) -> None:
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         engine._global_grad_norm = norm = updates.norm(gradients)
-        torch._foreach_mul_(gradients, (updates.clip_norm / (norm + _EPSILON)).clamp(max=1.0))
+        optimizer.overflow = not updates.fits(norm)  # type: ignore[attr-defined]  # the engine counts what the host leaves out by it
+        if optimizer.overflow:  # type: ignore[attr-defined]
+            return
+        if updates.clip_norm:
+            torch._foreach_mul_(gradients, (updates.clip_norm / (norm + _EPSILON)).clamp(max=1.0))
+        make_step()
 
-    engine.allreduce_and_copy, engine.clip_fp32_gradients = allreduce_and_copy, clip_fp32_gradients
+    engine.clip_fp32_gradients, optimizer.step = lambda: None, step  # type: ignore[assignment,method-assign]
     return updates
 
 

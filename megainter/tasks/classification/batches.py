@@ -94,6 +94,7 @@ class EncodedExamples:
     store: FeatureStore | None
     max_regions: int
     feature_size: int
+    example_ids: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.texts.lengths)
@@ -152,6 +153,7 @@ def encode_examples(
         store=store if examples.images else None,
         max_regions=max_regions,
         feature_size=feature_size,
+        example_ids=tuple(examples.column("example_id")),
     )
 
 
@@ -170,6 +172,10 @@ class ClassificationStream(Dataset[list[LabelledBatch]]):
     def __getitem__(self, step: int) -> list[LabelledBatch]:
         rows = self.rows(step)
         return [self.examples.batch(rows[share]) for share in self.steps.mine(self._lengths[rows])]
+
+    def sample_ids(self, step: int) -> list[str]:
+        """Example ids of a global step."""
+        return [self.examples.example_ids[row] for row in self.rows(step).tolist()]
 
     def rows(self, step: int) -> Int64s:
         """The examples of a global step, int64 [global_batch]."""

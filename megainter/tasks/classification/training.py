@@ -108,6 +108,7 @@ def task_job(
         batches=stream,
         accumulation=stream.steps.accumulation,
         samples=len(task.training),
+        sample_ids=stream.sample_ids,
         build_model=build_model,
         build_step=ClassificationStep,
         flops=lambda config, batch: inputs_flops(config, batch.inputs),

@@ -156,6 +156,12 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
         """All samples of a global step, in the order of the sequence, before masking."""
         return self.sampler.draws(*self.steps.samples(step))
 
+    def sample_ids(self, step: int) -> list[str]:
+        """Pair ids of a global step's samples; of a mismatched one also the pair whose caption it shows."""
+        draws, name = self.draws(step), self.sampler.pairs.pair_id
+        shown = zip(draws.rows.tolist(), draws.caption_rows.tolist(), strict=True)
+        return [name(row) if row == caption else f"{name(row)} with the caption of {name(caption)}" for row, caption in shown]
+
     def sample_digests(self, step: int) -> list[tuple[int, str]]:
         """(place in the global step, hex digest) of this rank's samples; all ranks' together give ``combined_digest``."""
         draws = self.draws(step)

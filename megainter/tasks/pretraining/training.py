@@ -41,6 +41,7 @@ def open_job(config: RunConfig, world: World) -> Job:
         batches=sources.training,
         accumulation=sources.training.steps.accumulation,
         samples=sources.samples,
+        sample_ids=sources.training.sample_ids,
         build_model=lambda saved: starting_model(config, architecture) if saved is None else InterBertForPreTraining(saved),
         build_step=lambda model: PretrainingStep(model, weights),
         flops=_forward_flops,

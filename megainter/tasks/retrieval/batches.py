@@ -121,6 +121,10 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
         groups = self.groups(step)
         return [self._batch(groups, share) for share in self.steps.mine(self.lengths(groups))]
 
+    def sample_ids(self, step: int) -> list[str]:
+        """Pair ids of a global step's captions."""
+        return [self.pairs.pair_id(row) for row in self.groups(step).captions[:, 0].tolist()]
+
     def groups(self, step: int) -> Groups:
         """All pairs of a global step, in the order of the sequence."""
         return self._groups(*self.steps.samples(step))

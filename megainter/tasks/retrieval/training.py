@@ -74,6 +74,7 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
         batches=stream,
         accumulation=stream.steps.accumulation,
         samples=len(pairs),
+        sample_ids=stream.sample_ids,
         build_model=lambda saved: start.build(InterBertForRetrieval, saved),
         build_step=RetrievalStep,
         flops=lambda config, batch: inputs_flops(config, batch.inputs),

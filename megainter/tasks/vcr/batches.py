@@ -172,6 +172,10 @@ class ChoiceStream(Dataset[list[ChoiceBatch]]):
         mine = self.steps.mine(self.examples.tokens(examples))
         return [self.examples.collate([examples[int(i)] for i in share]) for share in mine]
 
+    def sample_ids(self, step: int) -> list[str]:
+        """Question ids of a global step, each with what is asked of it."""
+        return [f"{self.examples.questions[item.row].question_id} ({KINDS[item.kind]})" for item in self.items(step)]
+
     def items(self, step: int) -> list[Item]:
         """All samples of a global step, in the order of the sequence."""
         return self._items(*self.steps.samples(step))

@@ -1,0 +1,87 @@
+"""Losses and gradients that are not finite: all ranks leave the update out, it is told and counted, and nothing of it is saved."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megainter.training.guard import StepGuard, not_finite, poisoned
+from tests.synthetic import settings, train, write_data
+
+CPU = torch.device("cpu")
+
+
+def test_a_finite_loss_keeps_its_gradients_to_the_bit_and_another_makes_all_nan() -> None:
+    weights = torch.randn(50, requires_grad=True)
+    (plain,) = torch.autograd.grad((weights.sin().sum()) * 6, weights)
+    (guarded,) = torch.autograd.grad(poisoned(weights.sin().sum(), 6), weights)
+    assert torch.equal(plain, guarded)
+    for loss in (float("inf"), float("nan"), -float("inf")):
+        (gradient,) = torch.autograd.grad(poisoned(weights.sum() * 0 + loss, 6), weights)
+        assert gradient.isnan().all()
+
+
+def test_a_row_of_left_out_updates_is_counted_and_ends_with_one_that_is_made() -> None:
+    guard = StepGuard(CPU, searching=False)
+    rows = []
+    for step, left_out in enumerate([0, 1, 1, 0, 1, 1, 1], start=1):
+        assert guard.note(step, torch.tensor(float(left_out))) == [step] * left_out
+        rows.append(guard.in_a_row)
+    assert (rows, guard.total, guard.settle()) == ([0, 1, 2, 0, 1, 2, 3], 5, [])
+
+
+def test_the_first_search_for_a_loss_scale_does_not_count() -> None:
+    guard = StepGuard(CPU, searching=True)
+    rows = []
+    for step, left_out in enumerate([1.0, 1.0, 0.0, 1.0], start=1):
+        guard.note(step, left_out)
+        rows.append(guard.in_a_row)
+    assert (rows, guard.total) == ([0, 0, 0, 1], 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_found_wherever_it_is(value: float) -> None:
+    state = {"weights": {"a": torch.randn(7), "empty": torch.zeros(0)}, "exp_avg": {"b": torch.randn(3, 5), "count": torch.ones(2).long()}}
+    assert not_finite(state) is None
+    state["exp_avg"]["b"][2, 4] = value
+    assert not_finite(state) == "exp_avg of b"
+
+
+@pytest.mark.parametrize(
+    ("processes", "precision", "stage"),
+    [
+        (1, "fp32", 0),
+        (2, "bf16", 1),
+        *(
+            pytest.param(processes, precision, stage, marks=pytest.mark.slow)
+            for processes in (1, 2) for precision in ("fp32", "bf16") for stage in range(4)
+            if (processes, precision, stage) not in ((1, "fp32", 0), (2, "bf16", 1))
+        ),
+    ],
+)  # fmt: skip
+def test_a_run_that_blows_up_ends_and_its_good_checkpoints_stay(processes: int, precision: str, stage: int, tmp_path: Path) -> None:
+    pairs, store = write_data(tmp_path)
+
+    def run(rate: float, steps: int) -> int:
+        given = {"engine__precision": precision, "engine__zero_stage": stage, "optimizer__learning_rate": rate, "training__steps": steps}
+        words = settings(
+            pairs, store, tmp_path / "run", **given, checkpoint__every_steps=5, training__max_skipped=6, training__log_every=1000
+        )
+        return train(words, processes=processes).returncode
+
+    assert run(1e-4, 20) == 0
+    assert run(1e20, 60) == (7 if processes == 1 else 1)  # torchrun has a code of its own for all
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    left_out = [record for record in records if record["kind"] == "skipped"]
+    assert [record["step"] for record in left_out] == list(range(left_out[0]["step"], left_out[0]["step"] + 6))
+    assert all(len(record["samples"]) == 16 for record in left_out), left_out[0]
+    kept = sorted((tmp_path / "run/checkpoints").glob("step_*"))
+    assert kept[-1].name == "step_0000020"
+    for folder in kept:
+        for file in folder.rglob("*.safetensors"):
+            assert all(tensor.isfinite().all() for tensor in load_file(file).values()), file
+    assert run(1e-4, 30) == 0
+    last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
+    assert last["step"] == 30
