@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError
+from megainter.files import FULL, is_full
 from megainter.process import adopt_rank, end_with_launcher, record_exit
 from megainter.verbs.convert import convert_app
 from megainter.verbs.demo import demo
@@ -26,7 +27,7 @@ from megainter.verbs.view import view
 LONGEST_MESSAGE = 4000  # characters, whatever a file holds that it quotes
 # What the user can mend: a full or read-only disk, a path of the wrong kind or without permission.
 CANNOT_WRITE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY,
+    *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY,
 )  # fmt: skip
 
 app = App(
@@ -70,8 +71,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        _end(f"{error.filename or 'output'}: {error.strerror}", NoSpaceError.exit_code if full else UsageError.exit_code)
+        _end(f"{error.filename or 'output'}: {error.strerror}", (NoSpaceError if is_full(error) else UsageError).exit_code)
 
 
 def _end(text: str, code: int, told: bool = True) -> None:

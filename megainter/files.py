@@ -1,24 +1,96 @@
-"""Files that appear whole or not at all, and digests of their contents."""
+"""Files and folders that appear whole or not at all, what a full disk is told as, and digests of contents."""
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megainter.errors import UsageError
+from megainter.errors import MegainterError, NoSpaceError, UsageError
+
+FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "no space left in the quota", errno.EFBIG: "a file may not be as large here"}
+# The same in the words of libraries whose errors have no number: safetensors, and numpy where less was written than asked.
+FULL_IN_WORDS = re.compile("|".join([*map(os.strerror, FULL), r"\d+ requested and \d+ written"]))
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for a file or a folder that takes its place, durable, where the block ends well, and else vanishes.
+
+    A file that was at ``path`` stays until the new one is there; so does a folder, but for the moment between two renames.
+    ``NoSpaceError`` where the disk is full, ``UsageError`` where it refuses otherwise; errors about other files pass.
+    """
+    partial = partial_name(path)
+    remove(partial)  # of a killed process with the same number
+    try:
+        yield partial
+        for part in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
+            fsync_folder(part)  # opening to read and fsync serve files as well
+        replace(partial, path)
+    except Exception as error:
+        if isinstance(error, MegainterError) or not _is_about(error, partial, path):
+            raise
+        raise refusal(path, error) from None
+    finally:
+        remove(partial)
+
+
+def partial_name(path: Path) -> Path:
+    """Where what is to stand at ``path`` is made: hidden beside it, for this process alone."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def replace(new: Path, path: Path) -> None:
+    """Rename a file or a folder to ``path``, in the place of what was there, so that it survives a power cut."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if new.is_dir() and path.exists():
+        os.rename(path, old)
+    os.replace(new, path)
+    fsync_folder(path.parent)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, where there is one and the disk allows it."""
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error comes of a disk, a quota or a limit that has no room left, in number or in words."""
+    found: BaseException | None = error
+    while found is not None:
+        if getattr(found, "errno", None) in FULL or FULL_IN_WORDS.search(str(found)):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def refusal(path: Path, error: BaseException) -> NoSpaceError | UsageError:
+    """What the user is told where ``path`` could not be written."""
+    number: int | None = getattr(error, "errno", None)
+    if is_full(error):
+        return NoSpaceError(f"{path} cannot be written: {FULL.get(number or 0, 'no space left')}; free space and run the same command")
+    return UsageError(f"{path} cannot be written: {os.strerror(number) if number is not None else error}")
+
+
+def _is_about(error: Exception, partial: Path, path: Path) -> bool:
+    """Whether an error is one of writing, as far as it says: it names no file, or one of ours."""
+    if not isinstance(error, OSError):
+        return is_full(error)
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | Path) else partial
+    return named in (path, path.parent) or named.is_relative_to(partial)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write ``content`` beside ``path``, fsync it and rename it into place, so that a kill leaves the old file or the new."""
-    data = content.encode() if isinstance(content, str) else content
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    fsync_folder(path.parent)
+    """Write ``content`` so that a kill leaves the old file or the new (``aside``)."""
+    with aside(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:

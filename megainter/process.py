@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megainter.errors import LockedError, StoppedEarly
+from megainter.errors import LockedError, MegainterError, StoppedEarly
 from megainter.files import write_atomically
 
 WATCH_VARIABLE = "MEGAINTER_WATCH_PID"  # a process whose end must end this one too
@@ -67,7 +67,7 @@ def record_exit(code: int) -> None:
     """Leave the exit code for a supervising launcher: rank 0 always, other ranks where they fail."""
     folder, rank = os.environ.get(OUTCOME_VARIABLE), int(os.environ.get("RANK", "0"))
     if folder and (rank == 0 or code):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, MegainterError):
             write_atomically(Path(folder) / f"rank-{rank:05d}", f"{code}\n")
 
 

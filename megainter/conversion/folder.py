@@ -1,8 +1,6 @@
 """Writing a Hugging Face folder: tensor by tensor, so that memory holds one of them, and whole or not at all."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from megainter.conversion.foreign_files import LazyTensor, open_tensors
 from megainter.conversion.mapping import Plan, print_table, require_complete, tensors_of
 from megainter.conversion.vocabulary import VocabularyFiles, write_vocabulary
 from megainter.errors import DamagedError, UsageError
-from megainter.files import fsync_folder
+from megainter.files import aside
 from megainter.model.configuration import InterBertConfig
 from megainter.progress import Progress
 
@@ -57,29 +55,15 @@ def new_folder(destination: Path) -> Iterator[Path]:
     """A folder to fill beside ``destination``, which it becomes at the end; after an exception nothing is left of it."""
     refuse_existing(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with aside(destination) as partial:
+        partial.mkdir()
         yield partial
-        for path in partial.iterdir():
-            _fsync(path)
-        fsync_folder(partial)
-        os.rename(partial, destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    fsync_folder(destination.absolute().parent)
 
 
 def refuse_existing(destination: Path) -> None:
     """``UsageError`` where ``destination`` exists: a conversion never writes over something."""
     if destination.exists():
         raise UsageError(f"{destination} exists; give a new name or remove it")
-
-
-def _fsync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def write_folder(folder: Path, config: InterBertConfig, tensors: Mapping[str, LazyTensor], output: Output) -> None:

@@ -4,7 +4,6 @@ The official ``pytorch_model_N.bin`` and ``_ema.bin`` are plain dictionaries of 
 not tell (attention heads, fusion, where the interaction layers end) comes from the JSON, from options, or from the released model.
 """
 
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from megainter.conversion.mapping import HEADS, Origin, Plan, expected_shapes, m
 from megainter.conversion.official_names import official_name, our_name
 from megainter.conversion.vocabulary import NO_VOCABULARY, find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
-from megainter.files import fsync_folder, write_json
+from megainter.files import aside, write_json
 from megainter.model.configuration import InterBertConfig
 
 WORD, TIED = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
@@ -157,19 +156,12 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Non
     require_complete(plan, source, allow_partial=False)
     state = official_state({name: tensors[name].read().float() for name in expected_shapes(config, heads)}, config)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    try:
+    with aside(destination) as partial:
         with open(partial, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         if verify:
             print(reread(partial, {name: LazyTensor.of(tensor) for name, tensor in state.items()}, torch.float32))
         write_json(settings, official_settings(config))
-        os.rename(partial, destination)
-    finally:
-        partial.unlink(missing_ok=True)
-    fsync_folder(destination.absolute().parent)
     print(f"{source} -> {destination}: {len(state)} tensors, and its settings in {settings.name}")
 
 

@@ -6,7 +6,6 @@
 Pages of mapped files belong to the system's cache: it keeps them once for all processes, and gives them back where memory is short.
 """
 
-import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megainter.errors import DamagedError, NoSpaceError, UsageError
-from megainter.files import fsync_folder, read_json, write_json
+from megainter.errors import DamagedError, UsageError
+from megainter.files import partial_name, read_json, refusal, replace, write_json
 
 VERSION = 1
 DESCRIPTION = "index.json"
@@ -47,7 +46,7 @@ class ArrayWriter:
     """
 
     def __init__(self, folder: Path, dtypes: Mapping[str, str], strings: tuple[str, ...] = ()) -> None:
-        self.folder, self.aside = folder, folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        self.folder, self.aside = folder, partial_name(folder)
         parts = {f"{name}.{part}": dtype for name in strings for part, dtype in (("offsets", "int64"), ("bytes", "uint8"))}
         self.dtypes = {**dtypes, **parts}
         self._string_bytes = dict.fromkeys(strings, 0)
@@ -72,7 +71,7 @@ class ArrayWriter:
         try:
             self._files[name].write(np.ascontiguousarray(values, _little(self.dtypes[name])).data.cast("B") if len(values) else b"")
         except OSError as error:
-            raise self._refusal(error) from None
+            raise refusal(self.folder, error) from None
 
     def append_strings(self, name: str, values: pa.StringArray) -> None:
         """Add strings [n]."""
@@ -87,28 +86,15 @@ class ArrayWriter:
             lengths = {name: self._finished(name) for name in self.dtypes}
             arrays = {name: {"dtype": self.dtypes[name], "length": lengths[name]} for name in self.dtypes}
             write_json(self.aside / DESCRIPTION, {"version": VERSION, "key": key, "arrays": arrays, "facts": facts})
-            self._replace()
+            replace(self.aside, self.folder)
         except OSError as error:
-            raise self._refusal(error) from None
+            raise refusal(self.folder, error) from None
 
     def _finished(self, name: str) -> int:
         file = self._files[name]
         file.flush()
         os.fsync(file.fileno())
         return file.tell() // np.dtype(self.dtypes[name]).itemsize
-
-    def _replace(self) -> None:
-        old = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.old")
-        if self.folder.exists():
-            os.replace(self.folder, old)
-        os.replace(self.aside, self.folder)
-        fsync_folder(self.folder.parent)
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-
-    def _refusal(self, error: OSError) -> UsageError | NoSpaceError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return NoSpaceError(f"{self.folder} cannot be written: no space left; free space and run the same command")
-        return UsageError(f"{self.folder} cannot be written: {error.strerror or error}")
 
 
 def open_arrays(folder: Path, key: str) -> MappedArrays:

@@ -1,7 +1,6 @@
 """What every fine-tuning task does before and after the training loop: open the starting model, and leave a Hugging Face folder."""
 
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from megainter.conversion.zero import convert
 from megainter.data.packed import PackedInputs
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
+from megainter.files import aside
 from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, forward_flops
 from megainter.model.folder import read_config, read_vocabulary
@@ -38,12 +38,8 @@ def finetune_job(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
     if os.environ.get("RANK", "0") == "0":
         best = config.output / BEST
         source = next((path for path in sorted(best.glob("step_*"), reverse=True)), last)
-        aside = config.output / f".{MODEL}.new"
-        shutil.rmtree(aside, ignore_errors=True)
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-            convert(source, aside, ema=config.training.ema_decay > 0)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(aside, folder)
+        with aside(folder) as partial, open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            convert(source, partial, ema=config.training.ema_decay > 0)
         log.info("the model of %s: %s", source, folder)
     return folder
 

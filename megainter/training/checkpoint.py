@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megainter.errors import DamagedError
+from megainter.errors import DamagedError, MegainterError
 from megainter.files import apply_umask, fsync_folder, read_json, sha256_of, write_atomically, write_json
 
 MANIFEST = "manifest.json"
@@ -75,7 +75,7 @@ def _attempt(action: Callable[[], None]) -> str | None:
     """Run ``action``; the text of an I/O failure instead of the exception, so that ranks can agree on it."""
     try:
         action()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MegainterError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

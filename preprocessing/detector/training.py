@@ -6,7 +6,6 @@ The run folder: ``config.json``, ``metrics.jsonl``, ``checkpoint/`` (the newest 
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from megainter.data.feature_store.lock import WriterLock
 from megainter.data.tables.boxes import ImageBoxes, read_boxes
 from megainter.devices import torch_device
 from megainter.errors import DamagedError, NumericsError, StoppedEarly, UsageError
-from megainter.files import apply_umask, fsync_folder, read_json, sha256_of, write_json
+from megainter.files import apply_umask, aside, read_json, sha256_of, write_json
 from megainter.progress import Progress
 from preprocessing.detector.batches import BoxesDataset, Sample, batches_from, class_names_of, repeat_factors
 from preprocessing.detector.detector import DetectorConfig, build_model, save_detector
@@ -206,20 +205,16 @@ class _Run:
 
     def save(self) -> None:
         """Publish a checkpoint whole: written aside with its digests, renamed, and only then the one before removed."""
-        aside = self.folder / f".checkpoint.{os.getpid()}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}, aside / "model.safetensors")
-        save_file(self._optimizer_tensors(), aside / "optimizer.safetensors")
-        for path in sorted(aside.iterdir()):
-            apply_umask(path)
-        digests = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
-        write_json(aside / "state.json", {"step": self.step, "sha256": digests})
-        write_json(self.folder / "config.json", self.settings)
         final = self.folder / f"checkpoint-{self.step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        fsync_folder(self.folder)
+        with aside(final) as partial:
+            partial.mkdir()
+            save_file({k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}, partial / "model.safetensors")
+            save_file(self._optimizer_tensors(), partial / "optimizer.safetensors")
+            for path in sorted(partial.iterdir()):
+                apply_umask(path)
+            digests = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+            write_json(partial / "state.json", {"step": self.step, "sha256": digests})
+            write_json(self.folder / "config.json", self.settings)
         for old in self.folder.glob("checkpoint-*"):
             if old != final:
                 shutil.rmtree(old)

@@ -1,16 +1,13 @@
 """A store written in other projects' formats."""
 
-import errno
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
-from megainter.errors import NoSpaceError, UsageError
-from megainter.files import fsync_folder
+from megainter.errors import UsageError
+from megainter.files import aside
 from megainter.progress import Progress
 from preprocessing.features.formats import WRITERS
 
@@ -60,21 +57,5 @@ def _published(destination: Path) -> Iterator[Path]:
         raise UsageError(f"{destination} exists; delete it or give another path")
     if not destination.parent.is_dir():
         raise UsageError(f"{destination.parent} is not a folder")
-    aside = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    try:
-        yield aside
-        _make_durable(aside)
-        os.rename(aside, destination)
-        fsync_folder(destination.parent)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise (NoSpaceError if full else UsageError)(
-            f"{destination} cannot be written: {error.strerror or error}; nothing was kept"
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
-
-
-def _make_durable(path: Path) -> None:
-    for part in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        fsync_folder(part)  # opening to read and fsync serve files as well
+    with aside(destination) as partial:
+        yield partial

@@ -15,7 +15,7 @@ from megainter.data.feature_store.record import StoreSchema, encode
 from megainter.data.feature_store.shard import refuse_live_writers
 from megainter.data.feature_store.writer import create_store, stored_ids
 from megainter.data.image_ids import renamer
-from megainter.errors import UsageError
+from megainter.errors import MegainterError, UsageError
 from megainter.progress import Progress
 from preprocessing.features.formats import READERS, recognise
 from preprocessing.features.formats.complete import Completion, Labels, class_count, complete, fitted, label_ids, read_classes, read_sizes
@@ -75,7 +75,7 @@ def import_features(
     try:
         written = write_entries(output, schema, _imported(entries, how, schema, done, account, f"import {name}", rename))
     except BaseException:
-        with suppress(OSError):  # a full disk must not hide the first error
+        with suppress(OSError, MegainterError):  # a full disk must not hide the first error
             list_failures(output, account)
         raise
     list_failures(output, account)

@@ -28,7 +28,7 @@ from megainter.data.feature_store.shard import (
     shard_files,
 )
 from megainter.errors import DamagedError, NoSpaceError, UsageError
-from megainter.files import fsync_folder, sha256_of, write_json
+from megainter.files import aside, sha256_of, write_json
 
 SPARE_BYTES = 4 << 20  # LMDB copies the tree pages it changes; keep that much free beside the records
 
@@ -54,12 +54,7 @@ def create_store(path: Path, schema: StoreSchema) -> None:
 
 def _describe(path: Path, schema: StoreSchema, state: dict[str, Any]) -> None:
     """Write store.json. ``NoSpaceError`` where it cannot be written: the old one, if any, is still there."""
-    try:
-        write_json(path / "store.json", FORMAT | {"schema": schema.to_json()} | state)
-    except OSError as error:
-        raise NoSpaceError(
-            f"no space left for {path / 'store.json'} ({error.strerror}); free space and run the same command again"
-        ) from None
+    write_json(path / "store.json", FORMAT | {"schema": schema.to_json()} | state)
 
 
 def _check_schema(path: Path, schema: StoreSchema) -> None:
@@ -238,19 +233,9 @@ def index_digest(index: pa.Table) -> str:
 
 
 def _publish(path: Path, schema: StoreSchema, shards: list[Path], index: pa.Table) -> None:
-    aside = path / f".index.arrow.{os.getpid()}.partial"
-    try:
-        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, index.schema) as writer:
-            writer.write_table(index)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path / "index.arrow")
-        fsync_folder(path)
-        _describe(path, schema, {"sealed": True} | _summary(path, shards, index))
-    except OSError as error:
-        raise NoSpaceError(f"the index of {path} cannot be written ({error.strerror or error}); free space and run again") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path / "index.arrow") as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, index.schema) as writer:
+        writer.write_table(index)
+    _describe(path, schema, {"sealed": True} | _summary(path, shards, index))
 
 
 def _summary(path: Path, shards: list[Path], index: pa.Table) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def write_hard_negatives(path: Path, lists: Iterable[tuple[NDArray[np.int32], ND
     """
     schema = HARD_SCHEMA.with_metadata({"megainter": json.dumps(facts)})
     batches = (pa.record_batch([_as_lists(counts, rows)], schema=schema) for counts, rows in lists)
-    with parquet_aside(path, schema) as aside:
-        write_batches(path, aside, schema, batches)
+    with parquet_aside(path, schema) as partial:
+        write_batches(partial, schema, batches)
 
 
 def _as_lists(counts: NDArray[np.int32], rows: NDArray[np.int32]) -> pa.ListArray:

@@ -72,8 +72,8 @@ def write_boxes(path: Path, rows: Iterable[ImageBoxes]) -> int:
             count += len(images)
             yield record_batch(path, columns, BOXES_SCHEMA)
 
-    with parquet_aside(path, BOXES_SCHEMA) as aside:
-        write_batches(path, aside, BOXES_SCHEMA, batches())
+    with parquet_aside(path, BOXES_SCHEMA) as partial:
+        write_batches(partial, BOXES_SCHEMA, batches())
     return count
 
 

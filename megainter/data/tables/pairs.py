@@ -140,10 +140,10 @@ def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
             columns = [[getattr(row, name) for row in rows_of_group] for name in PAIRS_SCHEMA.names]
             yield record_batch(path, columns, PAIRS_SCHEMA)
 
-    with parquet_aside(path, PAIRS_SCHEMA) as aside:
-        write_batches(path, aside, PAIRS_SCHEMA, batches())
-        _refuse_repeated_hashes(path, aside, np.frombuffer(hashes, np.uint64))
-        images = pq.read_table(aside, columns=["image_id", "image"])
+    with parquet_aside(path, PAIRS_SCHEMA) as partial:
+        write_batches(partial, PAIRS_SCHEMA, batches())
+        _refuse_repeated_hashes(path, partial, np.frombuffer(hashes, np.uint64))
+        images = pq.read_table(partial, columns=["image_id", "image"])
         refuse_missing_values(path, images)
         _refuse_two_paths(path, images, *numbered(images.column("image_id")))
     return len(hashes)
@@ -168,13 +168,13 @@ def _refuse_duplicate_pairs(path: Path, table: pa.Table) -> None:
     raise DuplicatePairError(path, repeated.as_py(), int(rows[0]), int(rows[1]))
 
 
-def _refuse_repeated_hashes(path: Path, aside: Path, hashes: np.ndarray) -> None:
+def _refuse_repeated_hashes(path: Path, partial: Path, hashes: np.ndarray) -> None:
     """64-bit hashes find the candidates without keeping the ids; the ids written decide."""
     order = np.argsort(hashes, kind="stable")
     repeats = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     if not len(repeats):
         return
-    ids = pq.read_table(aside, columns=["pair_id"]).column("pair_id")
+    ids = pq.read_table(partial, columns=["pair_id"]).column("pair_id")
     for second, first in sorted((int(order[at + 1]), int(order[at])) for at in repeats):  # a stable sort keeps rows in order
         if ids[first] == ids[second]:
             raise DuplicatePairError(path, ids[first].as_py(), first, second)

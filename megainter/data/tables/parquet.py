@@ -1,8 +1,6 @@
 """Parquet tables on the disk: opened and read strictly, in parts, written aside; splits and digests."""
 
-import errno
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -15,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megainter.data.mapped import string_buffers
-from megainter.errors import NoSpaceError, UsageError
-from megainter.files import fsync_folder
+from megainter.errors import UsageError
+from megainter.files import aside
 
 SPLITS = ("train", "val", "test", "")
 ROWS_PER_GROUP = 65536
@@ -34,21 +32,11 @@ def check_relative(relative: str) -> str | None:
 
 @contextmanager
 def parquet_aside(path: Path, schema: pa.Schema) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place where the block ends well, and vanishes where it does not.
-
-    ``UsageError`` at once where ``path`` is there and is something else than a table with the columns of ``schema``.
-    """
+    """``files.aside`` in a folder that is made. ``UsageError`` at once where ``path`` is something else than a table with these columns."""
     _refuse_another_file(path, schema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        fsync_folder(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path) as partial:
+        yield partial
 
 
 def _refuse_another_file(path: Path, schema: pa.Schema) -> None:
@@ -63,16 +51,17 @@ def _refuse_another_file(path: Path, schema: pa.Schema) -> None:
         raise UsageError(f"{path} is there, and is {what}; give another name, or remove it first")
 
 
-def write_batches(path: Path, aside: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write record batches to ``aside`` as they come. ``NoSpaceError`` or ``UsageError`` that names ``path`` where the disk refuses."""
-    try:
-        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"{path} cannot be written: no space left; free space and run the same command") from None
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+def write_batches(partial: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write record batches to ``partial`` as they come."""
+    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def write_parquet(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write record batches as they come, the file whole or not at all; raises as ``files.aside`` where the disk refuses."""
+    with aside(path) as partial:
+        write_batches(partial, schema, batches)
 
 
 def open_parquet(path: Path, made_by: str = "`megainter prepare` writes manifests") -> pq.ParquetFile:

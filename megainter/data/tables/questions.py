@@ -81,8 +81,8 @@ def write_questions(path: Path, rows: Iterable[Question]) -> int:
             columns = [[_cell(question, name) for question in questions] for name in QUESTIONS_SCHEMA.names]
             yield record_batch(path, columns, QUESTIONS_SCHEMA)
 
-    with parquet_aside(path, QUESTIONS_SCHEMA) as aside:
-        write_batches(path, aside, QUESTIONS_SCHEMA, batches())
+    with parquet_aside(path, QUESTIONS_SCHEMA) as partial:
+        write_batches(partial, QUESTIONS_SCHEMA, batches())
     return count
 
 

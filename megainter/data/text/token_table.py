@@ -16,7 +16,7 @@ from megainter.data.tables.pairs import Pairs
 from megainter.data.text.chinese import WORDPIECE, chinese_segmenter, word_begins
 from megainter.data.text.vocabulary import Vocabulary, encode_texts, log
 from megainter.errors import DamagedError, UsageError
-from megainter.files import fsync_folder
+from megainter.files import aside
 from megainter.progress import Progress
 
 _BATCH = 16_384  # captions per record batch: about 1 MB, encoded and written at once
@@ -143,14 +143,9 @@ def build_token_table(
     if reused is not None:
         return reused
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     cut = None if words == WORDPIECE else chinese_segmenter()
-    try:
-        _write_table(pairs, vocabulary, max_text_tokens - 2, key, aside, progress, cut)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with aside(path) as partial:
+        _write_table(pairs, vocabulary, max_text_tokens - 2, key, partial, progress, cut)
     table = open_token_table(path, key)
     if table.unknown_share > _UNKNOWN_LIMIT:
         share = f"{table.unknown_share:.0%}"

@@ -1,18 +1,15 @@
 """What an evaluation of retrieval finds: recalls, best pairs, scores."""
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megainter.errors import UsageError
-from megainter.files import fsync_folder
+from megainter.data.tables.parquet import write_parquet
 from megainter.tasks.retrieval.gallery import Gallery
 from megainter.tasks.retrieval.ranking import (
     BLOCK_BYTES,
@@ -131,8 +128,8 @@ def write_top(path: Path, gallery: Gallery, ranks: Ranks) -> None:
         "images": pa.FixedSizeListArray.from_arrays(flat, width),
         "scores": pa.FixedSizeListArray.from_arrays(pa.array(ranks.top_scores.ravel()), width),
     }
-    table = pa.table(columns)
-    _write_parquet(path, table.schema, lambda writer: writer.write_table(table))
+    table = pa.table(columns).combine_chunks()
+    write_parquet(path, table.schema, table.to_batches())
 
 
 def write_scores(path: Path, scores_IC: NDArray[np.float32], gallery: Gallery) -> None:
@@ -146,13 +143,13 @@ def write_scores(path: Path, scores_IC: NDArray[np.float32], gallery: Gallery) -
     pair_ids = gallery.pairs.table.column("pair_id").take(gallery.rows).combine_chunks()
     rows = max(1, BLOCK_BYTES // (4 * images))
 
-    def write(writer: pq.ParquetWriter) -> None:
+    def batches() -> Iterator[pa.RecordBatch]:
         for start in range(0, len(gallery.rows), rows):
             block = np.ascontiguousarray(scores_IC[:, start : start + rows].T)
             values = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), images)
-            writer.write_batch(pa.record_batch([pair_ids[start : start + rows], own[start : start + rows], values], schema=schema))
+            yield pa.record_batch([pair_ids[start : start + rows], own[start : start + rows], values], schema=schema)
 
-    _write_parquet(path, schema, write)
+    write_parquet(path, schema, batches())
 
 
 def write_pair_scores(path: Path, scores_P: NDArray[np.float32], keys_P: NDArray[np.int64], gallery: Gallery) -> None:
@@ -161,24 +158,10 @@ def write_pair_scores(path: Path, scores_P: NDArray[np.float32], keys_P: NDArray
     pair_ids = gallery.pairs.table.column("pair_id").take(gallery.rows).combine_chunks()
     schema = pa.schema([("pair_id", pa.string()), ("image_id", pa.string()), ("score", pa.float32())])
 
-    def write(writer: pq.ParquetWriter) -> None:
+    def batches() -> Iterator[pa.RecordBatch]:
         for start in range(0, len(keys_P), PAIRS_PER_GROUP):
             images, captions = np.divmod(keys_P[start : start + PAIRS_PER_GROUP], len(gallery.rows))
             columns = [pair_ids.take(pa.array(captions)), image_ids.take(pa.array(images)), pa.array(scores_P[start : start + len(images)])]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+            yield pa.record_batch(columns, schema=schema)
 
-    _write_parquet(path, schema, write)
-
-
-def _write_parquet(path: Path, schema: pa.Schema, write: Callable[[pq.ParquetWriter], None]) -> None:
-    """Written aside and renamed, so that the file is whole or not there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-            write(writer)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    write_parquet(path, schema, batches())

@@ -19,7 +19,7 @@ from megainter.data.stream.negatives import require_two_images
 from megainter.data.tables.pairs import Pairs, has_split, read_pairs
 from megainter.data.text.token_table import build_token_table, open_token_table, table_key
 from megainter.errors import UsageError
-from megainter.files import read_json, write_json
+from megainter.files import aside, read_json, write_json
 from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval.batches import GroupSettings, RetrievalStream
@@ -129,7 +129,9 @@ def _neighbours(config: RetrievalConfig, pairs: Pairs, store: FeatureStore, max_
         key_path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         log.info("looking for similar images of %s images", f"{len(pairs.image_ids):,}")
-        np.save(path, nearest_images(mean_features(store, pairs.image_ids, max_regions), config.data.neighbours), allow_pickle=False)
+        nearest = nearest_images(mean_features(store, pairs.image_ids, max_regions), config.data.neighbours)
+        with aside(path) as partial, open(partial, "wb") as file:
+            np.save(file, nearest, allow_pickle=False)
         write_json(key_path, key)
 
     on_first_rank(find)

@@ -1,6 +1,5 @@
 """The score matrix on disk while it is computed: bounded memory at any gallery size, and a killed evaluation goes on where it was."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megainter.errors import NoSpaceError, UsageError
-from megainter.files import read_json, write_json
+from megainter.files import is_full, read_json, write_json
 from megainter.process import folder_lock
 
 
@@ -72,7 +71,7 @@ def _mapped(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.m
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if is_full(error):
                 raise NoSpaceError(
                     f"{path.parent} needs {size:,} bytes for the scores; free some space and run the same command again"
                 ) from None

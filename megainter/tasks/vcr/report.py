@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from megainter.data.tables.parquet import write_parquet
 from megainter.data.tables.questions import CHOICES, Questions
 from megainter.errors import UsageError
-from megainter.files import fsync_folder, write_atomically
+from megainter.files import write_atomically
 from megainter.tasks.vcr.batches import Item
 from megainter.tasks.vcr.inputs import ANSWER, KINDS, RATIONALE
 
@@ -115,16 +114,8 @@ def write_probabilities(path: Path, questions: Questions, items: Sequence[Item],
         columns["answer" if item.kind == ANSWER else _given_columns()[given]][item.row] = row
     probabilities = {name: pa.array(values, pa.list_(pa.float32(), CHOICES)) for name, values in columns.items()}
     facts = {name: questions.table.column(name) for name in ("question_id", "image_id", "answer_label", "rationale_label")}
-    table = pa.table(facts | probabilities)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        pq.write_table(table, aside, compression="zstd")
-        os.replace(aside, path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    table = pa.table(facts | probabilities).combine_chunks()
+    write_parquet(path, table.schema, table.to_batches())
 
 
 def _given_columns() -> list[str]:

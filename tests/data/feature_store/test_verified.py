@@ -17,8 +17,9 @@ from benchmarks.reading_records import whole_shares, write_small
 from megainter.data.feature_store import FeatureStore, verified
 from megainter.data.feature_store.verified import SHARED_MEMORY, VerifiedRecords
 from megainter.errors import DamagedError
-from tests.data.feature_store.test_faults import mounting, python
+from tests.data.feature_store.test_faults import python
 from tests.data.feature_store.test_views import DENSE, make_store, noted_reads, overwrite, place_of
+from tests.disks import mounting
 from tests.places import ROOT
 
 __all__ = ["mounting"]  # a fixture

@@ -27,7 +27,7 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.packed import region_rows
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import NumericsError, UsageError
-from megainter.files import apply_umask, read_json, sha256_of, write_json
+from megainter.files import apply_umask, aside, read_json, sha256_of, write_json
 from megainter.progress import Progress
 from megainter.tasks.retrieval.gallery import Tokens
 
@@ -131,8 +131,9 @@ def save_prefilter(folder: Path, encoder: DualEncoder) -> None:
     """Write the weights, then the settings, without which the folder is none."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).unlink(missing_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, folder / WEIGHTS)
-    apply_umask(folder / WEIGHTS)
+    with aside(folder / WEIGHTS) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, partial)
+        apply_umask(partial)
     write_json(folder / SETTINGS, asdict(encoder.settings))
 
 
