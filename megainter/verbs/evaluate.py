@@ -56,6 +56,7 @@ def evaluate_classification(
     processes: int | None = None,
     precision: AskedPrecision = "auto",
     device: str = "auto",
+    submission: Path | None = None,
 ) -> None:
     """Classification and regression of texts, alone or about images: figures where labels are public, predictions in any case.
 
@@ -85,10 +86,12 @@ def evaluate_classification(
         Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32.
     device
         Torch device; "auto" takes CUDA where there is one.
+    submission
+        Also write the file that the task's benchmark takes: vqa (JSON), nlvr2 (CSV), GLUE (TSV).
     """
     from megainter.tasks.classification.evaluation import evaluate
 
     evaluate(
         model, examples, store, output=output, split=split, max_text_tokens=max_text_tokens, max_regions=max_regions,
-        max_missing=max_missing, batch=batch, processes=processes, precision=precision, device=device,
+        max_missing=max_missing, batch=batch, processes=processes, precision=precision, device=device, submission=submission,
     )  # fmt: skip

@@ -43,7 +43,8 @@ Problem = Literal["single_label", "multi_label", "regression"]
 class TaskFacts:
     """What all examples of a table have in common.
 
-    ``classes`` are the labels that a model may give, in the order of its logits; none for regression. Labels outside of them are
+    ``classes`` are the labels that a model may give, in the order of its logits; none for regression, and none where no example has a
+    label, so that there is something to predict and nothing to learn. Labels outside of them are
     allowed where the problem is "multi_label" (rare answers to a question) and count as never given. ``figure`` names the metric by
     which the best model is chosen.
     """
@@ -129,8 +130,8 @@ def write_examples(path: Path, rows: Iterable[Example], task: TaskFacts) -> int:
             columns = [[getattr(example, name) for example in examples] for name in schema.names]
             yield record_batch(path, columns, EXAMPLES_SCHEMA)
 
-    with parquet_aside(path, EXAMPLES_SCHEMA) as aside:
-        write_batches(path, aside, schema, batches())
+    with parquet_aside(path, EXAMPLES_SCHEMA) as partial:
+        write_batches(partial, schema, batches())
     return count
 
 
@@ -177,8 +178,8 @@ def _check_task(path: Path, task: TaskFacts) -> None:
         raise UsageError(f"{path}: the problem is {task.problem!r}; known are {', '.join(get_args(Problem))}")
     if len(set(task.classes)) != len(task.classes):
         raise UsageError(f"{path}: a class is listed twice among {len(task.classes)}")
-    if (task.problem == "regression") != (not task.classes):
-        raise UsageError(f"{path}: {task.problem} has {len(task.classes)} classes; regression has none, all others have some")
+    if task.problem == "regression" and task.classes:
+        raise UsageError(f"{path}: regression has no classes, and here are {len(task.classes)}")
 
 
 def example_problem(example: Example, task: TaskFacts, classes: frozenset[str]) -> str | None:
@@ -199,6 +200,8 @@ def example_problem(example: Example, task: TaskFacts, classes: frozenset[str]) 
     if task.problem == "single_label":
         wrong = example.targets not in ((), (1.0,)) or not set(example.labels) <= classes
         return f"has the labels {example.labels} with targets {example.targets}; it has one of the classes, or none" if wrong else None
+    if example.labels and not classes:
+        return f"has the labels {example.labels}, and the table has no classes"
     outside = any(not 0 <= target <= 1 for target in example.targets)
     return f"has the targets {example.targets}; each is from 0 to 1" if outside else None
 

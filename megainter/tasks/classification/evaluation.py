@@ -24,7 +24,8 @@ from megainter.precision import AskedPrecision
 from megainter.tasks.classification.batches import EncodedExamples, encode_examples, fixed_batches, with_regions
 from megainter.tasks.classification.head import PROBLEM_TYPES, outcome
 from megainter.tasks.classification.metrics import by_kind, figures
-from megainter.tasks.classification.report import ClassificationReport, summary, write_predictions
+from megainter.tasks.classification.report import ClassificationReport, named_predictions, summary, write_predictions
+from megainter.tasks.classification.submission import submission_ids, write_submission
 from megainter.tasks.scoring.file import open_score_file
 from megainter.tasks.scoring.models import DTYPES, USUAL_LENGTH, choose_devices, choose_precision, load_model
 from megainter.tasks.scoring.running import run
@@ -48,21 +49,23 @@ def evaluate(
     processes: int | None = None,
     precision: AskedPrecision = "auto",
     device: str = "auto",
+    submission: Path | None = None,
 ) -> ClassificationReport:
     """Predict every example of ``split``, write the figures to ``output`` (JSON) and the predictions to ``<output>.predictions.parquet``.
 
     ``model`` is a Hugging Face folder of a classifier with its vocabulary; labels are compared with its classes by name. ``store`` has the
     regions of the images, where there are some; examples without regions may be a share of ``max_missing``. Lengths that are None are
-    those of training. The figures are equal to the last digit for any number of ``processes``. Started again after a kill, the same call
-    goes on where it was.
+    those of training. ``submission``: also the file that the task's benchmark takes, of all examples or not at all. The figures are equal
+    to the last digit for any number of ``processes``. Started again after a kill, the same call goes on where it was.
 
     Raises ``UsageError`` for inputs that do not fit each other, ``NumericsError`` naming an example whose score is not a number.
     """
     if batch < 1 or (processes is not None and processes < 1):
         raise UsageError(f"--batch {batch} and --processes {processes} must be at least 1")
     predictions = output.with_name(f"{output.stem}.predictions.parquet")
-    for option, path in (("--output", output), ("--output's predictions", predictions)):
-        require_file_place(path, option)
+    for option, path in (("--output", output), ("--output's predictions", predictions), ("--submission", submission)):
+        if path is not None:
+            require_file_place(path, option)
     config = read_config(model)
     vocabulary = check_classifier(model, config)
     tokens, regions = max_text_tokens or config.max_text_tokens or USUAL_TOKENS, max_regions or config.max_regions or USUAL_LENGTH
@@ -71,6 +74,11 @@ def evaluate(
     read = read_examples(examples, split)
     feature_store = _open_store(model, config, read, examples, store)
     kept = with_regions(read, feature_store, max_missing, examples, "--max-missing") if feature_store is not None else read
+    ids = submission_ids(examples, read) if submission is not None else []
+    if submission is not None and len(kept) < len(read):
+        raise UsageError(
+            f"--submission needs all {len(read):,} examples, and {len(read) - len(kept):,} have no regions: extract their images"
+        )
     encoded = encode_examples(kept, class_names(config), vocabulary, tokens, feature_store, regions, config.region_feature_size)
     arithmetic = choose_precision(precision, device)
     work = Work(model, encoded, tuple(fixed_batches(encoded, batch)), arithmetic)
@@ -87,8 +95,11 @@ def evaluate(
         seconds, _ = run(work, file, devices, "examples", lambda chunk, scores: _require_numbers(scores, kept, work.places(chunk)))
         found = np.array(file.scores)
         write_predictions(predictions, kept, encoded, found)
+        if submission is not None:
+            write_submission(submission, kept.task.name, ids, named_predictions(encoded, found))
         measured = _measured(kept, encoded, found)
-        report = ClassificationReport(**facts, **measured, processes=len(devices), seconds=seconds, predictions=predictions.name)
+        files: dict[str, Any] = {"predictions": predictions.name, "submission": str(submission) if submission is not None else None}
+        report = ClassificationReport(**facts, **measured, processes=len(devices), seconds=seconds, **files)
         write_json(output, asdict(report))
     print(summary(report), flush=True)
     return report
