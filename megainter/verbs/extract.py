@@ -23,6 +23,7 @@ def extract(
     device: str | None = None,
     precision: AskedPrecision = "auto",
     boxes: Path | None = None,
+    ids: str | None = None,
     network_disk: bool = False,
 ) -> None:
     """Extract region features of images into a feature store. The same command resumes; alone or under mpirun, one worker per rank.
@@ -61,6 +62,9 @@ def extract(
         bf16 where all devices compute it, else fp16 on GPUs, else fp32.
     boxes
         Take the regions from this manifest of boxes (Parquet) instead of the detector's proposals.
+    ids
+        How an image's id is made of the usual one (its path without suffix, or its key): parts {id}, {stem} (its last part), {folder} and
+        {number} (of COCO_val2014_000000391895: 391895), as in "{number}".
     network_disk
         Allow a store on NFS and the like, where a crash can damage what is being written.
     """
@@ -70,7 +74,7 @@ def extract(
     arguments: dict[str, Any] = {
         "images": images, "output": output, "weights": weights, "manifest": manifest, "min_boxes": min_boxes, "max_boxes": max_boxes,
         "selection": selection, "workers": workers, "batch_size": batch_size, "min_size": min_size, "max_size": max_size,
-        "max_bad": max_bad, "device": device, "precision": precision, "boxes": boxes,
+        "max_bad": max_bad, "device": device, "precision": precision, "boxes": boxes, "ids": ids,
         "network_disk": network_disk,
     }  # fmt: skip
     if launched_rank() is None:

@@ -25,7 +25,7 @@ from megainter.data.feature_store.shard import read_store_json, refuse_live_writ
 from megainter.data.feature_store.writer import create_store, seal_store, stored_ids
 from megainter.data.tables.boxes import ImageBoxes, read_boxes
 from megainter.devices import devices_named, torch_device, units_of
-from megainter.errors import StoppedEarly, TooManyBadInputsError, UsageError
+from megainter.errors import MegainterError, StoppedEarly, TooManyBadInputsError, UsageError
 from megainter.files import sha256_of
 from megainter.precision import AskedPrecision, Precision, Units, automatic
 from megainter.process import StopRequest
@@ -35,7 +35,7 @@ from preprocessing.extraction.crew import Worker, end, feed, receive, start_chil
 from preprocessing.extraction.worker import Failure, Job, Task
 from preprocessing.failures import write_failures
 from preprocessing.images.decode import DRAFT_PIXELS, UnreadableImageError, confined, image_size, silence_pillow
-from preprocessing.images.listing import Item, Source, list_images
+from preprocessing.images.listing import Item, Source, list_images, renamed
 
 SMALLEST_SIDE = 32  # pixels
 WINDOW_BATCHES = 8  # images of one size are looked for among this many batches' worth of neighbours in the list
@@ -69,6 +69,7 @@ def extract(
     device: str | None = None,
     precision: AskedPrecision = "auto",
     boxes: Path | None = None,
+    ids: str | None = None,
     network_disk: bool = False,
     ranks: Sequence[Worker] = (),
     elsewhere: Sequence[Units] = (),
@@ -77,7 +78,8 @@ def extract(
 
     The same command goes on where an earlier run stopped. ``workers`` processes (default: one per core, two per GPU), each with its own
     detector on ``device`` (default: the GPUs where there are any), and ``ranks`` beside them, whose devices are ``elsewhere``. ``boxes``,
-    a manifest, gives the regions of the images that it names; then nothing is proposed or selected. ``precision`` "auto" is what the store
+    a manifest, gives the regions of the images that it names; then nothing is proposed or selected. ``ids``: how an image's id is made of
+    the usual one (``image_ids.renamer``), which the store remembers. ``precision`` "auto" is what the store
     was begun in, in a new one the best that all devices compute. Images that fail are listed in ``output``/failed.tsv.
 
     Raises ``UsageError`` (missing or empty folder, other settings or detector than the store's, a store on a network disk that was not
@@ -91,11 +93,12 @@ def extract(
         torch_device(device)
     _check_disk(output, network_disk)
     silence_pillow()
-    source, given = _source(images, manifest, boxes)
+    source, given = _source(images, manifest, boxes, ids)
     arithmetic = precision if precision != "auto" else _automatic(output, device, elsewhere)
     options: dict[str, Any] = {"min_size": min_size, "max_size": max_size}
     options |= {} if boxes else {"min_boxes": min_boxes, "max_boxes": max_boxes, "selection": selection}
     settings = options | ({"boxes": sha256_of(boxes)[:16]} if boxes else {}) | ({"precision": arithmetic} if arithmetic != "fp32" else {})
+    settings |= {"ids": ids} if ids is not None else {}
     schema = replace(load_detector(weights, "cpu").schema(), settings=settings)
     create_store(output, schema)
     with WriterLock(output / "extract.lock"):
@@ -111,7 +114,7 @@ def extract(
             if jobs:
                 _run(jobs, ranks, _batches(source, given, done, batch_size), total, total - left, failures)
         except BaseException:
-            with suppress(OSError):  # a full disk must not hide the first error
+            with suppress(OSError, MegainterError):  # a full disk must not hide the first error
                 _list_failures(output, failures)
             raise
         _list_failures(output, failures)
@@ -130,7 +133,18 @@ def _automatic(output: Path, device: str | None, elsewhere: Sequence[Units]) -> 
     return precision
 
 
-def _source(images: Path, manifest: Path | None, boxes: Path | None) -> tuple[Source, dict[str, ImageBoxes]]:
+def _source(
+    images: Path, manifest: Path | None, boxes: Path | None, ids: str | None = None
+) -> tuple[Source, dict[str, ImageBoxes]]:  # fmt: skip
+    """The images under the ids that the pattern ``ids`` makes of the usual ones, and the boxes given for them by these ids."""
+    source, given = _usual_source(images, manifest, boxes)
+    if ids is None:
+        return source, given
+    new = renamed(source, ids)
+    return new, {item.image_id: given[old.image_id] for old, item in zip(source.items, new.items, strict=True)} if given else {}
+
+
+def _usual_source(images: Path, manifest: Path | None, boxes: Path | None) -> tuple[Source, dict[str, ImageBoxes]]:
     """The images, and the boxes given for them by image id: those of a folder are the ones that the boxes name."""
     if boxes is None:
         return list_images(images, manifest), {}

@@ -19,13 +19,14 @@ from torchvision.ops import roi_align
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
+from megainter.data.image_ids import match
 from megainter.devices import torch_device
 from megainter.errors import UsageError
 from megainter.files import sha256_of
 from megainter.progress import Progress
 from preprocessing.detector.backbones import DESCRIBERS, Describer
 from preprocessing.images.decode import confined, load_image, silence_pillow
-from preprocessing.images.listing import Item, list_images
+from preprocessing.images.listing import Item, list_images, renamed
 
 BINS = 3  # per side of a region, each the mean of 2 x 2 samples of the map
 STRIDE = 32  # pixels of the network's input per place of its map
@@ -59,13 +60,20 @@ def redescribe(
 
 
 def _files_of(store: FeatureStore, images: Path) -> list[Item]:
-    """The image file of every record, in the order of their ids."""
-    found = {item.image_id: item for item in list_images(images).items}
+    """The image file of every record, in the order of their ids, in whatever form the store has them (``image_ids.match``)."""
+    source, settings = list_images(images), store.schema.settings
+    if "ids" in settings and "imported" not in settings:
+        source = renamed(source, settings["ids"])
+    found = {item.image_id: item for item in source.items}
     ids = list(store.ids)
-    missing = [image_id for image_id in ids if image_id not in found]
+    names = match(ids, list(found)).names
+    missing = [image_id for image_id in ids if image_id not in names]
     if missing:
-        raise UsageError(f"{images} lacks {len(missing):,} of the {len(ids):,} images of {store.path}, first {missing[0]!r}")
-    return [found[image_id] for image_id in ids]
+        raise UsageError(
+            f"{images} lacks {len(missing):,} of the {len(ids):,} images of {store.path}, first {missing[0]!r:.200}; it has "
+            f"{source.items[0].image_id!r:.200}{' and others' if len(found) > 1 else ''}"
+        )
+    return [found[names[image_id]]._replace(image_id=image_id) for image_id in ids]
 
 
 def _describer(network: str) -> tuple[Describer, Path]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from megainter.data.image_ids import renamer
 from megainter.data.tables.boxes import is_boxes_manifest, read_boxes
 from megainter.data.tables.pairs import read_pairs
 from megainter.data.tables.parquet import check_relative
@@ -38,6 +39,35 @@ class Source:
 
     root: Path
     items: list[Item]
+
+
+def renamed(source: Source, pattern: str) -> Source:
+    """The images of a source, in its order, under the ids that ``pattern`` makes of theirs (``image_ids.renamer``).
+
+    ``UsageError`` for ids that lack a part of the pattern, and for images that would share one: how many, and both files of the first.
+    """
+    rename, items, of_id, clashes = renamer(pattern), list[Item](), dict[str, Item](), list[str]()
+    for item in source.items:
+        try:
+            new = item._replace(image_id=rename(item.image_id))
+        except ValueError as error:
+            raise UsageError(
+                f"{_file_of(item)} in {source.root}: {error} {pattern!r:.80}; leave it out, or name images in a --manifest"
+            ) from None
+        if not new.image_id:
+            raise UsageError(f"{_file_of(item)} in {source.root}: --ids {pattern!r:.80} makes an empty id of {item.image_id!r:.80}")
+        first = of_id.setdefault(new.image_id, item)
+        if first is not item:
+            clashes.append(f"{_file_of(first)} and {_file_of(item)} would both have the image id {new.image_id!r:.80}")
+        items.append(new)
+    if clashes:
+        more = f", and {len(clashes) - 1:,} more" if len(clashes) > 1 else ""
+        raise UsageError(f"{source.root}: by --ids {pattern!r:.80} {clashes[0]}{more}; give a pattern that tells them apart")
+    return Source(source.root, items)
+
+
+def _file_of(item: Item) -> str:
+    return f"{item.path!r:.200}" if item.part is None else f"{item.image_id!r:.200} of {item.path!r:.80}"
 
 
 def list_images(images: Path, manifest: Path | None = None) -> Source:

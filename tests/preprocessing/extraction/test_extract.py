@@ -7,7 +7,10 @@ import sys
 import tarfile
 import textwrap
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +20,14 @@ from PIL import Image
 from megainter.data.feature_store import FeatureStore
 from megainter.data.feature_store.record import RegionRecord
 from megainter.data.feature_store.shard import count_records
-from megainter.data.feature_store.writer import FeatureStoreWriter, stored_ids
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, stored_ids
 from megainter.data.tables.boxes import ImageBoxes, write_boxes
-from megainter.errors import LockedError, MegainterError, TooManyBadInputsError, UsageError
+from megainter.errors import LockedError, MegainterError, StoppedEarly, TooManyBadInputsError, UsageError
 from preprocessing.detector import load_detector
 from preprocessing.detector.detector import DetectorConfig, build_model, save_detector
 from preprocessing.extraction.extract import Extraction, _batches, _check_disk, _devices, _source, extract
 from preprocessing.extraction.worker import Failure, Task, decoded, extractor, store_batch
-from preprocessing.images.listing import list_images
+from preprocessing.images.listing import Source, list_images
 from tests.places import ROOT
 
 IMAGES = 150  # more than two transactions of 64
@@ -441,3 +444,69 @@ def test_one_bad_file_of_a_few_is_listed_and_no_reason_to_stop(folder: Path, tmp
     (tmp_path / "images" / "0004.jpg").write_text("no image either")
     with pytest.raises(TooManyBadInputsError, match="--max-bad"):
         extract(tmp_path / "images", tmp_path / "other", folder / "detector.safetensors", workers=1, min_boxes=3, max_boxes=9)
+
+
+def renamed_digest(folder: Path, store: Path) -> str:
+    """Of the records of the images of ``folder`` with the ids "photo-NNNN", as one process writes them without a pattern."""
+    plain = FeatureStore(store)
+    with FeatureStoreWriter(folder / "renamed", replace(plain.schema)) as writer:
+        for image_id in plain.ids:
+            writer.add(f"photo-{image_id}", plain[image_id])
+    return seal_store(folder / "renamed")
+
+
+def test_ids_by_a_pattern_are_those_of_the_same_records_and_the_store_remembers_it(folder: Path, tmp_path: Path) -> None:
+    options = {"min_boxes": 3, "max_boxes": 9, "workers": 1}
+    files = (folder / "images", tmp_path / "store", folder / "detector.safetensors")
+    plain = extract(folder / "images", tmp_path / "plain", folder / "detector.safetensors", **options)
+    done = extract(*files, **options, ids="photo-{id}")
+    assert done.digest == renamed_digest(tmp_path, tmp_path / "plain") != plain.digest
+    assert (tmp_path / "store" / "failed.tsv").read_text().splitlines()[1].startswith("photo-page\tpage.jpg\t")
+    assert extract(*files, **options, ids="photo-{id}") == done, "the same command finds it complete"
+    for other in (None, "{id}"):
+        with pytest.raises(UsageError, match=r"was written with other settings: there .*ids"):
+            extract(*files, **options, ids=other)
+
+
+def test_an_extraction_under_a_pattern_goes_on_where_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"min_boxes": 3, "max_boxes": 9, "workers": 1, "ids": "photo-{id}"}
+    files = (folder / "images", tmp_path / "store", folder / "detector.safetensors")
+    sent: list[Task] = []
+
+    def part(source: Source, *rest: Any) -> Iterator[list[Task]]:
+        for count, batch in enumerate(_batches(source, *rest)):
+            if count == 3:
+                raise StoppedEarly("enough")
+            sent.extend(batch)
+            yield batch
+
+    monkeypatch.setattr("preprocessing.extraction.extract._batches", part)
+    with pytest.raises(StoppedEarly):
+        extract(*files, **options)
+    kept = stored_ids(tmp_path / "store")
+    assert 0 < len(kept) <= len(sent)
+    assert kept <= {f"photo-{n:04d}" for n in range(IMAGES)}
+    monkeypatch.undo()
+    done = extract(*files, **options)
+    extract(folder / "images", tmp_path / "plain", folder / "detector.safetensors", **options | {"ids": None})
+    assert done.digest == renamed_digest(tmp_path, tmp_path / "plain")
+
+
+def test_given_boxes_find_their_image_under_a_pattern(folder: Path, tmp_path: Path) -> None:
+    box = np.array([[8, 8, 40, 40]], np.float32)
+    write_boxes(tmp_path / "boxes.parquet", [ImageBoxes(f"b/{n:04d}", f"{n:04d}.jpg", *SIZES[n % 3], box + n, ["red"]) for n in range(4)])
+    extract(
+        folder / "images", tmp_path / "store", folder / "detector.safetensors", boxes=tmp_path / "boxes.parquet", workers=1, ids="{number}"
+    )
+    store = FeatureStore(tmp_path / "store")
+    assert list(store.ids) == ["0", "1", "2", "3"]
+    for n in range(4):
+        np.testing.assert_allclose(store[f"{n}"].boxes, box + n, atol=0.01)
+
+
+def test_two_images_of_one_id_end_an_extraction_before_it_begins(folder: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "a", 2)
+    write_images(tmp_path / "images" / "b", 1)
+    with pytest.raises(UsageError, match=r"'a/0000.jpg' and 'b/0000.jpg' would both have the image id '0000'"):
+        extract(tmp_path / "images", tmp_path / "store", folder / "detector.safetensors", ids="{stem}")
+    assert not (tmp_path / "store").exists()

@@ -162,3 +162,16 @@ def test_a_stopped_rank_is_named_after_a_minute(folder: Path, tmp_path: Path) ->
     while Path(f"/proc/{stopped}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_ranks_give_the_ids_of_a_pattern_and_a_clash_is_told_once(folder: Path, tmp_path: Path) -> None:
+    code, _, error = finish(2, folder, tmp_path / "store", "--ids", "photo-{number}")
+    assert code == 2, "one image is called page"
+    assert error.count("megainter: ") == 1
+    assert "'page.jpg' in" in error
+    assert "id 'page' has no number for --ids" in error
+    assert not (tmp_path / "store").exists()
+    code, _, error = finish(2, folder, tmp_path / "store", "--ids", "photo-{stem}")
+    assert code == 0, error
+    with FeatureStore(tmp_path / "store") as store:
+        assert list(store.ids) == [f"photo-{n:04d}" for n in range(IMAGES)]

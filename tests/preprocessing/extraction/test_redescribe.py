@@ -1,5 +1,6 @@
 """The boxes of a store with an ImageNet network's features."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import UsageError
 from preprocessing.detector.backbones import DESCRIBERS
-from preprocessing.extraction.redescribe import redescribe, region_means
+from preprocessing.extraction.redescribe import _files_of, redescribe, region_means
 
 SIZES = ((64, 48), (100, 200), (32, 32))
 
@@ -72,3 +73,17 @@ def test_what_cannot_be_is_refused(store: Path, tmp_path: Path) -> None:
     (tmp_path / "images" / "1.png").unlink()
     with pytest.raises(UsageError, match="lacks 1 of the 3 images"):
         redescribe(store, tmp_path / "images", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [("COCO_val2014_{:012d}", {}), ("deep/{}.png", {}), ("photo-{}-of", {"ids": "photo-{id}-of"})],
+)
+def test_images_are_found_by_whatever_form_of_their_name_the_store_has(store: Path, tmp_path: Path, form: str, settings: dict) -> None:
+    old = FeatureStore(store)
+    with FeatureStoreWriter(tmp_path / "other", replace(old.schema, settings=old.schema.settings | settings)) as writer:
+        for number in range(len(SIZES)):
+            writer.add(form.format(number), old[str(number)])
+    seal_store(tmp_path / "other")
+    items = _files_of(FeatureStore(tmp_path / "other"), tmp_path / "images")
+    assert sorted((item.image_id, item.path) for item in items) == sorted((form.format(n), f"{n}.png") for n in range(len(SIZES)))

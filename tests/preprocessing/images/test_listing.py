@@ -13,7 +13,7 @@ from megainter.data.tables.boxes import ImageBoxes, write_boxes
 from megainter.data.tables.pairs import Pair, write_pairs
 from megainter.errors import UsageError
 from preprocessing.images.decode import UnreadableImageError, confined, image_size, load_image
-from preprocessing.images.listing import Item, list_images
+from preprocessing.images.listing import Item, list_images, renamed
 
 
 def picture(number: int, format_: str = "PNG") -> bytes:
@@ -175,3 +175,47 @@ def test_a_member_with_damaged_content_is_an_unreadable_image(shards: Path) -> N
         reasons.append(caught.value.reason)
     assert reasons[1] == "empty file"
     assert load_image(tar, part=source.items[2].part).size == (20, 15)
+
+
+def test_ids_by_a_pattern_of_a_folder_a_table_and_tar_files(tmp_path: Path) -> None:
+    for name in ("val2014/COCO_val2014_000000391895.png", "val2014/COCO_val2014_000000000012.png"):
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(picture(1))
+    assert [item.image_id for item in renamed(list_images(tmp_path / "a"), "{number}").items] == ["12", "391895"]
+    (tmp_path / "t.csv").write_text("image,image_id\nval2014/COCO_val2014_000000000012.png,beach/7\n")
+    table = renamed(list_images(tmp_path / "a", tmp_path / "t.csv"), "vg-{number:04d}")
+    assert table.items == [Item("vg-0007", "val2014/COCO_val2014_000000000012.png")]
+    (tmp_path / "tars").mkdir()
+    for shard in range(2):
+        write_tar(tmp_path / "tars" / f"{shard}.tar", {f"s{shard}/{n}.png": picture(n) for n in range(2)})
+    plain, tars = list_images(tmp_path / "tars"), renamed(list_images(tmp_path / "tars"), "{folder}_{stem}")
+    assert [item.image_id for item in tars.items] == ["s0_0", "s0_1", "s1_0", "s1_1"]
+    assert [item[1:] for item in tars.items] == [item[1:] for item in plain.items], "files and places stay"
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "told"),
+    [
+        (["a/1.png", "b/1.png", "b/2.png"], "{stem}", r"'a/1.png' and 'b/1.png' would both have the image id '1'; give"),
+        (["VG_100K/7.png", "VG_100K_2/007.png", "x/07.png"], "{number}", r"would both have the image id '7', and 1 more; give"),
+        (["a/1.png", "a/2.png"], "{folder}", r"'a/1.png' and 'a/2.png' would both have the image id 'a'"),
+        (["1.png", "beach.png"], "{number}", r"'beach.png' in .*: id 'beach' has no number for --ids '{number}'"),
+        (["1.png"], "{folder}", r"--ids '{folder}' makes an empty id of '1'"),
+        (["1.png"], "{row}", r"its parts are {id}, {stem}, {folder} and {number}"),
+    ],
+)
+def test_patterns_that_do_not_tell_images_apart_are_refused_with_both_files(
+    tmp_path: Path, names: list[str], pattern: str, told: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(1))
+    with pytest.raises(UsageError, match=told):
+        renamed(list_images(tmp_path), pattern)
+
+
+def test_members_of_tar_files_that_would_share_an_id_are_named_with_their_files(tmp_path: Path) -> None:
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", {f"s{shard}/beach.png": picture(1)})
+    with pytest.raises(UsageError, match=r"'s0/beach' of '0.tar' and 's1/beach' of '1.tar' would both have the image id 'beach'"):
+        renamed(list_images(tmp_path), "{stem}")
