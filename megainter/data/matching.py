@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.image_ids import match
 from megainter.data.integers import Int64s
 from megainter.data.tables.pairs import Pairs
 from megainter.data.tables.parquet import digest_of_kept
 from megainter.errors import TooManyBadInputsError, UsageError
 
 log = logging.getLogger("megainter")
+SAMPLE = 200  # images without regions that are looked for by other forms of their names,
+SCANNED = 1_000_000  # among so many of a store: a few seconds
 
 
 def rows_in_store(pairs: Pairs, store: FeatureStore) -> NDArray[np.integer]:
@@ -70,36 +74,61 @@ def with_regions(pairs: Pairs, store: FeatureStore, limit: float, where: Path) -
     captions = int(missing[pairs.image_numbers].sum())
     if not captions:
         return pairs
-    accept_missing(Missing("captions", captions, len(pairs), pairs.image_ids[int(missing.argmax())]), store, limit, where)
+    images = some(pairs.image_ids[int(number)] for number in np.flatnonzero(missing))
+    accept_missing(Missing("captions", captions, len(pairs), images), store, limit, where)
     return drop_missing(pairs, store)
 
 
 @dataclass(frozen=True)
 class Missing:
-    """How many of ``total`` captions, examples or questions (``what``) are of images without regions; ``first`` is such an image."""
+    """How many of ``total`` captions, examples or questions (``what``) are of images without regions; ``images``: ``some`` of these."""
 
     what: str
     count: int
     total: int
-    first: str
+    images: Sequence[str]
 
     def share(self) -> str:
         """The smallest share in thousandths that allows for them: rounded up, so that the advice to give it works."""
         return f"{math.ceil(1000 * self.count / self.total) / 1000:g}"
 
 
+def some(image_ids: Iterable[str]) -> tuple[str, ...]:
+    """The first ``SAMPLE`` ids, each once."""
+    found = dict[str, None]()
+    for image_id in image_ids:
+        found[image_id] = None
+        if len(found) == SAMPLE:
+            break
+    return tuple(found)
+
+
 def accept_missing(missing: Missing, store: FeatureStore, limit: float, where: Path, option: str = "--data.max_missing") -> None:
     """Say what is left out, or raise ``TooManyBadInputsError`` where it is more than a share ``limit``, or everything.
 
-    ``where`` is the file that names them, ``option`` the setting that the limit comes from.
+    ``where`` is the file that names them, ``option`` the setting that the limit comes from. An error shows an id of each side, and by what
+    form of their names the images would meet.
     """
-    told = (
-        f"{where}: {missing.count:,} of {missing.total:,} {missing.what} are of images without regions in {store.path}, first "
-        f"{missing.first!r:.200}"
-    )
-    if missing.count == missing.total:
-        looks = f"; the store's ids look like {store.ids[0]!r:.200}" if len(store) else "; the store is empty"
-        raise TooManyBadInputsError(f"{told}{looks}; `megainter prepare --store` finds out by what names they meet")
-    if missing.count > limit * missing.total:
-        raise TooManyBadInputsError(f"{told}: extract these images, or leave their {missing.what} out with {option} {missing.share()}")
-    log.warning("%s: left out", told)
+    first = f"{missing.images[0]!r:.200}"
+    told = f"{where}: {missing.count:,} of {missing.total:,} {missing.what} are of images without regions in {store.path}, first {first}"
+    if missing.count <= limit * missing.total and missing.count < missing.total:
+        log.warning("%s: left out", told)
+        return
+    others = f" (the store has {store.ids[0]!r:.200}{' and others' if len(store) > 1 else ''})"
+    if form := _other_form(missing, store):
+        advice = f"{form}: run `megainter prepare` again with --store {store.path}"
+    elif missing.count == missing.total:
+        advice = "they meet in no form of their names: extract these images, or name them as the store does (`megainter prepare --ids`)"
+    else:
+        advice = f"extract these images, or leave their {missing.what} out with {option} {missing.share()}"
+    raise TooManyBadInputsError(f"{told}{others}; {advice}")
+
+
+def _other_form(missing: Missing, store: FeatureStore) -> str:
+    """By what other form of their names most of some missing images are in the store, with an example; "" where they are not."""
+    found = match(missing.images, store.ids[:SCANNED])
+    if not found.names:
+        return ""
+    wanted = next(image_id for image_id in missing.images if image_id in found.names)
+    of = f"{len(found.names):,} of {len(missing.images):,}{' images that were looked at' if len(missing.images) == SAMPLE else ' images'}"
+    return f"by their {found.form} {of} would meet ({wanted!r:.80} is there as {found.names[wanted]!r:.80})"

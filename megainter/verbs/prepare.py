@@ -135,7 +135,15 @@ def boxes(
 
 @prepare_app.command
 def vcr(
-    src: Path, /, *, output: Path, images: Path | None = None, boxes: Path | None = None, split: str | None = None, max_bad: float = 0.01
+    src: Path,
+    /,
+    *,
+    output: Path,
+    images: Path | None = None,
+    boxes: Path | None = None,
+    split: str | None = None,
+    store: Path | None = None,
+    max_bad: float = 0.01,
 ) -> None:
     """Turn VCR's train.jsonl, val.jsonl or test.jsonl into a table of questions (Parquet).
 
@@ -151,12 +159,15 @@ def vcr(
         Parquet file to write the annotated boxes of the images to, for `megainter extract --boxes`; needs --images.
     split
         Split of the questions, where the file's name does not tell it.
+    store
+        Feature store whose ids the images are to have; forms of a name that it may use are tried: without folder, without suffix, COCO's
+        number.
     max_bad
         Share of unusable questions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """
     from preprocessing.prepare.questions import prepare_vcr
 
-    prepare_vcr(src, output, images=images, boxes=boxes, split=split, max_bad=max_bad)
+    prepare_vcr(src, output, images=images, boxes=boxes, split=split, store=store, max_bad=max_bad)
 
 
 @prepare_app.command

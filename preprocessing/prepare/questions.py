@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,28 @@ from megainter.data.tables.questions import CHOICES, Question, Tokens, check_que
 from megainter.errors import UsageError
 from megainter.files import inside, read_json
 from megainter.progress import Progress
+from preprocessing.prepare.captions import names_in_store
 from preprocessing.prepare.reading import Unusable, json_object, read_lines, shown, text, texts
 from preprocessing.prepare.report import MALFORMED, MISSING_IMAGE, MISSING_METADATA, Report, checked, publish, refuse_overwriting
 
 
 def prepare_vcr(
-    src: Path, output: Path, *, images: Path | None = None, boxes: Path | None = None, split: str | None = None, max_bad: float = 0.01
+    src: Path,
+    output: Path,
+    *,
+    images: Path | None = None,
+    boxes: Path | None = None,
+    split: str | None = None,
+    store: Path | None = None,
+    max_bad: float = 0.01,
 ) -> Report:
     """Write the questions of ``src`` (train.jsonl, val.jsonl or test.jsonl) to ``output``, and a report beside it.
 
     ``images`` (vcr1images): drop questions whose image or metadata is not there. ``boxes``: a manifest of the annotated boxes of those
-    images, in the order of the questions' objects. Raises ``UsageError`` (missing file, unknown split, nothing kept) and
-    ``TooManyBadInputsError`` where more than ``max_bad`` of the questions, and more than one, cannot be used.
+    images, in the order of the questions' objects. ``store``: the feature store whose ids the images are to have, in both.
+
+    Raises ``UsageError`` (missing file, unknown split, nothing kept, no image in the store) and ``TooManyBadInputsError`` where more than
+    ``max_bad`` of the questions, and more than one, cannot be used.
     """
     split = split if split is not None else _split_of(src)
     if split not in SPLITS[:-1]:
@@ -40,11 +51,17 @@ def prepare_vcr(
         raise UsageError(f"--output and --boxes are both {output}; questions and boxes are two files")
     refuse_overwriting(output, src)
     report, sources = Report(), dict[str, tuple[str, str]]()
-    write_questions(output, checked(_questions(src, split, images, report, sources), report, src, output, max_bad, "questions"))
+    questions = checked(_questions(src, split, images, report, sources), report, src, output, max_bad, "questions")
+    names, notes = dict[str, str](), list[str]()
+    if store is not None:
+        questions = iter([*questions])  # to the last one, so that all images are known
+        names, told = names_in_store(sources, store)
+        notes.append(told)
+    write_questions(output, (replace(question, image_id=names.get(question.image_id, question.image_id)) for question in questions))
     if boxes is not None and images is not None:
-        write_boxes(boxes, _boxes(images, sources, split))
+        write_boxes(boxes, _boxes(images, {names.get(image_id, image_id): paths for image_id, paths in sources.items()}, split))
     report.images = len(sources)
-    publish(report, src, output, "questions")
+    publish(report, src, output, "questions", *notes)
     return report
 
 

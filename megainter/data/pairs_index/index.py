@@ -21,7 +21,7 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.integers import Int64s
 from megainter.data.lookup import string_hashes
 from megainter.data.mapped import ArrayWriter, open_arrays
-from megainter.data.matching import require_images, rows_by_storage
+from megainter.data.matching import SAMPLE, require_images, rows_by_storage, some
 from megainter.data.tables.pairs import PAIRS_SCHEMA, FoundImages, Pairs, refuse_contradictions
 from megainter.data.tables.parquet import (
     ContentDigest,
@@ -37,6 +37,7 @@ from megainter.data.text.chinese import count_chinese
 from megainter.errors import DamagedError, UsageError
 from megainter.progress import Progress
 
+FACTS = 2  # counts up where other facts are noted
 _STRINGS = ("pair_id", "caption")
 _DTYPES = {"image_numbers": "int32", "store_rows": "int32"}
 _FOOTER_END = 8  # bytes: the length of a Parquet footer and the magic after it
@@ -44,12 +45,12 @@ _FOOTER_END = 8  # bytes: the length of a Parquet footer and the magic after it
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """What is noted of the pairs: ``rows`` with regions, of ``manifest_rows`` of the split; ``first_missing``: an image without regions."""
+    """What is noted of the pairs: ``rows`` with regions, of ``manifest_rows`` of the split; ``missing``: some images without."""
 
     rows: int
     images: int
     manifest_rows: int
-    first_missing: str
+    missing: list[str]
     chinese_captions: int
     digest: str
 
@@ -77,7 +78,7 @@ def index_key(manifest: Path, split: str, store: FeatureStore) -> str:
     open_parquet(manifest)
     state = manifest.stat()
     facts = {"bytes": state.st_size, "modified_ns": state.st_mtime_ns, "footer": _footer_digest(manifest)}
-    return json.dumps({"manifest": facts, "split": split, "store": store.digest}, sort_keys=True)
+    return json.dumps({"manifest": facts, "split": split, "store": store.digest, "facts": FACTS}, sort_keys=True)
 
 
 def _footer_digest(manifest: Path) -> str:
@@ -150,7 +151,7 @@ def _write(manifest: Path, split: str, store: FeatureStore, writer: ArrayWriter,
     total = open_parquet(manifest).metadata.num_rows
     hashes, keep = np.empty(total, np.uint64), np.empty(total, np.bool_)  # of the rows of the split, so far ``digest.rows``
     counts, digest, images, lookup = Counter[str](), ContentDigest(PAIRS_SCHEMA.names), _Images(len(store)), store.lookup()
-    first_missing, chinese = "", 0
+    missing, chinese = list[str](), 0
     with Progress("reading captions", total, "captions", enabled=progress) as bar:
         for part in read_in_parts(manifest, PAIRS_SCHEMA):
             counts.update(split_counts(manifest, part))
@@ -161,8 +162,9 @@ def _write(manifest: Path, split: str, store: FeatureStore, writer: ArrayWriter,
             hashes[here] = string_hashes(_column(table, "pair_id"))
             rows = lookup.find(_column(table, "image_id"))
             keep[here] = rows >= 0
-            if not first_missing and not keep[here].all():
-                first_missing = table.column("image_id")[int(np.argmin(keep[here]))].as_py()
+            if len(missing) < SAMPLE and not keep[here].all():
+                without = table.column("image_id").filter(pa.array(~keep[here])).unique()
+                missing = [*some([*missing, *without[:SAMPLE].to_pylist()])]
             chinese += _append(writer, table.filter(pa.array(keep[here])), rows[keep[here]], images)
             bar.update(len(part))
     refuse_absent_split(manifest, counts, split)
@@ -174,7 +176,7 @@ def _write(manifest: Path, split: str, store: FeatureStore, writer: ArrayWriter,
         rows=int(keep.sum()),
         images=images.count,
         manifest_rows=len(keep),
-        first_missing=first_missing,
+        missing=missing,
         chinese_captions=chinese,
         digest=kept_digest,
     )

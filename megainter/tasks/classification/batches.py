@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.integers import Int64s
-from megainter.data.matching import Missing, accept_missing
+from megainter.data.matching import Missing, accept_missing, some
 from megainter.data.packed import PackedInputs, region_rows
 from megainter.data.stream.portions import Portions
 from megainter.data.stream.steps import GlobalSteps, shuffled
@@ -198,7 +198,6 @@ def with_regions(examples: Examples, store: FeatureStore, limit: float, where: P
     lacking = missing.any(axis=1)
     if not lacking.any():
         return examples
-    row = int(lacking.argmax())
-    first = images[row][int(missing[row].argmax())]
-    accept_missing(Missing("examples", int(lacking.sum()), len(images), first), store, limit, where, option)
+    without = some(images[row][place] for row, place in np.argwhere(missing).tolist())
+    accept_missing(Missing("examples", int(lacking.sum()), len(images), without), store, limit, where, option)
     return examples.take(np.flatnonzero(~lacking))

@@ -154,7 +154,7 @@ def mapped_pairs(config: RunConfig, name: str, manifest: Path, split: str, store
     folder = config.output / "cache" / f"pairs-{name}"
     key, facts = on_first_rank(lambda: build_pairs_index(manifest, split, store, folder))
     if facts.rows < facts.manifest_rows:
-        missing = Missing("captions", facts.manifest_rows - facts.rows, facts.manifest_rows, facts.first_missing)
+        missing = Missing("captions", facts.manifest_rows - facts.rows, facts.manifest_rows, facts.missing)
         accept_missing(missing, store, config.data.max_missing, manifest)
     return open_pairs_index(folder, key, store)
 

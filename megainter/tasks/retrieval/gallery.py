@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from megainter.data.feature_store.reader import FeatureStore
-from megainter.data.matching import Missing, accept_missing, drop_missing
+from megainter.data.matching import Missing, accept_missing, drop_missing, some
 from megainter.data.tables.pairs import Pairs, read_pairs
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
@@ -69,7 +69,7 @@ def read_gallery(
     everything = read_pairs(pairs, split)
     present = drop_missing(everything, store)
     count = len(everything.image_ids)
-    missing = Missing("images", count - len(present.image_ids), count, _first_missing(everything, present))
+    missing = Missing("images", count - len(present.image_ids), count, _missing_images(everything, present))
     if missing.count and (images is None or not present.image_ids):
         smaller = f"--images {len(present.image_ids)} or --max-missing"  # a smaller gallery is easier, so the user says that it may be
         accept_missing(missing, store, max_missing, pairs, smaller)
@@ -81,9 +81,9 @@ def read_gallery(
     return Gallery(present, list(present.image_ids[:images]), rows, numbers[rows].astype(np.int32), missing.count)
 
 
-def _first_missing(everything: Pairs, present: Pairs) -> str:
+def _missing_images(everything: Pairs, present: Pairs) -> tuple[str, ...]:
     there = set(present.image_ids)
-    return next((image_id for image_id in everything.image_ids if image_id not in there), "")
+    return some(image_id for image_id in everything.image_ids if image_id not in there)
 
 
 def _nth_caption(numbers: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import RegionRecord
 from megainter.data.feature_store.views import RegionViews
-from megainter.data.matching import Missing, accept_missing
+from megainter.data.matching import Missing, accept_missing, some
 from megainter.data.packed import GLOBAL_LOCATION, image_locations
 from megainter.data.tables.questions import Question, Questions, Tokens, read_questions
 from megainter.data.text.layout import PAIR_MARKS, cut_pair, marked
@@ -256,7 +256,7 @@ def _with_regions(questions: Questions, stores: Stores, limit: float, path: Path
         missing = store.find(images) < 0
         present &= ~missing
         if missing.any():
-            lacking = Missing("questions", int(missing.sum()), len(images), images[int(missing.argmax())])
+            lacking = Missing("questions", int(missing.sum()), len(images), some(images[row] for row in np.flatnonzero(missing)))
             accept_missing(lacking, store, limit, path, option)
     return Questions(questions.table.filter(pa.array(present)).combine_chunks()) if not present.all() else questions
 

@@ -305,11 +305,13 @@ def test_what_does_not_fit_is_refused(data: tuple[Path, Path, Path], tmp_path: P
         evaluate(model, questions, store, output=output, max_text_tokens=25)
     rows = [read_examples(questions)[0], Example("x", "what", images=("nowhere",), labels=("red",), targets=(1.0,), split="val")]
     write_examples(tmp_path / "missing.parquet", rows, read_examples(questions).task)
-    with pytest.raises(TooManyBadInputsError, match=r"1 of 2 examples have images without regions .* first 'nowhere'"):
+    with pytest.raises(
+        TooManyBadInputsError, match=r"1 of 2 examples are of images without regions .* first 'nowhere' \(the store has 'image-"
+    ):
         evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None)
     assert evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None, max_missing=0.5).missing_examples == 1
     write_examples(tmp_path / "missing.parquet", rows[1:], read_examples(questions).task)
-    with pytest.raises(UsageError, match=r"1 of 1 examples .* the store's ids look like 'image-"):
+    with pytest.raises(TooManyBadInputsError, match=r"1 of 1 examples .* \(the store has 'image-\d+' and others\); they meet in no form"):
         evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None, max_missing=1)
 
 

@@ -229,7 +229,7 @@ def test_missing_images_are_left_out_up_to_a_limit(files: VcrFiles, questions: Q
     gone = sum(image == images[0] for image in questions.table.column("image_id").to_pylist())
     assert len(present) == len(questions) - gone
     assert digest == open_questions(files.questions, None, open_stores(files.store, None), 0.0)[1]
-    with pytest.raises(TooManyBadInputsError, match=f"{gone} of {len(questions)} questions are about images without regions"):
+    with pytest.raises(TooManyBadInputsError, match=f"{gone} of {len(questions)} questions are of images without regions"):
         open_questions(files.questions, None, stores, 0.0)
 
 
