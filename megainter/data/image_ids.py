@@ -1,7 +1,8 @@
 """What an image is called: one rule for the ids that captions, boxes and feature stores meet by, and how other names are brought together.
 
 The rule: an image's id is its path below the images folder, without suffix, or its key where it has no path. Public features and captions
-call the same image by its number in COCO, by its file's name alone, or by shard and key. These are forms of one name, each looser than
+call the same image by its number in COCO, by its file's name alone, by shard and key, or by WebDataset's key, which ends at the first
+dot of a name. These are forms of one name, each looser than
 the one before; two lists meet in the strictest form in which most of their ids do, and only where neither has two ids of one form.
 """
 
@@ -15,7 +16,7 @@ from megainter.errors import UsageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".npz", ".npy")
 NUMBERED = re.compile(r"(?:coco_(?:(?:train|val|test)\d{4}_)?|flickr30k_|vg_|gqa_)?0*(\d{1,18})", re.IGNORECASE)  # and no other prefix
-FORMS = ("id", "id without suffix", "file name without folder and suffix", "number")
+FORMS = ("id", "id without suffix", "file name without folder and suffix", "file name up to its first dot", "number")
 
 
 def stem(image_id: str) -> str:
@@ -32,8 +33,9 @@ def number(image_id: str) -> int | None:
 
 def forms(image_id: str) -> tuple[str, ...]:
     """The name in each of ``FORMS``; "" in a form that it does not have."""
-    found = number(image_id)
-    return image_id, _without_suffix(os.path.normpath(image_id)) if image_id else "", stem(image_id), "" if found is None else str(found)
+    found, name = number(image_id), stem(image_id)
+    path = _without_suffix(os.path.normpath(image_id)) if image_id else ""
+    return image_id, path, name, name.partition(".")[0], "" if found is None else str(found)
 
 
 def _without_suffix(name: str) -> str:

@@ -11,7 +11,7 @@ from megainter.errors import UsageError
 from preprocessing.prepare import coco, labelled_images
 from preprocessing.prepare.captions import names_in_store, normalise
 from preprocessing.prepare.delimited import shown_names
-from preprocessing.prepare.labelled_images import NO_LABEL
+from preprocessing.prepare.labelled_images import NO_LABEL, to_predict
 from preprocessing.prepare.reading import Reading, Unusable, read_lines, shown, split_name
 from preprocessing.prepare.report import Report, checked, publish, refuse_overwriting
 from preprocessing.prepare.splits import Shares, Splitting
@@ -99,7 +99,10 @@ def prepare_examples(
     if store is not None:
         kept = _matched(kept, store, notes)
     report.images = len({image for example in kept for image in example.images})
-    write_examples(output, kept, _task(source, kept, options))
+    task = _task(source, kept, options)
+    if task.problem != "regression" and not task.classes:
+        notes.append("note: no example has a label, nor is there a class: this table is for predictions by a model that knows its classes")
+    write_examples(output, kept, task)
     publish(report, sources[0], output, "examples", *notes, *splitting.notes(report))
     return report
 
@@ -161,7 +164,7 @@ def _task(source: str, kept: Sequence[Example], options: Options) -> TaskFacts:
     found = {label for example in kept for label in example.labels}
     whole = all(re.fullmatch(r"-?\d+", label) for label in found)
     classes = layout.classes or tuple(sorted(found, key=(lambda label: (int(label), label)) if whole else None))
-    if layout.problem == "single_label" and not classes:
+    if layout.problem == "single_label" and not classes and not to_predict(kept):
         raise UsageError("no example has a label, so the classes are not known; name their column with --label")
     return TaskFacts(source, layout.problem, classes, layout.figure)
 

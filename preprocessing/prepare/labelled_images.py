@@ -1,13 +1,15 @@
 """Labelled texts about images: VQA v2, NLVR2 and SNLI-VE."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ijson
 
+from megainter.data.image_ids import SUFFIXES
 from megainter.data.tables.labelled import Example, TaskFacts, answer_accuracy
 from megainter.errors import UsageError
 from megainter.files import read_json
@@ -19,8 +21,17 @@ from preprocessing.prepare.vqa_answers import normalise_answer
 NO_LABEL = "no gold label"
 ENTAILMENT, TRUTH = ("entailment", "neutral", "contradiction"), ("False", "True")
 IMAGE_NAMES = {"vqa": "{source}_{subset}_{id:012d}", "nlvr2": "{id}-img{number}", "snli-ve": "{id}"}
-AnswerOf = tuple[str, str, str, tuple[str, ...]]  # question type, answer type, the agreed answer, all annotators' answers
+NAMED = ("image", "img_id", "imageId")  # fields that hold an image's name, and not COCO's number
 SplitOf = Callable[[Path], str]
+
+
+class AnswerOf(NamedTuple):
+    """What is known of a question's answer; ``given``: by all annotators."""
+
+    question_type: str
+    answer_type: str
+    agreed: str
+    given: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,14 @@ def task_of(source: str, kept: Sequence[Example], options: ImageOptions) -> Task
         return TaskFacts(source, "single_label", TRUTH, "accuracy")
     if source == "snli-ve":
         return TaskFacts(source, "single_label", ENTAILMENT, "accuracy")
-    return TaskFacts(source, "multi_label", _answer_classes(kept, options.least), "vqa_accuracy")
+    classes = () if to_predict(kept) else _answer_classes(kept, options.least)
+    counted = not classes or any(example.counts for example in kept)
+    return TaskFacts(source, "multi_label", classes, "vqa_accuracy" if counted else "soft_accuracy")
+
+
+def to_predict(kept: Sequence[Example]) -> bool:
+    """Whether examples are a test whose labels are not public, of which no classes can be known."""
+    return all(example.split == "test" and not example.labels for example in kept)
 
 
 def _answer_classes(kept: Sequence[Example], least: int) -> tuple[str, ...]:
@@ -113,18 +131,20 @@ def _snli_ve(value: dict[str, Any], names: str, split: str) -> Example:
     return Example(text(value, "pairID"), normalise(text(value, "sentence2")), "", (image,), agreed, (1.0,) * len(agreed), split=split)
 
 
-def _annotations(src: Path) -> Iterator[tuple[int, AnswerOf]]:
-    """Answers by question, read as they are needed. ``UsageError`` for another file."""
+def _annotations(src: Path) -> Iterator[tuple[str, AnswerOf]]:
+    """Answers by question, read as they are needed, of VQA's document or of VQA-CP's bare list. ``UsageError`` for another file."""
     if not src.is_file():
         raise UsageError(f"{src} does not exist or is not a file")
     found = False
     with open(src, "rb") as file:
+        listed = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        file.seek(0)
         try:
-            for entry in ijson.items(file, "annotations.item"):
+            for entry in ijson.items(file, "item" if listed else "annotations.item"):
                 found = True
                 answers = tuple(normalise_answer(str(one["answer"])) for one in entry["answers"])
                 agreed = normalise_answer(str(entry["multiple_choice_answer"]))
-                yield int(entry["question_id"]), (str(entry["question_type"]), str(entry["answer_type"]), agreed, answers)
+                yield str(entry["question_id"]), AnswerOf(str(entry["question_type"]), str(entry["answer_type"]), agreed, answers)
         except ijson.JSONError as error:
             raise UsageError(f"{src} is not valid JSON: {' '.join(str(error).split())[:200]}") from None
         except (KeyError, TypeError, ValueError) as error:
@@ -134,36 +154,48 @@ def _annotations(src: Path) -> Iterator[tuple[int, AnswerOf]]:
 
 
 def _questions(
-    src: Path, answers: dict[int, AnswerOf], names: str, options: ImageOptions, split: str
+    src: Path, answers: dict[str, AnswerOf], names: str, options: ImageOptions, split: str
 ) -> Reading[tuple[int, Example]]:  # fmt: skip
     """The questions of one file, with their answers where there are some."""
     document = read_json(src)
-    if not isinstance(document, dict) or not isinstance(document.get("questions"), list):
-        raise UsageError(f"{src} has no questions; VQA's are in v2_OpenEnded_mscoco_train2014_questions.json")
-    parts = _image_set(src, document, names)
+    entries = _question_list(src, document)
+    parts = _image_set(src, document if isinstance(document, dict) else {}, entries, names)
 
     def parse(number: int, entry: dict[str, Any]) -> tuple[int, Example]:
-        question = int(entry["question_id"])
-        image = image_name(names, id=int(entry["image_id"]), **parts)
-        example = Example(str(question), normalise(text(entry, "question")), "", (image,), split=split)
-        if question not in answers:
-            if answers and split != "test":
-                raise ValueError(f"question {question} has no annotation")
-            return number, example
-        return number, _answered(example, answers[question], options)
+        question = text(entry, "question_id")
+        image = _image_of(entry, names, parts)
+        asked = normalise(text(entry, "sent" if "sent" in entry else "question"))
+        example = Example(question, asked, "", (image,), split=split)
+        if question in answers:
+            return number, _answered(example, answers[question], options)
+        if answers and split != "test":
+            raise ValueError(f"question {question} has no annotation")
+        return number, _answered_inside(example, entry, options)
 
-    entries = document["questions"]
     return Reading(parsed(iter(entries), parse), len(entries), "entries", place="entry")
 
 
-def _image_set(src: Path, document: dict[str, Any], names: str) -> dict[str, str]:
+def _question_list(src: Path, document: Any) -> list[Any]:
+    """The questions of VQA's document, of a bare list (VQA-CP, LXMERT, ALBEF), or of GQA's, whose keys are the questions' ids."""
+    if isinstance(document, dict) and isinstance(document.get("questions"), list):
+        return list(document["questions"])
+    if isinstance(document, list) and document and isinstance(document[0], dict) and "question_id" in document[0]:
+        return document
+    if isinstance(document, dict) and document and all(isinstance(entry, dict) and "imageId" in entry for entry in document.values()):
+        return [{"question_id": number, **entry} for number, entry in document.items()]
+    raise UsageError(f"{src} has no questions; VQA's are in v2_OpenEnded_mscoco_train2014_questions.json")
+
+
+def _image_set(src: Path, document: dict[str, Any], entries: list[Any], names: str) -> dict[str, str]:
     """Whose images the questions are about, and which of them: what the document says, else its name, by what it means.
 
-    The questions of test-dev2015 are about images of test2015. ``UsageError`` where the names need a set and none is told.
+    The questions of test-dev2015 are about images of test2015. ``UsageError`` where the names need a set and neither that nor the
+    questions themselves tell one.
     """
     told, kind = str(document.get("data_subtype") or ""), str(document.get("data_type") or "mscoco")
     subset = coco.images_of(told) or coco.images_of(src.name)
-    if not subset and "{subset" in names:
+    themselves = bool(entries) and isinstance(entries[0], dict) and not {"coco_split", *NAMED}.isdisjoint(entries[0])
+    if not subset and "{subset" in names and not themselves:
         raise UsageError(
             f"{src} does not tell which images it is about (data_subtype is {told[:40]!r:.80}): say how they are named with --image-names, "
             "such as 'COCO_val2014_{id:012d}'"
@@ -171,15 +203,37 @@ def _image_set(src: Path, document: dict[str, Any], names: str) -> dict[str, str
     return {"subset": subset, "source": "COCO" if kind == "mscoco" else kind}
 
 
+def _image_of(entry: dict[str, Any], names: str, parts: dict[str, str]) -> str:
+    """The id of a question's image: the name that it gives, without suffix, or its number by the pattern ``names``."""
+    named = next((text(entry, name) for name in NAMED if name in entry), None)
+    if named is not None:
+        return os.path.splitext(named)[0] if named.lower().endswith(SUFFIXES) else named
+    subset = coco.images_of(str(entry.get("coco_split") or "")) or parts["subset"]
+    return image_name(names, id=int(entry["image_id"]), **parts | {"subset": subset})
+
+
+def _answered_inside(example: Example, entry: dict[str, Any], options: ImageOptions) -> Example:
+    """The example with the answers that its question brings along: all annotators' (ALBEF), soft scores (LXMERT), or one (GQA)."""
+    given, scores = entry.get("answer"), entry.get("label")
+    if isinstance(given, list) and given:
+        answers = tuple(normalise_answer(str(one)) for one in given)
+        return _answered(example, AnswerOf("", "", Counter(answers).most_common(1)[0][0], answers), options)
+    if isinstance(given, str) and given:
+        scores = {given: 1.0}
+    if not isinstance(scores, dict) or not scores:
+        return example
+    soft = sorted(((normalise_answer(str(label)), float(score)) for label, score in scores.items()), key=lambda one: -one[1])
+    return replace(example, labels=tuple(label for label, _ in soft), targets=tuple(score for _, score in soft))
+
+
 def _answered(example: Example, answer: AnswerOf, options: ImageOptions) -> Example:
     """The example with its answers, the agreed one first."""
-    question_type, answer_type, agreed, given = answer
-    counts = {label: count for label, count in Counter(given).items() if label}
+    counts = {label: count for label, count in Counter(answer.given).items() if label}
     if not counts:
         raise ValueError("all its answers are empty")
-    counts = {label: counts[label] for label in sorted(counts, key=lambda label: label != agreed)}
-    targets = tuple(_soft_target(count, len(given), options.targets) for count in counts.values())
-    kinds = (f"answer: {answer_type}", f"question: {question_type}")
+    counts = {label: counts[label] for label in sorted(counts, key=lambda label: label != answer.agreed)}
+    targets = tuple(_soft_target(count, len(answer.given), options.targets) for count in counts.values())
+    kinds = tuple(f"{name}: {kind}" for name, kind in (("answer", answer.answer_type), ("question", answer.question_type)) if kind)
     return replace(example, labels=tuple(counts), targets=targets, counts=tuple(counts.values()), kinds=kinds)
 
 

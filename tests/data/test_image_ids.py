@@ -27,9 +27,9 @@ def test_the_number_of_an_image(image_id: str, found: int | None) -> None:
 
 
 def test_the_forms_of_an_id_from_strict_to_loose() -> None:
-    assert forms("a/b.jpg") == ("a/b.jpg", "a/b", "b", "")
-    assert forms("x/COCO_val2014_000000000012") == ("x/COCO_val2014_000000000012",) * 2 + ("COCO_val2014_000000000012", "12")
-    assert forms("v1.5 of it") == ("v1.5 of it", "v1.5 of it", "v1.5 of it", "")
+    assert forms("a/b.jpg") == ("a/b.jpg", "a/b", "b", "b", "")
+    assert forms("x/COCO_val2014_000000000012") == ("x/COCO_val2014_000000000012",) * 2 + ("COCO_val2014_000000000012",) * 2 + ("12",)
+    assert forms("v1.5 of it") == ("v1.5 of it", "v1.5 of it", "v1.5 of it", "v1", "")
 
 
 KARPATHY = [f"val2014/COCO_val2014_{n:012d}" for n in range(100, 120)]
@@ -55,6 +55,15 @@ def test_captions_of_coco_meet_features_under_any_usual_name(stored: list[str], 
 def test_shard_and_key_meet_the_key() -> None:
     wanted = [f"{shard:05}/{shard:05}{n:04}" for shard in range(3) for n in range(5)]
     assert match(wanted, [name.split("/")[1] for name in wanted]).form == "file name without folder and suffix"
+
+
+@pytest.mark.parametrize("parts", ["{}.input", "shard-3/{}.left.rgb", "{}.image"])
+def test_keys_of_webdataset_end_at_the_first_dot(parts: str) -> None:
+    wanted = [f"sample{n:08}" for n in range(9)]
+    found = match(wanted, [parts.format(name) for name in wanted])
+    assert (found.form, len(found.names)) == ("file name up to its first dot", 9)
+    both = [f"{name}.{side}" for name in wanted for side in ("left", "right")]
+    assert match(wanted, both).names == {}, "two images of one key"
 
 
 def test_names_that_two_images_share_are_matched_to_neither() -> None:

@@ -63,10 +63,11 @@ def _streamed(src: Path, file: Any) -> Iterator[Any]:
 
 
 def _genome_item(number: int, entry: dict[str, Any]) -> Item:
+    """An image of Visual Genome 1.4 or 1.2, where a region has a "region_id", or of 1.0, where that is its "id"."""
     image = text(entry, "id" if "id" in entry else "image_id")
     paths = tuple(f"{folder}{image}.jpg" for folder in ("", "VG_100K/", "VG_100K_2/"))
     phrases = [text(region, "phrase", "") for region in entry["regions"]]
-    return Item(number, paths, phrases, [text(region, "region_id") for region in entry["regions"]])
+    return Item(number, paths, phrases, [text(region, "region_id" if "region_id" in region else "id") for region in entry["regions"]])
 
 
 def _official_item(number: int, line: str, split: str) -> Item:

@@ -18,6 +18,7 @@ from preprocessing.prepare.reading import NOT_DOWNLOADED, Fields, Item, Items, R
 
 DELIMITERS = (",", "\t", ";", "|")
 DOWNLOADED = {"key", "url", "caption", "status"}  # columns of img2dataset's tables
+DOWNLOADED_IMAGES = ("jpg", "png", "webp")  # its columns of images, where its output is Parquet
 
 
 def table_of_csv(src: Path, fields: Fields) -> Reading[Item]:
@@ -72,11 +73,12 @@ def table_of_parquet(src: Path, fields: Fields, images: Path | None = None) -> R
             raise UsageError(f"{src}: image names are for tables of img2dataset, which have columns {', '.join(sorted(DOWNLOADED))}")
         _refuse_missing(src, columns, fields)
     total = sum(file.metadata.num_rows for file in opened)
-    if downloaded:
-        return Reading(_downloaded_items(files, fields), total, "rows", place="row")
-    if not holds_images(opened[0].schema_arrow.field(fields.image or "image").type):
-        return Reading(_parquet_items(files, fields), total, "rows", place="row")
-    items = _parquet_items(files, fields, EmbeddedImages(images))
+    names = DOWNLOADED_IMAGES if downloaded else (fields.image or "image",)
+    column = next((name for name in names if name in columns and holds_images(opened[0].schema_arrow.field(name).type)), None)
+    embedded = EmbeddedImages(images) if column is not None else None
+    items = _downloaded_items(files, fields, column, embedded) if downloaded else _parquet_items(files, fields, embedded)
+    if embedded is None:
+        return Reading(items, total, "rows", place="row")
     where = f"written to {images}" if images is not None else "not written anywhere; give --images FOLDER to have them there"
     return Reading(items, total, "rows", place="row", notes=lambda: [f"note: the images stand in the table and were {where}"])
 
@@ -98,14 +100,16 @@ def _parquet_items(files: list[Path], fields: Fields, embedded: EmbeddedImages |
             yield Unusable(number, str(error))
 
 
-def _downloaded_items(files: list[Path], fields: Fields) -> Items:
-    """Images lie in SHARD/KEY.jpg beside SHARD.parquet (output format "files"), or in SHARD.tar ("webdataset"), where the key is the id.
+def _downloaded_items(files: list[Path], fields: Fields, column: str | None, embedded: EmbeddedImages | None) -> Items:
+    """Images lie in SHARD/KEY.jpg beside SHARD.parquet (output format "files"), in SHARD.tar ("webdataset"), where the key is the id, or in
+    the table itself, in ``column`` ("parquet").
 
     Keys are unique over all shards.
     """
     paths = names_of(fields.image_names or "{shard}/{key}.jpg,{shard}/{key}.png,{shard}/{key}.webp")
     caption = fields.captions or "caption"
-    for number, file, row in _rows(files, DOWNLOADED | {caption}):
+    wanted = DOWNLOADED | {caption} | ({column} if column is not None else set())
+    for number, file, row in _rows(files, wanted, 8192 if embedded is None else ROWS_AT_ONCE):
         try:
             if row["status"] != "success":
                 yield Unusable(number, f"{row['url']!r:.80} {row['status']}", NOT_DOWNLOADED)
@@ -113,7 +117,11 @@ def _downloaded_items(files: list[Path], fields: Fields) -> Items:
             key = text(row, "key")
             address = Address(number, row["url"] or "", shard=file.stem, key=key)
             image_id = key if file.with_suffix(".tar").exists() else None
-            yield Item(number, paths(address), [text(row, caption, "")], [f"{file.stem}/{key}"], image_id)
+            found = paths(address)
+            if embedded is not None and column is not None:
+                found = (embedded.place({"bytes": row[column], "path": f"{file.stem}/{key}.{column}"}, file.stem, number),)
+            said = text(row, caption, "") if row[caption] is not None else ""  # an address without a caption is no fault
+            yield Item(number, found, [said], [f"{file.stem}/{key}"], image_id)
         except ValueError as error:
             yield Unusable(number, str(error))
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from megainter.data.feature_store import FeatureStore
+from megainter.data.image_ids import match
 from megainter.data.tables.boxes import read_boxes
 from megainter.data.tables.labelled import read_examples
 from megainter.data.tables.pairs import read_pairs
@@ -24,6 +25,7 @@ from preprocessing.prepare.labelled import Options, prepare_examples
 from preprocessing.prepare.labelled_images import ImageOptions
 from tests.foreign import Image as Regions
 from tests.foreign import b64, failures, make_image
+from tests.preprocessing.features.formats.test_other_formats import mmf_row, write_mmf
 
 
 def ids(manifest: Path) -> list[str]:
@@ -168,3 +170,28 @@ def test_snli_ve_without_labels_is_kept_to_predict_and_without_agreement_left_ou
     report = prepare_examples("snli-ve", [tmp_path / "snli_ve_test.jsonl"], tmp_path / "e")
     assert [read_examples(tmp_path / "e")[n].labels for n in range(3)] == [(), (), ("neutral",)]
     assert report.dropped == {"no gold label": 1}
+
+
+@pytest.mark.parametrize("folder", ["train/", ""])
+def test_keys_of_mmf_with_a_split_in_front_meet_captions_without(tmp_path: Path, folder: str) -> None:
+    """As TextVQA's features of Open Images (github.com/facebookresearch/mmf/issues/1245)."""
+    names = ["e1ad82ad7b00d0dc", "00a5aef54d6b1abc", "ffee9a5c1f0e0b11"]
+    images = [make_image(n, f"{folder}{name}") for n, name in enumerate(names)]
+    import_features(write_mmf(tmp_path / "x", [mmf_row(image, background=True) for image in images]), tmp_path / "s")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"image": f"{name}.jpg", "caption": "a sign"}) + "\n" for name in names))
+    prepare("jsonl", tmp_path / "c.jsonl", tmp_path / "p", store=tmp_path / "s")
+    assert ids(tmp_path / "p") == [f"{folder}{name}" for name in names]
+
+
+def test_keys_of_webdataset_with_named_parts_meet_captions_by_the_key(tmp_path: Path) -> None:
+    """A sample of several files, KEY.input.jpg beside KEY.outputs.txt (github.com/mlfoundations/open_clip/issues/480)."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for n in range(4):
+            for part, content in (("input.jpg", jpeg()), ("outputs.txt", b"a dog")):
+                member = tarfile.TarInfo(f"sample{n:08}.{part}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    stored = [item.image_id for item in list_images(tmp_path / "s.tar").items]
+    wanted = [f"sample{n:08}" for n in range(4)]
+    found = match(wanted, stored)
+    assert (found.form, [found.names[name] for name in wanted]) == ("file name up to its first dot", stored)

@@ -242,3 +242,74 @@ def test_images_go_with_all_examples_or_none(tmp_path: Path) -> None:
         read_examples(path)
     with pytest.raises(UsageError, match="comes twice"):
         write_examples(tmp_path / "twice.parquet", [GOOD, GOOD], task)
+
+
+def answers_of(question: dict[str, Any], *given: str) -> dict[str, Any]:
+    annotation = {"question_type": "is", "answer_type": "yes/no", "multiple_choice_answer": given[0]}
+    return question | annotation | {"answers": [{"answer": one, "answer_confidence": "yes"} for one in given]}
+
+
+def test_lists_of_vqa_cp_tell_the_folder_of_each_image(tmp_path: Path) -> None:
+    """Bare lists, whose entries are of training and of validation images; the annotations come as a list as well."""
+    asked = [
+        {"image_id": 262148, "coco_split": "train2014", "question": "Where is he?", "question_id": 262148000},
+        {"image_id": 9, "coco_split": "val2014", "question": "Is it?", "question_id": 9000},
+    ]
+    src, annotations = tmp_path / "vqacp_v2_train_questions.json", tmp_path / "vqacp_v2_train_annotations.json"
+    src.write_text(json.dumps(asked))
+    annotations.write_text(" \n" + json.dumps([answers_of(one, *["yes"] * 9, "no") for one in asked], indent=1))
+    report = prepare_examples("vqa", [src], tmp_path / "e", options=Options(images=ImageOptions((annotations,), least=1)))
+    examples = read_examples(tmp_path / "e", "train")
+    assert report.kept == 2
+    assert [examples[n].images for n in (0, 1)] == [("COCO_train2014_000000262148",), ("COCO_val2014_000000000009",)]
+    assert (examples[1].labels, examples[1].counts, examples.task.figure) == (("yes", "no"), (9, 1), "vqa_accuracy")
+
+
+# A project's file of questions, and what of its first one: image, labels, soft scores, counts.
+LAYOUTS = {
+    "albef": (
+        [{"question_id": 458752000, "question": "Looking through?", "answer": ["net"] * 8 + ["Net."] + ["a fence"], "dataset": "vqa",
+          "image": "train2014/COCO_train2014_000000458752.jpg"}],
+        ("train2014/COCO_train2014_000000458752", ("net", "fence"), (1.0, 1 / 3), (9, 1)),
+    ),
+    "lxmert": (
+        [{"question_id": 393225000, "sent": "Looking through?", "label": {"pizza": 0.3, "food": 1}, "img_id": "COCO_val2014_000000393225"}],
+        ("COCO_val2014_000000393225", ("food", "pizza"), (1.0, 0.3), ()),
+    ),
+    "gqa": ({"02930152": {"imageId": "n161313", "question": "Looking through?", "answer": "Yes"}}, ("n161313", ("yes",), (1.0,), ())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("project", LAYOUTS)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_questions_of_other_projects_with_and_without_labels(tmp_path: Path, project: str, labelled: bool) -> None:
+    document, (image, labels, targets, counts) = LAYOUTS[project]
+    if not labelled:
+        entries = document if isinstance(document, list) else document.values()
+        bare = [{name: value for name, value in entry.items() if name not in ("answer", "label")} for entry in entries]
+        document = bare if isinstance(document, list) else dict(zip(document, bare, strict=True))
+    src = tmp_path / f"{project}.json"
+    src.write_text(json.dumps(document))
+    prepare_examples("vqa", [src], tmp_path / "e", options=Options(images=ImageOptions(least=1)), split="train" if labelled else "test")
+    examples = read_examples(tmp_path / "e")
+    assert (examples[0].images, examples[0].text_a) == ((image,), "Looking through?")
+    assert examples[0].example_id in ("458752000", "393225000", "02930152"), "zeros in front stay"
+    assert (examples[0].labels, examples[0].counts) == ((labels, counts) if labelled else ((), ()))
+    assert examples[0].targets == pytest.approx(targets if labelled else ())
+    assert examples.task.classes == (labels[:1] if labelled else ())
+    assert examples.task.figure == ("vqa_accuracy" if counts or not labelled else "soft_accuracy")
+
+
+@pytest.mark.parametrize("document", [[], {}, [{"sent": "x"}], {"a": {"question": "x"}}, "questions"])
+def test_what_is_no_list_of_questions_is_refused(tmp_path: Path, document: Any) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    with pytest.raises(UsageError, match="has no questions"):
+        prepare_examples("vqa", [tmp_path / "x.json"], tmp_path / "e")
+
+
+def test_a_column_with_a_blank_before_its_name_is_shown_with_it(tmp_path: Path) -> None:
+    for number, (header, column) in enumerate(((" sentence\tlabel", "sentence"), ("sentence\tlabel ", "label"))):
+        (tmp_path / f"{number}_train.tsv").write_text(f"{header}\na film\tgood\n")
+        with pytest.raises(UsageError) as error:
+            prepare_examples("tsv", [tmp_path / f"{number}_train.tsv"], tmp_path / "e", options=Options(Columns("sentence", None, "label")))
+        assert f"has no column {column!r}; its first line has {', '.join(map(repr, header.split(chr(9))))}" in str(error.value)

@@ -193,3 +193,20 @@ def test_ids_that_would_tear_a_line_are_refused_before_anything_is_written(tmp_p
     with pytest.raises(UsageError, match=r"4 ids of .* cannot stand in lxmert-tsv"):
         export_features(tmp_path / "s", tmp_path / "out.tsv", "lxmert-tsv")
     assert not (tmp_path / "out.tsv").exists()
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.7, 0.97])
+def test_a_row_that_was_torn_and_written_again_costs_nothing_but_itself(tmp_path: Path, cut: float) -> None:
+    """As in bottom-up-attention's test2014 (github.com/peteanderson80/bottom-up-attention/issues/7): a killed process left part of a row,
+    the next one wrote its first row behind it on the same line, and later the images again."""
+    whole = [make_image(seed, f"{seed}") for seed in range(6)]
+    lines = write_tsv(tmp_path / "x.tsv", BUTD, whole).read_text(encoding="utf-8").splitlines()
+    torn = [lines[0], lines[1][: int(cut * len(lines[1]))] + lines[2], *lines[3:], lines[1], lines[2], lines[3]]
+    (tmp_path / "x.tsv").write_text("".join(f"{line}\n" for line in torn) + lines[4][:40])
+    store, done = imported(tmp_path / "x.tsv", tmp_path / "s", max_bad=0.3)
+    assert sorted(store.ids) == [f"{seed}" for seed in range(6)]
+    for image in whole:
+        np.testing.assert_array_equal(store[image.image_id].boxes, image.boxes)
+        np.testing.assert_allclose(store[image.image_id].features, image.features, atol=2e-3)
+    assert done.bad == 2
+    assert set(failures(tmp_path / "s")) >= {"line 2"}

@@ -1,5 +1,6 @@
 """Captions in CSV, Parquet and Visual Genome's regions, against pairs written out by hand."""
 
+import io
 import json
 import tracemalloc
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from megainter.data.tables.pairs import read_pairs
 from megainter.errors import TooManyBadInputsError, UsageError
@@ -151,3 +153,50 @@ def test_broken_and_other_documents_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no captions are left"):
         prepare("visual-genome", write(tmp_path / "z.json", '{"a": 1}'), tmp_path / "p.parquet")
     assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_regions_of_visual_genome_1_0_have_an_id_and_an_image(tmp_path: Path) -> None:
+    """As its first release names them, in one file with the later names (github.com/ranjaykrishna/visual_genome_python_driver/pull/17)."""
+    old = [{"id": 7 + n, "image": 1, "phrase": f"a clock {n}", "x": 1, "y": 1, "width": 3, "height": 3} for n in range(2)]
+    new = [{"region_id": 9, "image_id": 2, "phrase": "a man", "x": 1, "y": 1, "width": 3, "height": 3}]
+    (tmp_path / "r.json").write_text(json.dumps([{"id": 1, "regions": old}, {"image_id": 2, "regions": new}]))
+    prepare("visual-genome", tmp_path / "r.json", tmp_path / "p")
+    assert [row[:2] for row in rows(tmp_path / "p")] == [("7", "1"), ("8", "1"), ("9", "2")]
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 12), (number, 9, 9)).save(buffer, "JPEG" if number % 2 else "WEBP")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("column", ["jpg", "webp"])
+def test_images_that_img2dataset_put_into_its_tables_are_written_out(tmp_path: Path, column: str) -> None:
+    """Its output "parquet" (github.com/rom1504/img2dataset/issues/72); an image that it did not get is none."""
+    (tmp_path / "x").mkdir()
+    for shard in (0, 3):
+        got = [
+            {"url": f"http://a/{n}", "caption": f"caption {shard}{n}", "key": f"{shard:05}{n:04}", "status": status,
+             column: picture(10 * shard + n) if status == "success" else None}
+            for n, status in enumerate(("success", "failed_to_download", "success"))
+        ]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(got), tmp_path / "x" / f"{shard:05}.parquet")
+    report = prepare("conceptual-captions", tmp_path / "x", tmp_path / "p", images=tmp_path / "images")
+    assert report.dropped == {"not downloaded": 2}
+    found = rows(tmp_path / "p")
+    assert [row[1] for row in found] == [f"{shard:05}/{shard:05}{n:04}" for shard in (0, 3) for n in (0, 2)]
+    assert [(tmp_path / "images" / row[2]).read_bytes() for row in found] == [picture(10 * shard + n) for shard in (0, 3) for n in (0, 2)]
+    prepare("parquet", tmp_path / "x" / "00003.parquet", tmp_path / "q")
+    assert [row[1] for row in rows(tmp_path / "q")] == ["00003/000030000", "00003/000030002"]
+
+
+def test_an_address_without_caption_is_blank_and_no_fault(tmp_path: Path) -> None:
+    """Of img2dataset's tables half may have none (issue 344); one picture under several captions keeps each (issue 244)."""
+    (tmp_path / "x").mkdir()
+    table = [
+        {"url": "http://a/1", "caption": caption, "key": f"{n:09}", "status": "success"}
+        for n, caption in enumerate((None, "", "a dog", "a cat", None))
+    ]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "x" / "00000.parquet")
+    report = prepare("parquet", tmp_path / "x", tmp_path / "p")
+    assert (report.kept, report.dropped) == (2, {"blank caption": 3})
