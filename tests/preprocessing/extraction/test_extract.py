@@ -8,7 +8,6 @@ import tarfile
 import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -446,50 +445,35 @@ def test_one_bad_file_of_a_few_is_listed_and_no_reason_to_stop(folder: Path, tmp
         extract(tmp_path / "images", tmp_path / "other", folder / "detector.safetensors", workers=1, min_boxes=3, max_boxes=9)
 
 
-def renamed_digest(folder: Path, store: Path) -> str:
-    """Of the records of the images of ``folder`` with the ids "photo-NNNN", as one process writes them without a pattern."""
-    plain = FeatureStore(store)
-    with FeatureStoreWriter(folder / "renamed", replace(plain.schema)) as writer:
-        for image_id in plain.ids:
-            writer.add(f"photo-{image_id}", plain[image_id])
-    return seal_store(folder / "renamed")
-
-
-def test_ids_by_a_pattern_are_those_of_the_same_records_and_the_store_remembers_it(folder: Path, tmp_path: Path) -> None:
-    options = {"min_boxes": 3, "max_boxes": 9, "workers": 1}
+def test_ids_by_a_pattern_are_those_of_the_same_records_also_after_a_stop(
+    folder: Path, finished: Extraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the store remembers the pattern, so that it is not gone on with under another."""
+    options = {"min_boxes": 3, "max_boxes": 9, "workers": 1, "precision": "fp32"}
     files = (folder / "images", tmp_path / "store", folder / "detector.safetensors")
-    plain = extract(folder / "images", tmp_path / "plain", folder / "detector.safetensors", **options)
-    done = extract(*files, **options, ids="photo-{id}")
-    assert done.digest == renamed_digest(tmp_path, tmp_path / "plain") != plain.digest
-    assert (tmp_path / "store" / "failed.tsv").read_text().splitlines()[1].startswith("photo-page\tpage.jpg\t")
-    assert extract(*files, **options, ids="photo-{id}") == done, "the same command finds it complete"
-    for other in (None, "{id}"):
-        with pytest.raises(UsageError, match=r"was written with other settings: there .*ids"):
-            extract(*files, **options, ids=other)
-
-
-def test_an_extraction_under_a_pattern_goes_on_where_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"min_boxes": 3, "max_boxes": 9, "workers": 1, "ids": "photo-{id}"}
-    files = (folder / "images", tmp_path / "store", folder / "detector.safetensors")
-    sent: list[Task] = []
 
     def part(source: Source, *rest: Any) -> Iterator[list[Task]]:
         for count, batch in enumerate(_batches(source, *rest)):
             if count == 3:
                 raise StoppedEarly("enough")
-            sent.extend(batch)
             yield batch
 
-    monkeypatch.setattr("preprocessing.extraction.extract._batches", part)
-    with pytest.raises(StoppedEarly):
-        extract(*files, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocessing.extraction.extract._batches", part)
+        with pytest.raises(StoppedEarly):
+            extract(*files, **options, ids="photo-{id}")
     kept = stored_ids(tmp_path / "store")
-    assert 0 < len(kept) <= len(sent)
+    assert 0 < len(kept) < IMAGES
     assert kept <= {f"photo-{n:04d}" for n in range(IMAGES)}
-    monkeypatch.undo()
-    done = extract(*files, **options)
-    extract(folder / "images", tmp_path / "plain", folder / "detector.safetensors", **options | {"ids": None})
-    assert done.digest == renamed_digest(tmp_path, tmp_path / "plain")
+    for other in (None, "{id}"):
+        with pytest.raises(UsageError, match=r"was written with other settings: there .*ids"):
+            extract(*files, **options, ids=other)
+    done = extract(*files, **options, ids="photo-{id}")
+    assert (tmp_path / "store" / "failed.tsv").read_text().splitlines()[1].startswith("photo-page\tpage.jpg\t")
+    plain = FeatureStore(folder / "whole")
+    with FeatureStoreWriter(tmp_path / "renamed", plain.schema) as writer:
+        writer.add_all([(f"photo-{image_id}", plain[image_id]) for image_id in plain.ids])
+    assert done.digest == seal_store(tmp_path / "renamed") != finished.digest
 
 
 def test_given_boxes_find_their_image_under_a_pattern(folder: Path, tmp_path: Path) -> None:
