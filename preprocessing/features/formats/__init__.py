@@ -12,6 +12,7 @@ from preprocessing.features.formats import milvlg, mmf, mmf_npy, parquet, tensor
 from preprocessing.features.formats.entry import BadEntryError, Source
 from preprocessing.features.formats.lmdb_file import ForeignLmdb, is_lmdb
 from preprocessing.features.formats.npz import read_npy, read_npz
+from preprocessing.prepare.delimited import shown_names
 
 Records = Iterator[tuple[str, RegionRecord]]
 
@@ -63,6 +64,9 @@ def recognise(path: Path) -> str:
     else:
         found = _of_lines(path)
     if not found:
+        tables = sorted(one.name for one in path.glob("*.tsv")) if path.is_dir() else []
+        if tables:
+            raise UsageError(f"{path} is a folder of tables; give the one of features: {shown_names(tables)}")
         raise UsageError(f"{path} has no format that is known ({', '.join(READERS)}); name it with --format if it is one of them")
     return found
 

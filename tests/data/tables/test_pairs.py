@@ -13,6 +13,7 @@ from megainter.data.tables.boxes import ImageBoxes, is_boxes_manifest, read_boxe
 from megainter.data.tables.pairs import PAIRS_SCHEMA, DuplicatePairError, Pair, read_pairs, write_pairs
 from megainter.data.tables.parquet import record_batch, write_batches
 from megainter.errors import NoSpaceError, UsageError
+from megainter.files import aside
 
 
 def some_pairs(count: int = 50) -> list[Pair]:
@@ -156,8 +157,9 @@ def test_boxes_without_labels_and_images_twice_are_refused(tmp_path: Path) -> No
 def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
     columns = [[getattr(row, name) for row in some_pairs()] for name in PAIRS_SCHEMA.names]
     batch = record_batch(tmp_path / "p.parquet", columns, PAIRS_SCHEMA)
-    with pytest.raises(NoSpaceError, match=r"p\.parquet cannot be written: no space left"):
-        write_batches(tmp_path / "p.parquet", Path("/dev/full"), PAIRS_SCHEMA, [batch] * 1000)
+    with pytest.raises(NoSpaceError, match=r"p\.parquet cannot be written: no space left"), aside(tmp_path / "p.parquet"):
+        write_batches(Path("/dev/full"), PAIRS_SCHEMA, [batch] * 1000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_table_is_not_overwritten(tmp_path: Path) -> None:
