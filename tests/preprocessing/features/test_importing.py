@@ -17,7 +17,7 @@ from megainter.data.feature_store.record import StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, stored_ids
 from megainter.errors import DamagedError, LockedError, NoSpaceError, TooManyBadInputsError, UsageError
 from megainter.verbs.features import features_app
-from preprocessing.features import importing as transfer
+from preprocessing.features import writing as transfer
 from preprocessing.features.exporting import export_features
 from preprocessing.features.formats import parquet
 from preprocessing.features.importing import import_features
