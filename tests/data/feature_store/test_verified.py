@@ -238,7 +238,7 @@ def test_a_file_of_bits_that_is_too_short_is_made_whole_before_it_is_mapped(tmp_
 
 def test_full_shared_memory_is_told_and_no_sigbus(mounting: Path) -> None:
     code = f"""
-        from megainter.data import verified
+        from megainter.data.feature_store import verified
         verified.SHARED_MEMORY = Path({str(mounting)!r})
         bits = verified.VerifiedRecords(8 * 100_000)
         with bits.shared("x") as reason:
