@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -152,3 +153,49 @@ def inside(root: Path, relative: str) -> Path:
     if "\0" in relative or not path.is_relative_to(base):
         raise UsageError(f"path {relative!r} leaves its folder {root}")
     return path
+
+
+def shard(folder: Path, name: str) -> Path:
+    """The file that an index in a folder of weights names; ``UsageError`` where it leaves the folder, by its name or as a link.
+
+    In a Hugging Face cache files are links into ``blobs``: links inside the same repository's part of the cache are followed, and so are
+    those of older downloads, from a folder of the user's into a cache. The path comes back unresolved: a blob's name has no suffix.
+    """
+    base = folder.resolve()
+    path, target = folder / name, (base / name).resolve() if "\0" not in name else base.parent
+    within = Path(os.path.normpath(base / name)).is_relative_to(base)
+    cache = cached_repository(base)
+    if within and (target.is_relative_to(base) or (target.is_relative_to(cache) if cache is not None else _is_blob(target))):
+        return path
+    raise UsageError(f"path {name[:200]!r} leaves its folder {folder}: put the file itself there")
+
+
+def followed(path: Path) -> Path:
+    """``path``, a file of weights or one beside them; ``UsageError`` where it lies in a Hugging Face cache and is a link that leaves it."""
+    folder = path.parent.resolve()
+    cache = cached_repository(folder)
+    if cache is not None and not (folder / path.name).resolve().is_relative_to(cache):
+        raise UsageError(f"{path} is a link that leaves its cache {cache}: download the model again, or give a folder with the file itself")
+    return path
+
+
+def require_own_files(folder: Path) -> None:
+    """``UsageError`` where a file of a folder of weights, or one that its index names, is not its own (``followed``, ``shard``)."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        followed(path)
+        if path.name.endswith(".index.json"):
+            places = read_json(path)
+            places = places.get("weight_map") if isinstance(places, dict) else None
+            for place in sorted(set(map(str, places.values()))) if isinstance(places, dict) else ():
+                shard(folder, place)
+
+
+def cached_repository(folder: Path) -> Path | None:
+    """The part of a Hugging Face cache that the resolved ``folder`` lies in, ``models--NAME``: beside ``snapshots`` it has ``blobs``."""
+    above = [folder, *folder.parents]
+    pairs = ((inner, outer) for inner, outer in itertools.pairwise(above) if inner.name == "snapshots")
+    return next((outer for _, outer in pairs if (outer / "blobs").is_dir()), None)
+
+
+def _is_blob(path: Path) -> bool:
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megainter.errors import DamagedError, UsageError
-from megainter.files import read_json
+from megainter.files import followed, read_json
 from megainter.model.configuration import InterBertConfig
 
 # The official configuration's names, and ours. pooler and region widths have other names there, layers count per module.
@@ -46,7 +46,7 @@ def stated_sizes(config_file: Path | None) -> dict[str, Any]:
     """
     if config_file is None:
         return {}
-    settings = read_json(config_file)
+    settings = read_json(followed(config_file))
     if not isinstance(settings, dict):
         raise UsageError(f"{config_file} is not a JSON object of settings")
     if settings.get("model_type") == InterBertConfig.model_type:

@@ -17,12 +17,12 @@ from transformers.utils import logging as transformers_logging
 from megainter.conversion.architecture import layer_count
 from megainter.conversion.folder import Output, finish, refuse_existing
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
-from megainter.conversion.mapping import Origin, Plan, make_plan
-from megainter.conversion.official import TIED, WORD, bert_names, require_tied
+from megainter.conversion.mapping import Origin, Plan, make_plan, untied_decoder
+from megainter.conversion.official import TIED, WORD, bert_names
 from megainter.conversion.official_names import our_name
 from megainter.conversion.vocabulary import find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
-from megainter.files import read_json
+from megainter.files import followed, read_json
 from megainter.model.configuration import InterBertConfig
 
 OTHER_BIAS = "cls.predictions.decoder.bias"
@@ -30,7 +30,12 @@ POOLERS = r"interbert\.(text_pooler|region_pooler)\."
 REGIONS = r"interbert\.(region_embeddings|encoder\.region)\."
 FRESH = rf"{POOLERS}|{REGIONS}|mrm_head\.|itm_head\."
 # BERT's own pooler and next-sentence head; the buffer of positions; UNITER's parts of other shape or meaning.
-LEFT_OVER = r"bert\.pooler\.|cls\.seq_relationship\.|bert\.embeddings\.position_ids$|cls\.predictions\.decoder\.bias$"
+LEFT_OVER = (
+    r"bert\.pooler\.|cls\.seq_relationship\.|bert\.embeddings\.(position_ids|token_type_ids)$|cls\.predictions\.decoder\.(bias|weight)$"
+)
+# Heads that fine-tuning put on a BERT: transformers' (classification, tagging, multiple choice, questions), their older names, and those
+# of widely used projects (CRF taggers, ColBERT's linear, SimCSE's mlp, the training loss's own weights).
+TUNED = r"(classifiers?|qa_outputs|qa_classifier|logits_proj|start_fc|end_fc|crf|linear|mlp|out|fc|loss_fct|lstm|bilstm|output_layer)\."
 UNITER_LEFT_OVER = r"bert\.img_embeddings\.|itm_output\.|feat_regress\.|vqa_output\."
 UNITER_CLASSES = "cls.imagePredictions.decoder.weight"  # its name here
 _UNITER_HEAD = {"0": "transform.dense", "2": "transform.LayerNorm", "3": "decoder"}
@@ -77,14 +82,14 @@ def convert_bert(
     refuse_existing(destination)
     start = start or Start()
     folder = source if source.is_dir() else source.parent
-    stated = config_file or folder / "config.json"
+    stated = config_file or bert_config_file(folder)
     settings = bert_settings(stated, source) if stated.is_file() else None
     tensors, is_uniter = _uniter_as_bert(without_prefix(open_tensors(source)))
     tensors = bert_names(tensors, source)  # says what another model is, before its settings are asked for
     if any(name.startswith("bert.v_embeddings.") for name in tensors):
         raise UsageError(f"{source} is an InterBERT already (it has bert.v_embeddings.*); use convert official")
     settings = settings or bert_settings(stated, source)
-    plan = plan_bert(tensors, settings, start, source, is_uniter)
+    plan = plan_bert(tensors, settings, start, source, is_uniter, allow_partial)
     files, notes = find_vocabulary(vocabulary or folder, cased)
     for note in notes:
         print(f"note: {note}")
@@ -94,11 +99,17 @@ def convert_bert(
     return plan
 
 
+def bert_config_file(folder: Path) -> Path:
+    """The settings of the BERT in ``folder``: config.json, or bert_config.json as in the first releases where that alone is there."""
+    first, older = folder / "config.json", folder / "bert_config.json"
+    return older if older.is_file() and not first.is_file() else first
+
+
 def bert_settings(config_file: Path, source: object) -> dict[str, Any]:
     """BERT's config.json; ``UsageError`` where it is missing, or of a model that is not computed as BERT is."""
     if not config_file.is_file():
         raise UsageError(f"{config_file} does not exist, and {source} does not tell its attention heads: give --config config.json")
-    settings = read_json(config_file)
+    settings = read_json(followed(config_file))
     if not isinstance(settings, dict) or not isinstance(settings.get("num_attention_heads"), int):
         raise UsageError(f"{config_file} has no num_attention_heads; give the config.json of a BERT")
     wanted = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
@@ -121,14 +132,19 @@ def _uniter_as_bert(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTenso
 
 
 def plan_bert(
-    tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], start: Start, source: object, is_uniter: bool = False
+    tensors: Mapping[str, LazyTensor],
+    settings: Mapping[str, Any],
+    start: Start,
+    source: object,
+    is_uniter: bool = False,
+    allow_partial: bool = False,
 ) -> Plan:
     """What a BERT becomes. ``tensors`` by the names of a BERT with heads."""
     total = layer_count({name: tensor.shape for name, tensor in tensors.items()}, "bert.encoder.layer.")
     interaction = start.interaction_layers if start.interaction_layers is not None else total // 2
     if not 0 <= interaction <= total:
         raise UsageError(f"{interaction} interaction layers are asked for, {source} has {total} layers; give 0 to {total}")
-    require_tied(tensors, source)
+    untied = untied_decoder(tensors, TIED, WORD, source, allow_partial)
     classes = tensors[UNITER_CLASSES].shape[0] if UNITER_CLASSES in tensors else start.num_region_classes
     if is_uniter and classes != start.num_region_classes:
         asked = f"{start.num_region_classes} are asked for; give --num-region-classes {classes}"
@@ -137,11 +153,15 @@ def plan_bert(
     found = _found(tensors, interaction)
     if start.region_layers == "text":
         found |= _region_copies(found, config)
-    names = [name for name in tensors if name != TIED]
+    names = [name for name in tensors if name != TIED or untied]
     has_msm = "msm_head.transform.weight" in found
     fresh = FRESH if has_msm else rf"{FRESH}|msm_head\."
-    left_over = f"{LEFT_OVER}|{UNITER_LEFT_OVER}" if is_uniter else LEFT_OVER
-    return make_plan(config, found, names, fresh=fresh, left_over=left_over, notes=_notes(config, start, total, has_msm, is_uniter))
+    left_over = f"{LEFT_OVER}|{UNITER_LEFT_OVER if is_uniter else TUNED}"
+    tuned = sorted({name.partition(".")[0] for name in tensors if re.match(TUNED, name) and not is_uniter})
+    notes = [*_notes(config, start, total, has_msm, is_uniter), *untied]
+    if tuned:
+        notes.append(f"the BERT was fine-tuned; its head has no place here and is left out: {', '.join(tuned)}")
+    return make_plan(config, found, names, fresh=fresh, left_over=left_over, notes=notes)
 
 
 def _config(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], start: Start, interaction: int, text: int) -> InterBertConfig:

@@ -124,7 +124,9 @@ def _optimizer_states(folder: Path) -> list[Mapping[str, Any]]:
 
 def _stage12(ranks: list[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, LazyTensor]:
     if "param_slice_mappings" not in ranks[0]:
-        raise DamagedError(f"{folder} was written by a DeepSpeed too old to say where parameters lie; run its zero_to_fp32.py first")
+        raise DamagedError(
+            f"{folder} was written by a DeepSpeed too old to say where parameters lie; run its zero_to_fp32.py and give what it writes"
+        )
     pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
     for state in ranks:
         for flat, places in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True):

@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megainter.errors import DamagedError, UsageError
-from megainter.files import inside, read_json
+from megainter.files import followed, read_json, shard
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+MERGED = "pytorch_model.bin"  # a folder of this name is what newer zero_to_fp32.py make where they are asked for the file
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # training scripts put the weights under one of these
+# What modules around a model put before its names: data parallelism, our training step, torch.compile, Lightning's strategies.
+WRAPPERS = ("module.", "model.", "_orig_mod.", "_forward_module.")
 _ZIP, _TAR_AT, _TAR = b"PK\x03\x04", 257, b"ustar"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
            "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
@@ -60,6 +63,7 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
         return _open_folder(path)
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give a checkpoint file or a Hugging Face folder")
+    followed(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     return _checked(_state_dict(load_torch_file(path), path), path)
@@ -67,16 +71,18 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
 
 def _open_folder(folder: Path) -> dict[str, LazyTensor]:
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if name is None and (folder / MERGED).is_dir():
+        return open_tensors(folder / MERGED)
     if name is None:
         raise UsageError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}; give the folder or the file with the weights")
     if not name.endswith(".json"):
         return open_tensors(folder / name)
-    index = read_json(folder / name)
+    index = read_json(followed(folder / name))
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise DamagedError(f"{folder / name} has no weight_map of names to files; fetch the model again")
-    shards = {place: open_tensors(inside(folder, place)) for place in sorted(set(places.values()))}
-    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    shards = [open_tensors(shard(folder, place)) for place in sorted(set(places.values()))]
+    return {name: tensor for tensors in shards for name, tensor in tensors.items()}
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -100,7 +106,7 @@ def load_torch_file(path: Path, inert: bool = False) -> Any:
     Only tensors and plain containers are built; with ``inert``, objects of DeepSpeed, numpy and argparse become ``Inert``.
     ``DamagedError`` says in one line what is wrong, also where the file asks for code to be run: none is.
     """
-    zipped = _format(path) == "zip"
+    zipped = _format(followed(path)) == "zip"
     if zipped:
         _check_archive(path)
     try:
@@ -199,11 +205,11 @@ def _wrong_entry(name: object, tensor: object) -> str | None:
     return None
 
 
-def without_prefix(tensors: dict[str, LazyTensor], prefixes: Iterable[str] = ("module.", "model.")) -> dict[str, LazyTensor]:
-    """Drop prefixes that every name has (those of data-parallel wrappers), and give gamma and beta their later names."""
-    for prefix in prefixes:
-        while tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+def without_prefix(tensors: dict[str, LazyTensor], prefixes: Iterable[str] = WRAPPERS) -> dict[str, LazyTensor]:
+    """Drop prefixes that every name has (those of modules around a model), and give gamma and beta their later names."""
+    prefixes = tuple(prefixes)
+    while (prefix := next((each for each in prefixes if tensors and all(name.startswith(each) for name in tensors)), None)) is not None:
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     renamed = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): tensor for name, tensor in tensors.items()}
     if len(renamed) != len(tensors):
         raise DamagedError("the checkpoint names a weight both as gamma or beta and as weight or bias; keep one of them")

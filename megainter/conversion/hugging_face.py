@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megainter.conversion.folder import Output, finish, refuse_existing
 from megainter.conversion.foreign_files import LazyTensor
-from megainter.conversion.mapping import HEADS, Origin, Plan, make_plan
-from megainter.conversion.official import open_ours
+from megainter.conversion.mapping import HEADS, Origin, Plan, make_plan, untied_decoder
+from megainter.conversion.ours import TIED, WORD, open_ours
 from megainter.conversion.vocabulary import VocabularyFiles, find_vocabulary
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
@@ -21,7 +21,7 @@ MODELS = {
     "classification": ("InterBertForSequenceClassification", "classifier"),
 }
 NUM_LABELS = 2  # of a new classification head, where nothing else is asked for
-WORD, BIAS = "interbert.text_embeddings.word.weight", "msm_head.decoder.bias"
+BIAS = "msm_head.decoder.bias"
 
 
 def convert_hugging_face(
@@ -34,11 +34,14 @@ def convert_hugging_face(
     cased: bool | None = None,
     head: str | None = None,
     num_labels: int | None = None,
+    config_file: Path | None = None,
     seed: int = 0,
     allow_partial: bool = False,
     verify: bool = False,
 ) -> Plan:
-    """Write the folder ``destination`` from the folder ``source``, both ours.
+    """Write the folder ``destination`` from ``source``: a folder of ours, or weights of our names as zero_to_fp32.py writes them.
+
+    ``config_file`` is the model's JSON where none lies beside the weights; without one, sizes are read from the tensors.
 
     A new ``vocabulary`` (vocab.txt) keeps the rows of entries that the old one has too; ``resize_vocabulary`` keeps the first rows. New
     rows are drawn by ``seed``. ``head`` ("retrieval", "choice", "classification") adds what is not there. Raises ``UsageError``,
@@ -47,8 +50,10 @@ def convert_hugging_face(
     refuse_existing(destination)
     if num_labels is not None and head != "classification":
         raise UsageError(f"--num-labels {num_labels} is for a new classification head; give --head classification, or leave it out")
-    config, tensors = open_ours(source)
-    files, _ = find_vocabulary(source, None)
+    config, tensors, assumed = open_ours(source, config_file)
+    untied = untied_decoder(tensors, TIED, WORD, source, allow_partial)
+    folder = source if source.is_dir() else source.parent
+    files, _ = find_vocabulary(folder, None)
     rows, files, notes = _vocabulary_rows(config, files, resize_vocabulary, vocabulary, cased)
     if rows is not None:
         config.vocab_size = len(rows)
@@ -59,9 +64,11 @@ def convert_hugging_face(
         config.num_labels = num_labels or NUM_LABELS
     elif num_labels is not None and num_labels != config.num_labels:
         raise UsageError(f"{source} has a classification head of {config.num_labels} classes already; leave --num-labels out")
-    found = {name: Origin(name, tensor) for name, tensor in tensors.items()}
+    found = {name: Origin(name, tensor) for name, tensor in tensors.items() if name != TIED}
+    names = [name for name in tensors if name != TIED or untied]
+    notes = [*assumed, *notes, *untied]
     heads = [name for name in HEADS if name in present or name == wanted]
-    plan = make_plan(config, found, tensors, heads=heads, fresh=rf"{wanted}\." if wanted else r"(?!)", notes=notes)
+    plan = make_plan(config, found, names, heads=heads, fresh=rf"{wanted}\." if wanted else r"(?!)", left_over=TIED, notes=notes)
     finish(
         plan,
         source,

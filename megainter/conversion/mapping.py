@@ -117,6 +117,22 @@ def _require_fit(origin: Origin, shape: tuple[int, ...]) -> None:
         raise DamagedError(f"{origin.name} holds {origin.tensor.dtype} instead of floating-point values; it is not a weight")
 
 
+def untied_decoder(tensors: Mapping[str, LazyTensor], decoder: str, word: str, source: object, allow_partial: bool) -> tuple[str, ...]:
+    """What is to be said where the decoder is there and is not the word embeddings, with which it is one tensor in an InterBERT; else ().
+
+    ``DamagedError`` there, unless ``allow_partial``: the decoder is left over then.
+    """
+    if decoder not in tensors or word not in tensors or tensors[decoder] is tensors[word]:
+        return ()
+    if tensors[decoder].shape == tensors[word].shape and torch.equal(tensors[decoder].read(), tensors[word].read()):
+        return ()
+    differs = "differs from" if tensors[decoder].shape == tensors[word].shape else "has another shape than"
+    fault = f"{decoder} {differs} the word embeddings, with which it is one tensor in an InterBERT"
+    if not allow_partial:
+        raise DamagedError(f"{source}: {fault}; --allow-partial leaves it out and decodes by the word embeddings")
+    return (f"{fault}: it is left out, and texts are decoded by the word embeddings",)
+
+
 def require_complete(plan: Plan, source: object, allow_partial: bool) -> None:
     """``DamagedError`` where something is missing or unknown, unless ``allow_partial``."""
     if allow_partial or not (plan.missing or plan.unknown):

@@ -5,7 +5,7 @@ not tell (attention heads, fusion, where the interaction layers end) comes from 
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from torch import Tensor
 from megainter.conversion.architecture import layer_count, make_config, official_settings, region_target, sizes_in_shapes, stated_sizes
 from megainter.conversion.folder import Output, finish, refuse_existing, reread
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
-from megainter.conversion.mapping import HEADS, Origin, Plan, expected_shapes, make_plan, require_complete
+from megainter.conversion.mapping import HEADS, Origin, Plan, expected_shapes, make_plan, require_complete, untied_decoder
 from megainter.conversion.official_names import official_name, our_name
+from megainter.conversion.ours import config_of, has_our_names, open_ours, plan_ours
 from megainter.conversion.vocabulary import NO_VOCABULARY, find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
 from megainter.files import aside, write_json
 from megainter.model.configuration import InterBertConfig
 
 WORD, TIED = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
-# Two heads of the official VL-task model that none of its tasks trains, and the buffer of token positions newer tools add.
-LEFT_OVER = r"(vision_logit|linguisic_logit)\.|bert\.embeddings\.position_ids$"
+# Two heads of the official VL-task model that none of its tasks trains, the buffer of token positions newer tools add, an untied decoder.
+LEFT_OVER = r"(vision_logit|linguisic_logit)\.|bert\.embeddings\.position_ids$|cls\.predictions\.decoder\.weight$"
 REGION_HEAD, REGION_FEATURES = "cls.imagePredictions.decoder.weight", "bert.v_embeddings.image_embeddings.weight"
 CHOICES = ("fusion", "region_objective", "num_interaction_layers")
 
@@ -48,15 +49,31 @@ def convert_official(
     Raises ``DamagedError`` for a file that is damaged, hostile or incomplete, ``UsageError`` for one of another model.
     """
     refuse_existing(destination)
-    tensors = bert_names(without_prefix(open_tensors(source)), source)
+    tensors = without_prefix(open_tensors(source))
+    ours = has_our_names(tensors)
+    tensors = tensors if ours else bert_names(tensors, source)
     beside = source.with_suffix(".json")
     told = [f"settings are read from {beside}, which lies beside the checkpoint"] if config_file is None and beside.is_file() else []
-    plan = plan_official(tensors, source, beside if told else config_file, choices or {})
+    plan = plan_weights(tensors, source, beside if told else config_file, choices or {}, allow_partial)
     files, notes = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [NO_VOCABULARY])
     require_room(files, plan.config.vocab_size)
     plan = replace(plan, notes=(*told, *plan.notes, *notes))
-    finish(plan, source, Output(destination, files, allow_partial, verify=verify), lambda folder: compare(tensors, plan, folder))
+    output = Output(destination, files, allow_partial, verify=verify)
+    finish(plan, source, output, None if ours else lambda folder: compare(tensors, plan, folder))
     return plan
+
+
+def plan_weights(
+    tensors: Mapping[str, LazyTensor], source: object, config_file: Path | None, choices: Mapping[str, Any], allow_partial: bool
+) -> Plan:
+    """What weights become that bear our names (a merged DeepSpeed checkpoint's) or the official ones."""
+    if not has_our_names(tensors):
+        return plan_official(tensors, source, config_file, choices, allow_partial)
+    config, notes = config_of(tensors, config_file, choices)
+    chosen = choices.get("num_interaction_layers")
+    if chosen not in (None, config.num_interaction_layers):
+        raise UsageError(f"--interaction-layers {chosen}: {source} has {config.num_interaction_layers}, by its names; leave the option out")
+    return plan_ours(config, tensors, source, notes=[*notes, *_casts(tensors.values())], allow_partial=allow_partial)
 
 
 def bert_names(tensors: dict[str, LazyTensor], source: object) -> dict[str, LazyTensor]:
@@ -74,7 +91,9 @@ def bert_names(tensors: dict[str, LazyTensor], source: object) -> dict[str, Lazy
     return tensors
 
 
-def plan_official(tensors: Mapping[str, LazyTensor], source: object, config_file: Path | None, choices: Mapping[str, Any]) -> Plan:
+def plan_official(
+    tensors: Mapping[str, LazyTensor], source: object, config_file: Path | None, choices: Mapping[str, Any], allow_partial: bool = False
+) -> Plan:
     """What an official checkpoint becomes. ``tensors`` by official names."""
     if not any(name.startswith("bert.v_embeddings.") for name in tensors):
         raise UsageError(f"{source} has no bert.v_embeddings.*: it is a BERT, not an InterBERT; use convert bert")
@@ -90,9 +109,10 @@ def plan_official(tensors: Mapping[str, LazyTensor], source: object, config_file
     target, more = region_target(shapes, choices.get("region_objective") or stated.get("region_objective"))
     config, assumed = make_config(stated, sizes_in_shapes(shapes) | target, {"fusion": choices.get("fusion")})
     heads = [head for head in HEADS if f"{head}.weight" in found]
-    require_tied(tensors, source)
-    names = [name for name in tensors if name != TIED]  # the same tensor as the word embeddings
-    return make_plan(config, found, names, heads=heads, left_over=LEFT_OVER, notes=[*notes, *more, *assumed, *_casts(found)])
+    untied = untied_decoder(tensors, TIED, WORD, source, allow_partial)
+    names = [name for name in tensors if name != TIED or untied]  # as a rule the same tensor as the word embeddings
+    casts = _casts(origin.tensor for origin in found.values())
+    return make_plan(config, found, names, heads=heads, left_over=LEFT_OVER, notes=[*notes, *more, *assumed, *untied, *casts])
 
 
 def _require_agreement(
@@ -119,16 +139,8 @@ def _interaction_layers(tensors: Mapping[str, LazyTensor], stated: Mapping[str, 
     return count, []
 
 
-def require_tied(tensors: Mapping[str, LazyTensor], source: object) -> None:
-    """``DamagedError`` where the decoder's weight is there and is not the word embeddings."""
-    if TIED in tensors and tensors[TIED].shape != tensors[WORD].shape:
-        raise DamagedError(f"{source}: {TIED} has another shape than the word embeddings, with which it is one tensor in an InterBERT")
-    if TIED in tensors and not torch.equal(tensors[TIED].read(), tensors[WORD].read()):
-        raise DamagedError(f"{source}: {TIED} differs from the word embeddings, with which it is one tensor in an InterBERT")
-
-
-def _casts(found: Mapping[str, Origin]) -> list[str]:
-    others = {str(origin.tensor.dtype).removeprefix("torch.") for origin in found.values()} - {"float32"}
+def _casts(tensors: Iterable[LazyTensor]) -> list[str]:
+    others = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors} - {"float32"}
     return [f"{', '.join(sorted(others))} tensors are written as fp32"] if others else []
 
 
@@ -150,9 +162,11 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Non
     settings = destination.with_suffix(".json")
     for path in (destination, settings):
         refuse_existing(path)
-    config, tensors = open_ours(source)
+    config, tensors, notes = open_ours(source)
+    for note in notes:
+        print(f"note: {note}")
     heads = [head for head in HEADS if f"{head}.weight" in tensors]
-    plan = make_plan(config, {name: Origin(name, tensor) for name, tensor in tensors.items()}, tensors, heads=heads)
+    plan = plan_ours(config, tensors, source)
     require_complete(plan, source, allow_partial=False)
     state = official_state({name: tensors[name].read().float() for name in expected_shapes(config, heads)}, config)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -163,16 +177,6 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Non
             print(reread(partial, {name: LazyTensor.of(tensor) for name, tensor in state.items()}, torch.float32))
         write_json(settings, official_settings(config))
     print(f"{source} -> {destination}: {len(state)} tensors, and its settings in {settings.name}")
-
-
-def open_ours(source: Path) -> tuple[InterBertConfig, dict[str, LazyTensor]]:
-    """Configuration and tensors of a Hugging Face folder of ours; ``UsageError`` where it is another model's."""
-    if not (source / "config.json").is_file():
-        raise UsageError(f"{source} has no config.json; give a Hugging Face folder of InterBERT")
-    stated = stated_sizes(source / "config.json")
-    if stated.get("model_type") != InterBertConfig.model_type:
-        raise UsageError(f"{source} is not an InterBERT's folder; use convert bert or convert official")
-    return InterBertConfig(**stated), open_tensors(source)
 
 
 def official_state(tensors: Mapping[str, Tensor], config: InterBertConfig) -> "OrderedDict[str, Tensor]":

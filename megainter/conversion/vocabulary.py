@@ -6,7 +6,7 @@ from typing import Any
 
 from megainter.data.text.vocabulary import load_vocabulary
 from megainter.errors import UsageError
-from megainter.files import read_json, write_atomically, write_json
+from megainter.files import followed, read_json, write_atomically, write_json
 
 NO_VOCABULARY = "no vocabulary was given, so the result has none, and evaluate needs one: --vocabulary FILE puts it there"
 
@@ -37,12 +37,12 @@ def find_vocabulary(place: Path, cased: bool | None) -> tuple[VocabularyFiles | 
 def _entries(place: Path) -> tuple[str, ...] | None:
     file = place / "vocab.txt" if place.is_dir() else place
     if file.is_file():
-        return tuple(load_vocabulary(file).ids)
+        return tuple(load_vocabulary(followed(file)).ids)
     if not place.is_dir():
         raise UsageError(f"vocabulary {place} does not exist")
     if not (place / "tokenizer.json").is_file():
         return None
-    model = _part(read_json(place / "tokenizer.json"), "model")
+    model = _part(read_json(followed(place / "tokenizer.json")), "model")
     ids = model.get("vocab")
     if model.get("type") != "WordPiece" or not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
         raise UsageError(f"{place / 'tokenizer.json'} is not a WordPiece vocabulary; give --vocabulary vocab.txt")
@@ -51,11 +51,11 @@ def _entries(place: Path) -> tuple[str, ...] | None:
 
 def _stated_lowercase(folder: Path) -> bool | None:
     if (folder / "tokenizer_config.json").is_file():
-        stated = _part(read_json(folder / "tokenizer_config.json")).get("do_lower_case")
+        stated = _part(read_json(followed(folder / "tokenizer_config.json"))).get("do_lower_case")
         if isinstance(stated, bool):
             return stated
     if (folder / "tokenizer.json").is_file():
-        stated = _part(read_json(folder / "tokenizer.json"), "normalizer").get("lowercase")
+        stated = _part(read_json(followed(folder / "tokenizer.json")), "normalizer").get("lowercase")
         if isinstance(stated, bool):
             return stated
     return None

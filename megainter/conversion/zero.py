@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from megainter.conversion.architecture import make_config, region_target, sizes_in_shapes, stated_sizes
 from megainter.conversion.deepspeed_files import find_deepspeed_folder, open_deepspeed
 from megainter.conversion.folder import Output, finish, refuse_existing
-from megainter.conversion.foreign_files import LazyTensor, without_prefix
-from megainter.conversion.mapping import HEADS, Origin, Plan, make_plan
-from megainter.conversion.official import bert_names, plan_official
+from megainter.conversion.foreign_files import MERGED, WEIGHT_FILES, LazyTensor, open_tensors, without_prefix
+from megainter.conversion.mapping import Plan
+from megainter.conversion.official import bert_names, plan_weights
+from megainter.conversion.ours import has_our_names, plan_ours
 from megainter.conversion.vocabulary import NO_VOCABULARY, find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
+from megainter.files import require_own_files
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint
 
 PREFIX = "model."  # of the trained module's parameter names
-TIED = "msm_head.decoder.weight"
 
 
 def convert(
@@ -40,24 +40,39 @@ def convert(
 ) -> Plan:
     """Write the Hugging Face folder ``destination`` from a run folder's newest whole checkpoint, or from one checkpoint folder.
 
-    ``ema`` takes the averaged weights instead. A folder of DeepSpeed's own files (any stage, or universal) does as well; its model may
-    bear our names or the official ones, and its sizes come from the tensors and ``config_file``.
+    ``ema`` takes the averaged weights instead. A folder of DeepSpeed's own files (any stage, or universal) does as well, and so does what
+    its zero_to_fp32.py writes: the model may bear our names or the official ones, and its sizes come from the tensors and ``config_file``.
     Raises ``UsageError`` where there is no checkpoint or ``destination`` exists, ``DamagedError`` where files or tensors are wrong.
     """
     refuse_existing(destination)
     folder = find_deepspeed_folder(run)
-    if folder is None:
+    merged = folder is None and _is_merged(run)
+    if folder is None and not merged:
         saved = find_checkpoint(run)
         files, _ = find_vocabulary(vocabulary or saved.folder / "vocab.txt", not saved.state["lowercase"] if cased is None else cased)
         return _convert_ours(saved, "ema" if ema else "weights", Output(destination, files, allow_partial, verify=verify))
     if ema:
-        raise UsageError(f"{folder} is a checkpoint of DeepSpeed's own, which holds no averaged weights; leave --ema out")
-    plan = plan_deepspeed(folder, config_file)
+        raise UsageError(f"{run} holds DeepSpeed's own files, in which there are no averaged weights; leave --ema out")
+    if folder is None:
+        plan = plan_merged(without_prefix(open_tensors(run)), run, config_file or _config_beside(run), allow_partial)
+    else:
+        plan = plan_deepspeed(folder, config_file, allow_partial)
     files, notes = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [NO_VOCABULARY])
     require_room(files, plan.config.vocab_size)
     plan = replace(plan, notes=(*plan.notes, *notes))
-    finish(plan, folder, Output(destination, files, allow_partial, verify=verify))
+    finish(plan, folder or run, Output(destination, files, allow_partial, verify=verify))
     return plan
+
+
+def _is_merged(run: Path) -> bool:
+    """Whether ``run`` is what zero_to_fp32.py writes: one file, or a folder with one file or shards of weights."""
+    names = (*WEIGHT_FILES, MERGED)
+    return run.is_file() or (not (run / checkpoint.MANIFEST).is_file() and any((run / name).exists() for name in names))
+
+
+def _config_beside(run: Path) -> Path | None:
+    path = (run if run.is_dir() else run.parent) / "config.json"
+    return path if path.is_file() else None
 
 
 def _convert_ours(saved: checkpoint.Checkpoint, kind: str, output: Output) -> Plan:
@@ -65,7 +80,8 @@ def _convert_ours(saved: checkpoint.Checkpoint, kind: str, output: Output) -> Pl
         tensors = _tensors(saved, kind, stack)
         config = InterBertConfig.from_json_file(saved.folder / "config.json")
         architecture = (config.architectures or ["InterBertForPreTraining"])[0]
-        plan = _plan_ours(config, without_prefix(tensors, (PREFIX,)), [f"step {saved.step:,}"], architecture)
+        tensors = without_prefix(tensors, (PREFIX,))
+        plan = plan_ours(config, tensors, saved.folder, notes=[f"step {saved.step:,}"], architecture=architecture)
         finish(plan, saved.folder, replace(output, architecture=architecture))
     return plan
 
@@ -82,33 +98,25 @@ def _tensors(saved: checkpoint.Checkpoint, kind: str, stack: ExitStack) -> dict[
     return tensors
 
 
-def plan_deepspeed(folder: Path, config_file: Path | None) -> Plan:
+def plan_deepspeed(folder: Path, config_file: Path | None, allow_partial: bool = False) -> Plan:
     """What a checkpoint of DeepSpeed's becomes; the model's names are ours or the official ones."""
     state = open_deepspeed(folder)
-    tensors = without_prefix(state.tensors)
-    if not any(name.startswith("interbert.") for name in tensors):
-        plan = plan_official(bert_names(tensors, folder), folder, config_file, {})
-        return replace(plan, notes=(*state.notes, *plan.notes))
-    stated = stated_sizes(config_file)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    target, notes = region_target(shapes, stated.get("region_objective"))
-    config, assumed = make_config(stated, sizes_in_shapes(shapes) | target, {})
-    return _plan_ours(config, tensors, [*state.notes, *notes, *assumed])
+    return plan_merged(without_prefix(state.tensors), folder, config_file, allow_partial, state.notes)
 
 
-def _plan_ours(
-    config: InterBertConfig, tensors: dict[str, LazyTensor], notes: Iterable[str], architecture: str = "InterBertForPreTraining"
+def plan_merged(
+    tensors: dict[str, LazyTensor], source: Path, config_file: Path | None, allow_partial: bool, notes: Iterable[str] = ()
 ) -> Plan:
-    """A model of its own names; a downstream model has its head, others may have it beside the pretraining heads."""
-    pretraining = architecture == "InterBertForPreTraining"
-    heads = [head for head in HEADS if f"{head}.weight" in tensors] if pretraining else []
-    found = {name: Origin(name, tensor) for name, tensor in tensors.items()}
-    return make_plan(config, found, [name for name in tensors if name != TIED], heads=heads, notes=notes, architecture=architecture)
+    """What a model's weights by name become, ours or the official names, without prefixes of wrappers."""
+    named = tensors if has_our_names(tensors) else bert_names(tensors, source)
+    plan = plan_weights(named, source, config_file, {}, allow_partial)
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
 def find_checkpoint(run: Path) -> checkpoint.Checkpoint:
     """The checkpoint in ``run``: itself, or the newest whole one of a run folder."""
     if (run / checkpoint.MANIFEST).is_file():
+        require_own_files(run)
         return checkpoint.open_checkpoint(run)
     if not run.is_dir():
         raise UsageError(f"{run} {'is a file' if run.exists() else 'does not exist'}; give a run folder or one of its checkpoints")

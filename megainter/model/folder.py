@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megainter.data.text.vocabulary import Vocabulary, load_vocabulary
 from megainter.errors import UsageError
-from megainter.files import read_json, sha256_of
+from megainter.files import read_json, require_own_files, sha256_of
 from megainter.model.configuration import InterBertConfig
 
 
@@ -16,6 +16,7 @@ def read_config(folder: Path) -> InterBertConfig:
         raise UsageError(f"{folder} is a training run; `megainter convert zero {folder} MODEL` writes the folder MODEL to give here")
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no Hugging Face folder (it has no config.json); `megainter convert zero` writes one")
+    require_own_files(folder)
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type") if isinstance(settings, dict) else None
     if kind != InterBertConfig.model_type:

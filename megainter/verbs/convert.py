@@ -30,7 +30,8 @@ def convert_official(
     Parameters
     ----------
     src
-        Official file (pytorch_model_N.bin, pytorch_model_N_ema.bin); with --to official, a folder of ours.
+        Official file (pytorch_model_N.bin, pytorch_model_N_ema.bin), or what DeepSpeed's zero_to_fp32.py wrote; with --to official, a
+        folder of ours.
     dst
         Folder to write, with --to official the .bin; must not exist.
     to
@@ -152,13 +153,14 @@ def convert_zero(
     Parameters
     ----------
     run
-        Run folder (its newest whole checkpoint is taken) or one checkpoint folder; or a folder of DeepSpeed's own checkpoints.
+        Run folder (its newest whole checkpoint is taken) or one checkpoint folder; or a folder of DeepSpeed's own checkpoints, or what its
+        zero_to_fp32.py wrote.
     dst
         Folder to write; must not exist.
     ema
         Take the averaged weights.
     config
-        For DeepSpeed's own checkpoints: the model's JSON, ours or official.
+        For DeepSpeed's own checkpoints: the model's JSON, ours or official. Default: config.json beside zero_to_fp32.py's output.
     vocabulary
         vocab.txt. Default: the run's.
     cased
@@ -185,6 +187,7 @@ def convert_hf(
     cased: bool | None = None,
     head: Literal["retrieval", "choice", "classification"] | None = None,
     num_labels: int | None = None,
+    config: Path | None = None,
     seed: int = 0,
     allow_partial: AllowPartial = False,
     verify: bool = False,
@@ -194,7 +197,7 @@ def convert_hf(
     Parameters
     ----------
     src
-        Hugging Face folder of InterBERT.
+        Hugging Face folder of InterBERT, or what DeepSpeed's zero_to_fp32.py wrote of one: a file, or a folder of shards.
     dst
         Folder to write; must not exist.
     dtype
@@ -209,6 +212,8 @@ def convert_hf(
         Add this head where it is not there, and name the model that reads it.
     num_labels
         Classes of a new classification head (--head classification); default 2.
+    config
+        The model's JSON. Default: config.json beside the weights, else sizes are read from the tensors.
     seed
         Draws everything that begins anew.
     allow_partial
@@ -220,7 +225,7 @@ def convert_hf(
 
     convert_hugging_face(
         src, dst, dtype=dtype, resize_vocabulary=resize_vocabulary, vocabulary=vocabulary, cased=cased, head=head,
-        num_labels=num_labels, seed=seed, allow_partial=allow_partial, verify=verify,
+        num_labels=num_labels, config_file=config, seed=seed, allow_partial=allow_partial, verify=verify,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
 from megainter.errors import UsageError
+from megainter.files import followed
 
 
 class Residual(nn.Module):
@@ -134,7 +135,7 @@ def _freeze(stages: list[nn.Module], count: int) -> None:
 
 def _load_body(body: nn.Module, path: Path, ignored: tuple[str, ...]) -> None:
     """Load ImageNet weights (a state dict: .safetensors, or a .pth read without running code); the classifier may differ."""
-    if path.suffix == ".safetensors":
+    if followed(path).suffix == ".safetensors":
         from safetensors.torch import load_file
 
         state = load_file(path)

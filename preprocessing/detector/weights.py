@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megainter.errors import DamagedError, UsageError
+from megainter.files import followed
 from preprocessing.detector.network import BACKGROUND
 from preprocessing.detector.restricted_pickle import load_restricted
 from preprocessing.detector.torchvision_models import FORMAT, TORCHVISION_MODELS, DetectorConfig, build_model
@@ -95,7 +96,7 @@ def _read_file(path: Path) -> tuple[dict[str, str], Any]:
     """The header of a safetensors file, else {}, and the content."""
     if not path.is_file():
         raise UsageError(f"detector weights {path} do not exist or are not a file")
-    with open(path, "rb") as file:
+    with open(followed(path), "rb") as file:
         start = file.read(64)
     _refuse_other_kinds(path, start)
     if start.startswith(b"PK\x03\x04") or start.startswith(TORCH_LEGACY):
@@ -271,7 +272,7 @@ def _names(path: Path, names: Path | None, count: int, word: str, beside: str) -
     """``count`` names: the lines of ``names``, or of the file called ``beside`` next to the weights, or numbers. Of synonyms the first."""
     if names is None and not (beside and (path.parent / beside).is_file()):
         return tuple(f"{word} {number}" for number in range(1, count + 1))
-    source = names or path.parent / beside
+    source = names or followed(path.parent / beside)
     try:
         lines = source.read_text(encoding="utf-8").strip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -17,10 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from megainter.conversion.bert import bert_settings
+from megainter.conversion.bert import bert_config_file, bert_settings
 from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
-from megainter.files import write_json
+from megainter.files import require_own_files, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertPreTrainedModel
 from megainter.tasks.classification.settings import ClassificationConfig
@@ -122,13 +122,13 @@ def _check(task: OpenTask, bert: Path, config: ClassificationConfig) -> None:
     vocabulary = bert / "vocab.txt"
     if not vocabulary.is_file() or vocabulary.read_text(encoding="utf-8").split() != task.start.vocabulary_file.decode().split():
         raise UsageError(f"{bert} has not the vocabulary of {task.start.folder}; give the BERT that it came from")
-    bert_settings(bert / "config.json", bert)
+    bert_settings(bert_config_file(bert), bert)
 
 
 def _bert_job(config: ClassificationConfig, bert: Path, world: World) -> Job:
     """The same job with the BERT of folder ``bert`` as the model."""
     task = open_task(config)
-    settings = bert_settings(bert / "config.json", bert)
+    settings = bert_settings(bert_config_file(bert), bert)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         settings[name] = getattr(task.start.config, name)
     settings |= {"num_labels": task.start.config.num_labels, "classifier_dropout": None}
@@ -142,6 +142,7 @@ def _bert_model(config: InterBertConfig, folder: Path, fresh: bool) -> BertForCo
     model = BertForComparison(config)
     if not fresh:
         return model
+    require_own_files(folder)
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = BertForSequenceClassification.from_pretrained(

@@ -11,6 +11,7 @@ from megainter.config.settings import ModelSettings, RunConfig
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, forward_flops
+from megainter.model.folder import read_config
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.tasks.pretraining.batches import PretrainBatch, validation_batches
 from megainter.tasks.pretraining.objective import OBJECTIVES, ObjectiveWeights, PretrainingStep
@@ -71,7 +72,7 @@ def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertFor
     if start is None:
         return InterBertForPreTraining(settings)
     transformers_logging.disable_progress_bar()
-    found = InterBertConfig.from_pretrained(start)
+    found = read_config(start)
     stated = [field.name for field in dataclasses.fields(ModelSettings) if getattr(config.model, field.name) != field.default]
     of_the_data = ["vocab_size", "region_feature_size", "num_region_classes"]
     changeable = ("start_from", "gradient_checkpointing", *DROPOUTS)

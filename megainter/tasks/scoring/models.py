@@ -12,6 +12,7 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import UsageError
+from megainter.files import require_own_files
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import read_vocabulary
 from megainter.precision import AskedPrecision, Precision, automatic
@@ -63,6 +64,7 @@ def load_model(folder: Path, kind: type[Model]) -> Model:
 
     ``UsageError`` where the folder is none, or its weights lack a part of the model (a bare encoder has no head).
     """
+    require_own_files(folder)
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = kind.from_pretrained(
