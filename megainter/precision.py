@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megainter.deepspeed_json import enables, read_deepspeed_json
 from megainter.errors import UsageError
-from megainter.files import read_json
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AskedPrecision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -77,14 +77,14 @@ def automatic_in_training(
 
     A precision that the JSON ``deepspeed`` enables has been asked for; one that it switches off is not taken.
     """
-    given = read_json(deepspeed) if deepspeed is not None else {}
+    given = read_deepspeed_json(deepspeed) if deepspeed is not None else {}
     half: tuple[Precision, ...] = ("bf16", "fp16")
     for precision in half:
-        if given.get(precision, {}).get("enabled") is True:
+        if enables(given, precision) is True:
             if precision == "fp16" and zero_stage == 0:
                 raise UsageError(f"{deepspeed} enables fp16, which needs engine.zero_stage 1, 2 or 3")
             return precision, f"precision {precision} (auto), which {deepspeed} enables"
-    without = {precision for precision in half if given.get(precision, {}).get("enabled") is False}
+    without = {precision for precision in half if enables(given, precision) is False}
     scaled = automatic(units, without, begun)
     chosen = automatic(units, without | {"fp16"}, begun) if zero_stage == 0 else scaled
     return chosen if chosen[0] == scaled[0] else (chosen[0], f"{chosen[1]}; fp16 needs engine.zero_stage 1, 2 or 3")

@@ -4,7 +4,6 @@ What is worked around is measured on DeepSpeed 0.19.8 and said where it is done.
 """
 
 import contextlib
-import difflib
 import logging
 import os
 import warnings
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from megainter import process
 from megainter.config.portions import accumulation_steps
 from megainter.config.settings import EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.deepspeed_json import ZERO, read_deepspeed_json, refuse, without_auto, without_what_is_off, wrong_settings
 from megainter.errors import MegainterError, UsageError
-from megainter.files import read_json
 from megainter.memory import keep_freed_memory
 from megainter.training import fused_apex, zero_speed
 from megainter.training.clipping import clip_each
@@ -35,20 +34,29 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.compile.config import CompileConfig
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
+from pydantic import ValidationError
 
 log = logging.getLogger("megainter")
+OWNER = "the run's own [training] and [optimizer] settings decide that"
 OURS = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-KNOWN = (
-    "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
-    "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "aio", "activation_checkpointing", "memory_breakdown",
-    "disable_allgather", "communication_bucket_size", "seq_parallel_communication_data_type", "timers", "compile",
-)  # fmt: skip
+SECTIONS = {
+    ZERO: DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config, "comms_logger": CommsLoggerConfig,
+    "compile": CompileConfig,
+}  # fmt: skip
 
 # Elements. DeepSpeed's 500 million are for a network of many GPUs: on the CPU a bucket as large as the model holds a copy of all gradients,
 # from fresh pages at every step. The word embeddings of a base-size model just fit in.
 CPU_BUCKET = 25_000_000
+
+# What torch and DeepSpeed say where a C++ or CUDA extension cannot be built.
+BUILD_FAILED = ("Error building extension", "Unable to JIT load", "Ninja is required", "CUDA_HOME", "CUDA version mismatch")
 
 # What gloo and NCCL say when the other end of a connection has died.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
@@ -99,7 +107,6 @@ def deepspeed_config(
     ``accumulation``: micro-batches of a step on each rank; None: what ``training`` says by itself.
     """
     assert engine.precision != "auto", "what it stands for is settled where the devices are known"
-    given = read_json(engine.deepspeed) if engine.deepspeed is not None else {}
     half = engine.precision != "fp32" and engine.zero_stage > 0
     settings: dict[str, Any] = {
         **_portions(training, world_size, accumulation),
@@ -119,8 +126,7 @@ def deepspeed_config(
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if engine.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    _refuse(given, settings, engine)
-    return _merged(settings, given)
+    return settings if engine.deepspeed is None else _laid_over(read_deepspeed_json(engine.deepspeed), settings, engine, optimizer)
 
 
 def _portions(training: TrainingConfig, world_size: int, accumulation: int | None) -> dict[str, int]:
@@ -146,29 +152,106 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return base | both
 
 
-def _refuse(given: dict[str, Any], settings: dict[str, Any], engine: EngineConfig) -> None:
-    """DeepSpeed accepts and ignores misspelt top-level keys; what the run's own settings decide is refused by name."""
-    for key in given:
-        if key in OURS and given[key] not in ("auto", settings.get(key)):
-            raise UsageError(
-                f"{engine.deepspeed} sets {key!r} to {given[key]!r}; the run's own [training] and [optimizer] settings decide that"
-            )
-        if key not in KNOWN and key not in OURS:
-            near = difflib.get_close_matches(key, KNOWN, n=1)
-            raise UsageError(f"{engine.deepspeed}: unknown DeepSpeed setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    for key in OURS:
-        given.pop(key, None)
-    stage = given.get("zero_optimization", {}).get("stage", engine.zero_stage)
-    if stage != engine.zero_stage:
-        raise UsageError(f"{engine.deepspeed} says ZeRO stage {stage}, engine.zero_stage says {engine.zero_stage}; make them agree")
-    wire = given.get("communication_data_type", engine.communication)
+def _laid_over(given: dict[str, Any], settings: dict[str, Any], engine: EngineConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
+    """``settings`` with what the user's file says over them; ``UsageError`` names all that is wrong in it, or contradicts the run's own.
+
+    DeepSpeed accepts and ignores misspelt top-level keys, and says of a section's only that something in it is wrong.
+    """
+    assert engine.deepspeed is not None
+    problems = [
+        f"{key} is {given[key]!r:.60}; {OWNER}" for key in OURS if key in given and not _agrees(key, given[key], settings, optimizer)
+    ]
+    asked = without_what_is_off(without_auto({key: value for key, value in given.items() if key not in OURS}))
+    problems += wrong_settings(asked, SECTIONS, OURS)
+    sections = {name: asked[name] if isinstance(asked.get(name), dict) else {} for name in (ZERO, "bf16", "fp16", "torch_autocast")}
+    problems += _contradictions(asked, sections, settings, engine)
+    problems += _missing_for_offload(sections[ZERO], engine)
+    refuse(engine.deepspeed, problems)
+
+    merged = _merged(settings, asked)
+    refuse(engine.deepspeed, _refused_by_deepspeed(merged))
+    return merged
+
+
+def _agrees(key: str, value: Any, settings: dict[str, Any], optimizer: OptimizerConfig) -> bool:
+    """Whether the file leaves to the run what the run decides: by "auto", by its own value, or by an optimiser of its kind, all "auto"."""
+    if value in ("auto", settings.get(key)):
+        return True
+    if key not in ("optimizer", "scheduler") or not isinstance(value, dict):
+        return False
+    kinds = {"optimizer": ("adam", "adamw") if optimizer.name == "adamw" else ("lamb",), "scheduler": ("warmupdecaylr",)}
+    params = value.get("params")
+    open_params = isinstance(params, dict) and bool(params) and set(map(str, params.values())) == {"auto"}
+    return open_params and set(value) <= {"type", "params"} and str(value.get("type", "")).lower() in kinds[key]
+
+
+def _contradictions(
+    asked: dict[str, Any], sections: dict[str, dict[str, Any]], settings: dict[str, Any], engine: EngineConfig
+) -> Iterator[str]:
+    zero = sections[ZERO]
+    if zero.get("stage", engine.zero_stage) != engine.zero_stage:
+        yield f"says ZeRO stage {zero['stage']}, engine.zero_stage says {engine.zero_stage}; make them agree"
+    wire = asked.get("communication_data_type", engine.communication)
     if wire != engine.communication:
-        raise UsageError(
-            f"{engine.deepspeed} says communication_data_type {wire}, engine.communication says {engine.communication}; make them agree"
-        )
+        yield f"says communication_data_type {wire}, engine.communication says {engine.communication}; make them agree"
     for precision in ("bf16", "fp16"):
-        if given.get(precision, {}).get("enabled", engine.precision == precision) != (engine.precision == precision):
-            raise UsageError(f"{engine.deepspeed} and engine.precision {engine.precision} disagree about {precision}; make them agree")
+        if sections[precision].get("enabled", engine.precision == precision) != (engine.precision == precision):
+            yield f"{precision} and engine.precision {engine.precision} disagree about {precision}; make them agree"
+    if sections["torch_autocast"].get("enabled", False) is True and "torch_autocast" not in settings:
+        yield "torch_autocast is on, engine.precision decides that; leave it out"
+
+    offloads = _offload(zero)
+    if offloads is not None and offloads != engine.offload_optimizer:
+        own = str(engine.offload_optimizer).lower()
+        yield f"offload_optimizer is {'on' if offloads else 'off'} here, engine.offload_optimizer is {own}; make them agree"
+    if asked.get("zero_force_ds_cpu_optimizer") is True and engine.offload_optimizer:
+        yield f"zero_force_ds_cpu_optimizer asks for DeepSpeed's own optimiser; {OWNER}"
+    if _device_of(zero, "offload_param") not in (None, "none") and engine.zero_stage != 3:
+        yield f"offload_param is for ZeRO stage 3, and the stage is {engine.zero_stage}; leave it out"
+
+
+def _device_of(zero: dict[str, Any], part: str) -> Any:
+    return zero[part].get("device") if isinstance(zero.get(part), dict) else None
+
+
+def _offload(zero: dict[str, Any]) -> bool | None:
+    """Whether the file offloads the optimiser's state; None where it does not say. ``cpu_offload`` is the older name."""
+    device = _device_of(zero, "offload_optimizer")
+    if device is not None:
+        return bool(device != "none")
+    if "cpu_offload" in zero:
+        return bool(zero["cpu_offload"])
+    return False if "offload_optimizer" in zero and zero["offload_optimizer"] is None else None
+
+
+def _missing_for_offload(zero: dict[str, Any], engine: EngineConfig) -> Iterator[str]:
+    """What NVMe needs. At stages 1 and 2 DeepSpeed keeps the state in the host's memory all the same; at stage 3 in files of its own."""
+    parts = [part for part in ("offload_optimizer", "offload_param") if _device_of(zero, part) == "nvme"]
+    if not parts:
+        return
+    with hidden_output(), warnings.catch_warnings():
+        buildable = AsyncIOBuilder().is_compatible(verbose=False)
+    where = " and ".join(f"{ZERO}.{part}" for part in parts)
+    if not buildable:
+        yield f'{where}: "nvme" needs DeepSpeed\'s async_io op, and libaio is missing here to build it (Debian: libaio-dev); or give "cpu"'
+    elif "offload_optimizer" in parts and engine.zero_stage == 3:
+        yield f'{ZERO}.offload_optimizer: checkpoints here are read from memory, where "nvme" leaves nothing at stage 3; give "cpu"'
+
+
+def _refused_by_deepspeed(merged: dict[str, Any]) -> list[str]:
+    """What DeepSpeed says of the whole that no section's own rules say; the batch is its product of the ranks, whatever their number."""
+    try:
+        DeepSpeedConfig({key: value for key, value in merged.items() if key != "train_batch_size"})
+    except (DeepSpeedConfigError, ValidationError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [f"DeepSpeed refuses it: {' '.join(str(error).split())[:300]}"]
+    return []
+
+
+@contextlib.contextmanager
+def hidden_output() -> Iterator[None]:
+    """Nothing printed reaches the user, and whoever flushes or asks for the encoding of the output, as compilers of ops do, can."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def build_engine(
@@ -184,7 +267,7 @@ def build_engine(
     on_cpu = engine.offload_optimizer or world.device.type == "cpu"
     ours = _build_optimizer(module, engine, optimizer, torch.device("cpu") if on_cpu else world.device)
     _admit(type(ours))
-    with contextlib.redirect_stdout(None):
+    with hidden_output(), _said_of_builds(engine):
         built = deepspeed.initialize(model=module, optimizer=ours, config=config, dist_init_required=False)[0]
     built.updates = zero_speed.join(built, inner_optimizer(built), _is_sharded(built, world), deepspeed.__version__)
     if isinstance(built.updates, str):
@@ -195,6 +278,21 @@ def build_engine(
     if optimizer.clip == "tensor" and optimizer.clip_norm > 0:
         _clip_each_before_steps(built, optimizer.clip_norm, world)
     return built
+
+
+@contextlib.contextmanager
+def _said_of_builds(engine: EngineConfig) -> Iterator[None]:
+    """An op of DeepSpeed's that cannot be built ends in one line."""
+    try:
+        yield
+    except (RuntimeError, ImportError, OSError) as error:
+        text = " ".join(str(error).split())
+        if not any(sign in text for sign in BUILD_FAILED):
+            raise
+        whose = engine.deepspeed if engine.deepspeed is not None else "these settings"
+        raise MegainterError(
+            f"DeepSpeed cannot build an op that {whose} needs here: {text[:200]}; install a compiler, or do without"
+        ) from error
 
 
 def check_settings(engine: EngineConfig, optimizer: OptimizerConfig, training: TrainingConfig, world: World) -> None:
