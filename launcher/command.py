@@ -21,6 +21,8 @@ MODULE = "megainter.pretrain"  # what ranks run where nothing else is said
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 # What no shell reads as anything but text, and pdsh (which expands %) neither. DeepSpeed's pdsh runner quotes nothing.
 PLAIN = re.compile(r"[A-Za-z0-9_./:,=@+~-]*")
+# Of what the networks' variables may begin with, to leave interfaces and devices out; no shell of today reads it but as text.
+EXCEPT, NETWORK = "^", re.compile(r"(NCCL|GLOO|UCX)_.*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Variables that run or load code of their own, or that the engines set themselves.
 FORBIDDEN = re.compile(
@@ -73,7 +75,7 @@ def check_environment(given: Sequence[str], remote: bool) -> dict[str, str]:
             raise UsageError(f"--env {word!a} is not of the form NAME=VALUE")
         if FORBIDDEN.fullmatch(name):
             raise UsageError(f"--env {name} is not passed on: it is the launcher's own, or makes programs load code")
-        _check_value(f"--env {name}", value, remote)
+        _check_value("--env", name, value, remote)
         environment[name] = value
     return environment
 
@@ -82,15 +84,16 @@ def inherited_environment(source: Mapping[str, str]) -> dict[str, str]:
     """What ranks on other hosts take over from this environment (``PASSED_ON``), checked likewise."""
     found = {name: value for name, value in source.items() if PASSED_ON.fullmatch(name)}
     for name, value in found.items():
-        _check_value(f"environment variable {name}", value, remote=True)
+        _check_value("environment variable", name, value, remote=True)
     return found
 
 
-def _check_value(what: str, value: str, remote: bool) -> None:
+def _check_value(kind: str, name: str, value: str, remote: bool) -> None:
     if CONTROL.search(value):
-        raise UsageError(f"{what} contains control characters")
-    if remote and PLAIN.fullmatch(value) is None:
-        raise UsageError(f"{what} is {value!a}; for other hosts use letters, digits and _./:,=@+~- only")
+        raise UsageError(f"{kind} {name} contains control characters")
+    plain = value.removeprefix(EXCEPT) if NETWORK.fullmatch(name) else value
+    if remote and PLAIN.fullmatch(plain) is None:
+        raise UsageError(f"{kind} {name} is {value!a}; for other hosts use letters, digits and _./:,=@+~- only")
 
 
 def build(job: Job) -> list[str]:

@@ -153,7 +153,7 @@ def _unknown_keys(name: str, section: Mapping[str, Any], model: type[BaseModel],
         elif key not in fields:
             yield (key,), f"unknown DeepSpeed setting {name}.{key[:80]}" + _suggestion(key, fields, models)
         elif isinstance(value, dict) and (inner := _model_in(fields[key].annotation)) is not None:
-            yield from (((key, *path), said) for path, said in _unknown_keys(f"{name}.{key}", value, inner, {}))
+            yield from (((key, *path), said) for path, said in _unknown_keys(f"{name}.{key}", value, inner, models))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
@@ -187,6 +187,8 @@ def _suggestion(key: str, known: Iterable[str], models: Models) -> str:
     place = next((name for name, model in models.items() if key in model.model_fields), None)
     if place is not None:
         return f"; did you mean {place}.{key}?"
+    if key in models or key in PLAIN:
+        return "; it stands beside that section, not in it"
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.45)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -73,6 +73,9 @@ def _open_folder(folder: Path) -> dict[str, LazyTensor]:
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None and (folder / MERGED).is_dir():
         return open_tensors(folder / MERGED)
+    dangling = next((each for each in WEIGHT_FILES if (folder / each).is_symlink()), None) if name is None else None
+    if dangling is not None:
+        raise UsageError(f"{folder / dangling} is a link to a file that is not there; download the model again")
     if name is None:
         raise UsageError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}; give the folder or the file with the weights")
     if not name.endswith(".json"):

@@ -4,6 +4,7 @@ The official ``pytorch_model_N.bin`` and ``_ema.bin`` are plain dictionaries of 
 not tell (attention heads, fusion, where the interaction layers end) comes from the JSON, from options, or from the released model.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -28,6 +29,8 @@ WORD, TIED = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.
 # Two heads of the official VL-task model that none of its tasks trains, the buffer of token positions newer tools add, an untied decoder.
 LEFT_OVER = r"(vision_logit|linguisic_logit)\.|bert\.embeddings\.position_ids$|cls\.predictions\.decoder\.weight$"
 REGION_HEAD, REGION_FEATURES = "cls.imagePredictions.decoder.weight", "bert.v_embeddings.image_embeddings.weight"
+# Word embeddings of a BERT that a project's own module holds: DPR's and CLIP-like models' bert_model, sentence-transformers' auto_model.
+HELD = re.compile(r"(?:.+\.)?(?:_?bert|bert_model|auto_model)\.embeddings\.word_embeddings\.weight")
 CHOICES = ("fusion", "region_objective", "num_interaction_layers")
 
 
@@ -86,6 +89,9 @@ def bert_names(tensors: dict[str, LazyTensor], source: object) -> dict[str, Lazy
         )
     if "embeddings.word_embeddings.weight" in tensors:
         tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()}
+    held = [name.removesuffix(WORD.removeprefix("bert.")) for name in tensors if HELD.fullmatch(name)] if WORD not in tensors else []
+    if len(held) == 1:  # one BERT inside another module
+        tensors = {f"bert.{name.removeprefix(held[0])}" if name.startswith(held[0]) else name: tensor for name, tensor in tensors.items()}
     if WORD not in tensors:
         raise UsageError(f"{source} has no {WORD}: it is neither an InterBERT nor a BERT (it begins with {next(iter(tensors), 'nothing')})")
     return tensors

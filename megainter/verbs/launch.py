@@ -33,6 +33,12 @@ def launch(
     partition: str | None = None,
     account: str | None = None,
     gpus: bool | None = None,
+    gres: str | None = None,
+    mem: str | None = None,
+    cpus_per_task: int | None = None,
+    qos: str | None = None,
+    constraint: str | None = None,
+    module: list[str] | None = None,
     dry_run: bool = False,
 ) -> None:
     """Start pretraining or fine-tuning on the devices of this machine, of a hostfile's or of a Slurm job, and stay until it is done.
@@ -79,7 +85,19 @@ def launch(
     account
         Slurm account.
     gpus
-        Ask Slurm for a GPU per process; the default.
+        Ask Slurm for a GPU per process; the default, where --gres names none.
+    gres
+        Slurm's generic resources of each node: "gpu:a100:8".
+    mem
+        Memory of each Slurm node: "200G"; "0" is all of it.
+    cpus_per_task
+        CPU cores of each process in Slurm.
+    qos
+        Slurm quality of service.
+    constraint
+        Features that Slurm nodes must have.
+    module
+        Environment module to load in the Slurm job; may be repeated.
     dry_run
         Print what would run, and run nothing.
     """
@@ -102,9 +120,13 @@ def launch(
         if processes is None:
             raise UsageError("--slurm needs --processes: how many on each node, one per GPU there (this machine may have others)")
         request = SlurmRequest(
-            1 if nodes is None else nodes, processes, "24:00:00" if time is None else time, min_nodes, partition, account, gpus is not False
-        )
-    for_slurm = {"--nodes": nodes, "--time": time, "--partition": partition, "--account": account, "--gpus": gpus}
+            1 if nodes is None else nodes, processes, "24:00:00" if time is None else time, min_nodes, partition, account,
+            gpus is not False, gres, mem, cpus_per_task, qos, constraint, tuple(module or ()),
+        )  # fmt: skip
+    for_slurm = {
+        "--nodes": nodes, "--time": time, "--partition": partition, "--account": account, "--gpus": gpus, "--gres": gres, "--mem": mem,
+        "--cpus-per-task": cpus_per_task, "--qos": qos, "--constraint": constraint, "--module": module,
+    }  # fmt: skip
     given = [name for name, value in for_slurm.items() if value is not None]
     if given and not slurm:
         raise UsageError(f"{given[0]} is for Slurm; give --slurm too, or a --hostfile with the hosts")

@@ -255,3 +255,70 @@ def test_minilm_from_its_package(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (config.num_interaction_layers, config.num_text_layers, config.num_region_layers, config.hidden_size) == (3, 3, 3, 384)
     assert "verified: hidden states" in capsys.readouterr().out
     assert_same_states(BertModel.from_pretrained(folder), tmp_path / "hf", vocabulary=30522)
+
+
+TUNED = {
+    "sequence classification": {"classifier.weight": (3, 24), "classifier.bias": (3,)},
+    "questions": {"qa_outputs.weight": (2, 24), "qa_outputs.bias": (2,)},
+    "tagging with a CRF": {"classifier.weight": (3, 24), "crf.transitions": (3, 3), "crf.start_transitions": (3,)},
+    "ColBERT": {"linear.weight": (16, 24)},
+    "SimCSE": {"mlp.dense.weight": (24, 24), "mlp.dense.bias": (24,)},
+}
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_the_head_of_a_fine_tuned_bert_is_left_out_by_name(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(2)
+    bert = BertModel(bert_config())
+    state = {f"bert.{name}": tensor for name, tensor in bert.state_dict().items()}
+    (tmp_path / "tuned").mkdir()
+    torch.save(state | {name: torch.ones(shape) for name, shape in TUNED[kind].items()}, tmp_path / "tuned" / "pytorch_model.bin")
+    bert_config().save_pretrained(tmp_path / "tuned")
+    plan = convert_bert(tmp_path / "tuned", tmp_path / "hf", SMALL)
+    assert set(TUNED[kind]) <= set(plan.left_over)
+    assert plan.unknown == ()
+    said = capsys.readouterr().out
+    assert all(name.split(".")[0] in said.rpartition("its head has no place here")[2] for name in TUNED[kind])
+    assert_same_states(bert, tmp_path / "hf")
+
+
+def test_a_head_that_nobody_knows_still_asks(folder: Path, tmp_path: Path) -> None:
+    state = load_file(folder / "model.safetensors") | {"wizardry.weight": torch.zeros(2, 24)}
+    torch.save(state, tmp_path / "strange.bin")
+    with pytest.raises(DamagedError, match="not understood"):
+        convert_bert(tmp_path / "strange.bin", tmp_path / "hf", SMALL, config_file=folder / "config.json")
+
+
+@pytest.mark.parametrize("prefix", ["bert_model.", "question_encoder.bert_model.", "0.auto_model.", "tagger._encoder._bert."])
+def test_a_bert_inside_another_projects_module(prefix: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    bert = BertModel(bert_config())
+    positions = {f"{prefix}embeddings.position_ids": torch.arange(20)[None]}
+    torch.save({prefix + name: tensor for name, tensor in bert.state_dict().items()} | positions, tmp_path / "pytorch_model.bin")
+    bert_config().save_pretrained(tmp_path)
+    convert_bert(tmp_path / "pytorch_model.bin", tmp_path / "hf", SMALL)
+    assert_same_states(bert, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("rows", [40, 41])
+def test_an_untied_decoder_is_left_out_where_that_is_allowed(rows: int, folder: Path, tmp_path: Path) -> None:
+    name = "cls.predictions.decoder.weight"
+    torch.save(load_file(folder / "model.safetensors") | {name: torch.ones(rows, 24)}, tmp_path / "untied.bin")
+    with pytest.raises(DamagedError, match=r"word embeddings, with which it is one tensor.*--allow-partial"):
+        convert_bert(tmp_path / "untied.bin", tmp_path / "hf", SMALL, config_file=folder / "config.json")
+    plan = convert_bert(
+        tmp_path / "untied.bin", tmp_path / "hf", SMALL, config_file=folder / "config.json", allow_partial=True, verify=True
+    )
+    assert name in plan.left_over
+    assert any("left out" in note for note in plan.notes)
+    assert_same_states(BertModel.from_pretrained(folder), tmp_path / "hf")
+
+
+def test_settings_by_their_first_name(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").rename(folder / "bert_config.json")
+    convert_bert(folder, tmp_path / "a", SMALL)
+    convert_bert(folder / "model.safetensors", tmp_path / "b", SMALL)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    (folder / "config.json").write_text(json.dumps({"model_type": "roberta", "num_attention_heads": 3}))
+    with pytest.raises(UsageError, match="roberta"):
+        convert_bert(folder, tmp_path / "c", SMALL)

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megainter import InterBertForPreTraining
 from megainter.conversion.architecture import official_settings
 from megainter.conversion.deepspeed_files import find_deepspeed_folder, open_deepspeed
+from megainter.conversion.hugging_face import convert_hugging_face
+from megainter.conversion.official import convert_official
 from megainter.conversion.official_names import official_name
 from megainter.conversion.zero import convert
 from megainter.errors import DamagedError, MegainterError, UsageError
 from tests.conversion.test_hostile_files import reduce_pickle, zipped
-from tests.model.tiny import tiny_config
+from tests.model.tiny import tiny_config, tiny_model
 from tests.synthetic import environment
 
 FAST = [(1, "bf16", "ours"), (2, "bf16", "official"), (3, "bf16", "ours"), (3, "bf16", "official")]
@@ -82,6 +85,81 @@ def test_the_universal_format(stage: int, precision: str, names: str, runs: dict
     assert done.returncode == 0, done.stdout + done.stderr
     convert(tmp_path / "universal", tmp_path / "hf", config_file=settings)
     assert_masters(run, InterBertForPreTraining.from_pretrained(tmp_path / "hf"), names)
+
+
+def merged(run: Path, target: Path, *options: str) -> Path:
+    """What the script that DeepSpeed puts into a run makes of it."""
+    command = [sys.executable, str(run / "zero_to_fp32.py"), str(run), str(target), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+@pytest.mark.parametrize(("stage", "names"), [(1, "ours"), (2, "official"), (3, "ours")])
+def test_what_zero_to_fp32_writes_converts(stage: int, names: str, runs: dict, settings: Path, tmp_path: Path) -> None:
+    """The tied decoder is in it once more; a folder of one file, the file itself, and shards."""
+    run = runs[stage, "bf16", names]
+    whole, parts = merged(run, tmp_path / "whole"), merged(run, tmp_path / "parts", "--max_shard_size", "20KB")
+    assert len(list(parts.glob("*-of-*.bin"))) > 1
+    for number, source in enumerate((whole, whole / "pytorch_model.bin", parts)):
+        convert(source, tmp_path / f"zero{number}", config_file=settings, verify=True)
+        convert_official(source, tmp_path / f"official{number}", config_file=settings, verify=True)
+        for target in (f"zero{number}", f"official{number}"):
+            assert_masters(run, InterBertForPreTraining.from_pretrained(tmp_path / target), names)
+        if names == "ours":
+            convert_hugging_face(source, tmp_path / f"hf{number}", config_file=settings, verify=True)
+            assert_masters(run, InterBertForPreTraining.from_pretrained(tmp_path / f"hf{number}"), names)
+
+
+def variant(kind: str, state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """Merged weights as other versions and trainers leave them."""
+    folder.mkdir()
+    bare = {name: tensor for name, tensor in state.items() if name != "msm_head.decoder.weight"}
+    match kind:
+        case "without the tied decoder":
+            torch.save(bare, folder / "pytorch_model.bin")
+        case "safetensors":
+            save_file(bare, folder / "model.safetensors")
+        case "a folder named as the file":
+            (folder / "pytorch_model.bin").mkdir()
+            torch.save(state, folder / "pytorch_model.bin" / "pytorch_model.bin")
+        case "Lightning's prefix":
+            torch.save(
+                {"state_dict": {f"_forward_module.model.{name}": tensor for name, tensor in state.items()}}, folder / "pytorch_model.bin"
+            )
+        case "compiled":
+            torch.save({f"module._orig_mod.{name}": tensor for name, tensor in bare.items()}, folder / "pytorch_model.bin")
+    return folder
+
+
+KINDS = ["without the tied decoder", "safetensors", "a folder named as the file", "Lightning's prefix", "compiled"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weights_of_other_versions_and_trainers(kind: str, settings: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    source = variant(kind, model.state_dict(), tmp_path / "merged")
+    convert(source, tmp_path / "zero", config_file=settings, verify=True)
+    convert_official(source, tmp_path / "official", config_file=settings)
+    convert_hugging_face(source, tmp_path / "hf", config_file=settings)
+    tiny_config().save_pretrained(source)
+    convert(source, tmp_path / "beside")
+    convert_hugging_face(source, tmp_path / "hf beside")
+    for target in ("zero", "official", "hf", "beside", "hf beside"):
+        read = InterBertForPreTraining.from_pretrained(tmp_path / target)
+        assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True)), target
+        assert read.config.num_attention_heads == model.config.num_attention_heads
+
+
+def test_a_merged_decoder_of_its_own_is_never_dropped_in_silence(settings: Path, tmp_path: Path) -> None:
+    state = dict(tiny_model().state_dict())
+    state["msm_head.decoder.weight"] = state["msm_head.decoder.weight"] + 1
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for number, run in enumerate((convert, convert_official, convert_hugging_face)):
+        with pytest.raises(DamagedError, match="differs from the word embeddings"):
+            run(tmp_path / "pytorch_model.bin", tmp_path / f"no{number}", config_file=settings)
+        plan = run(tmp_path / "pytorch_model.bin", tmp_path / f"yes{number}", config_file=settings, allow_partial=True)
+        assert plan.left_over == ("msm_head.decoder.weight",)
 
 
 def test_deepspeed_is_not_imported(runs: dict, settings: Path, tmp_path: Path) -> None:

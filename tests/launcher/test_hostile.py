@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import megainter.training.engine  # noqa: F401 - DeepSpeed starts programs of its own when it is imported
+from launcher.command import check_environment, inherited_environment
 from megainter.errors import UsageError
 from megainter.verbs.launch import launch
 
@@ -172,6 +173,23 @@ def test_environment_that_other_hosts_shells_would_read(word: str, tmp_path: Pat
 def test_inherited_environment(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", value)
     assert_refused(GOOD, hostfile=good_hosts(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "word", ["NCCL_SOCKET_IFNAME=^docker0,lo", "NCCL_IB_HCA=^=mlx5_3:1", "UCX_TLS=^tcp", "GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=^"]
+)
+def test_interfaces_may_be_left_out_by_a_caret(word: str) -> None:
+    name, _, value = word.partition("=")
+    assert check_environment([word], remote=True) == {name: value}
+    assert inherited_environment({name: value}) == {name: value}
+
+
+@pytest.mark.parametrize(
+    "word", ["NCCL_SOCKET_IFNAME=^a^b", "NCCL_SOCKET_IFNAME=^^a", "MY_NAME=^a", "NCCL_SOCKET_IFNAME=^a;b", "NCCL_X=^$(x)"]
+)
+def test_a_caret_elsewhere_is_refused(word: str) -> None:
+    with pytest.raises(UsageError, match="for other hosts use"):
+        check_environment([word], remote=True)
 
 
 @pytest.mark.parametrize(

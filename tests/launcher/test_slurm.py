@@ -38,6 +38,48 @@ def test_directives(tmp_path: Path) -> None:
     assert "no-kill" not in found
 
 
+def test_what_clusters_ask_for_becomes_directives(tmp_path: Path) -> None:
+    asked = {"gres": "gpu:a100:8,lscratch:200", "mem": "200G", "cpus_per_task": 12, "qos": "m1", "constraint": "a100|h100"}
+    batch = text(tmp_path, **asked)
+    found = parse_sbatch(batch)
+    assert {name: found[name.replace("_", "-")] for name in asked} == {name: str(value) for name, value in asked.items()}
+    assert "gpus-per-node" not in found, "gres names the GPUs already"
+    assert "export SRUN_CPUS_PER_TASK=12" in batch.splitlines()
+
+
+def test_gres_without_gpus_leaves_them_to_the_processes(tmp_path: Path) -> None:
+    assert parse_sbatch(text(tmp_path, gres="lscratch:200", mem="0"))["gpus-per-node"] == "8"
+    with pytest.raises(UsageError, match="gives 4 GPUs to the 8 processes"):
+        text(tmp_path, gres="gpu:4")
+    with pytest.raises(UsageError, match="gives 1 GPUs to the 8 processes"):
+        text(tmp_path, gres="gpu:a100")
+
+
+def test_modules_are_loaded_by_a_login_shell_before_the_launcher(tmp_path: Path) -> None:
+    """Run for what it is, with a `module` that writes down what it is given, and the launcher replaced by `true`."""
+    batch = text(tmp_path, modules=("cuda/12.8", "nccl/2.27.3-1"))
+    *before, last = batch.strip().splitlines()
+    assert before[0] == "#!/bin/bash -l"
+    assert last.startswith("exec ")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".bash_profile").write_text(f'module() {{ echo "$@" >> {tmp_path}/loaded; }}\n')
+    (tmp_path / "job.sh").write_text("\n".join([*before, "exec true", ""]))
+    subprocess.run(["bash", "-l", str(tmp_path / "job.sh")], check=True, env={"HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"})
+    assert (tmp_path / "loaded").read_text() == "load cuda/12.8 nccl/2.27.3-1\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gres": "gpu:8 --wrap=x"}, {"gres": "gpu;8"}, {"mem": "lots"}, {"mem": "1G\n#SBATCH --wrap=x"}, {"cpus_per_task": 0},
+        {"qos": "-x"}, {"constraint": "a b"}, {"modules": ("cuda; rm",)}, {"modules": ("$(x)",)}, {"modules": ("-f",)},
+    ],
+)  # fmt: skip
+def test_values_that_are_none_are_refused(change: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        text(tmp_path, **change)
+
+
 def test_fewer_nodes_may_do(tmp_path: Path) -> None:
     found = parse_sbatch(text(tmp_path, min_nodes=2))
     assert found["nodes"] == "2-4"

@@ -179,6 +179,19 @@ def test_all_wrong_keys_are_named_at_once_with_the_nearest_ones(tmp_path: Path) 
         ({"data_efficiency": {"enabled": True}}, "data_efficiency is not for this trainer"),
         ({"steps_per_print": "often"}, "steps_per_print"),
         ({"data_types": {"grad_accum_dtype": 7}, "zero_optimization": {"stage": True}}, "ZeRO stage|zero_optimization.stage"),
+        # Reports of users: deepspeedai/DeepSpeed#2721, FlagOpen/FlagEmbedding#1487, Lightning-AI/pytorch-lightning#17790.
+        (
+            {"zero_optimization": {"stage": 2, "aio": {"block_size": 262144, "queue_depth": 32, "thread_count": 1}}},
+            "zero_optimization.aio; it stands beside that section",
+        ),
+        (
+            {"bf16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 10, "loss_scale_window": 1000, "hysteresis": 2}},
+            "bf16.loss_scale; did you mean fp16.loss_scale.*bf16.hysteresis; did you mean fp16.hysteresis",
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu",} "contiguous_gradients": true}}',
+            "not valid JSON",
+        ),
         ([1, 2], "instead of an object of settings"),
         ('{"bf16": {"enabled": true}, "bf16": {"enabled": false}}', "'bf16' is there twice"),
         ('{"zero_optimization": {"stage": 2', "not valid JSON"),
