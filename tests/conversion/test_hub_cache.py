@@ -92,7 +92,7 @@ def test_our_own_folder_in_a_cache_is_read_by_every_door(tmp_path: Path) -> None
     model = ours(tmp_path / "ours")
     snapshot = cached(tmp_path / "ours", tmp_path / "hub", "models--team--interbert")
     assert read_config(snapshot).hidden_size == model.config.hidden_size
-    assert InterBertProcessor.from_pretrained(snapshot).vocabulary.size == 50
+    assert InterBertProcessor.from_pretrained(snapshot, max_text_tokens=12).vocabulary.size == 50
     convert_hugging_face(snapshot, tmp_path / "hf", verify=True)
     loaded = load_model(snapshot, InterBertForPreTraining)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
