@@ -63,13 +63,13 @@ def path_settings(kind: type) -> set[str]:
 
 def find_recipe(path: Path) -> Path:
     """The TOML file: ``path`` itself, or the recipe of that name that comes with megainter (``shipped_recipes``)."""
-    shipped = Path(__file__).parent / "recipes" / f"{path}.toml"
+    shipped = Path(__file__).parents[1] / "recipes" / f"{path}.toml"
     return shipped if path.name == str(path) and not path.exists() and shipped.is_file() else path
 
 
 def shipped_recipes(verb: str = "pretrain") -> list[str]:
     """Names of the recipes that come with megainter for a verb (such as "finetune retrieval"): each opens with its command."""
-    found = (Path(__file__).parent / "recipes").glob("*.toml")
+    found = (Path(__file__).parents[1] / "recipes").glob("*.toml")
     return sorted(path.stem for path in found if verb in path.read_text(encoding="utf-8").partition("\n")[0].replace("megainter.", ""))
 
 
@@ -77,7 +77,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(str(path), [found.stem for found in (Path(__file__).parent / "recipes").glob("*.toml")], n=1)
+        near = difflib.get_close_matches(str(path), [found.stem for found in (Path(__file__).parents[1] / "recipes").glob("*.toml")], n=1)
         raise UsageError(f"recipe {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")) from None
     except IsADirectoryError:
         raise UsageError(f"recipe {path} is a folder; give the TOML file") from None

@@ -120,9 +120,20 @@ def launch(
         if processes is None:
             raise UsageError("--slurm needs --processes: how many on each node, one per GPU there (this machine may have others)")
         request = SlurmRequest(
-            1 if nodes is None else nodes, processes, "24:00:00" if time is None else time, min_nodes, partition, account,
-            gpus is not False, gres, mem, cpus_per_task, qos, constraint, tuple(module or ()),
-        )  # fmt: skip
+            nodes=1 if nodes is None else nodes,
+            processes=processes,
+            time="24:00:00" if time is None else time,
+            min_nodes=min_nodes,
+            partition=partition,
+            account=account,
+            gpus=gpus is not False,
+            gres=gres,
+            mem=mem,
+            cpus_per_task=cpus_per_task,
+            qos=qos,
+            constraint=constraint,
+            modules=tuple(module or ()),
+        )
     for_slurm = {
         "--nodes": nodes, "--time": time, "--partition": partition, "--account": account, "--gpus": gpus, "--gres": gres, "--mem": mem,
         "--cpus-per-task": cpus_per_task, "--qos": qos, "--constraint": constraint, "--module": module,
