@@ -95,7 +95,7 @@ def merged(run: Path, target: Path, *options: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("stage", "names"), [(1, "ours"), (2, "official"), (3, "ours")])
+@pytest.mark.parametrize(("stage", "names"), [pytest.param(1, "ours", marks=pytest.mark.slow), (2, "official"), (3, "ours")])
 def test_what_zero_to_fp32_writes_converts(stage: int, names: str, runs: dict, settings: Path, tmp_path: Path) -> None:
     """The tied decoder is in it once more; a folder of one file, the file itself, and shards."""
     run = runs[stage, "bf16", names]
