@@ -12,7 +12,7 @@ help:
 	@echo "make test        the tests (about 12 minutes on 2 cores with bf16 units)"
 	@echo "make test-slow   soak and fault suites, not in CI"
 	@echo "make lint        ruff, mypy, import-linter"
-	@echo "make bench       the speed figures the README states"
+	@echo "make bench       the speed figures of docs/evidence/performance.md"
 	@echo "make bench-check the same benchmarks' ratios against those on record (quiet machine, about 5 minutes)"
 	@echo "make gpu         on a machine with a GPU: right, trained, timed and profiled in at most 9 minutes, in $(GPU_OUTPUT) (docs/gpu.md)"
 
@@ -38,13 +38,14 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 lint: $(READY)
-	@echo "== ruff, mypy, import-linter"
+	@echo "== ruff (check and format), mypy, import-linter"
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	@echo "== benchmarks: the figures of the README, with hardware and date"
+	@echo "== benchmarks: figures of docs/evidence/performance.md, with hardware and date"
 	$(BIN)/python -m benchmarks.packed_step
 	$(BIN)/python -m benchmarks.retrieval
 

@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next allocation instead of returning it to the system; False where it cannot be told.
 
     Tensors of tens of megabytes are otherwise mapped and unmapped at every step, and the system clears each page anew: a third of the
-    time of a base-size training step on CPU (docs/performance.md). Blocks above 32 MiB come from what is kept where they fit in, else
-    from the system: a heap that has to hold DeepSpeed's buckets of 2 GB, too, finds no place for them again and grows at every step.
+    time of a base-size training step on CPU (docs/evidence/performance.md). Blocks above 32 MiB come from what is kept where they fit in,
+    else from the system: a heap that has to hold DeepSpeed's buckets of 2 GB, too, finds no place for them again and grows at every step.
     """
     if not sys.platform.startswith("linux"):
         return False

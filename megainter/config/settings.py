@@ -231,7 +231,7 @@ class EngineConfig:
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """What DeepSpeed shares out over ranks: 0 nothing, 1 the optimiser's state, 2 also gradients, 3 also weights."""
     communication: Literal["fp32", "bf16"] = "fp32"
-    """Of gradients while they are summed over ranks; bf16 sends half as much (docs/performance.md)."""
+    """Of gradients while they are summed over ranks; bf16 sends half as much (docs/evidence/performance.md)."""
     offload_optimizer: bool = False
     """Keep the optimiser's state in the host's memory."""
     deepspeed: Path | None = None

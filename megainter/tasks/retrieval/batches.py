@@ -1,8 +1,8 @@
 """Fine-tuning for retrieval: every caption with its own image, and beside it pairs that do not match.
 
 The released code makes four pairs of a caption: its own; its image with a random caption; the caption with a random image; its image
-with a caption of a similar image (facts D.4). Here the number of each kind is a setting. Which pairs sample n of epoch e has is a pure
-function of (seed, e, n), as in pretraining.
+with a caption of a similar image. Here the number of each kind is a setting. Which pairs sample n of epoch e has is a pure function of
+(seed, e, n), as in pretraining.
 """
 
 from dataclasses import dataclass, replace

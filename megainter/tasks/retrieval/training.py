@@ -1,7 +1,8 @@
 """Fine-tuning for image-text retrieval, from a pretrained model to the folder that `megainter evaluate retrieval` takes.
 
-As the released code does it (facts D.4): four pairs for every caption, each judged by the matching head of pretraining; or, as ViLBERT
-does, the own pair against the others of its caption. The model is validated by recall on a gallery of held-out images.
+As the released code does it: four pairs for every caption, each judged for itself by the matching head of pretraining, and the mean over
+all of them; or, as ViLBERT does, the own pair against the others of its caption. The model is validated by recall on a gallery of held-out
+images.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Fine-tuning for VCR: answers, rationales, or both at once, by a four-way cross-entropy over one score for each choice.
 
-As the released code does it (facts D.4), but for these: both tasks share a step instead of taking turns, so that one schedule fits both;
-and a model may be told which region a name in the text stands for (``model.tie_objects``).
+As the released code does it, with the same head for answers and rationales, but for these: both tasks share a step instead of taking turns,
+so that one schedule fits both; and a model may be told which region a name in the text stands for (``model.tie_objects``).
 """
 
 import dataclasses
