@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_the_index_names_every_page() -> None:
 @every_page
 def test_prose_has_short_lines(page: Path) -> None:
     fenced = {line for _, block in FENCE.findall(page.read_text()) for line in block.splitlines()}
-    lines = [line for line in page.read_text().splitlines() if not line.startswith("|") and line not in fenced]
+    lines = [line for line in page.read_text().splitlines() if not line.startswith(("|", "![")) and line not in fenced]
     assert [line for line in lines if len(line) > 110] == []
 
 
@@ -175,8 +176,10 @@ def parse_module(module: str, words: list[str]) -> None:
     if "app = App(" in source:
         return parse_with(importlib.import_module(module).app, words)
     assert 'if __name__ == "__main__"' in source, "nothing to run"
+
+    # Options of argparse are declared in the file, or in one of ours that it imports them from.
     near = [ROOT / f"{name.replace('.', '/')}.py" for name in re.findall(r"^from (benchmarks[\w.]*) import", source, flags=re.MULTILINE)]
-    known = source + "".join(path.read_text() for path in near if path.is_file())  # options are declared there, or where it imports them from
+    known = source + "".join(path.read_text() for path in near if path.is_file())
     assert [word for word in words if word.startswith("--") and f'"{word}"' not in known] == [], "no such option"
 
 
@@ -185,6 +188,7 @@ def parse_verb(words: list[str]) -> None:
     assert unknown(words) == []
     if "--help" in words:
         return
+
     given = [word for word in words if word != "..."]
     more = LEFT_OUT if "..." in words else []
     match given:
@@ -194,12 +198,12 @@ def parse_verb(words: list[str]) -> None:
             configuration([task, *settings])
         case ["launch", *options]:
             end = options.index("--")
-            app.parse_args(given, exit_on_error=False, print_error=False)
+            parse_with(app, given)
             parse_verb([*options[end + 1 :], *words[len(given) :]])
-        case ["plan" | "preflight" as verb, *_]:
-            bound = app.parse_args(given, exit_on_error=False, print_error=False)[1]
-            recipe, settings = (bound.kwargs["config"], bound.args) if verb == "plan" else split_config(bound.args)
-            load_config(recipe, settings)
+        case ["plan" | "preflight", *_]:
+            parse_with(app, given)
+            recipe, rest = split_config(given)
+            load_config(recipe, [word for name, value in pairwise(rest) if "." in name and name.startswith("--") for word in (name, value)])
         case _ if not more:
             parse_with(app, given)
 
@@ -216,6 +220,8 @@ def unknown(words: list[str]) -> list[str]:
         group = group[rest.pop(0)]
     if group is app and rest and not rest[0].startswith("-"):
         return [f"no verb {rest[0]}"]
+
+    # What stands behind a "--" is another command.
     end = rest.index("--") if "--" in rest else len(rest)
     arguments = group.assemble_argument_collection() if group.default_command is not None else []
     names = {name for argument in arguments for name in argument.names}
@@ -246,3 +252,10 @@ def test_the_map_of_the_house_is_complete() -> None:
             named.add(folder)
     packages = {file.parent for root in OURS[:3] for file in (ROOT / root).rglob("*.py") if file.parent.name != "__pycache__"}
     assert packages - named == set()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "megainter" / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_opens_with_a_command_that_parses(recipe: Path) -> None:
+    command = recipe.read_text().partition("\n")[0].removeprefix("# ")
+    assert f"--config {recipe.stem} " in command
+    parse(shlex.split(command))
