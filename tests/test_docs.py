@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -252,6 +253,15 @@ def test_the_map_of_the_house_is_complete() -> None:
             named.add(folder)
     packages = {file.parent for root in OURS[:3] for file in (ROOT / root).rglob("*.py") if file.parent.name != "__pycache__"}
     assert packages - named == set()
+
+
+def test_the_import_rule_is_the_one_that_is_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["name"] == "Imports point down only")
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    block = re.search(r"^## The import rule\n.*?^```text\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert block is not None
+    assert block[1].splitlines() == [layer.replace("megainter.", "") for layer in layers]
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "megainter" / "recipes").glob("*.toml")), ids=lambda path: path.stem)
