@@ -43,7 +43,7 @@ _SAME = ("num_attention_heads", "hidden_dropout_prob", "attention_probs_dropout_
 
 
 @dataclass(frozen=True)
-class Start:
+class BertStart:
     """What a BERT does not decide. None takes the default.
 
     ``interaction_layers`` of BERT's layers (half of them, as in the official model) become the interaction module, the others the text
@@ -66,7 +66,7 @@ class Start:
 def convert_bert(
     source: Path,
     destination: Path,
-    start: Start | None = None,
+    start: BertStart | None = None,
     *,
     config_file: Path | None = None,
     vocabulary: Path | None = None,
@@ -80,7 +80,7 @@ def convert_bert(
     hostile or incomplete, ``UsageError`` for another model or choices that do not fit it.
     """
     refuse_existing(destination)
-    start = start or Start()
+    start = start or BertStart()
     folder = source if source.is_dir() else source.parent
     stated = config_file or bert_config_file(folder)
     settings = bert_settings(stated, source) if stated.is_file() else None
@@ -134,7 +134,7 @@ def _uniter_as_bert(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTenso
 def plan_bert(
     tensors: Mapping[str, LazyTensor],
     settings: Mapping[str, Any],
-    start: Start,
+    start: BertStart,
     source: object,
     is_uniter: bool = False,
     allow_partial: bool = False,
@@ -164,7 +164,9 @@ def plan_bert(
     return make_plan(config, found, names, fresh=fresh, left_over=left_over, notes=notes)
 
 
-def _config(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], start: Start, interaction: int, text: int) -> InterBertConfig:
+def _config(
+    tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], start: BertStart, interaction: int, text: int
+) -> InterBertConfig:
     words, hidden = _rows(tensors, WORD)
     _require_config_of(tensors, settings, interaction + text)
     same = {name: settings[name] for name in _SAME if name in settings}
@@ -227,7 +229,7 @@ def _region_copies(found: Mapping[str, Origin], config: InterBertConfig) -> dict
     return {name.replace(prefix, "interbert.encoder.region."): origin for name, origin in found.items() if name.startswith(prefix)}
 
 
-def _notes(config: InterBertConfig, start: Start, total: int, has_msm: bool, is_uniter: bool) -> list[str]:
+def _notes(config: InterBertConfig, start: BertStart, total: int, has_msm: bool, is_uniter: bool) -> list[str]:
     said = [
         f"{config.num_interaction_layers} of {total} layers interact, {config.num_text_layers} are the text stream (--interaction-layers)",
         f"{config.num_region_layers} region layers of {config.num_region_attention_heads} heads: {start.region_layers} (--region-layers)",

@@ -127,7 +127,7 @@ def convert_bert(
     """
     from megainter.conversion import bert
 
-    start = bert.Start(
+    start = bert.BertStart(
         interaction_layers=interaction_layers, region_layers=region_layers, num_region_layers=num_region_layers,
         num_region_attention_heads=num_region_attention_heads, region_feature_size=region_feature_size,
         num_region_classes=num_region_classes, pooler_size=pooler_size, fusion=fusion, region_objective=region_objective, seed=seed,

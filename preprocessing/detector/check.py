@@ -18,7 +18,7 @@ from megainter.errors import DamagedError, UsageError
 from preprocessing.detector.detector import Detector, load_detector
 from preprocessing.detector.network import Regions
 from preprocessing.features.formats.entry import BadEntryError
-from preprocessing.features.formats.entry import Regions as Reference
+from preprocessing.features.formats.entry import ForeignRegions as Reference
 from preprocessing.features.formats.tsv import read_lxmert
 from preprocessing.images.decode import load_image
 

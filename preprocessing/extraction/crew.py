@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 
 from megainter.errors import MegainterError, StoppedEarly
 from megainter.progress import Progress
-from preprocessing.extraction.worker import STOP, Failure, Job, Link, Task, work
+from preprocessing.extraction.worker import STOP, Failure, Link, Task, WorkerSetup, work
 
 BATCHES_AHEAD = 2  # per worker: one in work, one being decoded
 SECONDS_TO_STOP = 8.0  # then a child process is killed, which costs its open batch
@@ -31,7 +31,7 @@ class Worker:
     told_to_end: bool = False
 
 
-def start_child(job: Job) -> Worker:
+def start_child(job: WorkerSetup) -> Worker:
     """A worker in a process of its own on this machine."""
     context = multiprocessing.get_context(START_METHOD)
     ours, theirs = context.Pipe()

@@ -32,10 +32,10 @@ from megainter.process import StopRequest
 from megainter.progress import Progress
 from preprocessing.detector.detector import load_detector
 from preprocessing.extraction.crew import Worker, end, feed, receive, start_child, with_news
-from preprocessing.extraction.worker import Failure, Job, Task
+from preprocessing.extraction.worker import Failure, Task, WorkerSetup
 from preprocessing.failures import write_failures
 from preprocessing.images.decode import DRAFT_PIXELS, UnreadableImageError, confined, image_size, silence_pillow
-from preprocessing.images.listing import Item, Source, list_images, renamed
+from preprocessing.images.listing import ImageList, ListedImage, list_images, renamed
 
 SMALLEST_SIDE = 32  # pixels
 WINDOW_BATCHES = 8  # images of one size are looked for among this many batches' worth of neighbours in the list
@@ -108,7 +108,9 @@ def extract(
         left = sum(item.image_id not in done for item in source.items)
         devices = _devices(device, workers, -(-left // batch_size))
         devices += [device or "cuda"] * min(len(ranks), max(0, -(-left // batch_size) - 1))
-        jobs = [Job(n, source.root, output, schema, weights, name, arithmetic, options, os.getpid()) for n, name in enumerate(devices)]
+        jobs = [
+            WorkerSetup(n, source.root, output, schema, weights, name, arithmetic, options, os.getpid()) for n, name in enumerate(devices)
+        ]
         failures: list[Failure] = []
         try:
             if jobs:
@@ -135,7 +137,7 @@ def _automatic(output: Path, device: str | None, elsewhere: Sequence[Units]) -> 
 
 def _source(
     images: Path, manifest: Path | None, boxes: Path | None, ids: str | None = None
-) -> tuple[Source, dict[str, ImageBoxes]]:  # fmt: skip
+) -> tuple[ImageList, dict[str, ImageBoxes]]:  # fmt: skip
     """The images under the ids that the pattern ``ids`` makes of the usual ones, and the boxes given for them by these ids."""
     source, given = _usual_source(images, manifest, boxes)
     if ids is None:
@@ -144,7 +146,7 @@ def _source(
     return new, {item.image_id: given[old.image_id] for old, item in zip(source.items, new.items, strict=True)} if given else {}
 
 
-def _usual_source(images: Path, manifest: Path | None, boxes: Path | None) -> tuple[Source, dict[str, ImageBoxes]]:
+def _usual_source(images: Path, manifest: Path | None, boxes: Path | None) -> tuple[ImageList, dict[str, ImageBoxes]]:
     """The images, and the boxes given for them by image id: those of a folder are the ones that the boxes name."""
     if boxes is None:
         return list_images(images, manifest), {}
@@ -158,7 +160,7 @@ def _usual_source(images: Path, manifest: Path | None, boxes: Path | None) -> tu
     if len(items) < len(given):
         absent = min(given.keys() - {item.image_id for item in items})
         raise UsageError(f"{len(given) - len(items):,} of {len(given):,} images of {boxes} are not in {images}, first {absent!r}")
-    return Source(source.root, items), given
+    return ImageList(source.root, items), given
 
 
 def _check_disk(output: Path, network_disk: bool) -> None:
@@ -203,7 +205,7 @@ def _devices(device: str | None, workers: int | None, batches: int) -> list[str]
     return [names[number % len(names)] for number in range(min(wanted, batches))]
 
 
-def _batches(source: Source, given: dict[str, ImageBoxes], done: set[str], batch_size: int) -> Iterator[list[Task]]:
+def _batches(source: ImageList, given: dict[str, ImageBoxes], done: set[str], batch_size: int) -> Iterator[list[Task]]:
     """Batches of equally sized images, without what is done. Where batches begin does not depend on what is done."""
     window = WINDOW_BATCHES * batch_size
     for start in range(0, len(source.items), window):
@@ -221,14 +223,16 @@ def _batches(source: Source, given: dict[str, ImageBoxes], done: set[str], batch
                     yield batch
 
 
-def _size(root: Path, item: Item) -> tuple[int, int] | None:
+def _size(root: Path, item: ListedImage) -> tuple[int, int] | None:
     try:
         return image_size(confined(root, item.path), item.part)
     except UnreadableImageError:
         return None  # the worker finds out why
 
 
-def _run(jobs: list[Job], ranks: Sequence[Worker], batches: Iterator[list[Task]], total: int, done: int, failures: list[Failure]) -> None:
+def _run(
+    jobs: list[WorkerSetup], ranks: Sequence[Worker], batches: Iterator[list[Task]], total: int, done: int, failures: list[Failure]
+) -> None:
     """Have all batches extracted; images that failed are added to ``failures`` as they become known."""
     workers: list[Worker] = []
     helpers = list(ranks)[: len(jobs) - 1]

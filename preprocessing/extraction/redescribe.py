@@ -26,7 +26,7 @@ from megainter.files import sha256_of
 from megainter.progress import Progress
 from preprocessing.detector.backbones import DESCRIBERS, Describer
 from preprocessing.images.decode import confined, load_image, silence_pillow
-from preprocessing.images.listing import Item, list_images, renamed
+from preprocessing.images.listing import ListedImage, list_images, renamed
 
 BINS = 3  # per side of a region, each the mean of 2 x 2 samples of the map
 STRIDE = 32  # pixels of the network's input per place of its map
@@ -59,7 +59,7 @@ def redescribe(
     return seal_store(output)
 
 
-def _files_of(store: FeatureStore, images: Path) -> list[Item]:
+def _files_of(store: FeatureStore, images: Path) -> list[ListedImage]:
     """The image file of every record, in the order of their ids, in whatever form the store has them (``image_ids.match``)."""
     source, settings = list_images(images), store.schema.settings
     if "ids" in settings and "imported" not in settings:
@@ -89,7 +89,7 @@ def _schema(given: StoreSchema, describer: Describer, network: str, digest: str,
 
 @torch.inference_mode()
 def _described(
-    items: Sequence[Item], store: FeatureStore, images: Path, describer: Describer, side: int, device: torch.device
+    items: Sequence[ListedImage], store: FeatureStore, images: Path, describer: Describer, side: int, device: torch.device
 ) -> Iterator[tuple[str, RegionRecord]]:
     silence_pillow()
     pictures = [_squeezed(load_image(confined(images, item.path), draft=True, part=item.part), side) for item in items]

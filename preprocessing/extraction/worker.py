@@ -55,7 +55,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerSetup:
     """What a worker needs to know. ``options`` are keyword arguments of ``Detector.extract_batch``, or of ``extract_at`` for given boxes.
 
     ``parent`` is the process with which the worker ends.
@@ -94,7 +94,7 @@ class _Terminated(Exception):
     """SIGTERM or ``STOP``: keep what is finished and end."""
 
 
-def work(link: Link, job: Job) -> None:
+def work(link: Link, job: WorkerSetup) -> None:
     """The worker's whole life; the shard's writer commits what is finished however it ends, SIGKILL apart."""
     end_with_parent(job.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
@@ -110,7 +110,7 @@ def work(link: Link, job: Job) -> None:
         link.send(message)
 
 
-def _work(link: Link, job: Job) -> tuple[Any, ...]:
+def _work(link: Link, job: WorkerSetup) -> tuple[Any, ...]:
     """Extract until there is no more; returns the last message."""
     try:
         with FeatureStoreWriter(job.store, job.schema, f"shard-{job.number:05d}") as writer:

@@ -19,7 +19,7 @@ from megainter.errors import MegainterError, UsageError
 from megainter.progress import Progress
 from preprocessing.features.formats import READERS, recognise
 from preprocessing.features.formats.complete import Completion, Labels, class_count, complete, fitted, label_ids, read_classes, read_sizes
-from preprocessing.features.formats.entry import Background, BadEntryError, Entry, Regions, Source
+from preprocessing.features.formats.entry import Background, BadEntryError, Entry, ForeignRegions, Source
 from preprocessing.features.writing import Account, Encoded, Imported, finish, list_failures, write_entries
 
 SAMPLES, TRIED = 20, 200  # the entries that settle feature size and classes, among the first ones
@@ -82,7 +82,7 @@ def import_features(
     return finish(output, account, max_bad, written > 0)
 
 
-def _samples(source: Path, entries: Source) -> list[tuple[str, Regions]]:
+def _samples(source: Path, entries: Source) -> list[tuple[str, ForeignRegions]]:
     """Some of the first entries that can be decoded; ``UsageError`` where there is none."""
     samples, reason = [], "it is empty"
     with closing(entries.entries()) as read:  # type: ignore[type-var]
@@ -98,7 +98,9 @@ def _samples(source: Path, entries: Source) -> list[tuple[str, Regions]]:
     return samples
 
 
-def _schema(samples: list[tuple[str, Regions]], how: Completion, name: str, features: str, top_k: int, detector: str | None) -> StoreSchema:
+def _schema(
+    samples: list[tuple[str, ForeignRegions]], how: Completion, name: str, features: str, top_k: int, detector: str | None
+) -> StoreSchema:
     """The store's schema: what most of the samples have."""
     records, reason = [], ""
     for image_id, regions in samples:
@@ -131,7 +133,7 @@ def _schema(samples: list[tuple[str, Regions]], how: Completion, name: str, feat
     )
 
 
-def _say_what_is_decided(samples: list[tuple[str, Regions]], how: Completion, labels: Labels | None, name: str) -> None:
+def _say_what_is_decided(samples: list[tuple[str, ForeignRegions]], how: Completion, labels: Labels | None, name: str) -> None:
     """What was not in the file, or in two places."""
     if labels is not None:
         kind, other = ("without", "first") if labels.ids == "foreground" else ("with", "none")
@@ -144,7 +146,7 @@ def _say_what_is_decided(samples: list[tuple[str, Regions]], how: Completion, la
         print(f"image sizes are those of --sizes, not of {name}, for images that are in both{_first_other_size(found, how)}", flush=True)
 
 
-def _first_other_size(found: list[tuple[str, Regions]], how: Completion) -> str:
+def _first_other_size(found: list[tuple[str, ForeignRegions]], how: Completion) -> str:
     assert how.sizes is not None
     for image_id, regions in found:
         if how.sizes[image_id] != (regions.width, regions.height):
@@ -153,7 +155,7 @@ def _first_other_size(found: list[tuple[str, Regions]], how: Completion) -> str:
     return "; the first ones agree" if found else "; of the first ones none is in --sizes"
 
 
-def _say_what_is_missing(regions: Regions, settings: dict[str, str], name: str) -> None:
+def _say_what_is_missing(regions: ForeignRegions, settings: dict[str, str], name: str) -> None:
     if settings["image_sizes"] == "nominal":
         print(f"{name} has no image sizes: boxes are kept on a nominal 1024 x 1024 (give --sizes for pixels)", flush=True)
     if regions.probs is None and (regions.names or "objects_id" in regions.extras):

@@ -25,7 +25,7 @@ PARQUET_MAGIC = b"PAR1"
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon"}
 
 
-class Item(NamedTuple):
+class ListedImage(NamedTuple):
     """One image: its id, its file relative to the source's root, and where in that file it stands (None: it is the whole file)."""
 
     image_id: str
@@ -34,19 +34,19 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageList:
     """The images of one extraction. Files are in the folder ``root``."""
 
     root: Path
-    items: list[Item]
+    items: list[ListedImage]
 
 
-def renamed(source: Source, pattern: str) -> Source:
+def renamed(source: ImageList, pattern: str) -> ImageList:
     """The images of a source, in its order, under the ids that ``pattern`` makes of theirs (``image_ids.renamer``).
 
     ``UsageError`` for ids that lack a part of the pattern, and for images that would share one: how many, and both files of the first.
     """
-    rename, items, of_id, clashes = renamer(pattern), list[Item](), dict[str, Item](), list[str]()
+    rename, items, of_id, clashes = renamer(pattern), list[ListedImage](), dict[str, ListedImage](), list[str]()
     for item in source.items:
         try:
             new = item._replace(image_id=rename(item.image_id))
@@ -63,14 +63,14 @@ def renamed(source: Source, pattern: str) -> Source:
     if clashes:
         more = f", and {len(clashes) - 1:,} more" if len(clashes) > 1 else ""
         raise UsageError(f"{source.root}: by --ids {pattern!r:.80} {clashes[0]}{more}; give a pattern that tells them apart")
-    return Source(source.root, items)
+    return ImageList(source.root, items)
 
 
-def _file_of(item: Item) -> str:
+def _file_of(item: ListedImage) -> str:
     return f"{item.path!r:.200}" if item.part is None else f"{item.image_id!r:.200} of {item.path!r:.80}"
 
 
-def list_images(images: Path, manifest: Path | None = None) -> Source:
+def list_images(images: Path, manifest: Path | None = None) -> ImageList:
     """All images of a folder of images, of a folder of tar files, of one tar file or of a glob such as ``shards/*.tar``.
 
     With ``manifest``, those that it names, in the folder ``images``: a Parquet manifest of pairs or boxes, or a CSV or TSV file with a
@@ -80,12 +80,12 @@ def list_images(images: Path, manifest: Path | None = None) -> Source:
     if manifest is not None:
         if not images.is_dir():
             raise UsageError(f"images folder {images} does not exist or is not a folder")
-        return Source(images, sorted(_manifest_items(manifest)))
+        return ImageList(images, sorted(_manifest_items(manifest)))
     if not images.is_dir():
         return _tar_source(images, _matching_tars(images))
     tars = sorted(images.glob("*.tar"))
     if not tars:
-        return Source(images, [Item(*found) for found in find_images(images)])
+        return ImageList(images, [ListedImage(*found) for found in find_images(images)])
     if any(path.suffix.lower() in SUFFIXES for path in images.iterdir()):
         raise UsageError(f"{images} holds both images and tar files; give the tar files as '{images}/*.tar', or move them elsewhere")
     return _tar_source(images, tars)
@@ -94,7 +94,7 @@ def list_images(images: Path, manifest: Path | None = None) -> Source:
 # --- manifests ---------------------------------------------------------------------------------------------------------------------
 
 
-def _manifest_items(manifest: Path) -> Iterator[Item]:
+def _manifest_items(manifest: Path) -> Iterator[ListedImage]:
     if not manifest.is_file():
         raise UsageError(f"{manifest} does not exist or is not a file")
     with open(manifest, "rb") as file:
@@ -102,13 +102,13 @@ def _manifest_items(manifest: Path) -> Iterator[Item]:
     if not parquet:
         yield from _table_items(manifest)
     elif is_boxes_manifest(manifest):
-        yield from (Item(image.image_id, image.image) for image in read_boxes(manifest))
+        yield from (ListedImage(image.image_id, image.image) for image in read_boxes(manifest))
     else:
         columns = read_pairs(manifest).table.select(["image_id", "image"]).group_by(["image_id", "image"]).aggregate([])
-        yield from map(Item, columns.column("image_id").to_pylist(), columns.column("image").to_pylist())
+        yield from map(ListedImage, columns.column("image_id").to_pylist(), columns.column("image").to_pylist())
 
 
-def _table_items(table: Path) -> Iterator[Item]:
+def _table_items(table: Path) -> Iterator[ListedImage]:
     """The rows of a CSV or TSV file, each id once; ``UsageError`` with the number of the line that cannot be right."""
     seen: dict[str, tuple[str, int]] = {}
     repeated = 0
@@ -124,7 +124,7 @@ def _table_items(table: Path) -> Iterator[Item]:
             raise UsageError(f"{where}: image id {image_id!r:.80} has two files, {known!r:.80} (line {first}) and {path!r:.80}")
         repeated += first != line
         if first == line:
-            yield Item(image_id, path)
+            yield ListedImage(image_id, path)
     if not seen:
         raise UsageError(f"{table} has no rows")
     if repeated:
@@ -184,10 +184,10 @@ def _matching_tars(pattern: Path) -> list[Path]:
     return tars
 
 
-def _tar_source(given: Path, tars: list[Path]) -> Source:
+def _tar_source(given: Path, tars: list[Path]) -> ImageList:
     """The images in ``tars``. Only headers are read, and no member's name ever becomes a path."""
     root = given if given.is_dir() else _fixed_part(given)
-    items: list[Item] = []
+    items: list[ListedImage] = []
     home: dict[str, str] = {}
     with Progress("index", len(tars), "tar files") as progress:
         for tar in tars:
@@ -196,11 +196,11 @@ def _tar_source(given: Path, tars: list[Path]) -> Source:
                 if key in home:
                     raise UsageError(f"image id {key!r:.80} stands in {home[key]} and in {name}; keys must be unique over all tar files")
                 home[key] = name
-                items.append(Item(key, name, part))
+                items.append(ListedImage(key, name, part))
             progress.update()
     if not items:
         raise UsageError(f"{given} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return Source(root, items)
+    return ImageList(root, items)
 
 
 def _fixed_part(pattern: Path) -> Path:

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
 
 from megainter import InterBertForPreTraining, InterBertModel
-from megainter.conversion.bert import Start, convert_bert
+from megainter.conversion.bert import BertStart, convert_bert
 from megainter.errors import DamagedError, UsageError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "中", "文"]
 SIZES = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 5, "num_attention_heads": 3, "intermediate_size": 36,
          "max_position_embeddings": 20, "initializer_range": 0.15}  # fmt: skip
-SMALL = Start(region_feature_size=10, num_region_classes=7, pooler_size=16)
+SMALL = BertStart(region_feature_size=10, num_region_classes=7, pooler_size=16)
 
 
 def bert_config(**changes: object) -> BertConfig:
@@ -56,7 +56,7 @@ def assert_same_states(bert: BertModel, converted: Path, vocabulary: int = 40) -
 
 @pytest.mark.parametrize("interaction", [None, 0, 1, 5])
 def test_text_alone_has_berts_states(folder: Path, tmp_path: Path, interaction: int | None) -> None:
-    plan = convert_bert(folder, tmp_path / "hf", Start(**{**vars(SMALL), "interaction_layers": interaction}), verify=True)
+    plan = convert_bert(folder, tmp_path / "hf", BertStart(**{**vars(SMALL), "interaction_layers": interaction}), verify=True)
     expected = 2 if interaction is None else interaction
     assert (plan.config.num_interaction_layers, plan.config.num_text_layers) == (expected, 5 - expected)
     assert_same_states(BertModel.from_pretrained(folder), tmp_path / "hf")
@@ -106,7 +106,7 @@ def test_every_form_of_a_bert(form: str, tmp_path: Path) -> None:
 
 
 def test_region_layers_start_from_the_text_layers(folder: Path, tmp_path: Path) -> None:
-    start = Start(**{**vars(SMALL), "region_layers": "text"})
+    start = BertStart(**{**vars(SMALL), "region_layers": "text"})
     config = convert_bert(folder, tmp_path / "hf", start).config
     model = InterBertForPreTraining.from_pretrained(tmp_path / "hf")
     assert (config.num_region_layers, config.num_region_attention_heads) == (3, 3)
@@ -117,7 +117,7 @@ def test_region_layers_start_from_the_text_layers(folder: Path, tmp_path: Path) 
 def test_region_layers_that_cannot_start_from_text(folder: Path, tmp_path: Path) -> None:
     for change in ({"num_region_layers": 4}, {"num_region_attention_heads": 4}):
         with pytest.raises(UsageError, match="text layers"):
-            convert_bert(folder, tmp_path / "hf", Start(**{**vars(SMALL), "region_layers": "text", **change}))
+            convert_bert(folder, tmp_path / "hf", BertStart(**{**vars(SMALL), "region_layers": "text", **change}))
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"])
@@ -131,14 +131,14 @@ def test_the_settings_of_another_bert_are_refused(name: str, folder: Path, tmp_p
 
 def test_too_many_interaction_layers(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has 5 layers; give 0 to 5"):
-        convert_bert(folder, tmp_path / "hf", Start(interaction_layers=6))
+        convert_bert(folder, tmp_path / "hf", BertStart(interaction_layers=6))
 
 
 def test_what_is_new_depends_on_the_seed_alone(folder: Path, tmp_path: Path) -> None:
     files = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.rand(3)
-        convert_bert(folder, tmp_path / name, Start(**{**vars(SMALL), "seed": seed}))
+        convert_bert(folder, tmp_path / name, BertStart(**{**vars(SMALL), "seed": seed}))
         files[name] = load_file(tmp_path / name / "model.safetensors")
     drawn = "interbert.region_embeddings.feature.weight"
     assert all(torch.equal(files["a"][name], files["b"][name]) for name in files["a"])
@@ -240,7 +240,7 @@ def test_a_uniter_gives_its_layers_and_heads(folder: Path, tmp_path: Path, capsy
 def test_a_uniter_of_other_classes_is_told_how_many(folder: Path, tmp_path: Path) -> None:
     torch.save(uniter_state(BertForPreTraining.from_pretrained(folder)), tmp_path / "uniter.pt")
     with pytest.raises(UsageError, match=r"knows 7 region classes, 1601 are asked for; give --num-region-classes 7"):
-        convert_bert(tmp_path / "uniter.pt", tmp_path / "hf", Start(), config_file=folder / "config.json")
+        convert_bert(tmp_path / "uniter.pt", tmp_path / "hf", BertStart(), config_file=folder / "config.json")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from megainter import InterBertForPreTraining, InterBertProcessor
-from megainter.conversion.bert import Start, convert_bert
+from megainter.conversion.bert import BertStart, convert_bert
 from megainter.conversion.foreign_files import open_tensors
 from megainter.conversion.hugging_face import convert_hugging_face
 from megainter.errors import UsageError
@@ -20,7 +20,7 @@ from megainter.model.folder import read_config
 from megainter.tasks.scoring.models import load_model
 from tests.model.tiny import tiny_model
 
-SMALL = Start(region_feature_size=10, num_region_classes=7, pooler_size=16)
+SMALL = BertStart(region_feature_size=10, num_region_classes=7, pooler_size=16)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"tok{number}" for number in range(15))]
 
 

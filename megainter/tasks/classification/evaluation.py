@@ -81,7 +81,7 @@ def evaluate(
         )
     encoded = encode_examples(kept, class_names(config), vocabulary, tokens, feature_store, regions, config.region_feature_size)
     arithmetic = choose_precision(precision, device)
-    work = Work(model, encoded, tuple(fixed_batches(encoded, batch)), arithmetic)
+    work = ExamplesToScore(model, encoded, tuple(fixed_batches(encoded, batch)), arithmetic)
     cost = len(kept) * EXAMPLES_WORTH_A_PROCESS * max(kept.images, 1)
     devices = choose_devices(device, arithmetic, processes, cost, len(work.batches))
     facts: dict[str, Any] = {
@@ -140,7 +140,7 @@ def _open_store(model: Path, config: InterBertConfig, examples: Examples, path: 
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class ExamplesToScore:
     """Everything a process needs to score any batch."""
 
     model: Path
@@ -166,7 +166,7 @@ class Work:
 class BatchScorer:
     """The classifier on one device, and the batches it scores."""
 
-    def __init__(self, work: Work, device: torch.device) -> None:
+    def __init__(self, work: ExamplesToScore, device: torch.device) -> None:
         self.work, self.device = work, device
         self.model = load_model(work.model, InterBertForSequenceClassification)
         torch.nn.Module.to(self.model, device=device, dtype=DTYPES[work.precision])

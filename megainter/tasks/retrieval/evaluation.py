@@ -24,7 +24,7 @@ from megainter.model.folder import model_digest, read_config
 from megainter.precision import Precision
 from megainter.tasks.retrieval.gallery import Gallery, read_gallery, tokenize
 from megainter.tasks.retrieval.options import RetrievalEvaluation
-from megainter.tasks.retrieval.pairs import CandidateJob, Job, make_job
+from megainter.tasks.retrieval.pairs import CandidatesToScore, PairsToScore, pairs_to_score
 from megainter.tasks.retrieval.prefilter.candidates import Candidates, choose_candidates, found_shares, rank_candidates
 from megainter.tasks.retrieval.prefilter.towers import DualEncoder, caption_vectors, image_vectors, load_prefilter, prefilter_digest
 from megainter.tasks.retrieval.ranking import (
@@ -72,7 +72,7 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
     # The pairs to score: all, or those that a first stage chooses.
     gallery, everything = inputs.gallery, inputs.job
     stage, chosen = _first_stage(inputs, options) if inputs.encoder is not None else (None, None)
-    job = everything if chosen is None else CandidateJob(everything, chosen.keys)
+    job = everything if chosen is None else CandidatesToScore(everything, chosen.keys)
     shape = (len(gallery.image_ids), len(gallery.rows)) if chosen is None else (len(chosen.keys), 1)
     devices = choose_devices(options.device, inputs.precision, options.processes, shape[0] * shape[1], len(job))
 
@@ -109,7 +109,7 @@ class Inputs:
     """What an evaluation reads, opened and known to fit together; ``job`` is all pairs of the gallery, ``encoder`` the first stage."""
 
     gallery: Gallery
-    job: Job
+    job: PairsToScore
     store: FeatureStore
     vocabulary: Vocabulary
     encoder: DualEncoder | None
@@ -133,7 +133,7 @@ def _open_inputs(model: Path, options: RetrievalEvaluation) -> Inputs:
 
     precision = choose_precision(options.precision, options.device)
     tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
-    job = make_job(model, store, gallery.image_ids, tokens, max_regions, options.batch_pairs, precision)
+    job = pairs_to_score(model, store, gallery.image_ids, tokens, max_regions, options.batch_pairs, precision)
     facts: dict[str, Any] = {
         "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": precision, "model": str(model),
         "pairs": str(options.pairs), "store": str(options.store), "model_digest": model_digest(model), "pairs_digest": gallery.pairs.digest,
@@ -225,7 +225,7 @@ def _plan(facts: dict[str, Any], inputs: Inputs, chosen: Candidates | None) -> d
     }
 
 
-def _require_numbers(scores: NDArray[np.float32], job: Job | CandidateJob, chunk: int, gallery: Gallery) -> None:
+def _require_numbers(scores: NDArray[np.float32], job: PairsToScore | CandidatesToScore, chunk: int, gallery: Gallery) -> None:
     bad = np.argwhere(~np.isfinite(scores))
     if len(bad):
         row, column = (int(number) for number in bad[0])

@@ -23,7 +23,7 @@ IMAGES_PER_CHUNK = 8  # a caption's embedding is shared by so many images; few, 
 
 
 @dataclass(frozen=True)
-class Job:
+class PairsToScore:
     """Everything a process needs to score any chunk. ``image_order`` and ``caption_order`` sort by length, against padding."""
 
     model: Path
@@ -70,10 +70,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class CandidateJob:
+class CandidatesToScore:
     """The same chunks of images, and of their pairs the chosen ones. ``keys`` int64 [P]: image * C + caption, ascending."""
 
-    job: Job
+    job: PairsToScore
     keys: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -103,13 +103,13 @@ class CandidateJob:
         return CandidateScorer(self, device)
 
 
-def make_job(
+def pairs_to_score(
     model: Path, store: FeatureStore, image_ids: list[str], tokens: Tokens, max_regions: int, batch_pairs: int, precision: str
-) -> Job:
+) -> PairsToScore:
     """Sort images by region count and captions by length (stable), so that a forward has hardly any padding."""
     counts = store.region_counts(image_ids).clip(max=max_regions)
     image_order, caption_order = (np.argsort(lengths, kind="stable") for lengths in (counts, tokens.lengths))
-    return Job(
+    return PairsToScore(
         model=model,
         store=store,
         image_ids=image_ids,
@@ -125,7 +125,7 @@ def make_job(
 class ChunkScorer:
     """The model on one device, and the chunks it scores."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: PairsToScore, device: torch.device) -> None:
         self.job, self.device = job, device
         self.model = load_model(job.model, InterBertForRetrieval)
         # nn.Module's own method: the wrapper around it in transformers has no usable type
@@ -174,7 +174,7 @@ class ChunkScorer:
 class CandidateScorer:
     """The model on one device, and the chosen pairs it scores."""
 
-    def __init__(self, work: CandidateJob, device: torch.device) -> None:
+    def __init__(self, work: CandidatesToScore, device: torch.device) -> None:
         self.work, self.scorer = work, ChunkScorer(work.job, device)
 
     def score(self, chunk: int) -> NDArray[np.float32]:

@@ -32,7 +32,7 @@ from megainter.tasks.vcr.inputs import (
 
 
 @dataclass(frozen=True)
-class Item:
+class ChoiceToMake:
     """One choice to make: the answer of question ``row``, or its rationale given answer ``given`` (-1: the right one)."""
 
     row: int
@@ -70,7 +70,7 @@ class ChoiceBatch:
 
 
 @dataclass(frozen=True)
-class Example:
+class Choice:
     """An item's question, its four texts, and which is right (-1: not known, or another answer than the right one is given)."""
 
     question: Question
@@ -80,7 +80,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Examples:
+class ChoiceSource:
     """Everything that items are made of; ``kinds`` are the K that are trained or scored, in the order of the objectives."""
 
     questions: Questions
@@ -89,15 +89,15 @@ class Examples:
     settings: ExampleSettings
     kinds: tuple[int, ...]
 
-    def of(self, item: Item) -> Example:
+    def of(self, item: ChoiceToMake) -> Choice:
         """The example of an item, without its image."""
         question = self.questions[item.row]
         given = question.answer_label if item.given < 0 else item.given
         texts = choice_texts(question, item.kind, given, self.words, self.settings.max_tokens(item.kind))
         rationale = question.rationale_label if given == question.answer_label else -1
-        return Example(question, item.kind, texts, question.answer_label if item.kind == ANSWER else rationale)
+        return Choice(question, item.kind, texts, question.answer_label if item.kind == ANSWER else rationale)
 
-    def tokens(self, examples: Sequence[Example]) -> Int64s:
+    def tokens(self, examples: Sequence[Choice]) -> Int64s:
         """Text tokens and regions of each example's four choices, without reading a record."""
         text = np.array([sum(len(choice.ids) for choice in example.texts) for example in examples])
         images = [example.question.image_id for example in examples]
@@ -106,7 +106,7 @@ class Examples:
             regions += np.array([min(len(example.question.objects), self.settings.max_objects) for example in examples])
         return text + CHOICES * (1 + regions.clip(max=self.settings.max_regions))
 
-    def collate(self, examples: Sequence[Example], counted: bool = True) -> ChoiceBatch:
+    def collate(self, examples: Sequence[Choice], counted: bool = True) -> ChoiceBatch:
         """Examples as one micro-batch, with the regions of their images."""
         regions = [self._regions(example.question) for example in examples]
         inputs = pack([example.texts for example in examples], regions, self.settings.tie_objects)
@@ -152,7 +152,7 @@ class ChoiceStream(Dataset[list[ChoiceBatch]]):
     questions of one as of the other. What the samples are depends on neither rank nor world size.
     """
 
-    def __init__(self, examples: Examples, portions: Portions, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, examples: ChoiceSource, portions: Portions, rank: int = 0, world_size: int = 1) -> None:
         self.examples, self._seed = examples, portions.seed
         self.steps = GlobalSteps(
             portions,
@@ -176,25 +176,25 @@ class ChoiceStream(Dataset[list[ChoiceBatch]]):
         """Question ids of a global step, each with what is asked of it."""
         return [f"{self.examples.questions[item.row].question_id} ({KINDS[item.kind]})" for item in self.items(step)]
 
-    def items(self, step: int) -> list[Item]:
+    def items(self, step: int) -> list[ChoiceToMake]:
         """All samples of a global step, in the order of the sequence."""
         return self._items(*self.steps.samples(step))
 
-    def _examples(self, epochs: Int64s, numbers: Int64s) -> list[Example]:
+    def _examples(self, epochs: Int64s, numbers: Int64s) -> list[Choice]:
         return [self.examples.of(item) for item in self._items(epochs, numbers)]
 
-    def _items(self, epochs: Int64s, numbers: Int64s) -> list[Item]:
+    def _items(self, epochs: Int64s, numbers: Int64s) -> list[ChoiceToMake]:
         return [self._item(epoch, n) for epoch, n in zip(epochs.tolist(), numbers.tolist(), strict=True)]
 
-    def _item(self, epoch: int, n: int) -> Item:
+    def _item(self, epoch: int, n: int) -> ChoiceToMake:
         kinds = self.examples.kinds
         place, turn = divmod(n, len(kinds))
         order = epoch * len(kinds) + turn  # an order for each kind in each epoch
         row = permuted(self._seed, order, np.array([place]), len(self.examples.questions))
-        return Item(int(row[0]), kinds[turn])
+        return ChoiceToMake(int(row[0]), kinds[turn])
 
 
-def all_items(questions: Questions, kinds: Sequence[int], every_answer: bool) -> list[Item]:
+def all_items(questions: Questions, kinds: Sequence[int], every_answer: bool) -> list[ChoiceToMake]:
     """What is scored of some questions: their answers, and their rationales given the right answer.
 
     Given each of the four answers where the right one is not known, or ``every_answer`` asks for it.
@@ -203,14 +203,14 @@ def all_items(questions: Questions, kinds: Sequence[int], every_answer: bool) ->
     return [item for row, label in enumerate(labels) for item in _items_of(row, kinds, every_answer or label < 0)]
 
 
-def _items_of(row: int, kinds: Sequence[int], every_answer: bool) -> Iterator[Item]:
+def _items_of(row: int, kinds: Sequence[int], every_answer: bool) -> Iterator[ChoiceToMake]:
     if ANSWER in kinds:
-        yield Item(row, ANSWER)
+        yield ChoiceToMake(row, ANSWER)
     if RATIONALE in kinds:
-        yield from (Item(row, RATIONALE, given) for given in (range(CHOICES) if every_answer else (-1,)))
+        yield from (ChoiceToMake(row, RATIONALE, given) for given in (range(CHOICES) if every_answer else (-1,)))
 
 
-def right_choices(questions: Questions, items: Sequence[Item]) -> Int64s:
+def right_choices(questions: Questions, items: Sequence[ChoiceToMake]) -> Int64s:
     """int64 [items]: the right choice of each, -1 where it is not known or another answer than the right one is given."""
     answers, rationales = (questions.table.column(f"{name}_label").to_numpy().astype(np.int64) for name in KINDS)
     rows, given = np.array([item.row for item in items]), np.array([item.given for item in items])

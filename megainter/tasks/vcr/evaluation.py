@@ -18,11 +18,11 @@ from megainter.model.folder import model_digest, read_config
 from megainter.tasks.scoring.file import open_score_file
 from megainter.tasks.scoring.models import check_model, choose_devices, choose_precision
 from megainter.tasks.scoring.running import run
-from megainter.tasks.vcr.batches import Examples, Item, all_items, right_choices
+from megainter.tasks.vcr.batches import ChoiceSource, ChoiceToMake, all_items, right_choices
 from megainter.tasks.vcr.inputs import MODES, WordPieces, open_questions, open_stores, read_facts
 from megainter.tasks.vcr.options import VcrEvaluation
 from megainter.tasks.vcr.report import BOTH, CHANCE, Judged, VcrReport, accuracies, is_right, summary, write_probabilities, write_submission
-from megainter.tasks.vcr.scoring import ChoiceWork
+from megainter.tasks.vcr.scoring import ChoicesToScore
 
 ASKED = {BOTH: MODES["joint"], "answer": MODES["answer"], "rationale": MODES["rationale"]}
 
@@ -47,7 +47,7 @@ def evaluate(model: Path, options: VcrEvaluation) -> VcrReport:
     # What is asked, and who answers.
     precision = choose_precision(options.precision, options.device)
     items = all_items(asked, ASKED[options.mode], options.submission is not None)
-    work = ChoiceWork(model, examples, items, options.batch_questions, precision)
+    work = ChoicesToScore(model, examples, items, options.batch_questions, precision)
     devices = choose_devices(options.device, precision, options.processes, 4 * len(items), len(work))
     facts |= {"precision": precision, "device": devices[0].type}
 
@@ -79,7 +79,7 @@ def evaluate(model: Path, options: VcrEvaluation) -> VcrReport:
     return report
 
 
-def _open_inputs(model: Path, options: VcrEvaluation) -> tuple[Examples, dict[str, Any]]:
+def _open_inputs(model: Path, options: VcrEvaluation) -> tuple[ChoiceSource, dict[str, Any]]:
     """What is scored, opened and known to fit together, and what the report says of it."""
     config = read_config(model)
     settings, trained_for, with_objects = read_facts(config, model)
@@ -96,7 +96,7 @@ def _open_inputs(model: Path, options: VcrEvaluation) -> tuple[Examples, dict[st
         "store_digest": stores.detected.digest, "objects_store_digest": stores.given.digest if stores.given is not None else None,
         "questions": len(asked), "vocabulary": vocabulary.digest,
     }  # fmt: skip
-    return Examples(asked, stores, WordPieces.of(asked, vocabulary), settings, ASKED[options.mode]), facts
+    return ChoiceSource(asked, stores, WordPieces.of(asked, vocabulary), settings, ASKED[options.mode]), facts
 
 
 def _check(options: VcrEvaluation, probabilities: Path) -> None:
@@ -120,7 +120,7 @@ def _check_objects(model: Path, with_objects: bool, objects_store: Path | None) 
         raise UsageError(f"{model} was trained without annotated boxes; leave --objects-store out")
 
 
-def _require_numbers(scores: NDArray[np.float32], work: ChoiceWork, chunk: int) -> None:
+def _require_numbers(scores: NDArray[np.float32], work: ChoicesToScore, chunk: int) -> None:
     bad = np.argwhere(~np.isfinite(scores))
     if len(bad):
         item = work.items[int(work.places(chunk)[bad[0][0]])]
@@ -130,7 +130,7 @@ def _require_numbers(scores: NDArray[np.float32], work: ChoiceWork, chunk: int) 
         )
 
 
-def _measure(examples: Examples, items: list[Item], scores: NDArray[np.float32]) -> tuple[dict[str, float], int]:
+def _measure(examples: ChoiceSource, items: list[ChoiceToMake], scores: NDArray[np.float32]) -> tuple[dict[str, float], int]:
     """Accuracies over the items that have a right choice, and how many questions those are of."""
     labels = right_choices(examples.questions, items)
     known = np.flatnonzero(labels >= 0)

@@ -15,7 +15,7 @@ from megainter.data.tables.parquet import write_parquet
 from megainter.data.tables.questions import CHOICES, Questions
 from megainter.errors import UsageError
 from megainter.files import write_atomically
-from megainter.tasks.vcr.batches import Item
+from megainter.tasks.vcr.batches import ChoiceToMake
 from megainter.tasks.vcr.inputs import ANSWER, KINDS, RATIONALE
 
 BOTH = "both"
@@ -102,7 +102,7 @@ def summary(report: VcrReport) -> str:
     return f"{', '.join(told) or 'no labels, no accuracies'}; {report.questions:,} questions"
 
 
-def write_probabilities(path: Path, questions: Questions, items: Sequence[Item], probabilities_N4: NDArray[np.float32]) -> None:
+def write_probabilities(path: Path, questions: Questions, items: Sequence[ChoiceToMake], probabilities_N4: NDArray[np.float32]) -> None:
     """A row for each question: its ids and labels, ``answer`` float32 [4], and ``rationale_given_0`` to ``_3`` float32 [4] each.
 
     Choices that were not scored are null: of a labelled question only the rationales given its right answer are asked for.
@@ -122,7 +122,7 @@ def _given_columns() -> list[str]:
     return [f"rationale_given_{given}" for given in range(CHOICES)]
 
 
-def write_submission(path: Path, questions: Questions, items: Sequence[Item], probabilities_N4: NDArray[np.float32]) -> None:
+def write_submission(path: Path, questions: Questions, items: Sequence[ChoiceToMake], probabilities_N4: NDArray[np.float32]) -> None:
     """The CSV that VCR's leaderboard takes: 20 probabilities for each question. Every answer must have been given."""
     rows: list[Mapping[tuple[int, int], NDArray[np.float32]]] = [{} for _ in range(len(questions))]
     for item, scores in zip(items, probabilities_N4, strict=True):

@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from megainter.model.interbert import InterBertForMultipleChoice
 from megainter.tasks.scoring.models import DTYPES, load_model
-from megainter.tasks.vcr.batches import Examples, Item
+from megainter.tasks.vcr.batches import ChoiceSource, ChoiceToMake
 from megainter.tasks.vcr.objective import choice_logits
 
 
 @dataclass(frozen=True)
-class ChoiceWork:
+class ChoicesToScore:
     """Everything a process needs to score any chunk of ``items``."""
 
     model: Path
-    examples: Examples
-    items: list[Item]
+    examples: ChoiceSource
+    items: list[ChoiceToMake]
     batch_questions: int
     precision: str
 
@@ -45,7 +45,7 @@ class ChoiceWork:
 class ChoiceScorer:
     """The model on one device, and the chunks it scores."""
 
-    def __init__(self, work: ChoiceWork, device: torch.device) -> None:
+    def __init__(self, work: ChoicesToScore, device: torch.device) -> None:
         self.work, self.device = work, device
         self.model = load_model(work.model, InterBertForMultipleChoice)
         # nn.Module's own method: the wrapper around it in transformers has no usable type

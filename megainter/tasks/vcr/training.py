@@ -16,7 +16,7 @@ from megainter.data.tables.questions import Questions
 from megainter.errors import UsageError
 from megainter.model.interbert import InterBertForMultipleChoice
 from megainter.tasks.starting import Start, finetune_job, inputs_flops, open_start
-from megainter.tasks.vcr.batches import ChoiceStream, Examples, all_items
+from megainter.tasks.vcr.batches import ChoiceSource, ChoiceStream, all_items
 from megainter.tasks.vcr.inputs import (
     FACTS,
     KINDS,
@@ -114,12 +114,12 @@ def _settings(config: VcrConfig) -> ExampleSettings:
     )
 
 
-def _examples(config: VcrConfig, start: Start, questions: Questions, stores: Stores) -> Examples:
+def _examples(config: VcrConfig, start: Start, questions: Questions, stores: Stores) -> ChoiceSource:
     words = WordPieces.of(questions, start.vocabulary)
-    return Examples(questions, stores, words, _settings(config), MODES[config.data.mode])
+    return ChoiceSource(questions, stores, words, _settings(config), MODES[config.data.mode])
 
 
-def _held_out(config: VcrConfig, start: Start, stores: Stores) -> Examples | None:
+def _held_out(config: VcrConfig, start: Start, stores: Stores) -> ChoiceSource | None:
     """The validation's questions; None where the split has none."""
     wanted, data = config.validation, config.data
     path = wanted.questions or data.questions
@@ -143,13 +143,13 @@ def _told(config: VcrConfig, questions: Questions) -> str:
     return f"{len(questions):,} questions, {config.data.mode}, on {seen}{tied}"
 
 
-def _told_of(held_out: Examples | None, config: VcrConfig) -> str:
+def _told_of(held_out: ChoiceSource | None, config: VcrConfig) -> str:
     if held_out is None:
         return f"no questions of split {config.validation.split!r}: no validation, the last checkpoint is the result"
     return f"validation: {len(held_out.questions):,} questions of split {config.validation.split!r}"
 
 
-def _validation(config: VcrConfig, held_out: Examples) -> Callable[[Any, World], dict[str, float]]:
+def _validation(config: VcrConfig, held_out: ChoiceSource) -> Callable[[Any, World], dict[str, float]]:
     """The function that measures accuracies; see ``Job.validate``."""
     items = all_items(held_out.questions, held_out.kinds, every_answer=False)
     size = config.training.micro_batch

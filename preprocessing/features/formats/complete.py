@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from megainter.data.feature_store.record import EXTRA_DTYPES, RegionRecord
 from megainter.errors import UsageError
-from preprocessing.features.formats.entry import Background, BadEntryError, LabelIds, Regions
+from preprocessing.features.formats.entry import Background, BadEntryError, ForeignRegions, LabelIds
 from preprocessing.prepare.delimited import Fault, delimited_rows, header_cells, shown_names
 
 NOMINAL_SIDE = 1024  # a power of two: shares of it in half precision are exact pixels
@@ -48,7 +48,7 @@ class Labels:
     reason: str
 
 
-def label_ids(samples: Sequence[Regions], background: Background | None, classes: int) -> Labels | None:
+def label_ids(samples: Sequence[ForeignRegions], background: Background | None, classes: int) -> Labels | None:
     """What entries whose format leaves open whether ids count the background show of it; None where the format says so.
 
     ``background`` is the user's word, ``classes`` the number of classes without it. Where probabilities stand beside ids, these are the
@@ -72,7 +72,7 @@ def label_ids(samples: Sequence[Regions], background: Background | None, classes
     return Labels("foreground", f"as only {none:.0%} of the first ones are number 0")
 
 
-def _label_ids_by_probs(regions: Sequence[Regions], classes: int) -> Labels:
+def _label_ids_by_probs(regions: Sequence[ForeignRegions], classes: int) -> Labels:
     agree = {"columns": 0, "foreground": 0}
     for one in regions:
         assert one.probs is not None
@@ -82,7 +82,7 @@ def _label_ids_by_probs(regions: Sequence[Regions], classes: int) -> Labels:
     return Labels("columns" if agree["columns"] > agree["foreground"] else "foreground", "as the probabilities beside them show")
 
 
-def complete(image_id: str, regions: Regions, how: Completion) -> RegionRecord:
+def complete(image_id: str, regions: ForeignRegions, how: Completion) -> RegionRecord:
     """The record of ``regions``; ``BadEntryError`` where they contradict ``how`` or each other."""
     if how.background is not None:
         regions = replace(regions, background=how.background)
@@ -103,7 +103,7 @@ def complete(image_id: str, regions: Regions, how: Completion) -> RegionRecord:
     )
 
 
-def class_count(regions: Regions, classes: tuple[str, ...] | None, background: Background | None) -> int:
+def class_count(regions: ForeignRegions, classes: tuple[str, ...] | None, background: Background | None) -> int:
     """How many classes, background counted, a source has, from one of its entries; Visual Genome's 1,601 where it does not say."""
     if classes is not None:
         return len(classes) + 1
@@ -115,7 +115,7 @@ def class_count(regions: Regions, classes: tuple[str, ...] | None, background: B
     return VISUAL_GENOME_CLASSES + 1 if where == "unknown" else columns + (where == "none")
 
 
-def _size(image_id: str, regions: Regions, how: Completion) -> tuple[int, int]:
+def _size(image_id: str, regions: ForeignRegions, how: Completion) -> tuple[int, int]:
     if how.sizes is not None and image_id in how.sizes:
         return how.sizes[image_id]
     if regions.width and regions.height:
@@ -127,13 +127,13 @@ def _size(image_id: str, regions: Regions, how: Completion) -> tuple[int, int]:
     return NOMINAL_SIDE, NOMINAL_SIDE
 
 
-def _background(regions: Regions, how: Completion) -> Background:
+def _background(regions: ForeignRegions, how: Completion) -> Background:
     if regions.background != "unknown" or regions.probs is None:
         return regions.background
     return "first" if regions.probs.shape[1] == how.num_classes else "none"
 
 
-def _probs(regions: Regions, how: Completion) -> np.ndarray:
+def _probs(regions: ForeignRegions, how: Completion) -> np.ndarray:
     probs, where = np.asarray(regions.probs, np.float32), _background(regions, how)
     if probs.shape[1] != how.num_classes - (where == "none"):
         raise BadEntryError(f"class probabilities have {probs.shape[1]} columns, not {how.num_classes - (where == 'none')}")
@@ -154,7 +154,7 @@ def _probs_of_labels(n: int, extras: Mapping[str, np.ndarray], num_classes: int)
     return probs
 
 
-def _extras(regions: Regions, how: Completion) -> dict[str, np.ndarray]:
+def _extras(regions: ForeignRegions, how: Completion) -> dict[str, np.ndarray]:
     """Extras in dtypes of the store; ids over the foreground, -1 for background and for no attribute."""
     extras = {name: value if value.dtype.name in EXTRA_DTYPES else value.astype(_dtype(value)) for name, value in regions.extras.items()}
     if regions.names is not None:

@@ -18,7 +18,7 @@ class BadEntryError(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Regions:
+class ForeignRegions:
     """Regions of one image as a foreign format gives them.
 
     ``boxes`` [n, 4] xyxy, in pixels of the image, or in shares of its width and height where ``normalised``; ``features`` [n, F];
@@ -52,7 +52,7 @@ class Entry:
     where: str
     image_id: str
     size: int
-    load: Callable[[], Regions]
+    load: Callable[[], ForeignRegions]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Source:
 def unusable(where: str, size: int, reason: str) -> Entry:
     """An entry of which not even the id can be read."""
 
-    def refuse() -> Regions:
+    def refuse() -> ForeignRegions:
         raise BadEntryError(reason)
 
     return Entry(where, "", size, refuse)

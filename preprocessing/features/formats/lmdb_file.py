@@ -15,7 +15,7 @@ import lmdb
 
 from megainter.errors import DamagedError, NoSpaceError, UsageError
 from preprocessing.features.formats import lmdb_server
-from preprocessing.features.formats.entry import BadEntryError, Entry, Regions, Source
+from preprocessing.features.formats.entry import BadEntryError, Entry, ForeignRegions, Source
 
 MAX_KEY_BYTES = 511  # LMDB's limit as it is usually built
 BATCH_BYTES = 64 << 20
@@ -116,12 +116,12 @@ def image_count(path: Path, index_key: bytes) -> int:
         return source.total - _has(source, index_key)
 
 
-def lmdb_source(path: Path, index_key: bytes, decode: Callable[[bytes], Regions]) -> Source:
+def lmdb_source(path: Path, index_key: bytes, decode: Callable[[bytes], ForeignRegions]) -> Source:
     """All entries of an LMDB whose keys are the image ids, but the one that lists the others."""
     return Source(image_count(path, index_key), "images", partial(_entries, path, index_key, decode))
 
 
-def _entries(path: Path, index_key: bytes, decode: Callable[[bytes], Regions]) -> Iterator[Entry]:
+def _entries(path: Path, index_key: bytes, decode: Callable[[bytes], ForeignRegions]) -> Iterator[Entry]:
     with ForeignLmdb(path) as source:
         for key in source.all_keys():
             if key != index_key:
@@ -129,7 +129,7 @@ def _entries(path: Path, index_key: bytes, decode: Callable[[bytes], Regions]) -
                 yield Entry(f"key {key.decode(errors='backslashreplace')!r:.80}", key.decode(errors="surrogateescape"), 1, load)
 
 
-def _load(source: ForeignLmdb, key: bytes, decode: Callable[[bytes], Regions]) -> Regions:
+def _load(source: ForeignLmdb, key: bytes, decode: Callable[[bytes], ForeignRegions]) -> ForeignRegions:
     return decode(source.get(key))
 
 

@@ -14,7 +14,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from preprocessing.detector.restricted_pickle import Foreign
-from preprocessing.features.formats.entry import BadEntryError, Regions, Source, column, integer, optional, refusal, region_count, rows
+from preprocessing.features.formats.entry import (
+    BadEntryError,
+    ForeignRegions,
+    Source,
+    column,
+    integer,
+    optional,
+    refusal,
+    region_count,
+    rows,
+)
 from preprocessing.features.formats.npz import npz_source, read_npz
 
 ARRAYS = ("x", "bbox", "num_bbox", "image_h", "image_w")
@@ -26,7 +36,7 @@ def read(path: Path) -> Source:
     return npz_source(path, _regions)
 
 
-def _regions(file: BinaryIO) -> Regions:
+def _regions(file: BinaryIO) -> ForeignRegions:
     arrays = read_npz(file, ARRAYS)
     info, left_out = _info(file)
     n = region_count(arrays.get("num_bbox"))
@@ -35,8 +45,8 @@ def _regions(file: BinaryIO) -> Regions:
     labels, bad_labels = optional(info, (*LABELS, "attrs_scores"), partial(column_of, n))
     whole, bad = optional(info, ("cls_prob", "objects"), lambda value, name: rows(value, n, name))
     if "objects" in whole or "cls_prob" in whole:
-        return _of_d2(Regions(boxes, features, width, height, extras=labels, left_out=left_out | bad | bad_labels), whole)
-    return Regions(boxes, features, width, height, extras=labels, ids_over="unknown", left_out=left_out | bad | bad_labels)
+        return _of_d2(ForeignRegions(boxes, features, width, height, extras=labels, left_out=left_out | bad | bad_labels), whole)
+    return ForeignRegions(boxes, features, width, height, extras=labels, ids_over="unknown", left_out=left_out | bad | bad_labels)
 
 
 def column_of(count: int, value: Any, what: str) -> np.ndarray:
@@ -61,7 +71,7 @@ def _info(file: BinaryIO) -> tuple[Mapping[str, Any], dict[str, str]]:
     return {}, {} if info is None else {"info": f"info is a {type(info).__name__}, not a dict"}
 
 
-def _of_d2(regions: Regions, whole: Mapping[str, np.ndarray]) -> Regions:
+def _of_d2(regions: ForeignRegions, whole: Mapping[str, np.ndarray]) -> ForeignRegions:
     """Classes counted without background, which given boxes may have as the last one."""
     probs = whole.get("cls_prob")
     count = probs.shape[1] if probs is not None else None

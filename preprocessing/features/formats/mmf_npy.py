@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.features.formats.entry import BadEntryError, Entry, Regions, Source, column, integer, optional, region_count, rows
+from preprocessing.features.formats.entry import BadEntryError, Entry, ForeignRegions, Source, column, integer, optional, region_count, rows
 from preprocessing.features.formats.mmf import described
 from preprocessing.features.formats.npz import read_npy
 from preprocessing.features.formats.vilbert_lmdb import array_regions
@@ -32,7 +32,7 @@ def _entries(folder: Path, files: list[str]) -> Iterator[Entry]:
         yield Entry(where, image_id, 1, partial(_load, folder / name))
 
 
-def _load(path: Path) -> Regions:
+def _load(path: Path) -> ForeignRegions:
     features = _content(path)
     if isinstance(features, dict):
         return array_regions({str(name): value for name, value in features.items()})
@@ -47,13 +47,13 @@ def _load(path: Path) -> Regions:
     return described(info, n, rows(info.get("bbox"), n, "bbox"), rows(features, n, "features"))
 
 
-def _of_vinvl(info: dict[str, Any], features: np.ndarray) -> Regions:
+def _of_vinvl(info: dict[str, Any], features: np.ndarray) -> ForeignRegions:
     n = region_count(len(features))
     boxes, both = rows(info.get("bbox"), n, "bbox"), rows(features, n, "features")
     width, height = (integer(info.get(f"image_{side}") or 0, f"image_{side}") for side in ("width", "height"))
     found, left_out = optional(info, ("scores",), lambda value, name: column(value, n, name))
     extras = {"objects_conf": found["scores"]} if found else {}
-    return Regions(boxes[:, :4], both[:, :-POSITION], width, height, extras=extras, normalised=True, left_out=left_out)
+    return ForeignRegions(boxes[:, :4], both[:, :-POSITION], width, height, extras=extras, normalised=True, left_out=left_out)
 
 
 def _content(path: Path) -> Any:

@@ -9,25 +9,25 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from preprocessing.features.formats.entry import BadEntryError, Entry, Regions, Source, from_bytes
+from preprocessing.features.formats.entry import BadEntryError, Entry, ForeignRegions, Source, from_bytes
 from preprocessing.features.formats.vilbert_lmdb import unpickled
 
 MAX_BYTES = 1 << 30  # of one array; ten thousand regions with everything are a tenth of it
 
 
-def npz_source(folder: Path, decode: Callable[[BinaryIO], Regions]) -> Source:
+def npz_source(folder: Path, decode: Callable[[BinaryIO], ForeignRegions]) -> Source:
     """All .npz files below ``folder``; ids are their paths in it, without the suffix."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npz"))
     return Source(len(files), "images", partial(_entries, folder, files, decode))
 
 
-def _entries(folder: Path, files: list[str], decode: Callable[[BinaryIO], Regions]) -> Iterator[Entry]:
+def _entries(folder: Path, files: list[str], decode: Callable[[BinaryIO], ForeignRegions]) -> Iterator[Entry]:
     for name in files:
         image_id = name.removesuffix(".npz").encode(errors="surrogateescape").decode(errors="surrogateescape")
         yield Entry(name.encode(errors="backslashreplace").decode(), image_id, 1, partial(_load, folder / name, decode))
 
 
-def _load(path: Path, decode: Callable[[BinaryIO], Regions]) -> Regions:
+def _load(path: Path, decode: Callable[[BinaryIO], ForeignRegions]) -> ForeignRegions:
     try:
         with open(path, "rb") as file:
             return decode(file)

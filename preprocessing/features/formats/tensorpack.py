@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from preprocessing.features.formats.entry import BadEntryError, Entry, Regions, Source, integer, region_count, rows, unusable
+from preprocessing.features.formats.entry import BadEntryError, Entry, ForeignRegions, Source, integer, region_count, rows, unusable
 from preprocessing.features.formats.lmdb_file import ForeignLmdb, image_count
 from preprocessing.features.formats.msgpack_arrays import unpack
 from preprocessing.features.formats.vilbert_lmdb import array_regions, unpickled
@@ -50,7 +50,7 @@ def _text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _regions(row: list[Any]) -> Regions:
+def _regions(row: list[Any]) -> ForeignRegions:
     n = region_count(row[3])
     features, probs, boxes = (rows(row[at], n, what) for at, what in enumerate(("features", "cls_prob", "boxes")))
-    return Regions(boxes, features, integer(row[5], "image_w"), integer(row[4], "image_h"), probs)
+    return ForeignRegions(boxes, features, integer(row[5], "image_w"), integer(row[4], "image_h"), probs)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
-from preprocessing.features.formats.entry import BadEntryError, Entry, Regions, Source, from_base64, integer, region_count, unusable
+from preprocessing.features.formats.entry import BadEntryError, Entry, ForeignRegions, Source, from_base64, integer, region_count, unusable
 
 BUTD = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 VILBERT = (*BUTD, "cls_prob")
@@ -56,14 +56,14 @@ def lines(path: Path) -> Iterator[tuple[str, int, bytes | None]]:
                 yield f"line {number}", size, None if too_long else content
 
 
-def base64_regions(row: Mapping[str, str | bytes]) -> Regions:
+def base64_regions(row: Mapping[str, str | bytes]) -> ForeignRegions:
     """Regions of a row whose arrays are base64, whichever of these formats it has; ``BadEntryError`` where it cannot be used."""
     width, height = (integer(row.get(f"image_{side}", row.get(f"img_{side}")), f"image_{side}") for side in "wh")
     n = region_count(row.get("num_boxes"))
     boxes, features = (from_base64(row.get(name), "<f4", n, name) for name in ("boxes", "features"))
     probs = from_base64(row["cls_prob"], "<f4", n, "cls_prob") if "cls_prob" in row else None
     extras = {name: _one_each(row[name], dtype, n, name) for name, dtype in LXMERT_EXTRAS.items() if name in row}
-    return Regions(boxes, features, width, height, probs, extras=extras)
+    return ForeignRegions(boxes, features, width, height, probs, extras=extras)
 
 
 def _one_each(text: str | bytes, dtype: str, count: int, what: str) -> np.ndarray:

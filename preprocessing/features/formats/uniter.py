@@ -14,7 +14,7 @@ import numpy as np
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.files import write_json
 from preprocessing.features.formats import lmdb_file
-from preprocessing.features.formats.entry import BadEntryError, Entry, Regions, Source, column, optional, region_count, rows
+from preprocessing.features.formats.entry import BadEntryError, Entry, ForeignRegions, Source, column, optional, region_count, rows
 from preprocessing.features.formats.msgpack_arrays import pack, unpack
 from preprocessing.features.formats.npz import npz_source, read_npz
 from preprocessing.features.formats.tsv import labels
@@ -41,7 +41,7 @@ def _named(source: Source) -> Iterator[Entry]:
         yield Entry(entry.where, entry.image_id.removesuffix(SUFFIX), entry.size, entry.load)
 
 
-def _decode(data: bytes) -> Regions:
+def _decode(data: bytes) -> ForeignRegions:
     if data.startswith(b"PK"):
         return _from_npz(data)
     value = unpack(data)
@@ -50,18 +50,18 @@ def _decode(data: bytes) -> Regions:
     return _regions({key.decode(errors="replace"): item for key, item in value.items() if isinstance(key, bytes)})
 
 
-def _from_npz(file: BinaryIO | bytes) -> Regions:
+def _from_npz(file: BinaryIO | bytes) -> ForeignRegions:
     return _regions(read_npz(file, ARRAYS))
 
 
-def _regions(arrays: Mapping[str, Any]) -> Regions:
+def _regions(arrays: Mapping[str, Any]) -> ForeignRegions:
     features = arrays.get("features")
     n = region_count(len(features) if isinstance(features, np.ndarray) and features.ndim else 0)
     boxes = rows(arrays.get("norm_bb"), n, "norm_bb")[:, :4]
     found, left_out = optional(arrays, ("soft_labels",), lambda value, name: rows(value, n, name))
     confidences, bad = optional(arrays, ("conf",), lambda value, name: column(value, n, name))
     extras = {"objects_conf": confidences["conf"]} if confidences else {}
-    return Regions(
+    return ForeignRegions(
         boxes, rows(features, n, "features"), probs=found.get("soft_labels"), extras=extras, normalised=True, left_out=left_out | bad
     )
 

@@ -13,7 +13,7 @@ from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.errors import MegainterError
 from preprocessing.detector.restricted_pickle import Foreign, load_restricted
 from preprocessing.features.formats import lmdb_file
-from preprocessing.features.formats.entry import BadEntryError, Regions, Source, column, integer, optional, region_count, rows
+from preprocessing.features.formats.entry import BadEntryError, ForeignRegions, Source, column, integer, optional, region_count, rows
 from preprocessing.features.formats.tsv import base64_regions, to_base64
 
 INDEX_KEY = b"keys"
@@ -47,14 +47,14 @@ def unpickled_dict(data: bytes) -> dict[str, Any]:
     return {key.decode(errors="replace") if isinstance(key, bytes) else str(key): item for key, item in value.items()}
 
 
-def _regions(data: bytes) -> Regions:
+def _regions(data: bytes) -> ForeignRegions:
     row = unpickled_dict(data)
     if isinstance(row.get("features"), str | bytes):
         return base64_regions(row)
     return array_regions(row)
 
 
-def array_regions(row: Mapping[str, Any]) -> Regions:
+def array_regions(row: Mapping[str, Any]) -> ForeignRegions:
     """Regions of a dict of arrays: vilbert-multi-task's, or VOLTA's, which counts nothing and has labels without background."""
     features = row.get("features")
     n = region_count(row.get("num_boxes", len(features) if isinstance(features, np.ndarray) and features.ndim == 2 else None))
@@ -63,7 +63,7 @@ def array_regions(row: Mapping[str, Any]) -> Regions:
     labels, bad = optional(row, VOLTA_LABELS, lambda value, name: column(value, n, name))
     extras = {VOLTA_LABELS[name]: values for name, values in labels.items()}
     boxes, features = rows(row.get("boxes"), n, "boxes"), rows(features, n, "features")
-    return Regions(boxes, features, width, height, found.get("cls_prob"), extras=extras, left_out=left_out | bad)
+    return ForeignRegions(boxes, features, width, height, found.get("cls_prob"), extras=extras, left_out=left_out | bad)
 
 
 def write(records: Iterator[tuple[str, RegionRecord]], schema: StoreSchema, destination: Path) -> None:

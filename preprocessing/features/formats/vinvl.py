@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.features.formats.entry import BadEntryError, Entry, Regions, Source, from_base64, integer, region_count, unusable
+from preprocessing.features.formats.entry import BadEntryError, Entry, ForeignRegions, Source, from_base64, integer, region_count, unusable
 from preprocessing.features.formats.tsv import lines
 
 POSITION = 6  # x1, y1, x2, y2, w, h behind Oscar's features
@@ -43,7 +43,7 @@ def _entries(path: Path) -> Iterator[Entry]:
         yield Entry(where, key.decode(errors="surrogateescape"), size, load)
 
 
-def _load(text: bytes) -> Regions:
+def _load(text: bytes) -> ForeignRegions:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -60,7 +60,7 @@ def _missing(error: Exception) -> str:
     return f"no {error}" if isinstance(error, KeyError) else str(error)[:200]
 
 
-def _from_objects(objects: list[Mapping[str, Any]], whole: Mapping[str, Any]) -> Regions:
+def _from_objects(objects: list[Mapping[str, Any]], whole: Mapping[str, Any]) -> ForeignRegions:
     region_count(len(objects))
     width, height = (integer(whole.get(f"image_{side}", 0), f"image_{side}") for side in "wh")
     boxes = np.array([item["rect"] for item in objects], np.float32)
@@ -68,14 +68,14 @@ def _from_objects(objects: list[Mapping[str, Any]], whole: Mapping[str, Any]) ->
     if boxes.shape != (len(objects), 4) or len({len(feature) for feature in features}) != 1:
         raise BadEntryError("its boxes or features are not of one size")
     extras = {"objects_conf": np.array([float(item["conf"]) for item in objects], np.float32)}
-    return Regions(boxes, np.stack(features), width, height, extras=extras, names=tuple(str(item["class"]) for item in objects))
+    return ForeignRegions(boxes, np.stack(features), width, height, extras=extras, names=tuple(str(item["class"]) for item in objects))
 
 
-def _positioned(num_boxes: Any, features: Any) -> Regions:
+def _positioned(num_boxes: Any, features: Any) -> ForeignRegions:
     return split_position(from_base64(features, "<f4", region_count(num_boxes), "features"))
 
 
-def split_position(both: np.ndarray) -> Regions:
+def split_position(both: np.ndarray) -> ForeignRegions:
     """Features [n, F] and boxes from [n, F + 6]; ``BadEntryError`` where the last six numbers are no position."""
     boxes, sides = both[:, -POSITION:-2], both[:, -2:]
     if (
@@ -84,4 +84,4 @@ def split_position(both: np.ndarray) -> Regions:
         or not (np.abs(boxes[:, 2:] - boxes[:, :2] - sides) < 0.05).all()
     ):
         raise BadEntryError(f"its features have {both.shape[1]} numbers, of which the last {POSITION} are no position in the image")
-    return Regions(boxes, both[:, :-POSITION], normalised=True)
+    return ForeignRegions(boxes, both[:, :-POSITION], normalised=True)

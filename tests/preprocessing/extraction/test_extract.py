@@ -26,7 +26,7 @@ from preprocessing.detector import load_detector
 from preprocessing.detector.detector import DetectorConfig, build_model, save_detector
 from preprocessing.extraction.extract import Extraction, _batches, _check_disk, _devices, _source, extract
 from preprocessing.extraction.worker import Failure, Task, decoded, extractor, store_batch
-from preprocessing.images.listing import Source, list_images
+from preprocessing.images.listing import ImageList, list_images
 from tests.places import ROOT
 
 IMAGES = 150  # more than two transactions of 64
@@ -452,7 +452,7 @@ def test_ids_by_a_pattern_are_those_of_the_same_records_also_after_a_stop(
     options = {"min_boxes": 3, "max_boxes": 9, "workers": 1, "precision": "fp32"}
     files = (folder / "images", tmp_path / "store", folder / "detector.safetensors")
 
-    def part(source: Source, *rest: Any) -> Iterator[list[Task]]:
+    def part(source: ImageList, *rest: Any) -> Iterator[list[Task]]:
         for count, batch in enumerate(_batches(source, *rest)):
             if count == 3:
                 raise StoppedEarly("enough")

@@ -13,7 +13,7 @@ from megainter.data.tables.boxes import ImageBoxes, write_boxes
 from megainter.data.tables.pairs import Pair, write_pairs
 from megainter.errors import UsageError
 from preprocessing.images.decode import UnreadableImageError, confined, image_size, load_image
-from preprocessing.images.listing import Item, list_images, renamed
+from preprocessing.images.listing import ListedImage, list_images, renamed
 
 
 def picture(number: int, format_: str = "PNG") -> bytes:
@@ -32,7 +32,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def names(source_items: list[Item]) -> list[tuple[str, str]]:
+def names(source_items: list[ListedImage]) -> list[tuple[str, str]]:
     return [(item.image_id, item.path) for item in source_items]
 
 
@@ -40,7 +40,7 @@ def test_a_folder_of_images_is_sorted_by_id(tmp_path: Path) -> None:
     for name in ("b.png", "a/c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(picture(1))
-    assert list_images(tmp_path).items == [Item("a/c", "a/c.png"), Item("b", "b.png")]
+    assert list_images(tmp_path).items == [ListedImage("a/c", "a/c.png"), ListedImage("b", "b.png")]
 
 
 def test_images_of_a_manifest_of_pairs_or_boxes(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_ids_by_a_pattern_of_a_folder_a_table_and_tar_files(tmp_path: Path) -> N
     assert [item.image_id for item in renamed(list_images(tmp_path / "a"), "{number}").items] == ["12", "391895"]
     (tmp_path / "t.csv").write_text("image,image_id\nval2014/COCO_val2014_000000000012.png,beach/7\n")
     table = renamed(list_images(tmp_path / "a", tmp_path / "t.csv"), "vg-{number:04d}")
-    assert table.items == [Item("vg-0007", "val2014/COCO_val2014_000000000012.png")]
+    assert table.items == [ListedImage("vg-0007", "val2014/COCO_val2014_000000000012.png")]
     (tmp_path / "tars").mkdir()
     for shard in range(2):
         write_tar(tmp_path / "tars" / f"{shard}.tar", {f"s{shard}/{n}.png": picture(n) for n in range(2)})

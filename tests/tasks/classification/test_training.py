@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from megainter import InterBertConfig
 from megainter.config.reading import read_settings
-from megainter.conversion.bert import Start, convert_bert
+from megainter.conversion.bert import BertStart, convert_bert
 from megainter.data.packed import PackedInputs
 from megainter.data.tables.labelled import Example, answer_accuracy, read_examples, write_examples
 from megainter.errors import UsageError
@@ -197,7 +197,7 @@ def test_the_text_path_is_as_good_as_the_bert_it_came_from(tmp_path: Path) -> No
     bert = next(Path(str(file.locate())).parent for file in files if file.name == "vocab.txt")
     columns = Columns("sentence", None, "label", "id")
     prepare_examples("tsv", [movie_reviews(tmp_path)], tmp_path / "reviews.parquet", options=Options(columns), shares=Shares(0.2, 0.6))
-    convert_bert(bert, tmp_path / "start", Start(interaction_layers=3))
+    convert_bert(bert, tmp_path / "start", BertStart(interaction_layers=3))
     run = tmp_path / "run"
     arguments = ["--config", "classification", "--model.start_from", tmp_path / "start", "--data.examples", tmp_path / "reviews.parquet",
                  "--output", run, "--training.micro_batch", 32, "--optimizer.learning_rate", 1e-4, "--validation.every_steps", 0,

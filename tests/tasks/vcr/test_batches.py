@@ -14,7 +14,7 @@ from megainter.data.text.vocabulary import load_vocabulary
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForMultipleChoice
-from megainter.tasks.vcr.batches import ChoiceBatch, ChoiceStream, Examples, Item, all_items, right_choices
+from megainter.tasks.vcr.batches import ChoiceBatch, ChoiceSource, ChoiceStream, ChoiceToMake, all_items, right_choices
 from megainter.tasks.vcr.inputs import ANSWER, RATIONALE, ExampleSettings, WordPieces, open_questions, open_stores
 from megainter.tasks.vcr.objective import ChoiceStep, choice_logits
 from preprocessing.scenes.scenes import SCENE_SIZE
@@ -32,10 +32,10 @@ def vocabulary(files: VcrFiles, tmp_path_factory: pytest.TempPathFactory):
     return load_vocabulary(write_start(tmp_path_factory.mktemp("start"), files.questions))
 
 
-def examples_of(files: VcrFiles, vocabulary, split: str = "train", kinds: tuple[int, ...] = (0, 1), tied: bool = True) -> Examples:
+def examples_of(files: VcrFiles, vocabulary, split: str = "train", kinds: tuple[int, ...] = (0, 1), tied: bool = True) -> ChoiceSource:
     stores = open_stores(files.store, files.objects_store)
     questions, _ = open_questions(files.questions, split, stores, 0.0)
-    return Examples(questions, stores, WordPieces.of(questions, vocabulary), ExampleSettings(60, 80, 12, 12, tied), kinds)
+    return ChoiceSource(questions, stores, WordPieces.of(questions, vocabulary), ExampleSettings(60, 80, 12, 12, tied), kinds)
 
 
 def model_of(vocabulary, seed: int = 0) -> InterBertForMultipleChoice:
@@ -91,7 +91,7 @@ def test_a_named_token_points_at_the_box_of_its_object(files: VcrFiles, vocabula
     for item in all_items(examples.questions, (0, 1), every_answer=True):
         question = examples.questions[item.row]
         boxes = examples.stores.given[question.image_id].boxes / SCENE_SIZE
-        batch = examples.collate([examples.of(item), examples.of(Item(0, ANSWER))])
+        batch = examples.collate([examples.of(item), examples.of(ChoiceToMake(0, ANSWER))])
         inputs = batch.inputs
         starts, pointed = inputs.region_lengths.cumsum(0) - inputs.region_lengths, 0
         for sample, (text, token_rows) in enumerate(
@@ -105,7 +105,7 @@ def test_a_named_token_points_at_the_box_of_its_object(files: VcrFiles, vocabula
                     pointed += 1
         assert pointed >= 4
     untied = examples_of(files, vocabulary, tied=False)
-    assert untied.collate([untied.of(Item(0, ANSWER))]).inputs.text_regions is None
+    assert untied.collate([untied.of(ChoiceToMake(0, ANSWER))]).inputs.text_regions is None
 
 
 def test_lengths_to_deal_by_are_those_of_the_batch(files: VcrFiles, vocabulary) -> None:
@@ -164,6 +164,6 @@ def test_what_is_scored_where_the_labels_are_hidden(files: VcrFiles, vocabulary)
 def test_rationales_follow_the_answer_that_is_given(files: VcrFiles, vocabulary) -> None:
     examples = examples_of(files, vocabulary)
     question = examples.questions[0]
-    by_answer = [examples.of(Item(0, RATIONALE, given)).texts[0].ids.tolist() for given in range(4)]
+    by_answer = [examples.of(ChoiceToMake(0, RATIONALE, given)).texts[0].ids.tolist() for given in range(4)]
     assert len({tuple(ids) for ids in by_answer}) > 1
-    assert examples.of(Item(0, RATIONALE)).texts[0].ids.tolist() == by_answer[question.answer_label]
+    assert examples.of(ChoiceToMake(0, RATIONALE)).texts[0].ids.tolist() == by_answer[question.answer_label]
