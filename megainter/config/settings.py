@@ -34,7 +34,7 @@ class DataConfig:
     vocabulary: Path | None = None
     """A WordPiece vocab.txt; none: one is trained on the captions."""
     vocabulary_size: Positive = 8000
-    """Upper bound, where the vocabulary is trained."""
+    """Most entries of a vocabulary that is trained on the captions."""
     lowercase: bool = True
     """Whether captions are lowercased."""
     max_text_tokens: Annotated[int, Field(ge=4)] = 36
@@ -58,7 +58,7 @@ class DataConfig:
     max_missing: Probability = 0.01
     """Share of captions that may be left out because their image has no regions in the store."""
     order: Literal["random", "blocks"] = "random"
-    """Of an epoch's samples: random, or blocks of images that lie near each other in the store, for network disks and hard disks."""
+    """Order of an epoch's samples: random, or blocks of images that lie near each other in the store, for network disks and hard disks."""
     block: Positive | None = None
     """Samples of a block, for order "blocks"; none: 4096."""
     workers: NotNegative = 2
@@ -70,13 +70,13 @@ class ValidationConfig:
     """Periodic validation on a fixed set of samples; ``pairs`` and ``store`` default to those of the training data."""
 
     pairs: Path | None = None
-    """Captions; none: those of the training data."""
+    """Captions to validate on; none: those of the training data."""
     store: Path | None = None
-    """Regions; none: those of the training data."""
+    """Regions to validate with; none: those of the training data."""
     split: str = "val"
-    """Split of the captions; where it has none there is no validation."""
+    """Split of the captions to validate on; without captions of this split there is no validation."""
     samples: Positive = 1000
-    """Samples of the fixed set."""
+    """Samples that each validation measures, the same every time."""
     every_steps: NotNegative = 500
     """Steps between two validations; 0: only at the end."""
 
@@ -102,9 +102,9 @@ class ModelSettings:
     num_interaction_layers: NotNegative = 6
     """Layers that see text and regions together."""
     num_text_layers: NotNegative = 6
-    """Layers of the text stream above them."""
+    """Layers of the text stream above the interaction layers."""
     num_region_layers: NotNegative = 6
-    """Layers of the region stream above them."""
+    """Layers of the region stream above the interaction layers."""
     num_region_attention_heads: Positive = 8
     """Attention heads of the region layers."""
     hidden_dropout_prob: Probability = 0.1
@@ -122,7 +122,7 @@ class ModelSettings:
     max_position_embeddings: Positive = 512
     """Longest text that the model has positions for."""
     type_vocab_size: Positive = 2
-    """Token types."""
+    """Token types that the model tells apart."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
     """Added to the variance in layer norms."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
@@ -152,9 +152,9 @@ class TrainingConfig:
     """How long and in what portions; exactly one of ``steps`` and ``epochs``."""
 
     steps: Positive | None = None
-    """Optimiser steps."""
+    """Optimiser steps of the whole run, in place of epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Or passes over the captions; fractions are allowed."""
+    """Passes over the training samples, in place of steps; fractions are allowed."""
     global_batch: Positive = 512
     """Samples of one optimiser step over all ranks."""
     micro_batch: Positive = 64
@@ -162,11 +162,11 @@ class TrainingConfig:
     micro_tokens: Positive | None = None
     """Real tokens, text and regions, of one forward on one rank, in place of micro_batch; the samples of a step stay the same."""
     seed: NotNegative = 42
-    """Of weights, order, masks, mismatches and dropout."""
+    """Random seed of weights, sample order, masks, mismatched captions and dropout."""
     log_every: Positive = 20
     """Steps between two records of losses and rates; progress is shown at least once a minute besides."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of a moving average of the weights, kept in the checkpoints; 0: none."""
+    """Decay of a moving average of the weights, which is kept in the checkpoints; 0: no average."""
     max_skipped: Positive = 10
     """Updates left out in a row, for a loss or gradient that is not finite, after which the run ends; fp16's first scale search is free."""
     profile_steps: NotNegative = 0
@@ -207,19 +207,19 @@ class OptimizerConfig:
     warmup: Probability = 0.1
     """Share of all steps in which the rate rises."""
     final_fraction: Probability = 0.0
-    """Of the peak learning rate, at the last step."""
+    """Learning rate of the last step, as a share of the peak."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Largest norm of what `clip` says; 0: no clipping."""
+    """Gradients with a larger norm are scaled down to this; 0: never. `clip` says whose norm."""
     clip: Literal["global", "tensor"] = "global"
     """What is clipped: the gradient as one vector, or each parameter's for itself."""
     decay_groups: Literal["right", "swapped"] = "right"
-    """Decay on matrices and embeddings (right), or on biases and norms (swapped, as in the released code)."""
+    """Where weight decay acts: on matrices and embeddings (right), or on biases and norms (swapped, as in the released code)."""
     bias_correction: bool = True
-    """Adam's; the released code has none."""
+    """Adam's correction of its moments' bias in the first steps; the released code has none."""
     start_rate: Annotated[float, Field(gt=0)] = 1.0
-    """Times the rate, for what a BERT gives: text embeddings, interaction and text layers."""
+    """Factor on the learning rate of everything a BERT can start: text embeddings, interaction and text layers."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Times the rate, for each layer below the heads."""
+    """Factor on the learning rate for each layer below the heads; 1: all layers learn alike."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -227,11 +227,11 @@ class EngineConfig:
     """How DeepSpeed runs it."""
 
     precision: AskedPrecision = "auto"
-    """Of the model's arithmetic; auto: bf16 where all devices compute it, else fp16 on GPUs, else fp32. Weights and optimiser are fp32."""
+    """Precision of the model's arithmetic; auto: bf16 where all devices compute it, else fp16 on GPUs, else fp32. Weights stay fp32."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """What DeepSpeed shares out over ranks: 0 nothing, 1 the optimiser's state, 2 also gradients, 3 also weights."""
     communication: Literal["fp32", "bf16"] = "fp32"
-    """Of gradients while they are summed over ranks; bf16 sends half as much (docs/evidence/performance.md)."""
+    """Precision of gradients while they are summed over ranks; bf16 sends half as much (docs/evidence/performance.md)."""
     offload_optimizer: bool = False
     """Keep the optimiser's state in the host's memory."""
     deepspeed: Path | None = None
@@ -247,7 +247,7 @@ class CheckpointConfig:
     every_steps: Positive = 1000
     """Steps between two checkpoints."""
     keep: Positive = 2
-    """How many are kept, the newest."""
+    """How many checkpoints are kept, the newest."""
 
 
 @dataclass(frozen=True, config=STRICT)

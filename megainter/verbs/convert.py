@@ -201,7 +201,7 @@ def convert_hf(
     dst
         Folder to write; must not exist.
     dtype
-        Of the written weights.
+        Precision of the written weights.
     resize_vocabulary
         Number of word embeddings; the first ones are kept, new ones drawn.
     vocabulary

@@ -58,7 +58,7 @@ def extract(
     device
         Torch device; default CUDA where there is one.
     precision
-        Of the larger part of the detector's arithmetic; proposals stay those of fp32. auto takes what the store was begun in; for a new one
+        Precision of most of the detector's arithmetic; proposals stay fp32. auto takes what the store was begun in; for a new one
         bf16 where all devices compute it, else fp16 on GPUs, else fp32.
     boxes
         Take the regions from this manifest of boxes (Parquet) instead of the detector's proposals.

@@ -76,7 +76,7 @@ def redescribe(
     store
         Feature store whose boxes and class probabilities are kept.
     images
-        Folder of its images.
+        Folder of the store's images.
     output
         Feature store to write.
     network

@@ -111,7 +111,7 @@ def finetune_prefilter(
     pairs
         Pairs manifest.
     store
-        Feature store of its images.
+        Feature store of the captions' images.
     output
         Folder for the dual encoder.
     split
@@ -123,7 +123,7 @@ def finetune_prefilter(
     learning_rate
         Largest rate, after a tenth of the steps; it falls to 0.
     weight_decay
-        Of the linear layers.
+        Weight decay of the linear layers.
     dropout
         Share of words, regions and hidden values that are left out at random.
     max_regions
@@ -133,7 +133,7 @@ def finetune_prefilter(
     max_missing
         Share of captions that may be left out because their image has no regions.
     seed
-        Of order, start and dropout.
+        Random seed of order, start and dropout.
     device
         Torch device; "auto" takes CUDA where there is one.
     """

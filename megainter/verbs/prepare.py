@@ -69,9 +69,9 @@ def prepare(
     val_share
         Share of the images for validation, drawn by a hash of the image's id, where the source names no splits; the rest is for training.
     test_share
-        The same for test.
+        Share of the images that becomes the split test, drawn as --val-share is.
     seed
-        Of that draw.
+        Random seed of the draw by --val-share and --test-share.
     max_bad
         Share of unusable captions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """
@@ -120,9 +120,9 @@ def boxes(
     val_share
         Share of the images for validation, drawn by a hash of the image's id, where the source names no splits; the rest is for training.
     test_share
-        The same for test.
+        Share of the images that becomes the split test, drawn as --val-share is.
     seed
-        Of that draw.
+        Random seed of the draw by --val-share and --test-share.
     max_bad
         Share of unusable boxes above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """
@@ -234,9 +234,9 @@ def examples(
     val_share
         Share of the examples for validation, drawn by a hash of the example's id, where the source names no splits.
     test_share
-        The same for test.
+        Share of the images that becomes the split test, drawn as --val-share is.
     seed
-        Of that draw.
+        Random seed of the draw by --val-share and --test-share.
     max_bad
         Share of unusable examples above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
     """

@@ -27,7 +27,7 @@ def view(
     output
         HTML file to write.
     run
-        Run folder, for its curves.
+        Run folder whose curves are drawn.
     retrieval
         JSON written by `evaluate retrieval`.
     title

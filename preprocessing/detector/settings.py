@@ -60,7 +60,7 @@ class DetectorRun:
     validation: Path | None = None
     """Boxes manifest to measure mAP on at the end."""
     validation_images: Path | None = None
-    """Folder of its images, if another than --images."""
+    """Folder of the validation's images, if another than --images."""
     split: str | None = None
     """Use only the rows of this split."""
     validation_split: str | None = None
@@ -74,7 +74,7 @@ class DetectorRun:
     min_size: int | None = None
     """Pixels that the image's shorter side is brought to; default by backbone: 160, 600, 320."""
     max_size: int | None = None
-    """Pixels that its longer side may have then; default by backbone: 320, 1000, 512."""
+    """Pixels that the image's longer side may have after scaling; default by backbone: 320, 1000, 512."""
     proposals: int | None = None
     """Regions proposed per image, after NMS; default by backbone: 48, 300, 100."""
     half: bool = False

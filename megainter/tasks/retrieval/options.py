@@ -13,7 +13,7 @@ class RetrievalEvaluation:
     pairs: Path
     """Pairs manifest."""
     store: Path
-    """Feature store of its images."""
+    """Feature store of the captions' images."""
     output: Path
     """JSON file for the scores."""
     split: str = "test"

@@ -27,11 +27,11 @@ class VcrData:
     max_answer_tokens: Annotated[int, Field(ge=8)] = 60
     """Longest question with an answer, in tokens, [CLS] and [SEP] included; the longer part is cut first."""
     max_rationale_tokens: Annotated[int, Field(ge=8)] = 80
-    """Longest question with its answer and a rationale, likewise."""
+    """Longest question with its answer and a rationale, in tokens, [CLS] and [SEP] included; the longer part is cut first."""
     max_regions: Positive = 99
     """Most regions of an image, without the global region; annotated ones come before the detector's."""
     max_objects: Positive | None = None
-    """Most annotated regions among them; none: as many as there is room for."""
+    """Most annotated regions among an image's regions; none: as many as there is room for."""
     max_missing: Probability = 0.01
     """Share of questions that may be left out because their image has no regions in a store."""
     workers: NotNegative = 2
