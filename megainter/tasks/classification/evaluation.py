@@ -20,10 +20,10 @@ from megainter.files import require_file_place, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import model_digest, read_config, read_vocabulary
 from megainter.model.interbert import InterBertForSequenceClassification
-from megainter.precision import AskedPrecision
 from megainter.tasks.classification.batches import EncodedExamples, encode_examples, fixed_batches, with_regions
 from megainter.tasks.classification.head import PROBLEM_TYPES, outcome
 from megainter.tasks.classification.metrics import by_kind, figures
+from megainter.tasks.classification.options import ClassificationEvaluation
 from megainter.tasks.classification.report import ClassificationReport, named_predictions, summary, write_predictions
 from megainter.tasks.classification.submission import submission_ids, write_submission
 from megainter.tasks.scoring.file import open_score_file
@@ -35,23 +35,8 @@ EXAMPLES_WORTH_A_PROCESS = 20  # times its cost, beside that of a pair of captio
 USUAL_TOKENS = 128
 
 
-def evaluate(
-    model: Path,
-    examples: Path,
-    store: Path | None = None,
-    *,
-    output: Path,
-    split: str | None = "val",
-    max_text_tokens: int | None = None,
-    max_regions: int | None = None,
-    max_missing: float = 0.0,
-    batch: int = 64,
-    processes: int | None = None,
-    precision: AskedPrecision = "auto",
-    device: str = "auto",
-    submission: Path | None = None,
-) -> ClassificationReport:
-    """Predict every example of ``split``, write the figures to ``output`` (JSON) and the predictions to ``<output>.predictions.parquet``.
+def evaluate(model: Path, options: ClassificationEvaluation) -> ClassificationReport:
+    """Predict every example of ``split``; figures go to ``options.output`` (JSON), predictions to ``<output>.predictions.parquet``.
 
     ``model`` is a Hugging Face folder of a classifier with its vocabulary; labels are compared with its classes by name. ``store`` has the
     regions of the images, where there are some; examples without regions may be a share of ``max_missing``. Lengths that are None are
@@ -60,49 +45,74 @@ def evaluate(
 
     Raises ``UsageError`` for inputs that do not fit each other, ``NumericsError`` naming an example whose score is not a number.
     """
-    if batch < 1 or (processes is not None and processes < 1):
-        raise UsageError(f"--batch {batch} and --processes {processes} must be at least 1")
-    predictions = output.with_name(f"{output.stem}.predictions.parquet")
-    for option, path in (("--output", output), ("--output's predictions", predictions), ("--submission", submission)):
-        if path is not None:
-            require_file_place(path, option)
-    config = read_config(model)
-    vocabulary = check_classifier(model, config)
-    tokens, regions = max_text_tokens or config.max_text_tokens or USUAL_TOKENS, max_regions or config.max_regions or USUAL_LENGTH
-    if not 5 <= tokens <= config.max_position_embeddings:
-        raise UsageError(f"--max-text-tokens is {tokens}; give 5 to {config.max_position_embeddings}, what {model} has positions for")
-    read = read_examples(examples, split)
-    feature_store = _open_store(model, config, read, examples, store)
-    kept = with_regions(read, feature_store, max_missing, examples, "--max-missing") if feature_store is not None else read
-    ids = submission_ids(examples, read) if submission is not None else []
-    if submission is not None and len(kept) < len(read):
-        raise UsageError(
-            f"--submission needs all {len(read):,} examples, and {len(read) - len(kept):,} have no regions: extract their images"
-        )
-    encoded = encode_examples(kept, class_names(config), vocabulary, tokens, feature_store, regions, config.region_feature_size)
-    arithmetic = choose_precision(precision, device)
-    work = ExamplesToScore(model, encoded, tuple(fixed_batches(encoded, batch)), arithmetic)
-    cost = len(kept) * EXAMPLES_WORTH_A_PROCESS * max(kept.images, 1)
-    devices = choose_devices(device, arithmetic, processes, cost, len(work.batches))
-    facts: dict[str, Any] = {
-        "task": kept.task.name, "split": split, "count": len(kept), "missing_examples": len(read) - len(kept), "max_regions": regions,
-        "max_text_tokens": tokens, "precision": arithmetic, "model": str(model), "model_digest": model_digest(model),
-        "examples": str(examples), "examples_digest": kept.digest, "store": str(store) if store is not None else None,
-        "store_digest": feature_store.digest if feature_store is not None else None, "device": devices[0].type,
-    }  # fmt: skip
-    plan = facts | {"vocabulary": vocabulary.digest, "batch": batch, "torch": str(torch.__version__)}
-    with open_score_file(output, plan, len(kept), len(KEPT), len(work.batches)) as file:
-        seconds, _ = run(work, file, devices, "examples", lambda chunk, scores: _require_numbers(scores, kept, work.places(chunk)))
+    predictions = options.output.with_name(f"{options.output.stem}.predictions.parquet")
+    _check(options, predictions)
+    encoded, examples, ids, facts = _open_inputs(model, options)
+
+    # What is predicted, and by whom.
+    precision = choose_precision(options.precision, options.device)
+    work = ExamplesToScore(model, encoded, tuple(fixed_batches(encoded, options.batch)), precision)
+    cost = len(examples) * EXAMPLES_WORTH_A_PROCESS * max(examples.images, 1)
+    devices = choose_devices(options.device, precision, options.processes, cost, len(work.batches))
+    vocabulary = facts.pop("vocabulary")
+    facts |= {"precision": precision, "device": devices[0].type}
+
+    # Scores, kept on the disk until the report is written.
+    plan = facts | {"vocabulary": vocabulary, "batch": options.batch, "torch": str(torch.__version__)}
+    with open_score_file(options.output, plan, len(examples), len(KEPT), len(work.batches)) as file:
+        seconds, _ = run(work, file, devices, "examples", lambda chunk, scores: _require_numbers(scores, examples, work.places(chunk)))
         found = np.array(file.scores)
-        write_predictions(predictions, kept, encoded, found)
-        if submission is not None:
-            write_submission(submission, kept.task.name, ids, named_predictions(encoded, found))
-        measured = _measured(kept, encoded, found)
-        files: dict[str, Any] = {"predictions": predictions.name, "submission": str(submission) if submission is not None else None}
-        report = ClassificationReport(**facts, **measured, processes=len(devices), seconds=seconds, **files)
-        write_json(output, asdict(report))
+        write_predictions(predictions, examples, encoded, found)
+        if options.submission is not None:
+            write_submission(options.submission, examples.task.name, ids, named_predictions(encoded, found))
+        measured = _measured(examples, encoded, found)
+        report = ClassificationReport(
+            **facts,
+            **measured,
+            processes=len(devices),
+            seconds=seconds,
+            predictions=predictions.name,
+            submission=str(options.submission) if options.submission is not None else None,
+        )
+        write_json(options.output, asdict(report))
     print(summary(report), flush=True)
     return report
+
+
+def _open_inputs(model: Path, options: ClassificationEvaluation) -> tuple[EncodedExamples, Examples, list[str], dict[str, Any]]:
+    """What is predicted, encoded and as it was read; the ids a benchmark's file needs; and what the report says of it."""
+    config = read_config(model)
+    vocabulary = check_classifier(model, config)
+    tokens = options.max_text_tokens or config.max_text_tokens or USUAL_TOKENS
+    regions = options.max_regions or config.max_regions or USUAL_LENGTH
+    if not 5 <= tokens <= config.max_position_embeddings:
+        raise UsageError(f"--max-text-tokens is {tokens}; give 5 to {config.max_position_embeddings}, what {model} has positions for")
+
+    everything = read_examples(options.examples, options.split)
+    store = _open_store(model, config, everything, options.examples, options.store)
+    examples = everything if store is None else with_regions(everything, store, options.max_missing, options.examples, "--max-missing")
+    missing = len(everything) - len(examples)
+    ids = submission_ids(options.examples, everything) if options.submission is not None else []
+    if options.submission is not None and missing:
+        raise UsageError(f"--submission needs all {len(everything):,} examples, and {missing:,} have no regions: extract their images")
+
+    encoded = encode_examples(examples, class_names(config), vocabulary, tokens, store, regions, config.region_feature_size)
+    facts: dict[str, Any] = {
+        "task": examples.task.name, "split": options.split, "count": len(examples), "missing_examples": missing, "max_regions": regions,
+        "max_text_tokens": tokens, "model": str(model), "model_digest": model_digest(model), "examples": str(options.examples),
+        "examples_digest": examples.digest, "store": str(options.store) if options.store is not None else None,
+        "store_digest": store.digest if store is not None else None, "vocabulary": vocabulary.digest,
+    }  # fmt: skip
+    return encoded, examples, ids, facts
+
+
+def _check(options: ClassificationEvaluation, predictions: Path) -> None:
+    for option, number in (("--batch", options.batch), ("--processes", options.processes)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} is {number}; give at least 1")
+    for option, path in (("--output", options.output), ("--output's predictions", predictions), ("--submission", options.submission)):
+        if path is not None:
+            require_file_place(path, option)
 
 
 def check_classifier(folder: Path, config: InterBertConfig) -> Vocabulary:

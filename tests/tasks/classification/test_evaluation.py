@@ -17,14 +17,19 @@ from megainter.data.stream.portions import Portions
 from megainter.data.tables.labelled import Example, TaskFacts, answer_accuracy, read_examples, write_examples
 from megainter.data.text.vocabulary import load_vocabulary
 from megainter.errors import MegainterError, NumericsError, TooManyBadInputsError, UsageError
-from megainter.tasks.classification import evaluation as classification
+from megainter.tasks.classification import evaluation
 from megainter.tasks.classification.batches import ClassificationStream, EncodedExamples, cut_pair, encode_examples, encode_texts
-from megainter.tasks.classification.evaluation import BatchScorer, evaluate
+from megainter.tasks.classification.evaluation import BatchScorer
 from megainter.tasks.classification.head import describe_classifier
 from megainter.tasks.classification.metrics import by_kind, figures
+from megainter.tasks.classification.options import ClassificationEvaluation
 from megainter.tasks.classification.report import ClassificationReport
 from tests.synthetic import FEATURE_SIZE, write_data
 from tests.tasks.classification.data import WORDS, write_image_pairs, write_questions, write_reviews, write_start
+
+
+def evaluate(model: Path, examples: Path, store: Path | None = None, **given: Any) -> ClassificationReport:
+    return evaluation.evaluate(model, ClassificationEvaluation(examples=examples, store=store, **given))
 
 
 def examples_of(path: Path, rows: list[Example], task: TaskFacts, split: str | None = None) -> EncodedExamples:
@@ -325,4 +330,4 @@ def test_scores_that_are_no_numbers_are_named(tmp_path: Path) -> None:
 def test_the_summary_is_one_line() -> None:
     values: dict[str, Any] = dict.fromkeys(ClassificationReport.__dataclass_fields__)
     report = ClassificationReport(**values | {"task": "rte", "count": 277, "figures": {"mean_squared_error": 0.5}, "predictions": "p"})
-    assert classification.summary(report) == "rte, 277 examples: mean squared error 0.5000 (p)"
+    assert evaluation.summary(report) == "rte, 277 examples: mean squared error 0.5000 (p)"

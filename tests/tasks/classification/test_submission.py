@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +13,9 @@ from megainter.data.feature_store.record import StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.tables.labelled import Example, TaskFacts, read_examples, write_examples
 from megainter.errors import TooManyBadInputsError, UsageError
-from megainter.tasks.classification.evaluation import evaluate
+from megainter.tasks.classification import evaluation
+from megainter.tasks.classification.options import ClassificationEvaluation
+from megainter.tasks.classification.report import ClassificationReport
 from megainter.tasks.classification.submission import submission_ids, write_submission
 from preprocessing.prepare.labelled import Columns, Options, prepare_examples
 from tests.synthetic import CLASSES, FEATURE_SIZE, write_data
@@ -20,6 +23,10 @@ from tests.tasks.classification.data import write_start
 from tests.tasks.classification.test_evaluation import write_classifier
 
 SCALE = 3.0  # of the classifier's weights, so that it does not say the same of all
+
+
+def evaluate(model: Path, examples: Path, store: Path | None = None, **given: Any) -> ClassificationReport:
+    return evaluation.evaluate(model, ClassificationEvaluation(examples=examples, store=store, **given))
 
 
 def lines(path: Path, *rows: str) -> Path:

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from megainter.conversion.bert import BertStart, convert_bert
 from megainter.data.packed import PackedInputs
 from megainter.data.tables.labelled import Example, answer_accuracy, read_examples, write_examples
 from megainter.errors import UsageError
+from megainter.tasks.classification import evaluation
 from megainter.tasks.classification.comparison import BertForComparison, compare
-from megainter.tasks.classification.evaluation import evaluate
+from megainter.tasks.classification.options import ClassificationEvaluation
+from megainter.tasks.classification.report import ClassificationReport
 from megainter.tasks.classification.settings import ClassificationConfig
 from megainter.tasks.classification.training import open_task
 from megainter.training.metrics import read_metrics
@@ -28,6 +31,10 @@ from preprocessing.prepare.labelled import Columns, Options, prepare_examples
 from preprocessing.prepare.splits import Shares
 from tests.synthetic import environment, losses, write_data
 from tests.tasks.classification.data import settings, write_bert, write_image_pairs, write_questions, write_reviews, write_start
+
+
+def evaluate(model: Path, examples: Path, store: Path | None = None, **given: Any) -> ClassificationReport:
+    return evaluation.evaluate(model, ClassificationEvaluation(examples=examples, store=store, **given))
 
 
 def finetune(arguments: list[str], processes: int = 1, timeout: float = 300) -> str:
