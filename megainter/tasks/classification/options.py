@@ -1,0 +1,36 @@
+"""What `megainter evaluate classification` is asked; light, since the command line reads it for its help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megainter.precision import AskedPrecision
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationEvaluation:
+    """What `megainter evaluate classification` is asked."""
+
+    examples: Path
+    """Labelled examples: what `megainter prepare examples` wrote."""
+    output: Path
+    """JSON file for the figures; the predictions go beside it."""
+    store: Path | None = None
+    """Feature store of the images, for examples that have some."""
+    split: str | None = "val"
+    """Examples of this split."""
+    max_text_tokens: int | None = None
+    """Tokens of a text or pair of texts; default as in training."""
+    max_regions: int | None = None
+    """Regions per image; default as in training."""
+    max_missing: float = 0.0
+    """Share of examples that may be left out because an image of theirs has no regions."""
+    batch: int = 64
+    """Examples per forward."""
+    processes: int | None = None
+    """Processes that share the work; default one per GPU, or one per core."""
+    precision: AskedPrecision = "auto"
+    """Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32."""
+    device: str = "auto"
+    """Torch device; "auto" takes CUDA where there is one."""
+    submission: Path | None = None
+    """Also write the file that the task's benchmark takes: vqa (JSON), nlvr2 (CSV), GLUE (TSV)."""
