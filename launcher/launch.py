@@ -157,7 +157,18 @@ def job_of(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> J
     master = settings.master or (hosts[0].name if hosts else "127.0.0.1")
     engine = settings.engine or ("srun" if settings.request is not None else "deepspeed")
     port = settings.port or (20000 + secrets.randbelow(10000) if remote else free_port())
-    return Job(engine, settings.arguments, hosts, processes, environment, folder, master, port, settings.remote_shell, settings.module)
+    return Job(
+        engine=engine,
+        arguments=settings.arguments,
+        hosts=hosts,
+        processes=processes,
+        environment=environment,
+        folder=folder,
+        master=master,
+        port=port,
+        remote_shell=settings.remote_shell,
+        module=settings.module,
+    )
 
 
 def describe(job: Job, settings: LaunchSettings) -> str:

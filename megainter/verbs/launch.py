@@ -142,9 +142,24 @@ def launch(
     if given and not slurm:
         raise UsageError(f"{given[0]} is for Slurm; give --slurm too, or a --hostfile with the hosts")
     settings = LaunchSettings(
-        command[1:], config.training, config.output, hostfile, include, exclude, processes, engine, remote_shell, master_addr, port,
-        tuple(env or ()), restarts, min_nodes, grace, request, f"megainter.{command[0]}",
-    )  # fmt: skip
+        arguments=command[1:],
+        training=config.training,
+        output=config.output,
+        hostfile=hostfile,
+        include=include,
+        exclude=exclude,
+        processes=processes,
+        engine=engine,
+        remote_shell=remote_shell,
+        master=master_addr,
+        port=port,
+        environment=tuple(env or ()),
+        restarts=restarts,
+        min_nodes=min_nodes,
+        grace=grace,
+        request=request,
+        module=f"megainter.{command[0]}",
+    )
     run(settings, tuple(sys.argv[1:]), dry_run)
 
 

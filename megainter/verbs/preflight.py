@@ -55,8 +55,17 @@ def preflight(
     check(
         config,
         LaunchSettings(
-            settings, config.training, config.output, hostfile, include, exclude, processes, engine, remote_shell, master_addr,
+            arguments=settings,
+            training=config.training,
+            output=config.output,
+            hostfile=hostfile,
+            include=include,
+            exclude=exclude,
+            processes=processes,
+            engine=engine,
+            remote_shell=remote_shell,
+            master=master_addr,
             environment=tuple(env or ()),
         ),
         dry_run_step=steps,
-    )  # fmt: skip
+    )
