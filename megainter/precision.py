@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megainter.deepspeed_json import enables, read_deepspeed_json
 from megainter.errors import UsageError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -77,6 +76,8 @@ def automatic_in_training(
 
     A precision that the JSON ``deepspeed`` enables has been asked for; one that it switches off is not taken.
     """
+    from megainter.deepspeed_json import enables, read_deepspeed_json  # here: help reads this module for its options
+
     given = read_deepspeed_json(deepspeed) if deepspeed is not None else {}
     half: tuple[Precision, ...] = ("bf16", "fp16")
     for precision in half:
