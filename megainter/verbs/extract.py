@@ -14,7 +14,7 @@ def extract(
     manifest: Path | None = None,
     min_boxes: int = 10,
     max_boxes: int = 100,
-    selection: Literal["caffe", "d2"] = "caffe",
+    selection: Literal["caffe", "d2", "objectness"] | None = None,
     workers: int | None = None,
     batch_size: int = 8,
     min_size: int | None = None,
@@ -35,7 +35,7 @@ def extract(
     output
         Feature store to write.
     weights
-        Detector weights (safetensors).
+        Detector weights (safetensors), or the name of a detector that comes along: "photos" (COCO's 80 classes) or "demo" (glyphs).
     manifest
         Take the images named here instead of all in the folder: a Parquet manifest (pairs or boxes), or a CSV or TSV file with a column
         "image" and, if ids are not to be the paths, "image_id".
@@ -44,7 +44,8 @@ def extract(
     max_boxes
         Keep at most this many.
     selection
-        Rule that picks regions: bottom-up-attention's ("caffe") or detectron2's ("d2").
+        Rule that picks regions: bottom-up-attention's ("caffe"), detectron2's ("d2") or what is least likely background ("objectness");
+        default "objectness" for the detector "photos", else "caffe".
     workers
         Processes; default one per core or GPU.
     batch_size
@@ -58,8 +59,8 @@ def extract(
     device
         Torch device; default CUDA where there is one.
     precision
-        Precision of most of the detector's arithmetic; proposals stay fp32. auto takes what the store was begun in; for a new one
-        bf16 where all devices compute it, else fp16 on GPUs, else fp32.
+        Precision of most of the detector's arithmetic; proposals of Visual Genome detectors stay fp32. auto takes what the store was begun
+        in; for a new one bf16 where all devices compute it, else fp16 on GPUs, else fp32.
     boxes
         Take the regions from this manifest of boxes (Parquet) instead of the detector's proposals.
     ids

@@ -1,1 +1,1 @@
-"""Files that come with the package: the demo detector and its licence."""
+"""Files that come with the package: detectors and their licences."""

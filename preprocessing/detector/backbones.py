@@ -72,7 +72,7 @@ class ResNet50Backbone(nn.Module):
         super().__init__()
         body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
         if weights is not None:
-            _load_body(body, weights, ignored=("fc.",))
+            load_body(body, weights, ignored=("fc.",))
         self.body = _resnet_fpn_extractor(body, trainable_layers=5)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -93,9 +93,9 @@ class EfficientNetLite0Backbone(nn.Module):
 
     def __init__(self, weights: Path | None) -> None:
         super().__init__()
-        body = _efficientnet_lite0()
+        body = efficientnet_lite0()
         if weights is not None:
-            _load_body(body, weights, ignored=("_fc.", "_conv_head.", "_bn1."))
+            load_body(body, weights, ignored=("_fc.", "_conv_head.", "_bn1."))
         self.stem = nn.Sequential(body._conv_stem, body._bn0, nn.ReLU6())
         starts = (0, *self.STAGE_ENDS[:-1])
         self.stages = nn.ModuleList(nn.Sequential(*body._blocks[a:b]) for a, b in zip(starts, self.STAGE_ENDS, strict=True))
@@ -113,7 +113,8 @@ class EfficientNetLite0Backbone(nn.Module):
         _freeze([self.stem, *self.stages], count)
 
 
-def _efficientnet_lite0() -> Any:
+def efficientnet_lite0() -> Any:
+    """The package's network with random weights; ``UsageError`` where the package is missing."""
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError:
@@ -133,7 +134,7 @@ def _freeze(stages: list[nn.Module], count: int) -> None:
                 module.train = lambda mode=True, kept=module: kept  # type: ignore[method-assign, assignment, misc]
 
 
-def _load_body(body: nn.Module, path: Path, ignored: tuple[str, ...]) -> None:
+def load_body(body: nn.Module, path: Path, ignored: tuple[str, ...]) -> None:
     """Load ImageNet weights (a state dict: .safetensors, or a .pth read without running code); the classifier may differ."""
     if followed(path).suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -178,34 +179,3 @@ def build_backbone(name: str, weights: Path | None = None) -> nn.Module:
     if weights is not None and not weights.is_file():
         raise UsageError(f"backbone weights {weights} do not exist")
     return BACKBONES[name](weights)
-
-
-class Describer(nn.Module):
-    """What an ImageNet network sees at every place: RGB in 0..1 [S, 3, H, W] -> its last map [S, ``out_channels``, H / 32, W / 32]."""
-
-    out_channels: int
-
-
-class EfficientNetLite0Describer(Describer):
-    """EfficientNet-Lite0 with the 1,280 channels that its ImageNet classifier reads; inputs are brought to -1..1 as it was trained."""
-
-    out_channels = 1280
-
-    def __init__(self, weights: Path | None) -> None:
-        super().__init__()
-        self.body = _efficientnet_lite0()
-        if weights is not None:
-            _load_body(self.body, weights, ignored=("_fc.",))
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.body.extract_features((images * 255 - 127) / 128)
-        return features
-
-
-def _packaged_describer() -> tuple[Describer, Path]:
-    weights = packaged_efficientnet_weights()
-    return EfficientNetLite0Describer(weights), weights
-
-
-# name -> function that gives a network with its ImageNet weights, and the file they came from
-DESCRIBERS: dict[str, Callable[[], tuple[Describer, Path]]] = {"efficientnet_lite0": _packaged_describer}

@@ -1,9 +1,10 @@
 """What a detector says about an image: boxes, region features, class probabilities. ``load_detector`` is the one door to all networks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,19 +17,21 @@ from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.errors import UsageError
 from megainter.files import write_atomically
 from megainter.precision import Precision
-from preprocessing.detector.network import BACKGROUND, Input, Network, Regions
-from preprocessing.detector.selection import select_caffe, select_d2
+from preprocessing.detector.network import BACKGROUND, Input, Network, Regions, Selection
+from preprocessing.detector.photos import FORMAT as PHOTO_FORMAT
+from preprocessing.detector.photos import PhotoConfig, PhotoDetection, build_nanodet, packaged_describer
+from preprocessing.detector.selection import select_caffe, select_d2, select_objects
 from preprocessing.detector.torchvision_models import FORMAT, DetectorConfig, TorchvisionDetection, build_model, network_size, to_input
 from preprocessing.detector.visual_genome import VgConfig, build_vg_network
 from preprocessing.detector.visual_genome_regions import VgDetection
-from preprocessing.detector.weights import VG_FORMAT, Weights, fingerprint_of, read_weights
+from preprocessing.detector.weights import VG_FORMAT, AnyConfig, Weights, fingerprint_of, read_weights
 
 __all__ = [
     "BACKGROUND", "Detector", "DetectorConfig", "Labels", "Regions", "build_detector", "build_model", "load_detector", "network_size",
     "save_detector", "to_input",
 ]  # fmt: skip
+_FORMATS: Mapping[type, str] = MappingProxyType({DetectorConfig: FORMAT, VgConfig: VG_FORMAT, PhotoConfig: PHOTO_FORMAT})
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-Selection = Literal["caffe", "d2"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,7 @@ class Detector:
 
     @property
     def config(self) -> Any:
-        """``DetectorConfig`` or ``VgConfig``."""
+        """``DetectorConfig``, ``VgConfig`` or ``PhotoConfig``."""
         return self.network.config
 
     def schema(self) -> StoreSchema:
@@ -73,14 +76,14 @@ class Detector:
         image: Image.Image,
         min_boxes: int = 10,
         max_boxes: int = 100,
-        selection: Selection = "caffe",
+        selection: Selection | None = None,
         min_size: int | None = None,
         max_size: int | None = None,
     ) -> RegionRecord:
         """The regions of one image: boxes in its pixels (clipped), features, class probabilities with the background first.
 
         ``min_size`` and ``max_size`` replace those the detector was trained at. With fewer proposals than ``min_boxes`` there are fewer
-        regions, and with none the whole image is the only one.
+        regions, and with none the whole image is the only one. ``selection`` None is the network's own rule.
         """
         return self.extract_batch([image], min_boxes, max_boxes, selection, min_size, max_size)[0]
 
@@ -90,7 +93,7 @@ class Detector:
         images: Sequence[Image.Image],
         min_boxes: int = 10,
         max_boxes: int = 100,
-        selection: Selection = "caffe",
+        selection: Selection | None = None,
         min_size: int | None = None,
         max_size: int | None = None,
     ) -> list[RegionRecord]:
@@ -124,7 +127,7 @@ class Detector:
         image: Image.Image,
         min_boxes: int = 10,
         max_boxes: int = 100,
-        selection: Selection = "caffe",
+        selection: Selection | None = None,
         min_size: int | None = None,
         max_size: int | None = None,
     ) -> tuple[RegionRecord, Labels]:
@@ -151,10 +154,15 @@ class Detector:
         maps = self.network.maps(inputs)
         return self.network.read(maps, inputs, self.network.propose(maps, inputs))
 
-    def choose(self, found: Regions, image: Image.Image, value: Input, min_boxes: int, max_boxes: int, selection: Selection) -> _Choice:
-        """Which regions of an image are kept, by either rule."""
+    def choose(
+        self, found: Regions, image: Image.Image, value: Input, min_boxes: int, max_boxes: int, selection: Selection | None
+    ) -> _Choice:
+        """Which regions of an image are kept, by a rule (None: the network's own)."""
         scale = torch.tensor(value.ratio * 2, device=found.proposals.device)
-        if selection == "d2":
+        rule = selection or self.network.selection
+        if rule == "objectness":
+            boxes, rows = found.proposals, select_objects(found.class_probs, min_boxes, max_boxes)
+        elif rule == "d2":
             boxes, top = self.network.regressed(found, value.size)
             rows = select_d2(boxes, top, min_boxes, max_boxes)
         else:
@@ -164,11 +172,11 @@ class Detector:
         return _Choice(rows, clip_boxes_to_image(boxes * scale, (image.height, image.width)))
 
 
-def _check_settings(min_boxes: int, max_boxes: int, selection: str) -> None:
+def _check_settings(min_boxes: int, max_boxes: int, selection: str | None) -> None:
     if not 0 < min_boxes <= max_boxes:
         raise UsageError(f"min_boxes {min_boxes} must be positive and at most max_boxes {max_boxes}")
-    if selection not in ("caffe", "d2"):
-        raise UsageError(f"unknown box selection {selection!r}: choose caffe or d2")
+    if selection is not None and selection not in get_args(Selection):
+        raise UsageError(f"unknown box selection {selection!r}: choose {', '.join(get_args(Selection))}")
 
 
 def _record(image: Image.Image, found: Regions, choice: _Choice) -> RegionRecord:
@@ -184,7 +192,9 @@ def _record(image: Image.Image, found: Regions, choice: _Choice) -> RegionRecord
 def load_detector(
     weights_path: Path | str, device: str | torch.device = "cpu", precision: Precision = "fp32", class_names: Path | None = None
 ) -> Detector:
-    """The detector in a weights file, recognised by its content, not its name: see ``preprocessing.detector.weights.read_weights``.
+    """The detector in a weights file, recognised by its content, or one that comes along, by its name ("photos", "demo").
+
+    See ``preprocessing.detector.weights.read_weights``.
 
     In ``bf16`` and ``fp16`` the larger part of the arithmetic is in half precision; the fingerprint is that of the weights as stored.
     Raises ``UsageError`` where the file is none of a detector's, ``DamagedError`` where tensors are missing, unexpected or misshapen.
@@ -199,6 +209,9 @@ def build_detector(weights: Weights, device: str | torch.device = "cpu", precisi
     if isinstance(weights.config, VgConfig):
         vg = build_vg_network(weights.config, weights.state)
         return Detector(VgDetection(weights.config, vg, device, PRECISIONS[precision]), weights.fingerprint)
+    if isinstance(weights.config, PhotoConfig):
+        nanodet, describer = build_nanodet(weights.config, weights.state), packaged_describer(weights.config)
+        return Detector(PhotoDetection(weights.config, nanodet, describer, device, PRECISIONS[precision]), weights.fingerprint)
     model = build_model(weights.config)
     model.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in weights.state.items()})
     return Detector(TorchvisionDetection(weights.config, model, device, PRECISIONS[precision]), weights.fingerprint)
@@ -212,8 +225,11 @@ def save_detector(path: Path, config: DetectorConfig, model: nn.Module, half: bo
     return save_weights(path, config, state)
 
 
-def save_weights(path: Path, config: DetectorConfig | VgConfig, state: dict[str, Tensor]) -> str:
-    """Write tensors and configuration as one safetensors file, atomically, and return its fingerprint."""
-    header = {"format": VG_FORMAT if isinstance(config, VgConfig) else FORMAT, "config": config.to_json()}
+def save_weights(path: Path, config: AnyConfig, state: dict[str, Tensor], about: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Write tensors and configuration as one safetensors file, atomically, and return its fingerprint.
+
+    ``about``, where the weights come from and the like, stands in the header and does not count for the fingerprint.
+    """
+    header = {**about, "format": _FORMATS[type(config)], "config": config.to_json()}
     write_atomically(path, save({name: value.contiguous() for name, value in state.items()}, metadata=header))
     return fingerprint_of(header["config"], state)

@@ -1,12 +1,13 @@
 """What passes between a detector's network and the choice of its regions."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 from torch import Tensor
 
 BACKGROUND = "__background__"  # the name of class 0
+Selection = Literal["caffe", "d2", "objectness"]  # rules that pick regions: see ``selection``
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Network(Protocol):
     @property
     def config(self) -> Any:
         """With ``class_names`` (background first), ``feature_size``, ``min_size`` and ``max_size``."""
+
+    @property
+    def selection(self) -> Selection:
+        """The rule that picks this network's regions where none is asked for."""
 
     @property
     def pixel(self) -> float | None:

@@ -1,7 +1,8 @@
-"""Which of an image's proposals become its regions: the two rules in use for bottom-up-attention features.
+"""Which of an image's proposals become its regions: the two rules in use for bottom-up-attention features, and a plain one.
 
 "caffe" (bottom-up-attention's generate_tsv; the data of ViLBERT, InterBERT, UNITER): boxes are the proposals as they are.
 "d2" (the detectron2 ports; LXMERT): boxes are regressed to the top class, one class-agnostic NMS.
+"objectness": what is least likely background, whatever it is.
 """
 
 import numpy as np
@@ -11,6 +12,7 @@ from torchvision.ops import nms
 
 CAFFE_NMS = 0.3  # IoU above which a box silences a less probable one of the same class
 CAFFE_CONFIDENCE = 0.2
+OBJECT = 0.1  # probability of not being background above which a region is kept; half of the photos of Flickr8k then have 36 or more
 D2_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -82,3 +84,13 @@ def select_d2(boxes: Tensor, top_probs: Tensor, min_boxes: int, max_boxes: int) 
         if len(keep) >= min_boxes:
             break
     return keep[:max_boxes]
+
+
+def select_objects(class_probs: Tensor, min_boxes: int, max_boxes: int) -> Tensor:
+    """Rows of the chosen boxes by falling probability of not being background: those that likely are not, within the bounds.
+
+    ``class_probs`` [R,C] has the background first.
+    """
+    objectness = 1 - class_probs[:, 0]
+    wanted = int((objectness >= OBJECT).sum().clamp(min_boxes, max_boxes))
+    return objectness.argsort(descending=True, stable=True)[:wanted]

@@ -20,7 +20,7 @@ from torchvision.ops.boxes import clip_boxes_to_image
 
 from megainter.errors import DamagedError, UsageError
 from preprocessing.detector.backbones import build_backbone
-from preprocessing.detector.network import BACKGROUND, Input, Regions, whole
+from preprocessing.detector.network import BACKGROUND, Input, Regions, Selection, whole
 
 FORMAT = "megainter-detector-1"
 TORCHVISION_MODELS: Mapping[str, Callable[..., FasterRCNN]] = MappingProxyType(
@@ -157,6 +157,7 @@ class TorchvisionDetection:
     """The network with its preprocessing (``network.Network``). In bf16 and fp16 the backbone and the box head are cast."""
 
     pixel = None
+    selection: Selection = "caffe"
 
     def __init__(
         self, config: DetectorConfig, model: FasterRCNN, device: str | torch.device = "cpu", dtype: torch.dtype | None = None

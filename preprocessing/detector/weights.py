@@ -7,7 +7,9 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from torch import Tensor
 
 from megainter.errors import DamagedError, UsageError
 from megainter.files import followed
+from preprocessing.detector import photos
 from preprocessing.detector.network import BACKGROUND
+from preprocessing.detector.photos import PhotoConfig
 from preprocessing.detector.restricted_pickle import load_restricted
 from preprocessing.detector.torchvision_models import FORMAT, TORCHVISION_MODELS, DetectorConfig, build_model
 from preprocessing.detector.visual_genome import ANCHORS, PREDICTOR, RPN, STAGES, VgConfig, file_shapes
@@ -34,6 +38,10 @@ OLDER_TORCHVISION = (  # names before torchvision 0.13
     (re.compile(r"^(rpn\.head\.conv)\.(weight|bias)$"), r"\1.0.0.\2"),
 )
 COCO_IDS_UNUSED = "N/A"
+# Weights that come with the package (preprocessing/assets), by the names that stand for them.
+PACKAGED: Mapping[str, str] = MappingProxyType({"photos": "photo_detector.safetensors", "demo": "demo_detector.safetensors"})
+
+AnyConfig = DetectorConfig | VgConfig | PhotoConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Weights:
     """A detector's tensors under the names its network has in files, and what they mean."""
 
     origin: str  # in words
-    config: DetectorConfig | VgConfig
+    config: AnyConfig
     state: dict[str, Tensor]
     left_over: tuple[str, ...] = field(default=())  # entries of the file that are no weights of the detector
 
@@ -64,14 +72,18 @@ def fingerprint_of(config: str, state: Mapping[str, Tensor]) -> str:
 def read_weights(path: Path, class_names: Path | None = None) -> Weights:
     """The detector in a file: one of ours, a Visual Genome detector of bottom-up-attention's family, or torchvision's Faster R-CNN.
 
+    ``path`` may also be the name of one that comes along ("photos", "demo"), where there is no file of that name.
+
     Files may be safetensors, torch checkpoints, or pickled dictionaries of numpy arrays. ``class_names`` is a text file with one name per
     line, background left out, for files that hold none (default: ``objects_vocab.txt`` beside the weights, else "class 1", ...).
 
     Raises ``UsageError`` where the file is none of these or asks for code to be run, ``DamagedError`` where it is cut off, or tensors are
     missing, unexpected, misshapen or not finite.
     """
+    if not path.is_file() and str(path) in PACKAGED:
+        path = packaged_weights(str(path))
     header, content = _read_file(path)
-    if header.get("format") in (FORMAT, VG_FORMAT) and "config" in header:
+    if header.get("format") in (FORMAT, VG_FORMAT, photos.FORMAT) and "config" in header:
         return _ours(path, header, content)
     state, rest = _tensors(content)
     if _marked(state, VG_MARKS):
@@ -85,6 +97,11 @@ def read_weights(path: Path, class_names: Path | None = None) -> Weights:
     )
 
 
+def packaged_weights(name: str) -> Path:
+    """The file of weights that come with the package under a name of ``PACKAGED``."""
+    return Path(str(files("preprocessing") / "assets" / PACKAGED[name]))
+
+
 def _marked(state: Mapping[str, Tensor], marks: tuple[str, ...]) -> bool:
     return any(name.startswith(marks) for name in state)
 
@@ -95,7 +112,7 @@ def _marked(state: Mapping[str, Tensor], marks: tuple[str, ...]) -> bool:
 def _read_file(path: Path) -> tuple[dict[str, str], Any]:
     """The header of a safetensors file, else {}, and the content."""
     if not path.is_file():
-        raise UsageError(f"detector weights {path} do not exist or are not a file")
+        raise UsageError(f"detector weights {path} do not exist or are not a file; by name there are {', '.join(PACKAGED)}")
     with open(followed(path), "rb") as file:
         start = file.read(64)
     _refuse_other_kinds(path, start)
@@ -169,19 +186,27 @@ def _tensors(content: Any) -> tuple[dict[str, Tensor], list[str]]:
 
 def _ours(path: Path, header: dict[str, str], state: dict[str, Tensor]) -> Weights:
     """A file of ``save_detector``, stored in any float type."""
-    if header["format"] == FORMAT:
-        config: DetectorConfig | VgConfig = DetectorConfig.from_json(header["config"])
-        origin = f"a detector of this project (backbone {config.backbone})"  # type: ignore[union-attr]
-    else:
-        config, origin = VgConfig.from_json(header["config"]), "a Visual Genome detector of this project"
+    config, origin = _our_config(header)
     _check_state(path, state, expected_shapes(config))
     return Weights(origin, config, state)
 
 
-def expected_shapes(config: DetectorConfig | VgConfig) -> dict[str, tuple[int, ...]]:
+def _our_config(header: dict[str, str]) -> tuple[AnyConfig, str]:
+    """The configuration in a file's header, and what it is of, in words."""
+    if header["format"] == FORMAT:
+        ours = DetectorConfig.from_json(header["config"])
+        return ours, f"a detector of this project (backbone {ours.backbone})"
+    if header["format"] == photos.FORMAT:
+        return PhotoConfig.from_json(header["config"]), "the detector for photos (NanoDet)"
+    return VgConfig.from_json(header["config"]), "a Visual Genome detector of this project"
+
+
+def expected_shapes(config: AnyConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a file with this configuration holds."""
     if isinstance(config, VgConfig):
         return file_shapes(config)
+    if isinstance(config, PhotoConfig):
+        return photos.file_shapes(config)
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in build_model(config).state_dict().items()}
 

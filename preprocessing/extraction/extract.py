@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
@@ -31,6 +31,7 @@ from megainter.precision import AskedPrecision, Precision, Units, automatic
 from megainter.process import StopRequest
 from megainter.progress import Progress
 from preprocessing.detector.detector import load_detector
+from preprocessing.detector.network import Selection
 from preprocessing.extraction.crew import Worker, end, feed, receive, start_child, with_news
 from preprocessing.extraction.worker import Failure, Task, WorkerSetup
 from preprocessing.failures import write_failures
@@ -60,7 +61,7 @@ def extract(
     manifest: Path | None = None,
     min_boxes: int = 10,
     max_boxes: int = 100,
-    selection: Literal["caffe", "d2"] = "caffe",
+    selection: Selection | None = None,
     min_size: int | None = None,
     max_size: int | None = None,
     workers: int | None = None,
@@ -95,11 +96,12 @@ def extract(
     silence_pillow()
     source, given = _source(images, manifest, boxes, ids)
     arithmetic = precision if precision != "auto" else _automatic(output, device, elsewhere)
+    detector = load_detector(weights, "cpu")
     options: dict[str, Any] = {"min_size": min_size, "max_size": max_size}
-    options |= {} if boxes else {"min_boxes": min_boxes, "max_boxes": max_boxes, "selection": selection}
+    options |= {} if boxes else {"min_boxes": min_boxes, "max_boxes": max_boxes, "selection": selection or detector.network.selection}
     settings = options | ({"boxes": sha256_of(boxes)[:16]} if boxes else {}) | ({"precision": arithmetic} if arithmetic != "fp32" else {})
     settings |= {"ids": ids} if ids is not None else {}
-    schema = replace(load_detector(weights, "cpu").schema(), settings=settings)
+    schema = replace(detector.schema(), settings=settings)
     create_store(output, schema)
     with WriterLock(output / "extract.lock"):
         refuse_live_writers(output)
@@ -174,11 +176,11 @@ def _check_disk(output: Path, network_disk: bool) -> None:
         print(f"warning: {output} is on a network disk ({kind}); its writers are told apart by heartbeat", file=sys.stderr, flush=True)
 
 
-def _check_settings(min_boxes: int, max_boxes: int, selection: str, workers: int | None, batch_size: int, max_bad: float) -> None:
+def _check_settings(min_boxes: int, max_boxes: int, selection: str | None, workers: int | None, batch_size: int, max_bad: float) -> None:
     if not 0 < min_boxes <= max_boxes:
         raise UsageError(f"min_boxes {min_boxes} must be positive and at most max_boxes {max_boxes}")
-    if selection not in ("caffe", "d2"):
-        raise UsageError(f"selection {selection!r} is not 'caffe' or 'd2'")
+    if selection is not None and selection not in get_args(Selection):
+        raise UsageError(f"selection {selection!r} is not one of {', '.join(get_args(Selection))}")
     if (workers is not None and workers < 1) or batch_size < 1 or not 0 <= max_bad <= 1:
         raise UsageError(f"workers {workers} and batch_size {batch_size} must be at least 1, max_bad {max_bad} between 0 and 1")
 

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
@@ -24,12 +23,9 @@ from megainter.devices import torch_device
 from megainter.errors import UsageError
 from megainter.files import sha256_of
 from megainter.progress import Progress
-from preprocessing.detector.backbones import DESCRIBERS, Describer
+from preprocessing.detector.describers import DESCRIBERS, STRIDE, Describer, region_means
 from preprocessing.images.decode import confined, load_image, silence_pillow
 from preprocessing.images.listing import ListedImage, list_images, renamed
-
-BINS = 3  # per side of a region, each the mean of 2 x 2 samples of the map
-STRIDE = 32  # pixels of the network's input per place of its map
 
 
 def redescribe(
@@ -99,11 +95,6 @@ def _described(
     ends = np.cumsum([len(record) for record in records])
     for item, record, own in zip(items, records, np.split(features, ends[:-1]), strict=True):
         yield item.image_id, replace(record, features=own)
-
-
-def region_means(map_SCHW: Tensor, boxes: list[Tensor]) -> Tensor:
-    """The mean of a map [S, C, H, W] over each image's boxes [n, 4] (xyxy, pixels of the network's input): [boxes of all images, C]."""
-    return roi_align(map_SCHW.float(), boxes, BINS, 1 / STRIDE, sampling_ratio=2, aligned=True).mean((2, 3))
 
 
 def _squeezed(image: Image.Image, side: int) -> Tensor:

@@ -12,8 +12,8 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import UsageError
-from preprocessing.detector.backbones import DESCRIBERS
-from preprocessing.extraction.redescribe import _files_of, redescribe, region_means
+from preprocessing.detector.describers import DESCRIBERS, region_means
+from preprocessing.extraction.redescribe import _files_of, redescribe
 
 SIZES = ((64, 48), (100, 200), (32, 32))
 
