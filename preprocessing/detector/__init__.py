@@ -1,4 +1,4 @@
-"""Region detectors: `load_detector` reads the weights of any known layout.
+"""Detectors: `load_detector` reads the weights of any known layout, and takes those that come along by name.
 
 Imported only when it is asked for, so that settings can be read without torch.
 """

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import roi_align
 
 from preprocessing.detector.backbones import efficientnet_lite0, load_body, packaged_efficientnet_weights
@@ -29,10 +31,26 @@ class EfficientNetLite0Describer(Describer):
         self.body = efficientnet_lite0()
         if weights is not None:
             load_body(self.body, weights, ignored=("_fc.",))
+        _fold_normalisation(self.body)
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.body.extract_features((images * 255 - 127) / 128)
         return features
+
+
+def _fold_normalisation(body: Any) -> None:
+    """Put the normalisation of an EfficientNet that is not trained further into its convolutions: a fifth of the time was spent there."""
+    pairs = [(body, "_conv_stem", "_bn0"), (body, "_conv_head", "_bn1")]
+    for block in body._blocks:
+        names = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+        pairs += [(block, conv, norm) for conv, norm in names if hasattr(block, conv)]
+
+    for owner, conv_name, norm_name in pairs:
+        conv, norm = getattr(owner, conv_name), getattr(owner, norm_name)
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        setattr(owner, norm_name, nn.Identity())
 
 
 def _packaged_describer() -> tuple[Describer, Path]:

