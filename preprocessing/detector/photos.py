@@ -3,7 +3,7 @@
 NanoDet gives a score per class, each by itself; read as odds against "none of them" they are probabilities with a background (a softmax
 with a zero in front). Its scores were trained to be class times overlap, so that they are low and 80 weak ones outweigh a good one: logits
 are sharpened first. What is most certainly something comes first, whatever it is: that finds more of what people write about than the
-surest class does (docs/extraction.md).
+surest class does (docs/detectors.md).
 """
 
 import json
