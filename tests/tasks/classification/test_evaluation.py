@@ -18,7 +18,7 @@ from megainter.data.tables.labelled import Example, TaskFacts, answer_accuracy, 
 from megainter.data.text.vocabulary import load_vocabulary
 from megainter.errors import MegainterError, NumericsError, TooManyBadInputsError, UsageError
 from megainter.tasks.classification import evaluation
-from megainter.tasks.classification.batches import ClassificationStream, EncodedExamples, cut_pair, encode_examples, encode_texts
+from megainter.tasks.classification.batches import ClassificationStream, EncodedExamples, encode_examples, encode_texts
 from megainter.tasks.classification.evaluation import BatchScorer
 from megainter.tasks.classification.head import describe_classifier
 from megainter.tasks.classification.metrics import by_kind, figures
@@ -119,18 +119,6 @@ def test_texts_are_those_of_the_bert_tokenizer(tmp_path: Path) -> None:
         assert ids.tolist() == expected["input_ids"], (one, two)
         assert types.tolist() == expected["token_type_ids"]
         assert lengths.tolist() == [len(expected["input_ids"])]
-
-
-def test_the_longer_text_is_cut_first() -> None:
-    def token_by_token(first: int, second: int, room: int) -> tuple[int, int]:
-        while first + second > room:
-            first, second = (first - 1, second) if first > second else (first, second - 1)
-        return first, second
-
-    for first in range(20):
-        for second in range(20):
-            for room in range(1, 25):
-                assert cut_pair(first, second, room) == token_by_token(first, second, room)
 
 
 def encoded_reviews(folder: Path) -> EncodedExamples:

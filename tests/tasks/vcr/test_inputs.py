@@ -26,7 +26,6 @@ from megainter.tasks.vcr.inputs import (
     WordPieces,
     choice_texts,
     image_regions,
-    kept_lengths,
     object_words,
     open_questions,
     open_stores,
@@ -119,16 +118,6 @@ def test_every_token_knows_its_object(questions: Questions, vocabulary: Vocabula
             for number in set(runs):
                 said = vocabulary.decode(text.ids[text.objects == number])
                 assert set(said.replace(" ", "").split(names[number].lower())) == {""}, (said, names[number])
-
-
-def test_cut_lengths_equal_popping_one_token_after_the_other() -> None:
-    for a in range(25):
-        for b in range(25):
-            for limit in range(0, 30, 3):
-                left, right = a, b
-                while left + right > limit:
-                    left, right = (left - 1, right) if left > right else (left, right - 1)
-                assert kept_lengths(a, b, limit) == (left, right), (a, b, limit)
 
 
 def test_a_choice_is_cut_for_itself(vocabulary: Vocabulary) -> None:
