@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, Argument, CycloptsError, MissingArgumentError
 
 from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError
 from megainter.files import FULL, is_full
@@ -61,7 +61,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         record_exit(0)
     except CycloptsError as error:
-        _end(f"{' '.join(str(error).split())} (see megainter --help)", UsageError.exit_code)
+        _end(_mistake(error, sys.argv[1:] if tokens is None else tokens), UsageError.exit_code)
     except MegainterError as error:
         _end(str(error), error.exit_code, told=isinstance(error, UsageError))
     except KeyboardInterrupt:
@@ -72,6 +72,32 @@ def main(tokens: Sequence[str] | None = None) -> None:
         if error.errno not in CANNOT_WRITE:
             raise
         _end(f"{error.filename or 'output'}: {error.strerror}", (NoSpaceError if is_full(error) else UsageError).exit_code)
+
+
+def _mistake(error: CycloptsError, tokens: Sequence[str]) -> str:
+    """What is wrong with the command line, and the page of help that says what is right."""
+    words = " ".join(error.command_chain or ())
+    text = " ".join(str(error).split()).rstrip(" .,")
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        given = {token.partition("=")[0] for token in tokens}
+        guess = text[text.index("Did you mean") :] if "Did you mean" in text else ""  # for one that was mistyped
+        named = given & set(error.argument.names)
+        text = f"{error.argument.name} needs a value" if named else f"{words} needs {', '.join(_missing(error.argument, words, given))}"
+        text = f"{text}. {guess}" if guess else text
+    return f"{text} (see {f'megainter {words}'.strip()} --help)"
+
+
+def _missing(first: Argument, words: str, given: set[str]) -> list[str]:
+    """What the verb requires and was not given: options by their names, and from ``first`` on those that stand without one."""
+    verb = app
+    for word in words.split():
+        verb = verb[word]
+    required = [
+        each for each in verb.assemble_argument_collection() if each.required and each.parameter.name and not given & set(each.names)
+    ]
+    places = [each.name for each in required if not each.name.startswith("-")]
+    known = places[: places.index(first.name)] if first.name in places else places
+    return [each.name for each in required if each.name not in known]
 
 
 def _end(text: str, code: int, told: bool = True) -> None:

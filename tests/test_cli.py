@@ -139,3 +139,20 @@ def test_two_runs_in_one_folder_at_once(tmp_path: Path) -> None:
     finally:
         os.kill(first.pid, 9)
         first.wait()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("extract", "extract needs --images, --output, --weights (see megainter extract --help)"),
+        ("extract --images photos", "extract needs --output, --weights (see megainter extract --help)"),
+        ("extract --images", "--images needs a value (see megainter extract --help)"),
+        ("evaluate retrieval model --store s", "evaluate retrieval needs --pairs, --output (see megainter evaluate retrieval --help)"),
+        ("features import", "features import needs SRC, DST (see megainter features import --help)"),
+        ("features import a.tsv", "features import needs DST (see megainter features import --help)"),
+        ("extract --imags p", "extract needs --images, --output, --weights. Did you mean --images instead of --imags? (see megainter extract --help)"),
+        ("extrct", 'Did you mean "extract"?'),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named_with_the_page_that_explains_it(words: str, said: str) -> None:
+    assert_one_line(run(*words.split()), 2, said)
