@@ -52,7 +52,7 @@ class Asked:
 
 def is_models(place: str) -> bool:
     """Whether the model's forward pass or its graph asked."""
-    return place.startswith(("model/", "kernels/", "training/objectives.py", "transfers.py", AUTOGRAD, LINEAR))
+    return place.startswith(("model/", "kernels/", "tasks/pretraining/objective.py", "transfers.py", AUTOGRAD, LINEAR))
 
 
 def place() -> str:

@@ -175,7 +175,7 @@ WAITING_RANK = """
     import signal, sys, time
     sys.path.insert(0, {root!r})
     from pathlib import Path
-    from preprocessing import extract_mpi, extract_worker
+    from preprocessing.extraction import mpi, worker
 
     class Link:
         received = 0
@@ -185,10 +185,10 @@ WAITING_RANK = """
             if self.received > 1:
                 print("waiting", flush=True)
                 time.sleep(60)
-            return extract_worker.Job(0, Path(), Path(), None, Path(), "cpu", "fp32", {{}}, 0)
+            return worker.WorkerSetup(0, Path(), Path(), None, Path(), "cpu", "fp32", {{}}, 0)
 
-    extract_mpi.work = lambda link, job: signal.signal(signal.SIGTERM, extract_worker._terminate)
-    extract_mpi._serve(Link(), 0)
+    mpi.work = lambda link, job: signal.signal(signal.SIGTERM, worker._terminate)
+    mpi._serve(Link(), 0)
 """
 
 
