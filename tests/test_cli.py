@@ -150,7 +150,7 @@ def test_two_runs_in_one_folder_at_once(tmp_path: Path) -> None:
         ("evaluate retrieval model --store s", "evaluate retrieval needs --pairs, --output (see megainter evaluate retrieval --help)"),
         ("features import", "features import needs SRC, DST (see megainter features import --help)"),
         ("features import a.tsv", "features import needs DST (see megainter features import --help)"),
-        ("extract --imags p", "extract needs --images, --output, --weights. Did you mean --images instead of --imags? (see megainter extract --help)"),
+        ("extract --imags p", "--weights. Did you mean --images instead of --imags? (see megainter extract --help)"),
         ("extrct", 'Did you mean "extract"?'),
     ],
 )  # fmt: skip

@@ -12,12 +12,7 @@ from transformers import PreTrainedModel
 from megainter.conversion.foreign_files import LazyTensor
 from megainter.errors import DamagedError
 from megainter.model.configuration import InterBertConfig
-from megainter.model.interbert import (
-    InterBertForMultipleChoice,
-    InterBertForPreTraining,
-    InterBertForRetrieval,
-    InterBertForSequenceClassification,
-)
+from megainter.model.interbert import InterBertModel, InterBertPreTrainedModel
 
 HEADS = ("choice_head", "classifier")  # of the downstream models; a folder may hold them beside the pretraining heads
 
@@ -55,11 +50,12 @@ class Plan:
 
 def model_class(name: str) -> type[PreTrainedModel]:
     """The model of that class name (``config.architectures``); ``DamagedError`` for a name that is none of ours."""
-    known = (InterBertForPreTraining, InterBertForRetrieval, InterBertForMultipleChoice, InterBertForSequenceClassification)
-    found = next((kind for kind in known if kind.__name__ == name), None)
-    if found is None:
-        raise DamagedError(f"the configuration names the architecture {name!r}; known are {', '.join(kind.__name__ for kind in known)}")
-    return found
+    known: dict[str, type[PreTrainedModel]] = {
+        kind.__name__: kind for kind in InterBertPreTrainedModel.__subclasses__() if kind is not InterBertModel
+    }
+    if name not in known:
+        raise DamagedError(f"the configuration names the architecture {name!r}; known are {', '.join(known)}")
+    return known[name]
 
 
 def expected_shapes(

@@ -1,4 +1,4 @@
-"""How batches reach the device and a wish to stop reaches the host without either waiting for the other."""
+"""How batches reach the device, and numbers the host, without either waiting for the other."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -75,20 +75,6 @@ class Landing:
             return None
         pending[1].synchronize()
         return float(pending[0])
-
-
-class StopVote:
-    """Whether any rank wants to stop, by a sum that all ranks hold: read without waiting for a GPU, and so one step late there.
-
-    The host then waits at most for the beginning of the step that the device is computing: it is never more than a step ahead.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._landing = Landing(device)
-
-    def passed(self, wishes: Tensor) -> bool:
-        """The verdict on ``wishes`` (float32 []: how many ranks want to stop); on a GPU that of the call before, at first False."""
-        return bool(self._landing.swap(wishes))
 
 
 def _on_its_way(value: Tensor) -> tuple[Tensor, Any]:

@@ -20,7 +20,7 @@ from megainter.errors import NoSpaceError, NumericsError, StoppedEarly
 from megainter.model.configuration import InterBertConfig
 from megainter.process import StopRequest, folder_lock
 from megainter.training import checkpoint, engine, zero_state
-from megainter.training.arrival import Arrivals, StopVote
+from megainter.training.arrival import Arrivals
 from megainter.training.collective import first_said, on_first_rank, summed
 from megainter.training.guard import StepGuard, not_finite, poisoned
 from megainter.training.heartbeat import Heartbeat
@@ -30,6 +30,7 @@ from megainter.training.optimizer import describe, learning_rate
 from megainter.training.precision import with_precision
 from megainter.training.profile import StepProfile
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
+from megainter.training.stopping import StopVote
 from megainter.training.world import World
 from megainter.transfers import read, sent
 

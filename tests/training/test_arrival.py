@@ -14,7 +14,8 @@ from megainter.tasks.classification.batches import LabelledBatch
 from megainter.tasks.pretraining.batches import PretrainBatch
 from megainter.tasks.retrieval.batches import RetrievalBatch
 from megainter.tasks.vcr.batches import ChoiceBatch
-from megainter.training.arrival import Arrivals, StopVote
+from megainter.training.arrival import Arrivals
+from megainter.training.stopping import StopVote
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megainter.data.integers import Int64s
 from megainter.data.text.vocabulary import VocabularyFacts
 from megainter.errors import UsageError
 
 Bools = NDArray[np.bool_]
-Int64s = NDArray[np.int64]
 Uniforms = NDArray[np.float64]  # in [0, 1)
 
 TEXT_DRAWS, REGION_DRAWS = 4, 2  # uniform numbers for each token and for each region
