@@ -48,7 +48,7 @@ WRITERS = """
         texts, none = ["a"] * N, [[]] * N
         columns = {{"example_id": ids, "text_a": texts, "labels": none, "targets": none, "counts": none, "kinds": none, "group": texts}}
         examples = Examples(pa.table(columns), TaskFacts("t", "single_label", ("x", "y"), "accuracy"), 0, "d")
-        encoded = EncodedExamples(None, labels_of(examples, ("x", "y")), 0, (), None, 1, 1)
+        encoded = EncodedExamples(None, labels_of(examples, ("x", "y")), 0, (), None, 1, 1, ())
         write_predictions(path, examples, encoded, np.round(random[:3].T))
 
     texts = [f"{{n}}-{{rng.integers(1 << 60)}}" for n in range(5000)]
