@@ -110,14 +110,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
         "command": sys.argv,
-        "git_commit": _commit(),
+        "git_commit": commit_of(Path(__file__).parents[2]),
     }
 
 
-def _commit() -> str | None:
-    source = Path(__file__).parents[2]
+def commit_of(checkout: Path) -> str | None:
+    """The commit checked out there; None where the folder is no checkout, such as site-packages inside somebody's own repository."""
+    if not (checkout / ".git").exists():
+        return None
     try:
-        answer = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+        answer = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None

@@ -1,5 +1,6 @@
 """What may differ between a run and its resumption."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from megainter.config.reading import load_config
 from megainter.config.settings import as_dict
 from megainter.errors import UsageError
 from megainter.process import folder_lock
-from megainter.training.run_folder import differences, free_changes, removed_where_nothing_began
+from megainter.training.run_folder import commit_of, differences, free_changes, removed_where_nothing_began
 
 GIVEN = ["--output", "run", "--data.pairs", "p", "--data.store", "s", "--training.steps", "10"]
 
@@ -71,3 +72,17 @@ def test_the_log_of_another_run_that_is_starting_stays(tmp_path: Path) -> None:
     with folder_lock(tmp_path / "run"):
         failing_start(tmp_path / "run")
         assert (tmp_path / "run" / "logs" / "train.log").exists()
+
+
+def test_the_commit_of_a_repository_that_merely_holds_the_installation_is_not_taken(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+        return subprocess.run(["git", "-C", str(tmp_path), *who, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "somebody's own project")
+    installed = tmp_path / ".venv" / "site-packages"
+    installed.mkdir(parents=True)
+
+    assert commit_of(tmp_path) == git("rev-parse", "HEAD")
+    assert commit_of(installed) is None
