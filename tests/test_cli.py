@@ -98,6 +98,7 @@ def test_captions_without_images(tmp_path: Path) -> None:
     assert_one_line(train(settings(pairs, store, tmp_path / "run")), 3, "image-008", "--data.max_missing")
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     pairs, store = write_data(tmp_path, images=12)
     assert train(settings(pairs, store, tmp_path / "run", training__steps=2)).returncode == 0
@@ -106,6 +107,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_deepspeed_json_cannot_say_otherwise(tmp_path: Path) -> None:
     pairs, store = write_data(tmp_path, images=12)
     for content, word in [

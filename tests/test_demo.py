@@ -34,6 +34,7 @@ def test_a_failed_stage_is_not_recorded_and_gives_its_exit_code(tmp_path: Path) 
     assert not (tmp_path / "stages" / "prepare.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_training_leaves_no_rank_behind(tmp_path: Path) -> None:
     """SIGKILL of the demo alone: extraction workers and ranks notice and end, so that the next start finds the folder free."""
     child = start(tmp_path)

@@ -62,6 +62,7 @@ def check_profile(folder: Path) -> None:
     assert "(update)" in (folder / "modules.txt").read_text()
 
 
+@pytest.mark.slow  # every day by the runs that are interrupted and by those with another cut
 def test_same_seed_gives_bit_equal_losses(data: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("a", "b"):
         done = train(settings(*data, tmp_path / name, data__workers=1), processes=2)
@@ -126,7 +127,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(data: tuple[Path, Path], tmp_
     assert losses(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_export_is_bit_equal_to_the_trained_weights(stage: int, data: tuple[Path, Path], tmp_path: Path) -> None:
     """Two processes, bf16: the exported fp32 weights are the master weights, and their bf16 rounding is what trained."""
     done = train(settings(*data, tmp_path / "run", engine__zero_stage=stage, engine__precision="bf16", training__steps=4), processes=2)

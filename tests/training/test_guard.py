@@ -52,12 +52,11 @@ def test_what_is_not_finite_is_found_wherever_it_is(value: float) -> None:
 @pytest.mark.parametrize(
     ("processes", "precision", "stage"),
     [
-        (1, "fp32", 0),
-        (2, "bf16", 1),
+        (1, "fp32", 0),  # the stage at which DeepSpeed itself leaves no update out
         *(
             pytest.param(processes, precision, stage, marks=pytest.mark.slow)
             for processes in (1, 2) for precision in ("fp32", "bf16") for stage in range(4)
-            if (processes, precision, stage) not in ((1, "fp32", 0), (2, "bf16", 1))
+            if (processes, precision, stage) != (1, "fp32", 0)
         ),
     ],
 )  # fmt: skip

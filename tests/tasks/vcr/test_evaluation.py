@@ -88,7 +88,7 @@ def figures(run: Path) -> tuple[list[float], list[dict[str, float]]]:
     return losses, [{name: record[name] for name in names} for record in read_metrics(run / "metrics.jsonl", "validation")]
 
 
-@pytest.mark.parametrize(("processes", "stage"), [(2, 3), (3, 1)])
+@pytest.mark.parametrize(("processes", "stage"), [(2, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_more_processes_train_and_validate_alike(
     processes: int, stage: int, files: VcrFiles, start: Path, run: Path, tmp_path: Path
 ) -> None:
@@ -110,7 +110,7 @@ def test_evaluation_gives_the_validations_figures(files: VcrFiles, run: Path, tm
     assert "Q->AR" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_more_processes_evaluate_alike(processes: int, files: VcrFiles, run: Path, tmp_path: Path) -> None:
     (report, rows), (alone, expected) = evaluated(files, run, tmp_path, processes), evaluated(files, run, tmp_path, 1)
     assert report.processes == processes
@@ -179,6 +179,7 @@ def test_hidden_labels_give_the_leaderboards_file(files: VcrFiles, run: Path, tm
         np.testing.assert_allclose(np.array(values, float).reshape(5, 4).sum(1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_mode_alone(files: VcrFiles, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Answers alone, on the detector's boxes alone; the model says later what it was trained for and on."""
     arguments = settings(files, start, tmp_path / "run", data__mode="answer", training__steps=1)
