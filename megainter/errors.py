@@ -49,6 +49,6 @@ class NumericsError(MegainterError):
 
 
 class StoppedEarly(MegainterError):
-    """Stopped on request (SIGTERM, SIGINT, a time limit); the state is saved and the same command resumes."""
+    """Stopped on request (SIGTERM, SIGINT, SIGUSR1, a time limit); the state is saved and the same command resumes."""
 
     exit_code = STOPPED_EARLY

@@ -27,7 +27,7 @@ def check_portions(training: Portioned, world_size: int) -> None:
 def accumulation_steps(training: Portioned, world_size: int) -> int:
     """Micro-batches of ``micro_batch`` samples that each rank runs per optimiser step; a ``UsageError`` where the batch does not divide.
 
-    With ``micro_tokens`` the data decide: ``data.portions.accumulation``.
+    With ``micro_tokens`` the data decide: ``data.stream.portions.accumulation``.
     """
     portion = training.micro_batch * world_size
     if training.global_batch % portion:

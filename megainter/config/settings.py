@@ -83,7 +83,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSettings:
-    """The architecture, in the names of ``InterBertConfig``; None: taken from the data (vocabulary, feature store)."""
+    """The architecture, in the names of ``InterBertConfig``; none: taken from the data (vocabulary, feature store)."""
 
     start_from: Path | None = None
     """A Hugging Face folder whose weights are the start (`megainter convert bert` makes one of a BERT)."""
@@ -133,7 +133,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class StartConfig:
-    """The model that fine-tuning starts from, and what of it may be changed; None: as the model has it."""
+    """The model that fine-tuning starts from, and what of it may be changed; none: as the model has it."""
 
     start_from: Path
     """Hugging Face folder of a pretrained model, with its vocabulary."""
@@ -168,7 +168,7 @@ class TrainingConfig:
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the weights, which is kept in the checkpoints; 0: no average."""
     max_skipped: Positive = 10
-    """Updates left out in a row, for a loss or gradient that is not finite, after which the run ends; fp16's first scale search is free."""
+    """Updates left out in a row, as a loss or gradient is not finite, after which the run ends; fp16's first search for a scale is free."""
     profile_steps: NotNegative = 0
     """Steps to profile after two of warm-up: a Chrome trace of each rank and a table by module, in the run folder's profile; 0: none."""
 
@@ -209,7 +209,7 @@ class OptimizerConfig:
     final_fraction: Probability = 0.0
     """Learning rate of the last step, as a share of the peak."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients with a larger norm are scaled down to this; 0: never. `clip` says whose norm."""
+    """Gradients with a larger norm are scaled down to this; 0: never. optimizer.clip says whether of all or of each tensor."""
     clip: Literal["global", "tensor"] = "global"
     """What is clipped: the gradient as one vector, or each parameter's for itself."""
     decay_groups: Literal["right", "swapped"] = "right"
@@ -217,7 +217,7 @@ class OptimizerConfig:
     bias_correction: bool = True
     """Adam's correction of its moments' bias in the first steps; the released code has none."""
     start_rate: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on the learning rate of everything a BERT can start: text embeddings, interaction and text layers."""
+    """Factor on the learning rate of the layers that a BERT gives: text embeddings, interaction and text layers."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate for each layer below the heads; 1: all layers learn alike."""
 

@@ -1,1 +1,1 @@
-"""From captions and regions to packed micro-batches: manifest, feature store, text, order, masking, negatives, batch."""
+"""Captions and regions on disk and as a stream: tables, feature store, text, pairs index; order, masks, negatives, portions."""

@@ -1,4 +1,4 @@
-"""Which form of an operation runs on a device, and what the start-up log says about it."""
+"""Which form of an operation runs on a device, and what the start-up log says about it; attention's own choice is in `attention`."""
 
 import importlib.util
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""What a pretrained model is measured on and tuned for: one module per task, the same function names in each."""
+"""What is trained and measured: a folder for each task, pretraining among them, with the same file names for the same roles."""

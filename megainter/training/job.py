@@ -60,12 +60,13 @@ class Job:
 
     ``batches[step]`` is the list of this rank's micro-batches of a global step, a pure function of (seed, step, rank, world size).
     ``build_model(None)`` gives the model with its starting weights, ``build_model(configuration)`` the bare model of a checkpoint, whose
-    weights the loop loads. ``build_step`` wraps it for the
-    engine: a module with the model as attribute ``model`` and ``forward(batch, counts [K]) -> (loss share, tallies [2, K])``, where
-    tallies are loss sums and numbers of right predictions (see ``training/objectives.py``). ``validate(engine, world)`` runs on every
-    rank, in evaluation mode and without gradients, and gives the same figures everywhere; ``best`` names the one (larger is better)
-    by which the best checkpoint is kept. ``started`` are lines for the log: what is trained on what. ``sample_ids(step)`` names all samples
-    of a global step, in the order of the sequence, for whoever must look at them.
+    weights the loop loads. ``build_step`` wraps it for the engine: a module with the model as attribute ``model`` and
+    ``forward(batch, counts [K]) -> (loss share, tallies [2, K])``, where tallies are loss sums and numbers of right predictions (see
+    ``tasks/pretraining/objective.py``). ``validate(engine, world)`` runs on every rank, in evaluation mode and without gradients, and
+    gives the same figures everywhere; ``best`` names the one (larger is better) by which the best checkpoint is kept.
+
+    ``started`` are lines for the log: what is trained on what. ``sample_ids(step)`` names all samples of a
+    global step, in the order of the sequence, for whoever must look at them.
     """
 
     objectives: tuple[str, ...]

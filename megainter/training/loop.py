@@ -44,8 +44,8 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
     """Train until ``training.steps``; publishes checkpoints, writes metrics, resumes by itself. Returns the last checkpoint's folder.
 
     Runs alone or as one rank of any launcher; ``open_job`` opens the data on every rank (it may be collective). Raises ``StoppedEarly``
-    after SIGTERM or SIGINT (state saved), ``NumericsError`` where the loss is no longer finite, ``UsageError`` for settings or data
-    that cannot be used.
+    after SIGTERM, SIGINT or SIGUSR1 (state saved), ``NumericsError`` where updates in a row had to be left out, ``UsageError`` for settings
+    or data that cannot be used.
     """
     stop = StopRequest()
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""`megainter prepare`: captions into a manifest, and what else is made of captions before training."""
+"""`megainter prepare`: captions, boxes, questions and labelled examples as the tables that training reads, and hard negatives."""
 
 from pathlib import Path
 from typing import Annotated, Literal

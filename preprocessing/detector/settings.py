@@ -24,7 +24,7 @@ class DetectorTraining:
     weight_decay: float = 0.05
     """Weight decay, on matrices and kernels only."""
     warmup_steps: int = 200
-    """Steps until the peak, at most a quarter of all."""
+    """Steps until the learning rate is at its peak, at most a quarter of all."""
     clip_norm: float = 10.0
     """Gradients with a larger norm are scaled down to this."""
     seed: int = 0
@@ -32,7 +32,7 @@ class DetectorTraining:
     flip: bool = True
     """Mirror half of the images, drawn anew each time."""
     balance: float = 0.001
-    """Show images with classes that fewer images than this share have more often."""
+    """Images with a class that fewer than this share of images have are shown more often."""
     regions_per_image: int = 128
     """Regions sampled per image for the second stage's loss."""
     anchors_per_image: int = 256
@@ -72,11 +72,11 @@ class DetectorRun:
     feature_size: int | None = None
     """Width of the region feature; default by backbone: 256 (tiny), 2048 (resnet50), 1024 (efficientnet_lite0)."""
     min_size: int | None = None
-    """Pixels that the image's shorter side is brought to; default by backbone: 160, 600, 320."""
+    """Pixels that the image's shorter side is brought to; default by backbone: 160 (tiny), 600 (resnet50), 320 (efficientnet_lite0)."""
     max_size: int | None = None
-    """Pixels that the image's longer side may have after scaling; default by backbone: 320, 1000, 512."""
+    """Most pixels of the longer side after scaling; default by backbone: 320 (tiny), 1000 (resnet50), 512 (efficientnet_lite0)."""
     proposals: int | None = None
-    """Regions proposed per image, after NMS; default by backbone: 48, 300, 100."""
+    """Regions proposed per image, after NMS; default by backbone: 48 (tiny), 300 (resnet50), 100 (efficientnet_lite0)."""
     half: bool = False
     """Store the final weights as float16."""
     workers: int = 0

@@ -1,6 +1,6 @@
 """`megainter extract`: image files in, a sealed feature store out. Resumable, on all cores or GPUs, with a list of what failed and why.
 
-This process reads image headers, hands out batches of equally sized images and watches the workers (`worker`): child
+This process reads image headers, hands out batches of equally sized images and watches the workers (`crew`, `worker`): child
 processes, or the other ranks of an MPI job (`mpi`).
 A batch depends only on the list of images, never on which worker takes it or on earlier interruptions, and is stored whole or not at
 all; so a run that was killed and taken up again ends with the same store, to the digest, as one that was not.

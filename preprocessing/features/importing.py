@@ -1,6 +1,6 @@
-"""`megainter features import, export, merge`: foreign formats into a feature store and out of one, and stores into one.
+"""`megainter features import`: foreign formats into a feature store.
 
-What is written to a store is written in transactions and taken up again by the same command; what is exported appears whole or not at all.
+What is written to a store is written in transactions and taken up again by the same command.
 """
 
 import itertools

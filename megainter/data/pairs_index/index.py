@@ -1,6 +1,6 @@
 """Pairs for a run: a split of a manifest, matched with a feature store once, and mapped into memory by every process of the run.
 
-`manifest.read_pairs` holds a whole manifest in memory, which is right for thousands of captions and for looking at them. A run over
+`tables.pairs.read_pairs` holds a whole manifest in memory, which is right for thousands of captions and for looking at them. A run over
 hundreds of millions reads the manifest once, in parts, and leaves beside its other cached files what training asks for: pair ids, captions,
 the number of each row's image and that image's place in the store. Pairs, their order and their digest are the same either way.
 """
@@ -93,7 +93,7 @@ def build_pairs_index(manifest: Path, split: str, store: FeatureStore, folder: P
     """Write the index of the pairs of ``split`` whose images are in ``store`` to ``folder``; one of the same key is reused.
 
     Returns its key and facts. Takes memory for 9 bytes a row of the manifest and 36 an image of the store while it runs. ``UsageError``
-    as for `manifest.read_pairs` (paths of images that the store lacks are not compared), ``NoSpaceError`` where the disk is full.
+    as for `tables.pairs.read_pairs` (paths of images that the store lacks are not compared), ``NoSpaceError`` where the disk is full.
     """
     key = index_key(manifest, split, store)
     try:

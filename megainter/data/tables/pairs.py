@@ -1,6 +1,5 @@
-"""Manifests: which caption belongs to which image, and which boxes lie in it, as Parquet tables.
+"""Pairs: which caption belongs to which image, one row per (image, caption) pair of a Parquet table (``PAIRS_SCHEMA``).
 
-Two schemas. ``PAIRS_SCHEMA`` has one row per (image, caption) pair, ``BOXES_SCHEMA`` one row per image with its labelled boxes.
 Image paths are relative to the images folder and use forward slashes; ids are data and are never used to build a path.
 """
 

@@ -1,4 +1,4 @@
-"""WordPiece text: vocabularies through the ``tokenizers`` library, and a memory-mapped table of every caption's tokens."""
+"""WordPiece vocabularies, read, trained and used through the ``tokenizers`` library."""
 
 import hashlib
 import logging

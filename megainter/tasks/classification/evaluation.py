@@ -1,6 +1,6 @@
 """Measuring a classifier: accuracy and its kin on labelled examples, and predictions for those whose labels are not public.
 
-`classification_training` makes the model. The figures are those of GLUE, VQA and NLVR2 (`classification_metrics`).
+`training` makes the model. The figures are those of GLUE, VQA and NLVR2 (`metrics`).
 """
 
 from dataclasses import asdict, dataclass

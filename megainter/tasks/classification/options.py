@@ -27,7 +27,7 @@ class ClassificationEvaluation:
     batch: int = 64
     """Examples per forward."""
     processes: int | None = None
-    """Processes that share the work; default one per GPU, or one per core."""
+    """Processes that share the work; default one per GPU, or as many cores as the work is worth."""
     precision: AskedPrecision = "auto"
     """Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32."""
     device: str = "auto"

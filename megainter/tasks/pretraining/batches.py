@@ -1,4 +1,4 @@
-"""Packed micro-batches of the deterministic stream: every rank's share of every global step, and their background loading."""
+"""Packed micro-batches of the deterministic stream: every rank's share of every global step."""
 
 import hashlib
 from dataclasses import dataclass, replace

@@ -11,7 +11,7 @@ class RetrievalEvaluation:
     """What `megainter evaluate retrieval` is asked."""
 
     pairs: Path
-    """Pairs manifest."""
+    """Captions: what `megainter prepare` wrote."""
     store: Path
     """Feature store of the captions' images."""
     output: Path
@@ -19,7 +19,7 @@ class RetrievalEvaluation:
     split: str = "test"
     """Split of the manifest that makes the gallery."""
     images: int | None = None
-    """Gallery size: the first so many images; default all."""
+    """Number of images in the gallery, the first ones; default all."""
     captions_per_image: int | None = None
     """Use at most so many captions of each image; default all."""
     max_regions: int | None = None
@@ -29,7 +29,7 @@ class RetrievalEvaluation:
     batch_pairs: int = 256
     """Caption-image pairs per forward."""
     processes: int | None = None
-    """Processes that share the work; default one per GPU, or one per core."""
+    """Processes that share the work; default one per GPU, or as many cores as the work is worth."""
     precision: AskedPrecision = "auto"
     """Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32."""
     device: str = "auto"
@@ -41,6 +41,6 @@ class RetrievalEvaluation:
     prefilter_model: Path | None = None
     """Folder that `megainter finetune prefilter` made."""
     max_missing: float = 0.01
-    """Share of the split's images that may be left out because they have no regions; with --images it does not matter."""
+    """Share of the split's images that may be left out because they have no regions; not checked where --images is given."""
     folds: int | None = None
     """Also give the mean recalls of so many equal parts of the gallery: 5 for COCO's "1K" figures beside its "5K" ones."""

@@ -40,7 +40,7 @@ PAIRS_AT_ONCE = 256  # in validation
 
 
 def finetune(config: RetrievalConfig) -> Path:
-    """Fine-tune as ``config`` says, alone or as one rank of any launcher; returns the folder of the result (``tasks.finetuning``)."""
+    """Fine-tune as ``config`` says, alone or as one rank of any launcher; returns the folder of the result (``tasks.starting``)."""
     if group_settings(config).group < 2:
         raise UsageError("all four numbers of pairs in [data] are 0: with its own pair alone a caption teaches nothing")
     return finetune_job(config, lambda world: open_job(config, world))

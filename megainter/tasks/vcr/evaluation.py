@@ -1,6 +1,6 @@
 """Visual commonsense reasoning (VCR): a question about an image, four answers, four rationales.
 
-`vcr_training.finetune` trains a model, ``evaluate`` measures one: answers (Q->A), rationales given the right answer (QA->R), and both right
+`training.finetune` trains a model, ``evaluate`` measures one: answers (Q->A), rationales given the right answer (QA->R), and both right
 (Q->AR), joined by question id. Where labels are not public it writes the file that the leaderboard takes.
 """
 

@@ -28,7 +28,7 @@ class VcrEvaluation:
     batch_questions: int = 16
     """Choices to make per forward: each is four texts with an image."""
     processes: int | None = None
-    """Processes that share the work; default one per GPU, or one per core."""
+    """Processes that share the work; default one per GPU, or as many cores as the work is worth."""
     precision: AskedPrecision = "auto"
     """Arithmetic of the model; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32."""
     device: str = "auto"

@@ -38,7 +38,7 @@ from megainter.training.world import World
 
 
 def finetune(config: VcrConfig) -> Path:
-    """Fine-tune as ``config`` says, alone or as one rank of any launcher; returns the folder of the result (``tasks.finetuning``)."""
+    """Fine-tune as ``config`` says, alone or as one rank of any launcher; returns the folder of the result (``tasks.starting``)."""
     _check(config)
     return finetune_job(config, lambda world: open_job(config, world))
 
