@@ -168,7 +168,7 @@ class TrainingConfig:
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the weights, which is kept in the checkpoints; 0: no average."""
     max_skipped: Positive = 10
-    """Updates left out in a row, as a loss or gradient is not finite, after which the run ends; fp16's first search for a scale is free."""
+    """Updates left out in a row, as not finite, after which the run ends; fp16's first, while the loss scale is sought, do not count."""
     profile_steps: NotNegative = 0
     """Steps to profile after two of warm-up: a Chrome trace of each rank and a table by module, in the run folder's profile; 0: none."""
 

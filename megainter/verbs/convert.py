@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 AllowPartial = Annotated[bool, Parameter(name="--allow-partial", negative="--strict")]
-convert_app = App(name="convert", help="Move checkpoints in and out.")
+convert_app = App(name="convert", help="Convert checkpoints: ours, InterBERT's, BERT's, DeepSpeed's.")
 
 
 @convert_app.command(name="official")

@@ -183,7 +183,8 @@ def read_task_settings(task: str, settings: Sequence[str]) -> Any:
     if not settings or {"--help", "-h"} & set(settings):
         usage = f"usage: megainter finetune {task} --config RECIPE [--section.key value ...]"
         recipes = f"RECIPE is a TOML file, or one of those that come along: {', '.join(shipped_recipes(f'finetune {task}'))}."
-        print(f"{usage}\n\n{recipes} Settings lie over it; the same command resumes.\n\n{describe_settings(kind)}")
+        changes = "--section.key value changes a setting of the recipe; the same command resumes."
+        print(f"{usage}\n\n{recipes} {changes}\n\n{describe_settings(kind)}")
         return None
     recipe, overrides = split_config(settings)
     return read_settings(kind, recipe, overrides)

@@ -18,7 +18,7 @@ def preflight(
     env: list[str] | None = None,
     steps: bool = True,
 ) -> None:
-    """Check settings, hosts, versions, devices, data, memory, disk, network and three steps before a long run.
+    """Check settings, hosts, versions, devices, data, memory, disk, network and three steps before a long pretraining run.
 
     megainter preflight --hostfile hosts --config base --output run: takes the settings of pretrain. Ends with 0 where all checks
     pass, else with the exit code of the first that failed.

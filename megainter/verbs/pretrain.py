@@ -10,7 +10,7 @@ from megainter.errors import UsageError
 
 
 def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
-    """Pretrain on a pairs manifest and a feature store: --config RECIPE.toml [--section.key value ...].
+    """Pretrain on captions and a feature store: --config RECIPE.toml [--section.key value ...].
 
     Alone, or on every rank of a launcher: deepspeed --module megainter.pretrain --config RECIPE.toml. The same command resumes.
 
@@ -53,4 +53,4 @@ def _explain_settings() -> None:
 
     usage = "usage: megainter pretrain --config RECIPE [--section.key value ...]"
     recipes = f"RECIPE is a TOML file, or one of those that come along: {', '.join(shipped_recipes())}."
-    print(f"{usage}\n\n{recipes} Settings lie over it; the same command resumes.\n\n{describe_settings()}")
+    print(f"{usage}\n\n{recipes} --section.key value changes a setting of the recipe; the same command resumes.\n\n{describe_settings()}")

@@ -20,7 +20,7 @@ class DetectorTraining:
     batch_size: int = 16
     """Images per step."""
     learning_rate: float = 1e-3
-    """Peak of AdamW's schedule: linear warm-up, then cosine decay."""
+    """Peak of AdamW's schedule: linear warm-up, then cosine decay to 1 % of it."""
     weight_decay: float = 0.05
     """Weight decay, on matrices and kernels only."""
     warmup_steps: int = 200

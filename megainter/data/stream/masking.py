@@ -33,7 +33,7 @@ class MaskingRecipe:
     text_probability: float  # of an anchor word ("words") or of a token ("tokens"); unused for "span"
     max_following: int  # "words": 0..max_following words after each anchor are masked too
     region_probability: float  # of an anchor region
-    iou_threshold: float | None  # regions that overlap an anchor by more (see the next one) are masked too; None = anchors alone
+    iou_threshold: float | None  # regions that overlap an anchor by more, or as much (next line), are masked too; None = anchors alone
     iou_inclusive: bool  # overlap >= threshold, not >
     pixel_inclusive: bool  # boxes reach one pixel beyond x2 and y2 (the official code's + 1)
     zeroed_share: float  # share of masked regions whose feature is zeroed; the others are scored with their feature in sight

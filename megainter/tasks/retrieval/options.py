@@ -35,7 +35,7 @@ class RetrievalEvaluation:
     device: str = "auto"
     """Torch device; "auto" takes CUDA where there is one."""
     scores: Path | None = None
-    """Also write the whole score matrix to this file; with --prefilter the pairs that were scored."""
+    """Also write the whole score matrix (Parquet, a row per caption) to this file; with --prefilter the scored pairs, a row each."""
     prefilter: int | None = None
     """For a large gallery: score only so many images of each caption and captions of each image, the nearest by --prefilter-model."""
     prefilter_model: Path | None = None
