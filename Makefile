@@ -9,7 +9,7 @@ GPU_OUTPUT ?= gpu-run
 
 help:
 	@echo "make demo        scenes, extraction, pretraining, evaluation, export and a page, in $(OUTPUT) (about 10 minutes on 2 cores with bf16 units)"
-	@echo "make test        the tests (about 12 minutes on 2 cores with bf16 units)"
+	@echo "make test        the tests (20 to 30 minutes on 2 cores)"
 	@echo "make test-slow   soak and fault suites, not in CI"
 	@echo "make lint        ruff, mypy, import-linter"
 	@echo "make bench       the speed figures of docs/evidence/performance.md"
