@@ -68,14 +68,14 @@ def drop_missing(pairs: Pairs, store: FeatureStore) -> Pairs:
     return Pairs(pairs.table.filter(pa.array(keep)), new_numbers[pairs.image_numbers[keep]], image_ids, digest)
 
 
-def with_regions(pairs: Pairs, store: FeatureStore, limit: float, where: Path) -> Pairs:
+def with_regions(pairs: Pairs, store: FeatureStore, limit: float, path: Path) -> Pairs:
     """The pairs whose images have regions; raises as ``accept_missing`` where more than ``limit`` of the captions have none."""
     missing = missing_images(pairs, store)
     captions = int(missing[pairs.image_numbers].sum())
     if not captions:
         return pairs
     images = some(pairs.image_ids[int(number)] for number in np.flatnonzero(missing))
-    accept_missing(Missing("captions", captions, len(pairs), images), store, limit, where)
+    accept_missing(Missing("captions", captions, len(pairs), images), store, limit, path)
     return drop_missing(pairs, store)
 
 
@@ -103,14 +103,14 @@ def some(image_ids: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def accept_missing(missing: Missing, store: FeatureStore, limit: float, where: Path, option: str = "--data.max_missing") -> None:
+def accept_missing(missing: Missing, store: FeatureStore, limit: float, path: Path, option: str = "--data.max_missing") -> None:
     """Say what is left out, or raise ``TooManyBadInputsError`` where it is more than a share ``limit``, or everything.
 
-    ``where`` is the file that names them, ``option`` the setting that the limit comes from. An error shows an id of each side, and by what
+    ``path`` is the file that names them, ``option`` the setting that the limit comes from. An error shows an id of each side, and by what
     form of their names the images would meet.
     """
     first = f"{missing.images[0]!r:.200}"
-    told = f"{where}: {missing.count:,} of {missing.total:,} {missing.what} are of images without regions in {store.path}, first {first}"
+    told = f"{path}: {missing.count:,} of {missing.total:,} {missing.what} are of images without regions in {store.path}, first {first}"
     if missing.count <= limit * missing.total and missing.count < missing.total:
         log.warning("%s: left out", told)
         return

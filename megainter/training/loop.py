@@ -104,7 +104,9 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
                 meter.reset()
             pulse.step(finished, reported=due)
             if job.validate is not None and _due(job.validate_every, finished, run.total_steps):
-                _keep_best(run, finished, _validate(run, finished))
+                values = _validate(run, finished)
+                if _sound(run, guard, finished):
+                    _keep_best(run, finished, values)
                 meter.reset()
             if finished % config.checkpoint.every_steps == 0 and finished < run.total_steps and _sound(run, guard, finished):
                 failed_saves = 0 if _save(run, finished, summed(tallies), counts) else failed_saves + 1

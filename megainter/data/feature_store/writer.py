@@ -1,5 +1,6 @@
 """Writing a feature store: transactions that a kill leaves whole, one writer per shard, and the seal that ends the work."""
 
+import errno
 import hashlib
 import os
 import time
@@ -28,7 +29,7 @@ from megainter.data.feature_store.shard import (
     shard_files,
 )
 from megainter.errors import DamagedError, NoSpaceError, UsageError
-from megainter.files import aside, sha256_of, write_json
+from megainter.files import aside, is_full, sha256_of, write_json
 
 SPARE_BYTES = 4 << 20  # LMDB copies the tree pages it changes; keep that much free beside the records
 
@@ -158,8 +159,10 @@ class FeatureStoreWriter:
                     transaction.put(key, ENTRY.pack(regions, crc) + image_id.encode(), db=self.tables[IDS])
         except lmdb.MapFullError:
             return False
-        except lmdb.Error as error:  # LMDB reports a full disk as an input/output error
-            raise self._no_space(str(error)) from None
+        except lmdb.Error as error:
+            if isinstance(error, lmdb.DiskError) or is_full(error) or os.strerror(errno.EIO) in str(error):  # EIO: a full disk, to LMDB
+                raise self._no_space(str(error)) from None
+            raise DamagedError(f"{self.shard} cannot be written after {len(self.done):,} records, all of them kept: {error}") from None
         return True
 
     def _require_space(self, size: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 from megainter.data.feature_store import FeatureStore, lock
 from megainter.data.feature_store.lock import WriterLock, network_filesystem
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, stored_ids
-from megainter.errors import LockedError
+from megainter.errors import DamagedError, LockedError
 from tests.data.feature_store.test_reader import SCHEMA, make_record, write_store
 from tests.disks import mounting, run_python
 
@@ -294,3 +294,12 @@ def test_a_store_is_written_and_sealed_on_a_network_disk(shared_disk: Path) -> N
     assert stored_ids(shared_disk / "s") == {"a"}
     with FeatureStore(shared_disk / "s") as store:
         assert list(store.ids) == ["a"]
+
+
+def test_what_is_no_full_disk_is_not_told_as_one(tmp_path: Path) -> None:
+    writer = FeatureStoreWriter(tmp_path / "s", SCHEMA)
+    writer.add("a", make_record(0))
+    writer.environment.close()  # LMDB's own error: neither a full map nor a full disk
+    with pytest.raises(DamagedError, match="cannot be written after 0 records, all of them kept"):
+        writer.commit()
+    writer.lock.release()
