@@ -66,6 +66,7 @@ def redescribe(
     output: Path,
     network: str = "efficientnet_lite0",
     side: int = 224,
+    grid: int = 0,
     batch: int = 32,
     device: str = "auto",
 ) -> None:
@@ -83,6 +84,8 @@ def redescribe(
         Network that describes the regions: the mean of its last map over each box.
     side
         Pixels per side that images are brought to, a multiple of 32: more see smaller regions apart, and take longer.
+    grid
+        Put the whole image and a grid of so many cells on a side before the boxes, as regions; 0: the boxes alone.
     batch
         Images per forward.
     device
@@ -91,7 +94,7 @@ def redescribe(
     from preprocessing.extraction.redescribe import redescribe
 
     raise_on_signals("stopped on request; what was stored is kept, run the same command again")
-    digest = redescribe(store, images, output, network=network, side=side, batch=batch, device=device)
+    digest = redescribe(store, images, output, network=network, side=side, grid=grid, batch=batch, device=device)
     print(f"{output}: digest {digest}")
 
 

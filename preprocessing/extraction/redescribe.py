@@ -2,7 +2,8 @@
 
 A detector trained on a few thousand photos finds boxes, but its features know little beyond its own classes. A network trained on 1.3
 million images sees more in the same boxes: as bottom-up attention's features are the mean of a pretrained stage over a region, each
-region's feature here is the mean of the network's last map over the region's box.
+region's feature here is the mean of the network's last map over the region's box. A photo says more than its boxes: the whole of it and
+the cells of a coarse grid can be put before them as regions of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,15 +28,28 @@ from preprocessing.detector.describers import DESCRIBERS, STRIDE, Describer, reg
 from preprocessing.images.decode import confined, load_image, silence_pillow
 from preprocessing.images.listing import ListedImage, list_images, renamed
 
+GRIDS = (0, 16)  # cells on a side: none, and more than the map of a usual photo has places
+
 
 def redescribe(
-    store: Path, images: Path, output: Path, *, network: str = "efficientnet_lite0", side: int = 224, batch: int = 32, device: str = "auto"
+    store: Path,
+    images: Path,
+    output: Path,
+    *,
+    network: str = "efficientnet_lite0",
+    side: int = 224,
+    grid: int = 0,
+    batch: int = 32,
+    device: str = "auto",
 ) -> str:
     """Write ``output``: the records of ``store`` with features float16 [n, C] of ``network``; returns its digest.
 
     Images are squeezed to ``side`` x ``side`` pixels, a multiple of 32: 224 gives a map of 7 x 7 places. Boxes, class probabilities and
-    extras stay. The same command goes on after a stop. ``UsageError`` where ``images`` lacks an image of the store.
+    extras stay. With ``grid`` g the whole image and its g x g cells, row by row, come before them as regions (``with_grid``). The same
+    command goes on after a stop. ``UsageError`` where ``images`` lacks an image of the store.
     """
+    if not GRIDS[0] <= grid <= GRIDS[1]:
+        raise UsageError(f"--grid is {grid}; give the cells on a side, {GRIDS[0]} (none) to {GRIDS[1]}")
     if side < STRIDE or side % STRIDE:
         raise UsageError(f"--side is {side}; give a multiple of {STRIDE} pixels")
     if batch < 1:
@@ -45,12 +59,12 @@ def redescribe(
     computing = torch_device(device)
     describer, weights = _describer(network)
     describer.to(computing).eval()
-    with FeatureStoreWriter(output, _schema(given.schema, describer, network, sha256_of(weights), side)) as writer:
+    with FeatureStoreWriter(output, _schema(given.schema, describer, network, sha256_of(weights), side, grid)) as writer:
         todo = [item for item in items if item.image_id not in writer]
         with Progress("describing", len(items), "images", done=len(items) - len(todo)) as progress:
             for start in range(0, len(todo), batch):
                 some = todo[start : start + batch]
-                writer.add_all(_described(some, given, images, describer, side, computing))
+                writer.add_all(_described(some, given, images, describer, side, grid, computing))
                 progress.update(len(some))
     return seal_store(output)
 
@@ -78,23 +92,59 @@ def _describer(network: str) -> tuple[Describer, Path]:
     return DESCRIBERS[network]()
 
 
-def _schema(given: StoreSchema, describer: Describer, network: str, digest: str, side: int) -> StoreSchema:
+def _schema(given: StoreSchema, describer: Describer, network: str, digest: str, side: int, grid: int) -> StoreSchema:
     settings = given.settings | {"feature_network": network, "feature_network_sha256": digest, "feature_side": side}
+    if grid:
+        settings["feature_grid"] = grid
     return replace(given, feature_size=describer.out_channels, feature_dtype="float16", settings=settings)
 
 
 @torch.inference_mode()
 def _described(
-    items: Sequence[ListedImage], store: FeatureStore, images: Path, describer: Describer, side: int, device: torch.device
+    items: Sequence[ListedImage], store: FeatureStore, images: Path, describer: Describer, side: int, grid: int, device: torch.device
 ) -> Iterator[tuple[str, RegionRecord]]:
     silence_pillow()
     pictures = [_squeezed(load_image(confined(images, item.path), draft=True, part=item.part), side) for item in items]
-    records = [store[item.image_id] for item in items]
+    records = [with_grid(store[item.image_id], grid) if grid else store[item.image_id] for item in items]
     places = [torch.from_numpy(_scaled(record, side)).to(device) for record in records]
     features = region_means(describer(torch.stack(pictures).to(device)), places).cpu().numpy().astype(np.float16)
     ends = np.cumsum([len(record) for record in records])
     for item, record, own in zip(items, records, np.split(features, ends[:-1]), strict=True):
         yield item.image_id, replace(record, features=own)
+
+
+def with_grid(record: RegionRecord, cells: int) -> RegionRecord:
+    """``record`` with 1 + ``cells``² regions before its own: the whole image and its cells, row by row; their features are zeros.
+
+    What is in such a region is told by the boxes in it: the mean of their class probabilities, weighted by the share of the region that
+    each covers; what no box covers is background. Their extras are 0.
+    """
+    boxes = _grid_boxes(record.width, record.height, cells)
+    left_top = np.maximum(boxes[:, None, :2], record.boxes[None, :, :2])
+    right_bottom = np.minimum(boxes[:, None, 2:], record.boxes[None, :, 2:])
+    covered = (right_bottom - left_top).clip(min=0).prod(2) / (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]  # [1 + cells², n]
+
+    # Boxes that lie over each other may cover more than there is.
+    total = covered.sum(1, keepdims=True)
+    probs = (covered / np.maximum(total, 1)) @ record.class_probs.astype(np.float32)
+    probs[:, 0] += (1 - total).clip(min=0)[:, 0]
+
+    added = len(boxes)
+    return RegionRecord(
+        boxes=np.concatenate([boxes, record.boxes]),
+        features=np.concatenate([np.zeros((added, record.features.shape[1]), record.features.dtype), record.features]),
+        class_probs=np.concatenate([probs, record.class_probs]),
+        width=record.width,
+        height=record.height,
+        extras={name: np.concatenate([np.zeros(added, value.dtype), value]) for name, value in record.extras.items()},
+    )
+
+
+def _grid_boxes(width: int, height: int, cells: int) -> NDArray[np.float32]:
+    """Boxes float32 [1 + cells², 4] of the whole image and its cells, in pixels."""
+    x, y = np.linspace(0, width, cells + 1, dtype=np.float32), np.linspace(0, height, cells + 1, dtype=np.float32)
+    rows = [(x[i], y[j], x[i + 1], y[j + 1]) for j in range(cells) for i in range(cells)]
+    return np.array([(0, 0, width, height), *rows], dtype=np.float32)
 
 
 def _squeezed(image: Image.Image, side: int) -> Tensor:

