@@ -3,6 +3,7 @@
 import atexit
 import os
 import signal
+import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +16,11 @@ from megainter.errors import MegainterError
 from megainter.process import end_with_parent
 
 Item = TypeVar("Item", covariant=True)
+DEATH_PATIENCE = 1.0  # seconds in which a worker that broke its connection is known to be dead
+CAUSES = {  # of a worker's end by a signal, and what helps
+    signal.SIGKILL: "as the system does where memory is short: give data.workers fewer processes, or the job more memory",
+    signal.SIGBUS: "as shared memory (/dev/shm) is full: enlarge it (docker: --shm-size 8g), or give data.workers fewer processes",
+}
 
 
 class Indexed(Protocol[Item]):
@@ -27,7 +33,7 @@ def make_loader(source: Indexed[Item], start_step: int, stop_step: int, workers:
     """``source[start_step] .. source[stop_step - 1]``, in order, made ahead by ``workers`` processes (0: made here, when asked for).
 
     Each worker keeps ``prefetch`` whole steps ready. Memory is pinned where CUDA is there. Close the loader (or use ``with``) when it is
-    left before its end; a user's error in a worker arrives as it was raised.
+    left before its end; a user's error in a worker arrives as it was raised, and ``MegainterError`` says that one died.
     """
     return StepLoader(source, range(start_step, stop_step), workers, prefetch)
 
@@ -37,7 +43,7 @@ class StepLoader(Iterator[Item]):
 
     def __init__(self, source: Indexed[Item], steps: range, workers: int, prefetch: int) -> None:
         self._source, self._steps, self._next = source, steps, 0
-        self._running: list[Iterator[Any]] = []  # the only reference to the workers: dropping it ends them
+        self._running: list[Any] = []  # torch's iterator over the workers, where there are any
         if workers and len(steps):
             self._running.append(iter(_data_loader(source, steps, min(workers, len(steps)), prefetch)))
             # Runs before multiprocessing's own exit hook, which would wait for workers that nobody told to stop. Weak: a loader that is
@@ -56,7 +62,11 @@ class StepLoader(Iterator[Item]):
             self.close()
             raise StopIteration
         step = self._steps[self._next]
-        item = next(self._running[0]) if self._running else _pinned(self._source[step])
+        try:
+            item = next(self._running[0]) if self._running else _pinned(self._source[step])
+        except Exception as error:
+            self._end_with(error)
+            raise
         self._next += 1
         if isinstance(item, MegainterError):
             self.close()
@@ -66,13 +76,42 @@ class StepLoader(Iterator[Item]):
     def close(self) -> None:
         """End the workers; the loader gives nothing more."""
         self._next = len(self._steps)
-        self._running.clear()
+        while self._running:
+            iterator = self._running.pop()
+            iterator._shutdown_workers()
+
+            # They ignore SIGTERM, and multiprocessing waits without end for those that are left.
+            for worker in iterator._workers:
+                worker.kill()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._end_with(error)
         self.close()
+
+    def _end_with(self, error: BaseException) -> None:
+        """Close, and say so in place of ``error`` where that came of a worker's death: torch raises wherever the trainer is then."""
+        told = isinstance(error, MegainterError) or not isinstance(error, Exception)
+        code = None if told else self._death()
+        self.close()
+        if code is not None:
+            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+            cause = CAUSES.get(-code, "which nobody foresaw: please report it")
+            raise MegainterError(f"a loader process {ended}, {cause}; the same command goes on from the last checkpoint") from error
+
+    def _death(self) -> int | None:
+        """The exit code of a worker that did not end well, minus the signal's number where one killed it; None where all are well."""
+        workers = [worker for iterator in self._running for worker in iterator._workers]
+        deadline = time.monotonic() + DEATH_PATIENCE
+        while workers and time.monotonic() < deadline:
+            for worker in workers:
+                if worker.exitcode:
+                    return int(worker.exitcode)
+            time.sleep(0.01)
+        return None
 
 
 def _pinned(item: Any) -> Any:

@@ -423,6 +423,50 @@ def test_workers_ignore_sigterm_and_die_with_a_killed_trainer(data: Data) -> Non
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+@pytest.mark.parametrize("inside", ["next(loader)", pytest.param("time.sleep(0.01)", marks=pytest.mark.slow)])
+def test_a_killed_worker_is_told_in_one_line_wherever_the_trainer_is(data: Data, inside: str) -> None:
+    """By SIGKILL, as where memory runs out; the other worker, which ignores SIGTERM, does not keep the trainer from its end."""
+    ending = f"""
+from megainter.errors import MegainterError
+try:
+    with loader:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        while True:
+            {inside}
+except MegainterError as error:
+    print(error, flush=True)
+"""
+    process, workers = start(data, ending)
+    try:
+        told, _ = process.communicate(timeout=30)
+        assert told.startswith("a loader process was killed by SIGKILL, as the system does where memory is short: give data.workers fewer")
+        assert told.count("\n") == 1
+        assert process.returncode == 0
+        assert not any(map(alive, workers))
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_an_unforeseen_error_in_a_worker_ends_the_trainer(data: Data) -> None:
+    """The traceback holds torch's iterator and with it the workers, for whom the interpreter would wait at its end."""
+    ending = """
+class Broken:
+    def __getitem__(self, step):
+        raise KeyError("nobody foresaw this")
+for item in make_loader(Broken(), 0, 1000, 2):
+    pass
+"""
+    process, workers = start(data, ending)
+    try:
+        assert process.wait(timeout=30) == 1
+        assert gone(workers, 5)
+    finally:
+        process.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_a_trainer_that_leaves_the_loader_open_still_ends(data: Data) -> None:
     process, workers = start(data, "raise SystemExit(7)")
     try:
