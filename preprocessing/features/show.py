@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from megainter.data.feature_store.reader import FeatureStore
-from megainter.data.feature_store.record import RegionRecord, StoreSchema, check_record
+from megainter.data.feature_store.record import AGAIN, RegionRecord, StoreSchema, check_record
 from megainter.errors import DamagedError, UsageError
 from megainter.progress import Progress
 
@@ -76,7 +76,7 @@ def check_store(path: Path) -> int:
             progress.update()
         total = len(store)
     if wrong:
-        raise DamagedError(f"{wrong:,} of {total:,} records of {path} are wrong; extract or import their images again")
+        raise DamagedError(f"{wrong:,} of {total:,} records of {path} are wrong; delete the shards named above and {AGAIN}")
     return total
 
 

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megainter.data.feature_store.first_regions import FirstRegions
-from megainter.data.feature_store.record import RegionRecord, StoreSchema
-from megainter.data.feature_store.shard import INDEX_SCHEMA, count_records, read_store_json, refuse_live_writers, shard_files
+from megainter.data.feature_store.record import AGAIN, RegionRecord, StoreSchema
+from megainter.data.feature_store.shard import INDEX_SCHEMA, WAY_OUT, count_records, read_store_json, refuse_live_writers, shard_files
 from megainter.data.feature_store.verified import VerifiedRecords, files_identity
 from megainter.data.feature_store.views import RegionViews, decode, decode_views, first_bytes, probs_span
 from megainter.data.feature_store.writer import index_digest, sorted_index
@@ -292,9 +292,9 @@ class FeatureStore:
     def _check_shard(self, number: int) -> None:
         shard, size = self._shards[number]
         if not shard.is_file():
-            raise DamagedError(f"{shard} is missing; restore it, or delete store.json's folder and extract again")
+            raise DamagedError(f"{shard} is missing; restore it, or {AGAIN}")
         if shard.stat().st_size < size:
-            raise DamagedError(f"{shard} is truncated: it has {shard.stat().st_size:,} bytes of {size:,}; restore it, or extract again")
+            raise DamagedError(f"{shard} is truncated: it has {shard.stat().st_size:,} bytes of {size:,}; {WAY_OUT}")
 
     def _file(self, number: int) -> BinaryIO:
         if number not in self._files:

@@ -24,6 +24,7 @@ PROBS_KINDS = {"dense": 0, "top-k": 1}
 FEATURE_KINDS = {"float16": 0, "float32": 1}
 EXTRA_DTYPES = ("int64", "float32", "float16")
 MAX_ID_BYTES = 4096
+AGAIN = "run the same extraction or import again: only its images are made anew"  # what to do where a shard is damaged or gone
 BOX_TOLERANCE = 1.0  # pixels: rounding and the inclusive last pixel of some detectors; clipped when written
 FREE_WORDS = (3, 4, 10)  # of a header, as 32-bit words: width, height and the unused one may be anything
 HALF_INFINITY, FLOAT_INFINITY = 0x7C00, 0x7F800000  # as bits; what is negative, infinite or no number has bits from here on
@@ -182,11 +183,11 @@ def padded_length(id_bytes: Count) -> Count:
 
 
 def damaged(image_id: str, where: object, what: str) -> DamagedError:
-    return DamagedError(f"record {image_id!r} in {where} is damaged ({what}); extract the image again")
+    return DamagedError(f"record {image_id!r} in {where} is damaged ({what}); delete that file and {AGAIN}")
 
 
 def not_finite(image_id: str, where: object) -> DamagedError:
-    return DamagedError(f"record {image_id!r} in {where} holds NaN or Inf; extract the image again")
+    return DamagedError(f"record {image_id!r} in {where} holds NaN or Inf; delete that file and {AGAIN}")
 
 
 def _checked_arrays(image_id: str, record: RegionRecord, schema: StoreSchema) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

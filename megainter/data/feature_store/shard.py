@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from megainter.data.feature_store.lock import WriterLock
+from megainter.data.feature_store.record import AGAIN
 from megainter.errors import DamagedError, UsageError
 from megainter.files import read_json
 
@@ -38,6 +39,7 @@ INDEX_SCHEMA = pa.schema(
 FIRST_MAP_BYTES = 64 << 20  # grows when full; on Linux the file itself is only as large as its content
 LOCKS_AT_ONCE = 64  # on a network disk each lock of a dead writer on another host is watched for seconds
 ROWS_AT_ONCE = 65536
+WAY_OUT = f"restore it, or delete it and {AGAIN}"
 
 
 def key_of(image_id: str) -> bytes:
@@ -76,23 +78,19 @@ def _open(path: Path, **options: Any) -> lmdb.Environment:
     try:
         environment = lmdb.open(str(path), subdir=False, max_dbs=2, **options)
     except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
-        raise DamagedError(f"{path} is not a readable shard ({error}); {_way_out(path)}") from None
+        raise DamagedError(f"{path} is not a readable shard ({error}); {WAY_OUT}") from None
     except lmdb.Error as error:
         raise UsageError(f"{path} cannot be opened: {error}") from None
     needed = needed_bytes(environment)
     if needed > path.stat().st_size:
         environment.close()
-        raise DamagedError(f"{path} is truncated: it has {path.stat().st_size:,} bytes of {needed:,}; {_way_out(path)}")
+        raise DamagedError(f"{path} is truncated: it has {path.stat().st_size:,} bytes of {needed:,}; {WAY_OUT}")
     return environment
 
 
 def needed_bytes(environment: lmdb.Environment) -> int:
     """How long the file of an environment must be; reading pages that are missing would be SIGBUS."""
     return (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-
-
-def _way_out(path: Path) -> str:
-    return f"restore it, or delete it and run the extraction again: only the images of {path.name} are extracted anew"
 
 
 def entries(path: Path) -> Iterator[tuple[str, int]]:
@@ -133,11 +131,11 @@ def _scan(path: Path, number: int) -> Iterator[pa.RecordBatch]:
         with environment.begin(buffers=True) as transaction:
             counts = [transaction.stat(table)["entries"] for table in (ids, records)]
             if counts[0] != counts[1]:
-                raise DamagedError(f"{path} has {counts[0]:,} ids for {counts[1]:,} records; {_way_out(path)}")
+                raise DamagedError(f"{path} has {counts[0]:,} ids for {counts[1]:,} records; {WAY_OUT}")
             base, rows = None, []
             for (key, entry), (same_key, record) in zip(transaction.cursor(ids), transaction.cursor(records), strict=True):
                 if key != same_key:
-                    raise DamagedError(f"{path} has ids that do not belong to its records; {_way_out(path)}")
+                    raise DamagedError(f"{path} has ids that do not belong to its records; {WAY_OUT}")
                 address = _address(record)
                 base = _map_base(path, record, environment.stat()["psize"]) if base is None else base
                 regions, crc = ENTRY.unpack_from(entry)
@@ -168,7 +166,7 @@ def _map_base(path: Path, record: memoryview, page_size: int) -> int:
         offset = int.from_bytes(ctypes.string_at(page, 8), "little") * page_size + address - page
         if _bytes_at(path, offset, len(record)) == record:
             return address - offset
-    raise DamagedError(f"{path}: its first record is not where LMDB's page numbers say; {_way_out(path)}")
+    raise DamagedError(f"{path}: its first record is not where LMDB's page numbers say; {WAY_OUT}")
 
 
 def _bytes_at(path: Path, offset: int, length: int) -> bytes:

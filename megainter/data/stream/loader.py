@@ -17,7 +17,7 @@ from megainter.process import end_with_parent
 
 Item = TypeVar("Item", covariant=True)
 DEATH_PATIENCE = 1.0  # seconds in which a worker that broke its connection is known to be dead
-CAUSES = {  # of a worker's end by a signal, and what helps
+CAUSES: dict[int, str] = {  # of a worker's end by a signal, and what helps
     signal.SIGKILL: "as the system does where memory is short: give data.workers fewer processes, or the job more memory",
     signal.SIGBUS: "as shared memory (/dev/shm) is full: enlarge it (docker: --shm-size 8g), or give data.workers fewer processes",
 }

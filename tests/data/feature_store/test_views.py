@@ -168,7 +168,7 @@ def test_a_cut_is_found_by_what_it_took(tmp_path: Path, schema: StoreSchema) -> 
     for cut in {*range(0, length, 17), *(edge for edge in edges if edge < length)}:
         os.truncate(shard, offset + cut)
         if cut < needed:
-            with pytest.raises(DamagedError, match=rf"record '{image_id}' in .* is damaged \(only {cut} bytes[^\n]*\); extract"):
+            with pytest.raises(DamagedError, match=rf"record '{image_id}' in .* is damaged \(only {cut} bytes[^\n]*\); delete that file"):
                 store.at(row, most)
         else:
             views = store.at(row, most)

@@ -1,6 +1,7 @@
 """Extraction by real processes with a tiny real detector: kills, signals, bad images, other settings; the same store in the end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,12 @@ from megainter.data.feature_store.record import RegionRecord
 from megainter.data.feature_store.shard import count_records
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, stored_ids
 from megainter.data.tables.boxes import ImageBoxes, write_boxes
-from megainter.errors import LockedError, MegainterError, StoppedEarly, TooManyBadInputsError, UsageError
+from megainter.errors import DamagedError, LockedError, MegainterError, StoppedEarly, TooManyBadInputsError, UsageError
 from preprocessing.detector import load_detector
 from preprocessing.detector.detector import DetectorConfig, build_model, save_detector
 from preprocessing.extraction.extract import Extraction, _batches, _check_disk, _devices, _source, extract
 from preprocessing.extraction.worker import Failure, Task, decoded, extractor, store_batch
+from preprocessing.features.show import check_store
 from preprocessing.images.listing import ImageList, list_images
 from tests.places import ROOT
 
@@ -221,6 +223,28 @@ def test_other_settings_or_another_detector_are_refused(folder: Path, finished: 
     save_detector(tmp_path / "other.safetensors", config, build_model(config))
     with pytest.raises(UsageError, match=r"detector is '[0-9a-f]+', not '[0-9a-f]+'"):
         extract(folder / "images", folder / "whole", tmp_path / "other.safetensors", min_boxes=3, max_boxes=9)
+
+
+def test_a_damaged_record_is_named_and_made_anew_by_the_way_that_the_message_tells(
+    folder: Path, finished: Extraction, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(folder / "whole", tmp_path / "store"))
+    with FeatureStore(store) as whole:
+        features = whole["0003"].features.tobytes()
+    shard = next(path for path in store.glob("shard-*.lmdb") if features in path.read_bytes())
+    shard.write_bytes(shard.read_bytes().replace(features, bytes([features[0] ^ 1]) + features[1:]))  # pages once used hold copies
+    told = rf"record '0003' in {shard} is damaged \(checksum\); delete that file and run the same extraction or import again"
+    with FeatureStore(store) as damaged, pytest.raises(DamagedError, match=told):
+        damaged["0003"]
+    with pytest.raises(DamagedError, match=r"1 of 150 records of .* are wrong; delete the shards named above"):
+        check_store(store)
+
+    shard.unlink()
+    with pytest.raises(DamagedError, match=f"{shard} is missing; restore it, or run the same extraction or import again"):
+        FeatureStore(store)
+    options = {"workers": 1, "min_boxes": 3, "max_boxes": 9, "precision": "fp32"}
+    assert extract(folder / "images", store, folder / "detector.safetensors", **options) == finished
+    assert check_store(store) == IMAGES
 
 
 def test_too_many_bad_images_keep_the_good_ones_unsealed(folder: Path, tmp_path: Path) -> None:
