@@ -75,7 +75,7 @@ def outcome(folder: Path, engine_code: int, stopped: bool) -> int:
     codes = {path.name: int(path.read_text()) for path in folder.glob("rank-*")}
     failures = [code for code in codes.values() if code not in (0, STOPPED_EARLY)]
     if failures:
-        return failures[0]
+        return min(failures, key=lambda code: code == 1)  # a rank whose peer has ended says 1
     if STOPPED_EARLY in codes.values():
         return STOPPED_EARLY
     if codes.get("rank-00000") == 0 and engine_code == 0:

@@ -48,6 +48,12 @@ class NumericsError(MegainterError):
     exit_code = 7
 
 
+class HungError(MegainterError):
+    """No rank made progress any more; all were ended, and the last checkpoint stands."""
+
+    exit_code = 8
+
+
 class StoppedEarly(MegainterError):
     """Stopped on request (SIGTERM, SIGINT, SIGUSR1, a time limit); the state is saved and the same command resumes."""
 

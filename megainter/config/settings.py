@@ -251,6 +251,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class HangConfig:
+    """When ranks that make no progress are named, with their stacks, and the run ended (docs/launch.md)."""
+
+    factor: Annotated[float, Field(ge=0)] = 10.0
+    """How many times the median step a step may take without progress, within the two bounds; 0: any time."""
+    least: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that every step may take without progress."""
+    most: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds that no step may take without progress; collectives themselves give up after half an hour."""
+    start: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds without progress while data are opened and the first steps compile; 0: any time."""
+    validation: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds of a validation without progress; 0: any time."""
+    saving: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds of a checkpoint's writing without progress; 0: any time."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """A whole pretraining run."""
 
@@ -263,6 +281,7 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    hangs: HangConfig = dataclasses.field(default_factory=HangConfig)
     tensorboard: bool = True
     """Write TensorBoard events besides metrics.jsonl."""
 
@@ -278,6 +297,7 @@ class FinetuneConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    hangs: HangConfig = dataclasses.field(default_factory=HangConfig)
     tensorboard: bool = True
     """Write TensorBoard events besides metrics.jsonl."""
 

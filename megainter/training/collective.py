@@ -1,6 +1,7 @@
 """Agreement between ranks: what one does for all, and sums over all."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -40,6 +41,14 @@ def gathered(value: Result) -> list[Result]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def collectives_entered() -> int:
+    """How many collectives this rank has entered, in groups of all; with NCCL, how many its host has asked for. Not collective itself."""
+    with suppress(RuntimeError):  # of a backend that does not count
+        groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+        return sum(group._get_sequence_number_for_group() for group in groups if group.size() == dist.get_world_size())
+    return 0
 
 
 def first_said(message: str | None) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from megainter.config.settings import CheckpointConfig, EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.config.settings import CheckpointConfig, EngineConfig, HangConfig, OptimizerConfig, TrainingConfig
 from megainter.data.packed import PackedInputs
 from megainter.model.configuration import InterBertConfig
 
@@ -31,6 +31,8 @@ class RunSettings(Protocol):
     def engine(self) -> EngineConfig: ...
     @property
     def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def hangs(self) -> HangConfig: ...
     @property
     def tensorboard(self) -> bool: ...
 

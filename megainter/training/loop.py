@@ -19,7 +19,7 @@ from megainter.data.stream.loader import make_loader
 from megainter.errors import NoSpaceError, NumericsError, StoppedEarly
 from megainter.model.configuration import InterBertConfig
 from megainter.process import StopRequest, folder_lock
-from megainter.training import checkpoint, engine, zero_state
+from megainter.training import checkpoint, engine, hangs, zero_state
 from megainter.training.arrival import Arrivals
 from megainter.training.collective import first_said, on_first_rank, summed
 from megainter.training.guard import StepGuard, not_finite, poisoned
@@ -31,6 +31,8 @@ from megainter.training.precision import with_precision
 from megainter.training.profile import StepProfile
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
 from megainter.training.stopping import StopVote
+from megainter.training.stragglers import TOLD, OwnTime, slowest
+from megainter.training.watchdog import Watchdog
 from megainter.training.world import World
 from megainter.transfers import read, sent
 
@@ -50,11 +52,11 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
     stop = StopRequest()
     with ExitStack() as stack:
         run = _open(stack, config, open_job)
-        job, trained, world = run.job, run.trained, run.world
+        job, trained, world, watch = run.job, run.trained, run.world, run.watch
         steps = stack.enter_context(make_loader(job.batches, run.start, run.total_steps, workers=job.workers))
         arrivals, vote = Arrivals(world.device), StopVote(world.device)
         guard = StepGuard(world.device, searching=config.engine.precision == "fp16")
-        meter, (tallies, counts) = Throughput(), _interval(run)
+        meter, own, (tallies, counts) = Throughput(), OwnTime(world.device), _interval(run)
         pulse = Heartbeat(run.start, run.total_steps, job.accumulation)
         profile = StepProfile(config.training.profile_steps, trained.module, config.output, world)
         if warning := profile.warn_if_short(run.total_steps - run.start):
@@ -62,11 +64,14 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
         failed_saves, finished = 0, run.start
         for step in range(run.start, run.total_steps):
             # The step's micro-batches, made ahead by the loader.
+            watch.at(hangs.DATA, step)
             waiting = time.perf_counter()
             batches = next(steps)
-            meter.waited += time.perf_counter() - waiting
+            waited = time.perf_counter() - waiting
+            meter.waited += waited
 
             # What all ranks together score, and whether one of them was asked to stop: one sum, which no host waits for on a GPU.
+            watch.at(hangs.AGREEING, step)
             wish = torch.tensor([float(stop.asked)])
             agreed = summed(sent(torch.cat([counted(batches), wish]), world.device))
             scored = agreed[:-1]
@@ -78,9 +83,13 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
             engine.set_learning_rate(trained, learning_rate(config.optimizer, step, run.total_steps))
             before = tallies.clone()
             for micro, (batch, here) in enumerate(arrivals.each(batches)):
+                watch.at(hangs.FORWARD, step)
                 torch.manual_seed(_dropout_seed(config.training.seed, step, micro, world.rank))
-                loss, parts = trained(here, divisors)
+                with own.forward():
+                    loss, parts = trained(here, divisors)
+                watch.at(hangs.BACKWARD, step)
                 trained.backward(poisoned(loss, world.size * job.accumulation))  # the engine divides by both
+                watch.at(hangs.UPDATE, step)
                 trained.step()
                 tallies += parts
                 meter.add(batch.tokens(), len(batch.inputs), 3 * job.flops(trained.module.model.config, batch))
@@ -89,6 +98,7 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
             profile.step()
             finished = step + 1
             meter.steps += 1
+            own.step(waited)
 
             # Was it made? A step whose loss or gradient is not finite is left out by all ranks, and counts for nothing.
             left_out = engine.left_out(trained)
@@ -96,10 +106,11 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
             _tell_left_out(run, guard, guard.note(finished, left_out))
 
             # Once in a while: report, validate, save. Here the host waits for the device.
+            watch.at(hangs.REPORTING, finished)
             due = finished % config.training.log_every == 0 or finished == run.total_steps
             if due:
                 _tell_left_out(run, guard, guard.settle())
-                _report(run, meter, tallies, counts, finished, guard.total)
+                _report(run, meter, own, tallies, counts, finished, guard.total)
                 tallies, counts = torch.zeros_like(tallies), torch.zeros_like(counts)
                 meter.reset()
             pulse.step(finished, reported=due)
@@ -137,6 +148,7 @@ class Run:
     job: Job
     world: World
     trained: Any  # the DeepSpeed engine over the job's step module
+    watch: Watchdog
     metrics: MetricsLog | None
     saved: checkpoint.Checkpoint | None  # where it goes on from
     start: int  # finished steps
@@ -154,6 +166,7 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
 
     check_portions(config.training, world.size)
     on_first_rank(lambda: _lock(stack, config.output))
+    watch = stack.enter_context(Watchdog(config.hangs, config.output, world))
     asked, config = {"engine.precision": config.engine.precision}, with_precision(config, world.device)
     engine.check_settings(config.engine, config.optimizer, config.training, world)
     job = open_job(world)
@@ -173,6 +186,7 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
         job=job,
         world=world,
         trained=trained,
+        watch=watch,
         metrics=metrics,
         saved=saved,
         start=start,
@@ -298,6 +312,7 @@ def _sound(run: Run, guard: StepGuard, finished: int) -> bool:
 def _save(run: Run, finished: int, tallies: Tensor, counts: Tensor) -> bool:
     """Publish a checkpoint on all ranks; False (and a loud line) where it could not be written."""
     began = time.perf_counter()
+    run.watch.at(hangs.SAVING, finished)
     since = {"since_record": {"tallies": tallies.tolist(), "counts": counts.tolist()}}
     failure = _publish(run, finished, run.config.output / "checkpoints", run.config.checkpoint.keep, since)
     if failure is not None:
@@ -324,6 +339,7 @@ def _publish(run: Run, finished: int, root: Path, keep: int, more: dict[str, Any
 def _validate(run: Run, finished: int) -> dict[str, float]:
     """The job's validation figures, of the averaged weights where the best checkpoint is chosen by them and there is an average."""
     assert run.job.validate is not None
+    run.watch.at(hangs.VALIDATION, finished)
     run.trained.eval()
     averaged = run.config.training.ema_decay > 0 and run.job.best is not None
     with engine.averaged_weights(run.trained, run.world, averaged):
@@ -341,6 +357,7 @@ def _keep_best(run: Run, finished: int, values: dict[str, float]) -> None:
     figure = run.job.best
     if figure is None:
         return
+    run.watch.at(hangs.SAVING, finished)
     root = run.config.output / BEST
     known = on_first_rank(lambda: checkpoint.newest(root, log.warning))
     if not math.isfinite(values[figure]):
@@ -355,14 +372,18 @@ def _keep_best(run: Run, finished: int, values: dict[str, float]) -> None:
         log.info("best %s so far: %.4f, kept in %s", figure.replace("_", " "), values[figure], root)
 
 
-def _report(run: Run, meter: Throughput, tallies: Tensor, counts: Tensor, finished: int, skipped: int) -> None:
+def _report(run: Run, meter: Throughput, own: OwnTime, tallies: Tensor, counts: Tensor, finished: int, skipped: int) -> None:
     """One line, one record; collective, as tallies and throughput are summed over ranks. The device is waited for once."""
     world, trained = run.world, run.trained
-    work = torch.tensor([meter.samples, meter.tokens, meter.flops, meter.waited / world.size], dtype=torch.float64)
+    by_rank = [0.0] * world.size
+    by_rank[world.rank] = own.take()
+    work = torch.tensor([meter.samples, meter.tokens, meter.flops, meter.waited / world.size, *by_rank], dtype=torch.float64)
     tallies, counts, work = read(summed(tallies), counts, summed(sent(work, world.device)))
     values = summarise(run.job, tallies, counts)
     meter.samples, meter.tokens, meter.flops, meter.waited = int(work[0]), int(work[1]), int(work[2]), float(work[3])
     rates = meter.rates(world.size, run.peak)
+    if world.size > 1:
+        rates |= _straggler(own, work[4:].tolist(), rates["step_seconds"])
     rate, norm, scale = engine.current_learning_rate(trained), engine.gradient_norm(trained), engine.loss_scale(trained)
     values = values | {"learning_rate": rate, "gradient_norm": norm, "loss_scale": scale, "skipped_steps": skipped} | rates
     if not counts.any():
@@ -383,6 +404,16 @@ def _report(run: Run, meter: Throughput, tallies: Tensor, counts: Tensor, finish
         raise NumericsError(
             f"the loss is no longer finite at step {finished}; go on from the last checkpoint with a lower optimizer.learning_rate"
         )
+
+
+def _straggler(own: OwnTime, seconds: list[float], step_seconds: float) -> dict[str, float]:
+    """The rank that the others wait for most, and for which share of the time, for the record; a line where it is much, twice in a row."""
+    rank, share = slowest(seconds, step_seconds)
+    again, own.suspect = own.suspect == rank, rank if share > TOLD else None
+    if again and share > TOLD:
+        line = "rank %d keeps the others waiting, for %.0f %% of the time or more (data and forward: %.2f s a step)"
+        log.warning(line, rank, 100 * share, seconds[rank])
+    return {"slowest_rank": rank, "slowest_share": share}
 
 
 def _portion_told(config: RunSettings, job: Job, world: World) -> str:

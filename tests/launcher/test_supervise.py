@@ -119,6 +119,8 @@ def test_ranks_of_a_killed_engine_are_found(tmp_path: Path) -> None:
         ({0: 75, 1: 75}, 1, False, 75),
         ({0: 75, 3: 5}, 1, True, 5),
         ({2: 7}, 1, False, 7),
+        ({0: 1, 1: 8, 2: 1}, 1, False, 8),
+        ({0: 8, 1: 1}, 1, False, 8),
     ],
 )
 def test_one_code_from_many(codes: dict[int, int], engine: int, stopped: bool, expected: int, tmp_path: Path) -> None:
