@@ -93,7 +93,7 @@ def launch(settings: LaunchSettings, own_words: tuple[str, ...], dry_run: bool) 
     if code == STOPPED_EARLY and settings.request is not None:
         slurm.requeue()
     if code:
-        raise JobFailedError(f"the job ended with {code}; see {folder / 'attempts.jsonl'} and docs/exit-codes.md", code)
+        raise JobFailedError(f"the job ended with {code}; see {folder / 'attempts.jsonl'} and docs/failures.md", code)
 
 
 def hosts_of(settings: LaunchSettings) -> tuple[Host, ...]:

@@ -1,6 +1,6 @@
 """Errors meant for the user: one line saying what, where and what to do, and the exit code it ends with.
 
-The exit codes are documented in docs/exit-codes.md.
+The exit codes are documented in docs/failures.md.
 """
 
 STOPPED_EARLY = 75  # stopped on request; the same command goes on where it stopped

@@ -12,8 +12,8 @@ import pytest
 
 from launcher.supervise import FINAL, SIGNALS, outcome, supervise
 from megainter.process import StopRequest
-from tests.places import ROOT
 from tests.synthetic import environment
+from tests.test_failures import documented_codes
 
 DRIVER = """
 import os, sys
@@ -147,6 +147,4 @@ def test_restarts(codes: list[int], restarts: int, expected: int, tmp_path: Path
 
 
 def test_documented_codes_are_final() -> None:
-    rows = (ROOT / "docs" / "exit-codes.md").read_text().splitlines()
-    documented = {int(row.split("|")[1]) for row in rows if row.startswith("| ") and row.split("|")[1].strip().isdigit()}
-    assert set(FINAL) <= documented
+    assert set(FINAL) <= documented_codes()
