@@ -22,7 +22,7 @@ from megainter.data.feature_store.lock import LOOSE, WriterLock, network_filesys
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import StoreSchema
 from megainter.data.feature_store.shard import read_store_json, refuse_live_writers
-from megainter.data.feature_store.writer import create_store, seal_store, stored_ids
+from megainter.data.feature_store.writer import create_store, is_sealed, seal_store, stored_ids
 from megainter.data.tables.boxes import ImageBoxes, read_boxes
 from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import MegainterError, StoppedEarly, TooManyBadInputsError, UsageError
@@ -271,7 +271,7 @@ def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failur
         )
     if failures:
         print(listed, flush=True)
-    if changed or not read_store_json(output)["sealed"]:
+    if changed or not is_sealed(output):
         seal_store(output)
     with FeatureStore(output) as store:
         state = "sealed" if changed else "complete before"

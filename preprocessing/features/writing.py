@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import StoreSchema
-from megainter.data.feature_store.shard import read_store_json, shard_files
-from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
+from megainter.data.feature_store.shard import shard_files
+from megainter.data.feature_store.writer import FeatureStoreWriter, is_sealed, seal_store
 from megainter.errors import TooManyBadInputsError
 from preprocessing.failures import write_failures
 
@@ -55,7 +55,7 @@ def finish(output: Path, account: Account, max_bad: float, changed: bool) -> Imp
         print(f"{account.lacking:,} entries lack a member that others have; they are kept, listed in {output / 'failed.tsv'}", flush=True)
     if account.repeated:
         print(f"{account.repeated:,} entries repeat an id; the first of each is kept, listed in {output / 'failed.tsv'}", flush=True)
-    if changed or not read_store_json(output)["sealed"]:
+    if changed or not is_sealed(output):
         seal_store(output)
     with FeatureStore(output) as store:
         return Imported(len(store), account.bad, account.repeated, store.digest)

@@ -20,6 +20,8 @@ def settings(*more: str) -> dict:
 
 def test_a_setting_that_decides_the_numbers_may_not_change() -> None:
     assert differences(settings(), settings("--optimizer.weight_decay", "0.5")) == ["optimizer.weight_decay: 0.01 -> 0.5"]
+    batch = settings()["training"]["global_batch"]
+    assert differences(settings(), settings("--training.global_batch", "64")) == [f"training.global_batch: {batch} -> 64"]
     lower = settings("--optimizer.learning_rate", "0.5")  # what a run that blew up goes on with
     assert differences(settings(), lower) == []
     assert free_changes(settings(), lower) == ["optimizer.learning_rate: 0.0001 -> 0.5"]

@@ -208,6 +208,16 @@ def seal_store(path: Path) -> str:
             lock.release()
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether the store is sealed and its index is the one it was sealed with; one that is damaged is written anew by ``seal_store``."""
+    description, index = read_store_json(path), path / "index.arrow"
+    return bool(description["sealed"]) and index.is_file() and _facts(index) == description["index"]
+
+
+def _facts(index: Path) -> dict[str, Any]:
+    return {"bytes": index.stat().st_size, "sha256": sha256_of(index)}
+
+
 def sorted_index(path: Path, shards: list[Path]) -> pa.Table:
     """The index of all shards sorted by id (UTF-8 bytes), each id once."""
     index = scan_shards(shards)
@@ -243,11 +253,10 @@ def _publish(path: Path, schema: StoreSchema, shards: list[Path], index: pa.Tabl
 
 def _summary(path: Path, shards: list[Path], index: pa.Table) -> dict[str, Any]:
     """What store.json says of a sealed store beside its schema."""
-    file = path / "index.arrow"
     return {
         "records": len(index),
         "regions": pc.sum(index.column("regions")).as_py(),
         "digest": index_digest(index),
-        "index": {"bytes": file.stat().st_size, "sha256": sha256_of(file)},
+        "index": _facts(path / "index.arrow"),
         "shards": [{"name": shard.name, "bytes": shard.stat().st_size} for shard in shards],
     }

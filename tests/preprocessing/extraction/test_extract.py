@@ -247,6 +247,16 @@ def test_a_damaged_record_is_named_and_made_anew_by_the_way_that_the_message_tel
     assert check_store(store) == IMAGES
 
 
+def test_a_damaged_index_is_written_anew_by_the_same_command(folder: Path, finished: Extraction, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(folder / "whole", tmp_path / "store"))
+    os.truncate(store / "index.arrow", 100)
+    with pytest.raises(DamagedError, match="run the same extraction again to write it anew"):
+        FeatureStore(store)
+    options = {"workers": 1, "min_boxes": 3, "max_boxes": 9, "precision": "fp32"}
+    assert extract(folder / "images", store, folder / "detector.safetensors", **options) == finished
+    assert check_store(store) == IMAGES
+
+
 def test_too_many_bad_images_keep_the_good_ones_unsealed(folder: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "images", 6)
     (tmp_path / "images" / "tab\there.jpg").write_bytes(b"")

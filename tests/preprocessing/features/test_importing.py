@@ -77,6 +77,17 @@ def test_an_import_that_was_killed_goes_on_and_ends_like_one_that_was_not(tmp_pa
     assert import_features(source, tmp_path / "s") == whole
 
 
+@pytest.mark.parametrize("lost", ["shard-00000.lmdb", "index.arrow"])
+def test_a_file_that_was_deleted_as_damaged_is_made_anew_by_the_same_import(tmp_path: Path, lost: str) -> None:
+    source = write_tsv(tmp_path / "x", [make_image(seed) for seed in range(8)])
+    whole = import_features(source, tmp_path / "s")
+    (tmp_path / "s" / lost).unlink()
+    with pytest.raises(DamagedError, match=f"{lost} is missing"):
+        FeatureStore(tmp_path / "s")
+    assert import_features(source, tmp_path / "s") == whole
+    assert len(FeatureStore(tmp_path / "s")) == 8
+
+
 def test_of_a_repeated_id_the_first_is_kept_and_the_rest_reported(tmp_path: Path) -> None:
     images = [make_image(0, "a"), make_image(1, "b"), make_image(2, "a"), make_image(3, "c"), make_image(0, "a")]
     done = import_features(write_tsv(tmp_path / "x", images), tmp_path / "s", max_bad=0)
