@@ -17,11 +17,13 @@ from megainter.verbs.evaluate import evaluate_app
 from megainter.verbs.extract import extract
 from megainter.verbs.features import features_app
 from megainter.verbs.finetune import finetune_app
+from megainter.verbs.index import index
 from megainter.verbs.launch import launch
 from megainter.verbs.plan import plan
 from megainter.verbs.preflight import preflight
 from megainter.verbs.prepare import prepare_app
 from megainter.verbs.pretrain import pretrain
+from megainter.verbs.search import search
 from megainter.verbs.view import view
 
 LONGEST_MESSAGE = 4000  # characters, whatever a file holds that it quotes
@@ -50,6 +52,8 @@ app.command(plan)
 app.command(preflight)
 app.command(evaluate_app)
 app.command(convert_app)
+app.command(index)
+app.command(search)
 app.command(view)
 
 

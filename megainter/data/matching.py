@@ -68,14 +68,14 @@ def drop_missing(pairs: Pairs, store: FeatureStore) -> Pairs:
     return Pairs(pairs.table.filter(pa.array(keep)), new_numbers[pairs.image_numbers[keep]], image_ids, digest)
 
 
-def with_regions(pairs: Pairs, store: FeatureStore, limit: float, path: Path) -> Pairs:
+def with_regions(pairs: Pairs, store: FeatureStore, limit: float, path: Path, option: str = "--data.max_missing") -> Pairs:
     """The pairs whose images have regions; raises as ``accept_missing`` where more than ``limit`` of the captions have none."""
     missing = missing_images(pairs, store)
     captions = int(missing[pairs.image_numbers].sum())
     if not captions:
         return pairs
     images = some(pairs.image_ids[int(number)] for number in np.flatnonzero(missing))
-    accept_missing(Missing("captions", captions, len(pairs), images), store, limit, path)
+    accept_missing(Missing("captions", captions, len(pairs), images), store, limit, path, option)
     return drop_missing(pairs, store)
 
 

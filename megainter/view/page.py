@@ -1,7 +1,6 @@
 """One self-contained HTML page for a run: no scripts, no outside resources, captions escaped."""
 
 import math
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.tables.pairs import Pairs, read_pairs
 from megainter.errors import UsageError
-from megainter.files import inside, read_json, require_file_place, write_atomically
+from megainter.files import inside, read_json, require_file_place
 from megainter.view.curves import draw_curves
+from megainter.view.pages import plain, write_template
 from megainter.view.pictures import SURE, region_boxes, thumbnail
 
 SHOWN = 5  # retrieved images of a caption
@@ -59,8 +58,7 @@ def write_page(
             "shown": SHOWN,
             "sure": SURE,
         }
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    write_atomically(output, pages.get_template("page.html").render(values))
+    write_template(output, "page.html", values)
     return output
 
 
@@ -71,11 +69,6 @@ def read_report(path: Path) -> dict[str, Any]:
     if not fits or not all(isinstance(report.get(name), dict) and set(RECALL_KEYS) <= set(report[name]) for name in RECALLS):
         raise UsageError(f"{path} is no report of retrieval; give the JSON file that `megainter evaluate retrieval` wrote by --output")
     return dict(report)
-
-
-def plain(text: str) -> str:
-    """``text`` without control, format and direction characters, which could disguise what is shown."""
-    return "".join(letter for letter in text if unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
 
 
 def spread(size: int, count: int) -> list[int]:

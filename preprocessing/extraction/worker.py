@@ -197,7 +197,7 @@ def store_batch(batch: Decoded, extract: ExtractBatch, writer: FeatureStoreWrite
 def _records(batch: Readable, extract: ExtractBatch, schema: StoreSchema, failures: list[Failure]) -> list[tuple[str, RegionRecord]]:
     """Records of a batch. A batch that fails (memory of the device, an odd image) is halved until the one image at fault is known."""
     try:
-        pairs = [(task.image_id, _in_file_pixels(record, task)) for (task, _), record in zip(batch, extract(batch), strict=True)]
+        pairs = [(task.image_id, in_file_pixels(record, task)) for (task, _), record in zip(batch, extract(batch), strict=True)]
         for image_id, record in pairs:
             check_record(image_id, record, schema)
         return pairs
@@ -212,7 +212,7 @@ def _records(batch: Readable, extract: ExtractBatch, schema: StoreSchema, failur
     return _records(batch[:half], extract, schema, failures) + _records(batch[half:], extract, schema, failures)
 
 
-def _in_file_pixels(record: RegionRecord, task: Task) -> RegionRecord:
+def in_file_pixels(record: RegionRecord, task: Task) -> RegionRecord:
     """Boxes in the pixels of the file, also where a large JPEG was decoded smaller."""
     if task.size is None or task.size == (record.width, record.height):
         return record

@@ -24,6 +24,8 @@ from torch import nn
 
 from megainter.config.settings import STRICT, Positive
 from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord
+from megainter.data.feature_store.views import RegionViews
 from megainter.data.packed import region_rows
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import NumericsError, UsageError
@@ -182,10 +184,16 @@ def image_vectors(encoder: DualEncoder, store: FeatureStore, image_ids: Sequence
     with Progress("reading images", len(image_ids), "images") as progress:
         for start in range(0, len(image_ids), AT_ONCE):
             some = image_ids[start : start + AT_ONCE]
-            features, locations, lengths = region_rows(store.views(some, encoder.settings.max_regions), encoder.settings.max_regions)
-            parts.append(encoder.region(features.to(device), locations.to(device), lengths))
+            parts.append(vectors_of_images(encoder, store.views(some, encoder.settings.max_regions), device))
             progress.update(len(some))
-    return _finite(torch.cat(parts), "images")
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def vectors_of_images(encoder: DualEncoder, images: Sequence[RegionRecord | RegionViews], device: torch.device) -> torch.Tensor:
+    """float32 [I, D] on ``device``, of length 1, of the regions of some images in one forward."""
+    features, locations, lengths = region_rows(images, encoder.settings.max_regions)
+    return _finite(encoder.region(features.to(device), locations.to(device), lengths), "images")
 
 
 def _finite(vectors: torch.Tensor, of: str) -> torch.Tensor:

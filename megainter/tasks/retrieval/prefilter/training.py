@@ -67,7 +67,7 @@ def finetune(
     config = read_config(model)
     vocabulary = read_vocabulary(model, config)
     feature_store = FeatureStore(store)
-    captions = with_regions(read_pairs(pairs, split=split), feature_store, max_missing, pairs)
+    captions = with_regions(read_pairs(pairs, split=split), feature_store, max_missing, pairs, "--max-missing")
     require_two_images(captions.image_numbers, str(pairs))
     tokens = tokenize(captions.table.column("caption").to_pylist(), vocabulary, max_text_tokens)
     words = read_words(model, vocabulary.size)

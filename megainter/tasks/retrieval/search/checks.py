@@ -1,0 +1,59 @@
+"""What can be seen of a command before anything heavy is imported; light."""
+
+from pathlib import Path
+
+from megainter.errors import UsageError
+from megainter.files import require_file_place
+from megainter.tasks.retrieval.search.options import IndexOptions, SearchOptions
+
+DESCRIPTION = "index.json"  # of an index, as of all mapped arrays
+MOST_CANDIDATES = 10_000
+MOST_SHOWN = 1000
+
+
+def check_index(model: Path, options: IndexOptions) -> None:
+    """``UsageError`` for paths that are not there, an output that is something else, and numbers that cannot be."""
+    places = {f"--{name.replace('_', '-')}": getattr(options, name) for name in ("store", "pairs", "prefilter_model", "images", "weights")}
+    for what, path in {"model": model, **places}.items():
+        if path is not None and not path.exists():
+            raise UsageError(f"{what} {path} does not exist")
+    if not 0 <= options.max_missing <= 1:
+        raise UsageError(f"--max-missing is {options.max_missing}; give a share, 0 to 1")
+    output = options.output
+    if output.exists() and not (output / DESCRIPTION).is_file() and not (output.is_dir() and not any(output.iterdir())):
+        raise UsageError(f"--output {output} is there and is no index; name a new folder")
+    require_file_place(output / DESCRIPTION if output.is_dir() else output, "--output")
+
+
+def check_search(index: Path, queries: tuple[str, ...], options: SearchOptions, image: Path | None, top: int, page: Path | None) -> None:
+    """``UsageError`` for an index that is none, for nothing to search for, and for numbers that cannot be."""
+    require_index(index)
+    if not queries and image is None:
+        raise UsageError('nothing to search for: give a sentence in quotes, as in `megainter search INDEX "two dogs"`, or --image FILE')
+    if any(not query.strip() for query in queries):
+        raise UsageError("a query is empty; give a sentence in quotes")
+    if not 1 <= top <= MOST_SHOWN:
+        raise UsageError(f"--top is {top}; give 1 to {MOST_SHOWN:,}")
+    if image is not None and not image.is_file():
+        raise UsageError(f"--image {image} does not exist or is not a file")
+    check_options(options)
+    if page is not None:
+        require_file_place(page, "--page")
+
+
+def require_index(path: Path) -> None:
+    """``UsageError`` where there is no index."""
+    if not (path / DESCRIPTION).is_file():
+        raise UsageError(f"{path} is no index (it has no {DESCRIPTION}); `megainter index` writes one")
+
+
+def check_options(options: SearchOptions) -> None:
+    """``UsageError`` for paths that are not there and numbers that cannot be."""
+    if not 1 <= options.candidates <= MOST_CANDIDATES:
+        raise UsageError(f"--candidates is {options.candidates}; give 1 to {MOST_CANDIDATES:,}")
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"--threads is {options.threads}; give at least 1")
+    places = {name: getattr(options, name) for name in ("model", "prefilter_model", "store", "images", "weights")}
+    for name, path in places.items():
+        if path is not None and not path.exists():
+            raise UsageError(f"--{name.replace('_', '-')} {path} does not exist")

@@ -1,0 +1,60 @@
+"""What `megainter index`, `search` and `serve` are asked; light, since the command line reads it for its help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megainter.precision import AskedPrecision
+
+Order = Literal["both", "second", "first"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """What `megainter index` is asked."""
+
+    store: Path
+    """Feature store of the images."""
+    pairs: Path
+    """Captions of the images: what `megainter prepare` wrote."""
+    output: Path
+    """Folder for the index."""
+    prefilter_model: Path | None = None
+    """Folder that `megainter finetune prefilter` made; default "prefilter" inside the model's folder."""
+    images: Path | None = None
+    """Folder that the captions' image files are in; it is noted, and read for pages and by `megainter serve`."""
+    weights: Path | None = None
+    """Weights of the store's detector, noted for searching by photos; known by themselves where the detector comes along."""
+    split: str | None = None
+    """Split of the manifest to index; default all."""
+    max_missing: float = 0.01
+    """Share of captions that may be left out because their image has no regions."""
+    device: str = "auto"
+    """Torch device; "auto" takes CUDA where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What a search is asked, in the shell and on the page."""
+
+    order: Order = "both"
+    """What the best are ordered by: "second", the model that looks at caption and image together; "first", the vectors alone, which is
+    fast; or the sum of both."""
+    candidates: int = 100
+    """How many of the nearest by their vectors the second stage looks at."""
+    precision: AskedPrecision = "auto"
+    """Arithmetic of the second stage; auto takes bf16 where the device computes it, else fp16 on a GPU, else fp32."""
+    device: str = "auto"
+    """Torch device; "auto" takes CUDA where there is one."""
+    threads: int | None = None
+    """Threads on a CPU; default all cores but one. Two on two busy cores take longer than one."""
+    model: Path | None = None
+    """The index's model, where it was moved."""
+    prefilter_model: Path | None = None
+    """Its first stage, where it was moved."""
+    store: Path | None = None
+    """Its feature store, where it was moved."""
+    images: Path | None = None
+    """Folder of the image files, where it was moved or the index does not say."""
+    weights: Path | None = None
+    """Weights of the store's detector, where they were moved or the index does not say."""

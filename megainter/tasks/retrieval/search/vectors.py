@@ -1,0 +1,63 @@
+"""The first stage as searching sees it: a vector for a text, a vector for an image, and what their dot product is multiplied by.
+
+Whatever computes such vectors can stand here; today it is the dual encoder that `megainter finetune prefilter` trains.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord
+from megainter.data.feature_store.views import RegionViews
+from megainter.data.text.vocabulary import Vocabulary
+from megainter.errors import UsageError
+from megainter.tasks.retrieval.gallery import tokenize
+from megainter.tasks.retrieval.prefilter.towers import (
+    AT_ONCE,
+    SETTINGS,
+    DualEncoder,
+    caption_vectors,
+    load_prefilter,
+    prefilter_digest,
+    vectors_of_images,
+)
+
+INSIDE = "prefilter"  # where a first stage lies in the folder of its model, if the user does not say otherwise
+
+
+class FirstStage:
+    """Vectors float32 of length 1 on the CPU. ``size`` D of them, ``scale`` from a dot product to a logit, ``most`` regions of an image
+    that are looked at, ``digest`` of what computes them."""
+
+    def __init__(self, encoder: DualEncoder, vocabulary: Vocabulary, device: torch.device, digest: str) -> None:
+        self.encoder, self.vocabulary, self.device, self.digest = encoder.to(device), vocabulary, device, digest
+        self.size, self.most = encoder.settings.vector_size, encoder.settings.max_regions
+        self.scale = float(encoder.log_scale.detach().exp())
+
+    def encode_texts(self, texts: list[str]) -> NDArray[np.float32]:
+        """[n, D]."""
+        tokens = tokenize(texts, self.vocabulary, self.encoder.settings.max_text_tokens)
+        return caption_vectors(self.encoder, tokens, self.device).cpu().numpy()
+
+    def encode_images(self, images: Sequence[RegionRecord | RegionViews]) -> NDArray[np.float32]:
+        """[n, D], in forwards of ``AT_ONCE``."""
+        parts = (images[start : start + AT_ONCE] for start in range(0, len(images), AT_ONCE))
+        return np.concatenate([vectors_of_images(self.encoder, part, self.device).cpu().numpy() for part in parts])
+
+
+def first_stage_folder(model: Path, given: Path | None) -> Path:
+    """Where the first stage of a model is: as ``given``, else inside the model's folder; ``UsageError`` where it is not there."""
+    folder = given or model / INSIDE
+    if given is None and not (folder / SETTINGS).is_file():
+        advice = f"`megainter finetune prefilter {model} --pairs PAIRS --store STORE --output {folder}` makes one in minutes"
+        raise UsageError(f"{model} has no first stage ({folder} is not there), and no --prefilter-model is given; {advice}")
+    return folder
+
+
+def open_first_stage(folder: Path, vocabulary: Vocabulary, store: FeatureStore, device: torch.device) -> FirstStage:
+    """The first stage of a folder; ``UsageError`` where it is none, or fits neither vocabulary nor store."""
+    return FirstStage(load_prefilter(folder, vocabulary, store), vocabulary, device, prefilter_digest(folder))
