@@ -35,7 +35,9 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", ["demo", "prepare", "extract", "pretrain", "launch", "plan", "preflight", "evaluate", "convert", "view"])
+@pytest.mark.parametrize(
+    "verb", ["demo", "prepare", "extract", "pretrain", "launch", "plan", "preflight", "evaluate", "convert", "index", "search", "view"]
+)
 def test_every_verb_explains_itself(verb: str) -> None:
     done = run(verb, "--help")
     assert done.returncode == 0

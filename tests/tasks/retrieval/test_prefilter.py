@@ -126,14 +126,16 @@ def test_captions_of_one_image_are_no_wrong_answers_to_each_other() -> None:
     torch.testing.assert_close(contrastive_loss(logits, own), torch.stack(losses).mean())
 
 
+@pytest.mark.parametrize("few", [0, 7])
 @pytest.mark.parametrize("blocks", [(1, 1), (3, 4), (1000, 16_384)])
-def test_nearest_is_exact_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int]) -> None:
+def test_nearest_is_exact_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int], few: int) -> None:
     """Vectors of small integers: dot products are exact, of both signs, and many are equal."""
     generator = torch.Generator().manual_seed(1)
     queries = torch.randint(-2, 3, (7, 4), generator=generator).float()
     gallery = torch.randint(-2, 3, (23, 4), generator=generator).float()
     monkeypatch.setattr(candidates, "QUERIES_AT_ONCE", blocks[0])
     monkeypatch.setattr(candidates, "VECTORS_AT_ONCE", blocks[1])
+    monkeypatch.setattr(candidates, "FEW_QUERIES", few)
     scores = (queries @ gallery.T).numpy()
     for keep in (1, 5, 23, 50):
         found = nearest(queries, gallery, keep)

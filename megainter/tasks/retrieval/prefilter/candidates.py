@@ -15,6 +15,7 @@ from megainter.progress import Progress
 from megainter.tasks.retrieval.ranking import Ranks, best_candidates, rank_right
 
 QUERIES_AT_ONCE = 1000
+FEW_QUERIES = 16  # of so few all scores are kept, 64 MB for a million vectors: a key for each score takes several times as long
 VECTORS_AT_ONCE = 16_384  # with so many queries 64 MiB of scores
 _LOW_BITS = 0xFFFFFFFF
 _MAGNITUDE = 0x7FFFFFFF
@@ -85,14 +86,15 @@ def found_shares(candidates: Candidates, image_of_caption_C: NDArray[np.integer]
 def nearest(queries_QD: torch.Tensor, vectors_VD: torch.Tensor, keep: int, progress: Progress | None = None) -> Nearest:
     """The ``keep`` vectors with the largest dot product for every query (all, where there are fewer); of equal ones the first.
 
-    Both float32 on one device. Exact, in blocks of ``QUERIES_AT_ONCE`` x ``VECTORS_AT_ONCE``.
+    Both float32 on one device. Exact, in blocks of ``QUERIES_AT_ONCE`` x ``VECTORS_AT_ONCE``; ``FEW_QUERIES`` are answered sooner.
     """
     keep = min(keep, len(vectors_VD))
     numbers = np.empty((len(queries_QD), keep), dtype=np.int32)
     scores = np.empty((len(queries_QD), keep), dtype=np.float32)
     for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
         rows = slice(start, min(start + QUERIES_AT_ONCE, len(queries_QD)))
-        best = _best_of_block(queries_QD[rows], vectors_VD, keep)
+        best_of = _best_of_few if len(queries_QD) <= FEW_QUERIES else _best_of_block
+        best = best_of(queries_QD[rows], vectors_VD, keep)
         order = np.argsort(_numbers(best), axis=1)
         best = np.take_along_axis(best, order, axis=1)
         numbers[rows], scores[rows] = _numbers(best), _scores(best)
@@ -106,20 +108,31 @@ def _best_of_block(queries_QD: torch.Tensor, vectors_VD: torch.Tensor, keep: int
     best = np.empty((len(queries_QD), 0), dtype=np.int64)
     for start in range(0, len(vectors_VD), VECTORS_AT_ONCE):
         scores = (queries_QD @ vectors_VD[start : start + VECTORS_AT_ONCE].T).cpu().numpy()
-        best = np.concatenate([best, _sort_keys(scores, start)], axis=1)
+        best = np.concatenate([best, _sort_keys(scores, np.arange(start, start + scores.shape[1]))], axis=1)
         if best.shape[1] > keep:
             best = np.partition(best, best.shape[1] - keep, axis=1)[:, -keep:]
     return best
 
 
-def _sort_keys(scores_QV: NDArray[np.float32], first: int) -> NDArray[np.int64]:
+def _best_of_few(queries_QD: torch.Tensor, vectors_VD: torch.Tensor, keep: int) -> NDArray[np.int64]:
+    """As ``_best_of_block``: keys are made of the best scores alone, and of those that equal the last of them."""
+    parts = [(queries_QD @ vectors_VD[start : start + VECTORS_AT_ONCE].T).cpu() for start in range(0, len(vectors_VD), VECTORS_AT_ONCE)]
+    best = np.empty((len(queries_QD), keep), dtype=np.int64)
+    for query, scores_V in enumerate(torch.cat(parts, dim=1).numpy()):
+        last = np.partition(scores_V, len(scores_V) - keep)[-keep]
+        numbers = np.flatnonzero(scores_V >= last)
+        best[query] = np.sort(_sort_keys(scores_V[None, numbers], numbers)[0])[-keep:]
+    return best
+
+
+def _sort_keys(scores_QV: NDArray[np.float32], numbers_V: NDArray[np.int64]) -> NDArray[np.int64]:
     """One int64 for each score and number, in the order of the scores and, where these are equal, earlier numbers higher.
 
     The bits of floats sort like integers once those of negative ones are turned; so no two keys are equal, and no order of work matters.
     """
     bits = (scores_QV + np.float32(0)).view(np.int32).astype(np.int64)  # -0.0 becomes 0.0
     ordered = np.where(bits < 0, bits ^ _MAGNITUDE, bits)
-    return (ordered << 32) | (_LOW_BITS - np.arange(first, first + scores_QV.shape[1], dtype=np.int64))
+    return (ordered << 32) | (_LOW_BITS - numbers_V)
 
 
 def _numbers(keys: NDArray[np.int64]) -> NDArray[np.int32]:
