@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from megainter.config.settings import OptimizerConfig, RunConfig
+from megainter.config.settings import ModelSettings, OptimizerConfig, RunConfig
 from megainter.errors import UsageError
 
 Config = TypeVar("Config")
@@ -19,6 +19,10 @@ Config = TypeVar("Config")
 COMPAT: dict[str, dict[str, Any]] = {
     "official": {"bias_correction": False, "clip": "tensor", "decay_groups": "swapped", "start_rate": 0.1},
 }
+# Settings in [model] that a start brings; dropouts and the like stay the run's.
+SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings)} - {
+    "start_from", "gradient_checkpointing", "hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob",
+}  # fmt: skip
 _COMPAT_OF_A_START = ("decay_groups", "start_rate")
 
 
@@ -39,6 +43,7 @@ def read_settings(kind: type[Config], path: Path | None, overrides: Sequence[str
     given = _pairs(overrides)
     _let_length_replace(settings, [key for key, _ in given])
     _let_portion_replace(settings, [key for key, _ in given])
+    _let_start_replace(settings, given)
     for key, value in given:
         _assign(settings, key, value)
     _spell_out_compat(settings)
@@ -123,6 +128,16 @@ def _let_portion_replace(settings: dict[str, Any], keys: list[str]) -> None:
         raise UsageError("training.micro_batch counts samples and training.micro_tokens real tokens; give one and leave the other out")
 
 
+def _let_start_replace(settings: dict[str, Any], given: list[tuple[str, str]]) -> None:
+    """A start given on the command line brings its sizes and vocabulary, which take the place of the recipe's."""
+    if dict(given).get("model.start_from", "none").lower() == "none":
+        return
+    for section, names in (("model", SIZES_OF_A_START), ("data", {"vocabulary"})):
+        part = settings.get(section)
+        if isinstance(part, dict):
+            settings[section] = {name: value for name, value in part.items() if name not in names}
+
+
 def _spell_out_compat(settings: dict[str, Any]) -> None:
     """Replace ``optimizer.compat`` by the settings it stands for, so that the run records these; what is given for itself stays."""
     optimizer, model = settings.get("optimizer"), settings.get("model")
@@ -201,7 +216,7 @@ def _check(config: RunConfig) -> None:
     if training.msm_weight == training.mrm_weight == training.itm_weight == 0:
         raise UsageError("all three objective weights are 0: nothing would be learned")
     for heads in ("num_attention_heads", "num_region_attention_heads"):
-        if model.hidden_size % getattr(model, heads):
+        if model.start_from is None and model.hidden_size % getattr(model, heads):
             raise UsageError(f"model.hidden_size {model.hidden_size} is not divisible by model.{heads} {getattr(model, heads)}")
     if config.data.block is not None and config.data.order != "blocks":
         raise UsageError(f'data.block is for data.order = "blocks", and data.order is {config.data.order!r}; leave it out')

@@ -32,7 +32,7 @@ class DataConfig:
     split: str = "train"
     """Split of the captions that is trained on."""
     vocabulary: Path | None = None
-    """A WordPiece vocab.txt; none: one is trained on the captions."""
+    """A WordPiece vocab.txt; none: that of model.start_from, else one is trained on the captions."""
     vocabulary_size: Positive = 8000
     """Most entries of a vocabulary that is trained on the captions."""
     lowercase: bool = True
@@ -86,7 +86,7 @@ class ModelSettings:
     """The architecture, in the names of ``InterBertConfig``; none: taken from the data (vocabulary, feature store)."""
 
     start_from: Path | None = None
-    """A Hugging Face folder whose weights are the start (`megainter convert bert` makes one of a BERT)."""
+    """Folder or hf:OWNER/NAME whose weights are the start, with its sizes and vocabulary (`megainter convert bert` makes one of a BERT)."""
     vocab_size: Positive | None = None
     """Entries of the vocabulary; none: as the data has."""
     region_feature_size: Positive | None = None
@@ -136,7 +136,7 @@ class StartConfig:
     """The model that fine-tuning starts from, and what of it may be changed; none: as the model has it."""
 
     start_from: Path
-    """Hugging Face folder of a pretrained model, with its vocabulary."""
+    """Hugging Face folder of a pretrained model, with its vocabulary, or hf:OWNER/NAME[@REVISION]."""
     hidden_dropout_prob: Probability | None = None
     """Dropout of hidden states."""
     attention_probs_dropout_prob: Probability | None = None

@@ -15,12 +15,14 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from megainter.conversion.architecture import layer_count
-from megainter.conversion.folder import Output, finish, refuse_existing
+from megainter.conversion.folder import Output, finish, refuse_existing, source_of
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
 from megainter.conversion.mapping import Origin, Plan, make_plan, untied_decoder
 from megainter.conversion.official import TIED, WORD, bert_names
 from megainter.conversion.official_names import our_name
 from megainter.conversion.vocabulary import find_vocabulary, require_room
+from megainter.data.feature_store.record import StoreSchema
+from megainter.data.feature_store.shard import read_store_json
 from megainter.errors import DamagedError, UsageError
 from megainter.files import followed, read_json
 from megainter.model.configuration import InterBertConfig
@@ -63,6 +65,23 @@ class BertStart:
     seed: int = 0
 
 
+def region_sizes(store: Path | None, feature_size: int | None, classes: int | None) -> dict[str, int]:
+    """``region_feature_size`` and ``num_region_classes`` of a start: as given, else the store's, else what ``BertStart`` has.
+
+    ``UsageError`` where what is given is not the store's.
+    """
+    given = {"region_feature_size": feature_size, "num_region_classes": classes}
+    stated = {name: size for name, size in given.items() if size is not None}
+    if store is None:
+        return stated
+    schema = StoreSchema.from_json(read_store_json(store)["schema"])
+    of_the_store = {"region_feature_size": schema.feature_size, "num_region_classes": schema.num_classes}
+    for name, size in stated.items():
+        if size != of_the_store[name]:
+            raise UsageError(f"--{name.replace('_', '-')} {size}: {store} has {of_the_store[name]}; leave the option out")
+    return of_the_store
+
+
 def convert_bert(
     source: Path,
     destination: Path,
@@ -80,6 +99,8 @@ def convert_bert(
     hostile or incomplete, ``UsageError`` for another model or choices that do not fit it.
     """
     refuse_existing(destination)
+    origin = source_of(source)
+    source = origin.path
     start = start or BertStart()
     folder = source if source.is_dir() else source.parent
     stated = config_file or bert_config_file(folder)
@@ -94,7 +115,7 @@ def convert_bert(
     for note in notes:
         print(f"note: {note}")
     require_room(files, plan.config.vocab_size)
-    output = Output(destination, files, allow_partial, start.seed, verify=verify)
+    output = Output(destination, files, allow_partial, start.seed, verify=verify, origin=origin)
     finish(plan, source, output, lambda partial: compare(plan, settings, partial))
     return plan
 

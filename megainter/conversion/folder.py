@@ -15,6 +15,7 @@ from megainter.errors import DamagedError, UsageError
 from megainter.files import aside
 from megainter.model.configuration import InterBertConfig
 from megainter.progress import Progress
+from megainter.weights import Located, locate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -31,6 +32,7 @@ class Output:
     dtype: str = "fp32"
     architecture: str = "InterBertForPreTraining"
     verify: bool = False
+    origin: Located | None = None  # the weights it is made from, where they came by name
 
 
 def finish(plan: Plan, source: object, output: Output, compare: Callable[[Path], str] | None = None) -> None:
@@ -60,6 +62,14 @@ def new_folder(destination: Path) -> Iterator[Path]:
         yield partial
 
 
+def source_of(source: Path) -> Located:
+    """What is converted, a path or weights by name, said where it came by one; raises as ``locate``."""
+    found = locate(source, option="SRC")
+    if found.told:
+        print(found.told, flush=True)
+    return found
+
+
 def refuse_existing(destination: Path) -> None:
     """``UsageError`` where ``destination`` exists: a conversion never writes over something."""
     if destination.exists():
@@ -67,13 +77,15 @@ def refuse_existing(destination: Path) -> None:
 
 
 def write_folder(folder: Path, config: InterBertConfig, tensors: Mapping[str, LazyTensor], output: Output) -> None:
-    """config.json, model.safetensors, and the vocabulary's files where there is one."""
+    """config.json, model.safetensors, the vocabulary's files where there is one, and origin.json where the weights came by name."""
     config.architectures = [output.architecture]
     config.dtype = DTYPES[output.dtype]
     config.save_pretrained(folder)
     write_tensors(folder / "model.safetensors", tensors, DTYPES[output.dtype])
     if output.vocabulary is not None:
         write_vocabulary(folder, output.vocabulary, config.max_position_embeddings)
+    if output.origin is not None:
+        output.origin.record(folder)
 
 
 def reread(written: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> str:

@@ -20,8 +20,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megainter.errors import DamagedError, UsageError
 from megainter.files import followed, read_json, shard
+from megainter.weights import WEIGHT_FILES
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MERGED = "pytorch_model.bin"  # a folder of this name is what newer zero_to_fp32.py make where they are asked for the file
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # training scripts put the weights under one of these
 # What modules around a model put before its names: data parallelism, our training step, torch.compile, Lightning's strategies.

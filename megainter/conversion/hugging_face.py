@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megainter.conversion.folder import Output, finish, refuse_existing
+from megainter.conversion.folder import Output, finish, refuse_existing, source_of
 from megainter.conversion.foreign_files import LazyTensor
 from megainter.conversion.mapping import HEADS, Origin, Plan, make_plan, untied_decoder
 from megainter.conversion.ours import TIED, WORD, open_ours
@@ -48,6 +48,8 @@ def convert_hugging_face(
     ``DamagedError``.
     """
     refuse_existing(destination)
+    origin = source_of(source)
+    source = origin.path
     if num_labels is not None and head != "classification":
         raise UsageError(f"--num-labels {num_labels} is for a new classification head; give --head classification, or leave it out")
     config, tensors, assumed = open_ours(source, config_file)
@@ -80,6 +82,7 @@ def convert_hugging_face(
             dtype=dtype,
             architecture=architecture,
             verify=verify,
+            origin=origin,
         ),
     )
     return plan

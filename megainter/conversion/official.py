@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megainter.conversion.architecture import layer_count, make_config, official_settings, region_target, sizes_in_shapes, stated_sizes
-from megainter.conversion.folder import Output, finish, refuse_existing, reread
+from megainter.conversion.folder import Output, finish, refuse_existing, reread, source_of
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
 from megainter.conversion.mapping import HEADS, Origin, Plan, expected_shapes, make_plan, require_complete, untied_decoder
 from megainter.conversion.official_names import official_name, our_name
@@ -52,6 +52,8 @@ def convert_official(
     Raises ``DamagedError`` for a file that is damaged, hostile or incomplete, ``UsageError`` for one of another model.
     """
     refuse_existing(destination)
+    origin = source_of(source)
+    source = origin.path
     tensors = without_prefix(open_tensors(source))
     ours = has_our_names(tensors)
     tensors = tensors if ours else bert_names(tensors, source)
@@ -61,7 +63,7 @@ def convert_official(
     files, notes = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [NO_VOCABULARY])
     require_room(files, plan.config.vocab_size)
     plan = replace(plan, notes=(*told, *plan.notes, *notes))
-    output = Output(destination, files, allow_partial, verify=verify)
+    output = Output(destination, files, allow_partial, verify=verify, origin=origin)
     finish(plan, source, output, None if ours else lambda folder: compare(tensors, plan, folder))
     return plan
 
@@ -168,6 +170,7 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Non
     settings = destination.with_suffix(".json")
     for path in (destination, settings):
         refuse_existing(path)
+    source = source_of(source).path
     config, tensors, notes = open_ours(source)
     for note in notes:
         print(f"note: {note}")

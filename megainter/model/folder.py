@@ -1,16 +1,37 @@
 """A model's Hugging Face folder: its configuration and vocabulary, and a digest of what it computes."""
 
 import hashlib
+import logging
 from pathlib import Path
 
 from megainter.data.text.vocabulary import Vocabulary, load_vocabulary
 from megainter.errors import UsageError
 from megainter.files import read_json, require_own_files, sha256_of
 from megainter.model.configuration import InterBertConfig
+from megainter.weights import Located, check_name, is_repository, locate
+
+log = logging.getLogger("megainter")
+
+
+def locate_model(name: str | Path, option: str = "") -> Located:
+    """The model that a path or a name stands for (``weights.locate``, which raises); the log says the digest of one that came by name."""
+    found = locate(name, option=option)
+    if found.told:
+        log.info("%s", found.told)
+    return found
+
+
+def named(name: str | Path, revision: str | None = None) -> str | Path:
+    """``name`` as ``locate`` takes it: what transformers takes for a repository (OWNER/NAME, and no folder here) with ``hf:`` before it."""
+    text = str(name)
+    repository = is_repository(text)
+    text = f"hf:{text}" if repository else text
+    return f"{text}@{revision}" if revision is not None and text.startswith("hf:") and "@" not in text else text if repository else name
 
 
 def read_config(folder: Path) -> InterBertConfig:
     """The configuration of a Hugging Face folder of ours; ``UsageError`` for anything else, a run folder or a checkpoint among it."""
+    check_name(folder)
     trained = (folder / "checkpoints").is_dir() or any(folder.glob("weights-*.safetensors"))
     if trained and not any(folder.glob("model*.safetensors")):
         raise UsageError(f"{folder} is a training run; `megainter convert zero {folder} MODEL` writes the folder MODEL to give here")

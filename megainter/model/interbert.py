@@ -34,10 +34,13 @@ from megainter.kernels import QueryRows, SequenceLayout, cross_entropy_sum, soft
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder, LinearGelu
+from megainter.model.folder import locate_model, named, read_config
 from megainter.model.heads import Decoder, Fusion, Pooler, PredictionHead
 from megainter.model.packing import PackedLayout, pack_padded
 from megainter.model.processor import InterBertProcessor
 
+# Options of transformers' ``from_pretrained`` about its own way to the Hub.
+_HUB_OPTIONS = {"token", "cache_dir", "force_download", "proxies", "gguf_file", "state_dict"}
 MATCHED = 0  # class of the image-text matching head for a caption and its own image (official code)
 
 
@@ -137,6 +140,20 @@ class InterBertPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 - Hugging Face's name and form
     # One folder may hold the heads of several models; each model takes its own.
     _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|choice)_head\.", r"^classifier\."]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for a folder of ours or a repository of the Hub (``hf:OWNER/NAME[@REVISION]``, or without ``hf:``).
+
+        ``UsageError`` in one line for a path that does not exist, a folder of another kind, and as ``weights.locate``. Weights are read
+        from safetensors unless ``use_safetensors`` says otherwise.
+        """
+        name = pretrained_model_name_or_path
+        if name is None or _HUB_OPTIONS & kwargs.keys():  # transformers' own ways, and its own errors
+            return super().from_pretrained(name, *model_args, **kwargs)
+        folder = locate_model(named(name, kwargs.pop("revision", None))).path
+        read_config(folder / kwargs.get("subfolder", ""))
+        return super().from_pretrained(folder, *model_args, **{"use_safetensors": True} | kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
 from megainter.files import read_json, write_atomically, write_json
 from megainter.model.configuration import InterBertConfig
-from megainter.model.folder import read_config, read_vocabulary
+from megainter.model.folder import locate_model, named, read_config, read_vocabulary
 
 SETTINGS = "processor_config.json"
 USUAL_LENGTH = 36  # tokens and regions, where nothing says what the model was trained with
@@ -41,10 +41,11 @@ class InterBertProcessor:
     ) -> "InterBertProcessor":
         """The processor of a model's folder: its vocab.txt, its casing (tokenizer_config.json), and lengths.
 
-        Lengths: those given, else what ``save_pretrained`` wrote, else what the model was trained with (config.json), else 36.
+        ``folder`` may also be a repository of the Hub (``hf:OWNER/NAME``, ``weights.locate``). Lengths: those given, else what
+        ``save_pretrained`` wrote, else what the model was trained with (config.json), else 36.
         ``UsageError`` where the folder lacks one of these files, or they do not fit each other.
         """
-        folder = Path(folder)
+        folder = locate_model(named(folder)).path
         config = read_config(folder)
         saved = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
         tokens = _length("max_text_tokens", 3, config.max_position_embeddings, max_text_tokens, saved, config)

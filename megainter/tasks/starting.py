@@ -19,10 +19,11 @@ from megainter.errors import UsageError
 from megainter.files import aside
 from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, forward_flops
-from megainter.model.folder import read_config, read_vocabulary
+from megainter.model.folder import locate_model, read_config, read_vocabulary
 from megainter.training.job import Job, RunSettings
 from megainter.training.loop import BEST, log, train
 from megainter.training.world import World
+from megainter.weights import Located
 
 MODEL = "model"  # the Hugging Face folder in the run folder
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -75,13 +76,16 @@ class Start:
         return started
 
 
-def open_start(settings: StartConfig, max_text_tokens: int | None, max_regions: int | None, feature_size: int | None) -> Start:
-    """Open ``model.start_from``. Lengths that are None stay as the model was trained with them; ``feature_size`` is the store's, if any.
+def open_start(
+    settings: StartConfig, output: Path, max_text_tokens: int | None, max_regions: int | None, feature_size: int | None
+) -> Start:
+    """Open ``model.start_from``, a path or weights by name. Lengths that are None stay as the model was trained with them;
+    ``feature_size`` is the store's, if any. What came by name stands in ``output``/origin.json.
 
     ``UsageError`` for a folder that is no model of ours, or does not fit the store or the lengths.
     """
-    folder = settings.start_from
-    config = read_config(folder)
+    found = locate_model(settings.start_from, "model.start_from")
+    folder, config = found.path, read_config(found.path)
     if feature_size is not None and config.region_feature_size != feature_size:
         raise UsageError(
             f"model.start_from {folder} takes {config.region_feature_size}-d region features, the store has {feature_size}-d ones"
@@ -94,7 +98,15 @@ def open_start(settings: StartConfig, max_text_tokens: int | None, max_regions: 
     if config.max_text_tokens is not None and config.max_text_tokens > config.max_position_embeddings:
         raise UsageError(f"data.max_text_tokens {config.max_text_tokens} exceeds {folder}'s {config.max_position_embeddings} positions")
     vocabulary = read_vocabulary(folder, config)
+    record_start(found, output)
     return Start(folder, config, vocabulary, (folder / "vocab.txt").read_bytes())
+
+
+def record_start(found: Located, output: Path) -> None:
+    """Write into the run folder, on rank 0, which weights by name the run starts from."""
+    if found.digests and os.environ.get("RANK", "0") == "0":
+        output.mkdir(parents=True, exist_ok=True)
+        found.record(output)
 
 
 def inputs_flops(config: InterBertConfig, inputs: PackedInputs) -> int:

@@ -5,8 +5,20 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from megainter.errors import UsageError
+from megainter.weights import Kind, check_name, require_there
+
 AllowPartial = Annotated[bool, Parameter(name="--allow-partial", negative="--strict")]
 convert_app = App(name="convert", help="Convert checkpoints: ours, InterBERT's, BERT's, DeepSpeed's.")
+
+
+def require_source(src: Path, dst: Path, *files: tuple[str, Path | None], kind: Kind = "model") -> None:
+    """``UsageError`` where the source is neither there nor a name, a file that an option names is not, or the destination is."""
+    check_name(src, kind, "SRC")
+    for option, path in files:
+        require_there(path, option)
+    if dst.exists():
+        raise UsageError(f"{dst} exists; give a new name or remove it")
 
 
 @convert_app.command(name="official")
@@ -31,7 +43,7 @@ def convert_official(
     ----------
     src
         Official file (pytorch_model_N.bin, pytorch_model_N_ema.bin), or what DeepSpeed's zero_to_fp32.py wrote; with --to official, a
-        folder of ours.
+        folder of ours. Also hf:OWNER/NAME/FILE[@REVISION] of the Hub.
     dst
         Folder to write, with --to official the .bin; must not exist.
     to
@@ -53,6 +65,7 @@ def convert_official(
     verify
         Run source and result on the same input and compare.
     """
+    require_source(src, dst, ("--config", config), ("--vocabulary", vocabulary))
     from megainter.conversion import official
 
     if to == "official":
@@ -75,8 +88,9 @@ def convert_bert(
     region_layers: Literal["fresh", "text"] = "fresh",
     num_region_layers: int | None = None,
     num_region_attention_heads: int | None = None,
-    region_feature_size: int = 2048,
-    num_region_classes: int = 1601,
+    store: Path | None = None,
+    region_feature_size: int | None = None,
+    num_region_classes: int | None = None,
     pooler_size: int = 1024,
     fusion: Literal["mul", "sum"] = "mul",
     region_objective: Literal["class", "feature"] = "class",
@@ -91,7 +105,7 @@ def convert_bert(
     Parameters
     ----------
     src
-        Hugging Face folder, or a .bin or .safetensors file.
+        Hugging Face folder, a .bin or .safetensors file, or hf:OWNER/NAME[/FILE][@REVISION] of the Hub.
     dst
         Folder to write; must not exist.
     config
@@ -104,10 +118,12 @@ def convert_bert(
         Region layers. Default: as many as text layers.
     num_region_attention_heads
         Heads of a region layer. Default: 8 where that divides the width, else BERT's; BERT's with --region-layers text.
+    store
+        Feature store that the model is to be trained on: its width of a region's feature and its classes are taken.
     region_feature_size
-        Width of a region's feature.
+        Width of a region's feature. Default: the store's, else 2048.
     num_region_classes
-        Classes of the detector, background included.
+        Classes of the detector, background included. Default: the store's, else 1601.
     pooler_size
         Width of the pooled vectors.
     fusion
@@ -125,12 +141,13 @@ def convert_bert(
     verify
         Run BERT and the result on the same text and compare.
     """
+    require_source(src, dst, ("--config", config), ("--vocabulary", vocabulary), ("--store", store))
     from megainter.conversion import bert
 
     start = bert.BertStart(
         interaction_layers=interaction_layers, region_layers=region_layers, num_region_layers=num_region_layers,
-        num_region_attention_heads=num_region_attention_heads, region_feature_size=region_feature_size,
-        num_region_classes=num_region_classes, pooler_size=pooler_size, fusion=fusion, region_objective=region_objective, seed=seed,
+        num_region_attention_heads=num_region_attention_heads, pooler_size=pooler_size, fusion=fusion, region_objective=region_objective,
+        seed=seed, **bert.region_sizes(store, region_feature_size, num_region_classes),
     )  # fmt: skip
     bert.convert_bert(src, dst, start, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify)
 
@@ -170,6 +187,8 @@ def convert_zero(
     verify
         Read the written folder again and compare every tensor.
     """
+    for path, option in ((run, "RUN"), (config, "--config"), (vocabulary, "--vocabulary")):
+        require_there(path, option)
     from megainter.conversion.zero import convert
 
     convert(run, dst, ema=ema, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify)
@@ -197,7 +216,8 @@ def convert_hf(
     Parameters
     ----------
     src
-        Hugging Face folder of InterBERT, or what DeepSpeed's zero_to_fp32.py wrote of one: a file, or a folder of shards.
+        Hugging Face folder of InterBERT, or what DeepSpeed's zero_to_fp32.py wrote of one: a file, or a folder of shards; also
+        hf:OWNER/NAME[/FILE][@REVISION] of the Hub.
     dst
         Folder to write; must not exist.
     dtype
@@ -221,6 +241,7 @@ def convert_hf(
     verify
         Read the written folder again and compare every tensor.
     """
+    require_source(src, dst, ("--config", config), ("--vocabulary", vocabulary))
     from megainter.conversion.hugging_face import convert_hugging_face
 
     convert_hugging_face(
@@ -236,12 +257,14 @@ def convert_detector(src: Path, dst: Path, /, *, class_names: Path | None = None
     Parameters
     ----------
     src
-        A Visual Genome Faster R-CNN (Hugging Face, airsplay's pickles, MILVLG's .pth), torchvision's Faster R-CNN, or a file of ours.
+        A Visual Genome Faster R-CNN (Hugging Face, airsplay's pickles, MILVLG's .pth), torchvision's Faster R-CNN, or a file of ours; also
+        a name: vg, torchvision:fasterrcnn_resnet50_fpn_v2, hf:OWNER/NAME[/FILE][@REVISION].
     dst
         File to write; must not exist.
     class_names
         Text file, one class name per line without the background. Default: objects_vocab.txt beside SRC, else "class 1", "class 2", ...
     """
+    require_source(src, dst, ("--class-names", class_names), kind="detector")
     from preprocessing.detector.convert import convert_detector as convert
 
     convert(src, dst, class_names)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from megainter.weights import check_name, require_there
 from preprocessing.detector.settings import DetectorRun, DetectorTraining
 
 detector_app = App(name="detector", help="Train a detector on boxes of your own, or try one on a known photo.")
@@ -17,6 +18,8 @@ def train(*, run: Annotated[DetectorRun, Parameter(name="*")], training: Annotat
 
     The same command goes on where an earlier one stopped.
     """
+    for option, path in (("--boxes", run.boxes), ("--images", run.images), ("--validation", run.validation)):
+        require_there(path, option)
     from preprocessing.detector.command import train as run_training
 
     run_training(run, training)
@@ -31,7 +34,7 @@ def check(*, weights: Path, image: Path, regions: Path | None = None, device: st
     Parameters
     ----------
     weights
-        Detector weights of any known kind.
+        Detector weights of any known kind, a file or a name as for `megainter extract`.
     image
         The photo.
     regions
@@ -39,6 +42,9 @@ def check(*, weights: Path, image: Path, regions: Path | None = None, device: st
     device
         Torch device: cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one.
     """
+    check_name(weights, "detector", "--weights")
+    for option, path in (("--image", image), ("--regions", regions)):
+        require_there(path, option)
     from preprocessing.detector.check import check as run_check
 
     run_check(weights, image, regions, device)

@@ -8,8 +8,16 @@ from cyclopts import App, Parameter
 from megainter.tasks.classification.options import ClassificationEvaluation
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.vcr.options import VcrEvaluation
+from megainter.weights import check_name, require_there
 
 evaluate_app = App(name="evaluate", help="Measure a model on a task.")
+
+
+def require_inputs(model: Path, *paths: tuple[str, Path | None]) -> None:
+    """``UsageError`` where the model is neither there nor a name of the Hub, or a path that an option names is not there."""
+    check_name(model, option="MODEL")
+    for option, path in paths:
+        require_there(path, option)
 
 
 @evaluate_app.command(name="retrieval")
@@ -19,8 +27,9 @@ def evaluate_retrieval(model: Path, /, *, options: Annotated[RetrievalEvaluation
     Parameters
     ----------
     model
-        Hugging Face folder with its vocabulary.
+        Hugging Face folder with its vocabulary, or hf:OWNER/NAME[@REVISION] of the Hub.
     """
+    require_inputs(model, ("--pairs", options.pairs), ("--store", options.store), ("--prefilter-model", options.prefilter_model))
     from megainter.tasks.retrieval.evaluation import evaluate
 
     evaluate(model, options)
@@ -33,8 +42,9 @@ def evaluate_vcr(model: Path, /, *, options: Annotated[VcrEvaluation, Parameter(
     Parameters
     ----------
     model
-        Folder that `megainter finetune vcr` made.
+        Folder that `megainter finetune vcr` made, or hf:OWNER/NAME[@REVISION] of the Hub.
     """
+    require_inputs(model, ("--questions", options.questions), ("--store", options.store), ("--objects-store", options.objects_store))
     from megainter.tasks.vcr.evaluation import evaluate
 
     evaluate(model, options)
@@ -49,8 +59,9 @@ def evaluate_classification(
     Parameters
     ----------
     model
-        Folder that `megainter finetune classification` made.
+        Folder that `megainter finetune classification` made, or hf:OWNER/NAME[@REVISION] of the Hub.
     """
+    require_inputs(model, ("--examples", options.examples), ("--store", options.store))
     from megainter.tasks.classification.evaluation import evaluate
 
     evaluate(model, options)

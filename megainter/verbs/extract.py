@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megainter.precision import AskedPrecision
+from megainter.weights import check_name, require_there
 
 
 def extract(
@@ -35,7 +36,8 @@ def extract(
     output
         Feature store to write.
     weights
-        Detector weights (safetensors), or the name of a detector that comes along: "photos" (COCO's 80 classes) or "demo" (glyphs).
+        Detector weights (safetensors), or a name: "photos" (COCO's 80 classes, comes along), "vg" (Visual Genome), "demo" (glyphs),
+        torchvision:fasterrcnn_resnet50_fpn_v2, hf:OWNER/NAME[/FILE][@REVISION].
     manifest
         Take the images named here instead of all in the folder: a Parquet manifest (pairs or boxes), or a CSV or TSV file with a column
         "image" and, if ids are not to be the paths, "image_id".
@@ -69,6 +71,9 @@ def extract(
     network_disk
         Allow a store on NFS and the like, where a crash can damage what is being written.
     """
+    check_name(weights, "detector", "--weights")
+    for option, path in (("--manifest", manifest), ("--boxes", boxes), ("--images", None if set("*?[") & set(str(images)) else images)):
+        require_there(path, option)
     from preprocessing.extraction.extract import extract as extract_regions
     from preprocessing.extraction.mpi import extract_on_ranks, launched_rank
 

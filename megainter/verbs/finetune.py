@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from megainter.errors import UsageError
-from megainter.verbs.pretrain import split_config
+from megainter.verbs.pretrain import require_paths, split_config
+from megainter.weights import check_name, require_there
 
 if TYPE_CHECKING:
     from megainter.config.settings import FinetuneConfig
@@ -73,6 +74,7 @@ def finetune_classification(*settings: Settings, compare_with: Path | None = Non
     if config is None:
         return
     if compare_with is not None:
+        require_there(compare_with, "--compare-with")
         from megainter.tasks.classification.comparison import compare
 
         compare(config, compare_with)
@@ -137,6 +139,9 @@ def finetune_prefilter(
     device
         Torch device; "auto" takes CUDA where there is one.
     """
+    check_name(model, option="MODEL")
+    for option, path in (("--pairs", pairs), ("--store", store)):
+        require_there(path, option)
     from megainter.tasks.retrieval.prefilter.training import PrefilterTraining, finetune
 
     training = PrefilterTraining(
@@ -187,4 +192,6 @@ def read_task_settings(task: str, settings: Sequence[str]) -> Any:
         print(f"{usage}\n\n{recipes} {changes}\n\n{describe_settings(kind)}")
         return None
     recipe, overrides = split_config(settings)
-    return read_settings(kind, recipe, overrides)
+    config = read_settings(kind, recipe, overrides)
+    require_paths(config)
+    return config

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from megainter.errors import UsageError
+from megainter.weights import check_name, require_there
 
 
 def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
@@ -26,9 +27,23 @@ def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
 
     recipe, overrides = split_config(settings)
     config = load_config(recipe, overrides)
+    require_paths(config)
     from megainter.tasks.pretraining.training import pretrain as train
 
     train(config)
+
+
+def require_paths(config: Any) -> None:
+    """``UsageError`` where a file or folder that a run's settings name is not there, nor a name of weights; before torch is imported."""
+    from megainter.config.reading import path_settings
+
+    for name in sorted(path_settings(type(config))):
+        section, _, key = name.partition(".")
+        path = getattr(getattr(config, section), key)
+        if key == "start_from" and path is not None:
+            check_name(path, option=name)
+        else:
+            require_there(path, name)
 
 
 def split_config(tokens: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -1,22 +1,29 @@
 """`megainter convert detector`: anybody's detector weights into one safetensors file with its configuration inside."""
 
+import json
 from pathlib import Path
 
 from megainter.errors import UsageError
+from megainter.weights import ORIGIN, locate
 from preprocessing.detector.detector import save_weights
 from preprocessing.detector.weights import Weights, read_weights
 
 
 def convert_detector(source: Path, destination: Path, class_names: Path | None = None) -> Weights:
-    """Write ``destination`` from any file that ``read_weights`` knows, whole or not at all, and print what was taken.
+    """Write ``destination`` from any file or name that ``read_weights`` knows, whole or not at all, and print what was taken.
+
+    Its header says which weights by name they were.
 
     Raises ``UsageError`` where ``destination`` exists, and whatever ``read_weights`` raises.
     """
     if destination.exists():
         raise UsageError(f"{destination} exists; give a new file name or remove it")
-    weights = read_weights(source, class_names)
+    found = locate(source, "detector")
+    if found.told:
+        print(found.told, flush=True)
+    weights = read_weights(found.path, class_names)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    fingerprint = save_weights(destination, weights.config, weights.state)
+    fingerprint = save_weights(destination, weights.config, weights.state, {ORIGIN: json.dumps(found.facts)} if found.digests else {})
     print(f"{source}: {weights.origin}\n")
     print(table(weights))
     print(f"\n{destination}: {destination.stat().st_size / 1e6:.1f} MB, fingerprint {fingerprint}, classes {_example(weights)}")

@@ -192,7 +192,7 @@ def _record(image: Image.Image, found: Regions, choice: _Choice) -> RegionRecord
 def load_detector(
     weights_path: Path | str, device: str | torch.device = "cpu", precision: Precision = "fp32", class_names: Path | None = None
 ) -> Detector:
-    """The detector in a weights file, recognised by its content, or one that comes along, by its name ("photos", "demo").
+    """The detector in a weights file, recognised by its content, or one by its name ("photos", "vg", ``megainter.weights.locate``).
 
     See ``preprocessing.detector.weights.read_weights``.
 

@@ -7,9 +7,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from megainter.errors import DamagedError, UsageError
 from megainter.files import followed
+from megainter.weights import locate
 from preprocessing.detector import photos
 from preprocessing.detector.network import BACKGROUND
 from preprocessing.detector.photos import PhotoConfig
@@ -38,8 +37,6 @@ OLDER_TORCHVISION = (  # names before torchvision 0.13
     (re.compile(r"^(rpn\.head\.conv)\.(weight|bias)$"), r"\1.0.0.\2"),
 )
 COCO_IDS_UNUSED = "N/A"
-# Weights that come with the package (preprocessing/assets), by the names that stand for them.
-PACKAGED: Mapping[str, str] = MappingProxyType({"photos": "photo_detector.safetensors", "demo": "demo_detector.safetensors"})
 
 AnyConfig = DetectorConfig | VgConfig | PhotoConfig
 
@@ -72,16 +69,15 @@ def fingerprint_of(config: str, state: Mapping[str, Tensor]) -> str:
 def read_weights(path: Path, class_names: Path | None = None) -> Weights:
     """The detector in a file: one of ours, a Visual Genome detector of bottom-up-attention's family, or torchvision's Faster R-CNN.
 
-    ``path`` may also be the name of one that comes along ("photos", "demo"), where there is no file of that name.
+    ``path`` may also be a name (``megainter.weights.locate``), where there is no file of that name.
 
     Files may be safetensors, torch checkpoints, or pickled dictionaries of numpy arrays. ``class_names`` is a text file with one name per
     line, background left out, for files that hold none (default: ``objects_vocab.txt`` beside the weights, else "class 1", ...).
 
     Raises ``UsageError`` where the file is none of these or asks for code to be run, ``DamagedError`` where it is cut off, or tensors are
-    missing, unexpected, misshapen or not finite.
+    missing, unexpected, misshapen or not finite; and as ``locate``.
     """
-    if not path.is_file() and str(path) in PACKAGED:
-        path = packaged_weights(str(path))
+    path = locate(path, "detector").path
     header, content = _read_file(path)
     if header.get("format") in (FORMAT, VG_FORMAT, photos.FORMAT) and "config" in header:
         return _ours(path, header, content)
@@ -97,11 +93,6 @@ def read_weights(path: Path, class_names: Path | None = None) -> Weights:
     )
 
 
-def packaged_weights(name: str) -> Path:
-    """The file of weights that come with the package under a name of ``PACKAGED``."""
-    return Path(str(files("preprocessing") / "assets" / PACKAGED[name]))
-
-
 def _marked(state: Mapping[str, Tensor], marks: tuple[str, ...]) -> bool:
     return any(name.startswith(marks) for name in state)
 
@@ -112,7 +103,7 @@ def _marked(state: Mapping[str, Tensor], marks: tuple[str, ...]) -> bool:
 def _read_file(path: Path) -> tuple[dict[str, str], Any]:
     """The header of a safetensors file, else {}, and the content."""
     if not path.is_file():
-        raise UsageError(f"detector weights {path} do not exist or are not a file; by name there are {', '.join(PACKAGED)}")
+        raise UsageError(f"detector weights {path} are a folder; give the file")
     with open(followed(path), "rb") as file:
         start = file.read(64)
     _refuse_other_kinds(path, start)

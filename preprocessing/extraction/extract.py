@@ -30,6 +30,7 @@ from megainter.files import sha256_of
 from megainter.precision import AskedPrecision, Precision, Units, automatic
 from megainter.process import StopRequest
 from megainter.progress import Progress
+from megainter.weights import locate
 from preprocessing.detector.detector import load_detector
 from preprocessing.detector.network import Selection
 from preprocessing.extraction.crew import Worker, end, feed, receive, start_child, with_news
@@ -81,7 +82,8 @@ def extract(
     detector on ``device`` (default: the GPUs where there are any), and ``ranks`` beside them, whose devices are ``elsewhere``. ``boxes``,
     a manifest, gives the regions of the images that it names; then nothing is proposed or selected. ``ids``: how an image's id is made of
     the usual one (``image_ids.renamer``), which the store remembers. ``precision`` "auto" is what the store
-    was begun in, in a new one the best that all devices compute. Images that fail are listed in ``output``/failed.tsv.
+    was begun in, in a new one the best that all devices compute. ``weights`` may be a name (``weights.locate``), which with its digest
+    stands in ``output``/origin.json. Images that fail are listed in ``output``/failed.tsv.
 
     Raises ``UsageError`` (missing or empty folder, other settings or detector than the store's, a store on a network disk that was not
     asked for by ``network_disk``), ``TooManyBadInputsError`` where more than ``max_bad`` of the images failed (the good ones are kept,
@@ -96,7 +98,10 @@ def extract(
     silence_pillow()
     source, given = _source(images, manifest, boxes, ids)
     arithmetic = precision if precision != "auto" else _automatic(output, device, elsewhere)
-    detector = load_detector(weights, "cpu")
+    found = locate(weights, "detector", "--weights")
+    if found.told:
+        print(found.told, flush=True)
+    detector = load_detector(found.path, "cpu")
     options: dict[str, Any] = {"min_size": min_size, "max_size": max_size}
     options |= {} if boxes else {"min_boxes": min_boxes, "max_boxes": max_boxes, "selection": selection or detector.network.selection}
     settings = options | ({"boxes": sha256_of(boxes)[:16]} if boxes else {}) | ({"precision": arithmetic} if arithmetic != "fp32" else {})
@@ -105,13 +110,15 @@ def extract(
     create_store(output, schema)
     with WriterLock(output / "extract.lock"):
         refuse_live_writers(output)
+        found.record(output)
         done = stored_ids(output)
         total = len(source.items)
         left = sum(item.image_id not in done for item in source.items)
         devices = _devices(device, workers, -(-left // batch_size))
         devices += [device or "cuda"] * min(len(ranks), max(0, -(-left // batch_size) - 1))
         jobs = [
-            WorkerSetup(n, source.root, output, schema, weights, name, arithmetic, options, os.getpid()) for n, name in enumerate(devices)
+            WorkerSetup(n, source.root, output, schema, found.again, name, arithmetic, options, os.getpid())
+            for n, name in enumerate(devices)
         ]
         failures: list[Failure] = []
         try:

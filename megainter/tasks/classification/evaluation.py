@@ -27,8 +27,9 @@ from megainter.tasks.classification.options import ClassificationEvaluation
 from megainter.tasks.classification.report import ClassificationReport, named_predictions, summary, write_predictions
 from megainter.tasks.classification.submission import submission_ids, write_submission
 from megainter.tasks.scoring.file import open_score_file
-from megainter.tasks.scoring.models import DTYPES, USUAL_LENGTH, choose_devices, choose_precision, load_model
+from megainter.tasks.scoring.models import DTYPES, USUAL_LENGTH, choose_devices, choose_precision, load_model, scored_model
 from megainter.tasks.scoring.running import run
+from megainter.weights import Located
 
 KEPT = ("prediction", "score", "loss")  # of each example, in this order
 EXAMPLES_WORTH_A_PROCESS = 20  # times its cost, beside that of a pair of caption and image
@@ -47,7 +48,9 @@ def evaluate(model: Path, options: ClassificationEvaluation) -> ClassificationRe
     """
     predictions = options.output.with_name(f"{options.output.stem}.predictions.parquet")
     _check(options, predictions)
-    encoded, examples, ids, facts = _open_inputs(model, options)
+    located = scored_model(model)
+    model = located.path
+    encoded, examples, ids, facts = _open_inputs(located, options)
 
     # What is predicted, and by whom.
     precision = choose_precision(options.precision, options.device)
@@ -79,9 +82,9 @@ def evaluate(model: Path, options: ClassificationEvaluation) -> ClassificationRe
     return report
 
 
-def _open_inputs(model: Path, options: ClassificationEvaluation) -> tuple[EncodedExamples, Examples, list[str], dict[str, Any]]:
+def _open_inputs(found: Located, options: ClassificationEvaluation) -> tuple[EncodedExamples, Examples, list[str], dict[str, Any]]:
     """What is predicted, encoded and as it was read; the ids a benchmark's file needs; and what the report says of it."""
-    config = read_config(model)
+    model, config = found.path, read_config(found.path)
     vocabulary = check_classifier(model, config)
     tokens = options.max_text_tokens or config.max_text_tokens or USUAL_TOKENS
     regions = options.max_regions or config.max_regions or USUAL_LENGTH
@@ -99,7 +102,7 @@ def _open_inputs(model: Path, options: ClassificationEvaluation) -> tuple[Encode
     encoded = encode_examples(examples, class_names(config), vocabulary, tokens, store, regions, config.region_feature_size)
     facts: dict[str, Any] = {
         "task": examples.task.name, "split": options.split, "count": len(examples), "missing_examples": missing, "max_regions": regions,
-        "max_text_tokens": tokens, "model": str(model), "model_digest": model_digest(model), "examples": str(options.examples),
+        "max_text_tokens": tokens, "model": found.name, "model_digest": model_digest(model), "examples": str(options.examples),
         "examples_digest": examples.digest, "store": str(options.store) if options.store is not None else None,
         "store_digest": store.digest if store is not None else None, "vocabulary": vocabulary.digest,
     }  # fmt: skip

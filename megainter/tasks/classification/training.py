@@ -69,7 +69,9 @@ def open_task(config: ClassificationConfig) -> OpenTask:
     """Read and encode everything. ``UsageError`` where files, labels, model or settings do not fit each other."""
     data = config.data
     examples, store = _with_store(read_examples(data.examples, data.split), data.examples, data.store, data.max_missing, "data")
-    start = open_start(config.model, data.max_text_tokens, data.max_regions, store.schema.feature_size if store is not None else None)
+    start = open_start(
+        config.model, config.output, data.max_text_tokens, data.max_regions, store.schema.feature_size if store is not None else None
+    )
     if examples.images:
         start.config.max_regions = start.config.max_regions or USUAL_LENGTH
     elif data.max_regions is not None:

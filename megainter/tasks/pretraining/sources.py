@@ -227,10 +227,16 @@ def _validation(
 
 
 def check_store(config: RunConfig, store: FeatureStore) -> None:
-    """``UsageError`` where a size stated in [model] is not the store's."""
+    """``UsageError`` where a size stated in [model], or brought by the start, is not the store's."""
     stated = {"region_feature_size": store.schema.feature_size, "num_region_classes": store.schema.num_classes}
+    start = config.model.start_from
     for name, size in stated.items():
         given = getattr(config.model, name)
+        if given is not None and given != size and start is not None:
+            raise UsageError(
+                f"model.start_from {start} has {name} {given}, the features in {config.data.store} have {size}: take a start made for them "
+                f"(of a BERT `megainter convert bert BERT START --store {config.data.store}` makes one)"
+            )
         if given is not None and given != size:
             raise UsageError(
                 f"model.{name} is {given}, but the features in {config.data.store} have {size}; leave it out to take the store's"

@@ -1,14 +1,12 @@
 """Pretraining as a job of the training loop: the three objectives on captions and regions."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from megainter.config.settings import ModelSettings, RunConfig
-from megainter.errors import UsageError
+from megainter.config.settings import RunConfig
 from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, forward_flops
 from megainter.model.folder import read_config
@@ -16,12 +14,11 @@ from megainter.model.interbert import InterBertForPreTraining
 from megainter.tasks.pretraining.batches import PretrainBatch, validation_batches
 from megainter.tasks.pretraining.objective import OBJECTIVES, ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sources import Sources, model_configuration, open_sources
+from megainter.tasks.pretraining.starting import DROPOUTS, with_start
 from megainter.training.collective import summed
 from megainter.training.job import Job, summarise
 from megainter.training.loop import counted, train
 from megainter.training.world import World
-
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob")
 
 
 def pretrain(config: RunConfig) -> Path:
@@ -31,6 +28,7 @@ def pretrain(config: RunConfig) -> Path:
 
 def open_job(config: RunConfig, world: World) -> Job:
     """Open captions, regions and vocabulary on every rank. Collective."""
+    config = with_start(config)
     sources = open_sources(config, world.rank, world.size)
     architecture = model_configuration(config, sources.vocabulary.size, sources.store)
     weights = ObjectiveWeights(config.training.msm_weight, config.training.mrm_weight, config.training.itm_weight)
@@ -64,28 +62,16 @@ def _forward_flops(config: InterBertConfig, batch: PretrainBatch) -> int:
 
 
 def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertForPreTraining:
-    """The model with the weights of ``model.start_from``, or fresh ones.
-
-    A start brings its architecture; dropouts are the run's. ``UsageError`` where the data, or a size that [model] states, contradicts it.
-    """
+    """The model with the weights of ``model.start_from``, dropouts and lengths as in ``settings``, or fresh ones (``with_start``)."""
     start = config.model.start_from
     if start is None:
         return InterBertForPreTraining(settings)
     transformers_logging.disable_progress_bar()
     found = read_config(start)
-    stated = [field.name for field in dataclasses.fields(ModelSettings) if getattr(config.model, field.name) != field.default]
-    of_the_data = ["vocab_size", "region_feature_size", "num_region_classes"]
-    changeable = ("start_from", "gradient_checkpointing", *DROPOUTS)
-    unlike = [
-        f"{name} ({getattr(found, name)}, not {getattr(settings, name)})"
-        for name in dict.fromkeys(of_the_data + stated)
-        if name not in changeable and getattr(found, name) != getattr(settings, name)
-    ]
-    if unlike:
-        raise UsageError(f"model.start_from {start} differs from this run in {', '.join(unlike)}")
     for name in (*DROPOUTS, "max_regions", "max_text_tokens"):
         setattr(found, name, getattr(settings, name))
-    return InterBertForPreTraining.from_pretrained(start, config=found)
+    started: InterBertForPreTraining = InterBertForPreTraining.from_pretrained(start, config=found)
+    return started
 
 
 def _validate(config: RunConfig, sources: Sources, job: Job, trained: Any, world: World) -> dict[str, float]:

@@ -37,8 +37,9 @@ from megainter.tasks.retrieval.ranking import (
 )
 from megainter.tasks.retrieval.report import BothStages, FirstStage, RetrievalReport, summary, write_pair_scores, write_scores, write_top
 from megainter.tasks.scoring.file import open_score_file
-from megainter.tasks.scoring.models import USUAL_LENGTH, check_model, choose_devices, choose_precision
+from megainter.tasks.scoring.models import USUAL_LENGTH, check_model, choose_devices, choose_precision, scored_model
 from megainter.tasks.scoring.running import run
+from megainter.weights import Located
 
 TOP = 10  # best images kept for each caption
 
@@ -66,7 +67,8 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
     """
     top = options.output.with_name(f"{options.output.stem}.top.parquet")
     _check(options, top)
-    inputs = _open_inputs(model, options)
+    found = scored_model(model)
+    inputs = _open_inputs(found, options)
     choose_devices(options.device, inputs.precision, options.processes, 1, 1)  # refuses before long work
 
     # The pairs to score: all, or those that a first stage chooses.
@@ -117,8 +119,8 @@ class Inputs:
     facts: dict[str, Any]
 
 
-def _open_inputs(model: Path, options: RetrievalEvaluation) -> Inputs:
-    config = read_config(model)
+def _open_inputs(found: Located, options: RetrievalEvaluation) -> Inputs:
+    model, config = found.path, read_config(found.path)
     max_regions = _length("--max-regions", options.max_regions, config.max_regions, model)
     max_text_tokens = _length("--max-text-tokens", options.max_text_tokens, config.max_text_tokens, model)
     store = FeatureStore(options.store)
@@ -135,7 +137,7 @@ def _open_inputs(model: Path, options: RetrievalEvaluation) -> Inputs:
     tokens = tokenize(gallery.texts(), vocabulary, max_text_tokens)
     job = pairs_to_score(model, store, gallery.image_ids, tokens, max_regions, options.batch_pairs, precision)
     facts: dict[str, Any] = {
-        "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": precision, "model": str(model),
+        "max_regions": max_regions, "max_text_tokens": max_text_tokens, "precision": precision, "model": found.name,
         "pairs": str(options.pairs), "store": str(options.store), "model_digest": model_digest(model), "pairs_digest": gallery.pairs.digest,
         "store_digest": store.digest, "images": len(gallery.image_ids), "captions": len(gallery.rows),
         "missing_images": gallery.missing_images,

@@ -57,7 +57,7 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
     """Open the starting model, captions and regions on every rank. Collective."""
     data = config.data
     store = FeatureStore(data.store)
-    start = open_start(config.model, data.max_text_tokens, data.max_regions, store.schema.feature_size)
+    start = open_start(config.model, config.output, data.max_text_tokens, data.max_regions, store.schema.feature_size)
     lengths = start.config.max_text_tokens or USUAL_LENGTH, start.config.max_regions or USUAL_LENGTH
     start.config.max_text_tokens, start.config.max_regions = lengths
 

@@ -16,11 +16,20 @@ from megainter.files import require_own_files
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import read_vocabulary
 from megainter.precision import AskedPrecision, Precision, automatic
+from megainter.weights import Located, locate
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 USUAL_LENGTH = 36  # regions and tokens where the model's folder does not say what it was trained with
 PAIRS_WORTH_A_PROCESS = 10_000  # on CPU: starting one costs about as much as scoring these
+
+
+def scored_model(model: Path) -> Located:
+    """The model that is measured, a folder or one by name, said where it came by one; raises as ``weights.locate``."""
+    found = locate(model, option="MODEL")
+    if found.told:
+        print(found.told, flush=True)
+    return found
 
 
 def check_model(folder: Path, config: InterBertConfig, store: FeatureStore, max_text_tokens: int) -> Vocabulary:

@@ -16,13 +16,14 @@ from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
 from megainter.model.folder import model_digest, read_config
 from megainter.tasks.scoring.file import open_score_file
-from megainter.tasks.scoring.models import check_model, choose_devices, choose_precision
+from megainter.tasks.scoring.models import check_model, choose_devices, choose_precision, scored_model
 from megainter.tasks.scoring.running import run
 from megainter.tasks.vcr.batches import ChoiceSource, ChoiceToMake, all_items, right_choices
 from megainter.tasks.vcr.inputs import MODES, WordPieces, open_questions, open_stores, read_facts
 from megainter.tasks.vcr.options import VcrEvaluation
 from megainter.tasks.vcr.report import BOTH, CHANCE, Judged, VcrReport, accuracies, is_right, summary, write_probabilities, write_submission
 from megainter.tasks.vcr.scoring import ChoicesToScore
+from megainter.weights import Located
 
 ASKED = {BOTH: MODES["joint"], "answer": MODES["answer"], "rationale": MODES["rationale"]}
 
@@ -41,7 +42,9 @@ def evaluate(model: Path, options: VcrEvaluation) -> VcrReport:
     """
     probabilities = options.output.with_name(f"{options.output.stem}.probabilities.parquet")
     _check(options, probabilities)
-    examples, facts = _open_inputs(model, options)
+    found = scored_model(model)
+    model = found.path
+    examples, facts = _open_inputs(found, options)
     asked = examples.questions
 
     # What is asked, and who answers.
@@ -79,9 +82,9 @@ def evaluate(model: Path, options: VcrEvaluation) -> VcrReport:
     return report
 
 
-def _open_inputs(model: Path, options: VcrEvaluation) -> tuple[ChoiceSource, dict[str, Any]]:
+def _open_inputs(found: Located, options: VcrEvaluation) -> tuple[ChoiceSource, dict[str, Any]]:
     """What is scored, opened and known to fit together, and what the report says of it."""
-    config = read_config(model)
+    model, config = found.path, read_config(found.path)
     settings, trained_for, with_objects = read_facts(config, model)
     _check_objects(model, with_objects, options.objects_store)
     stores = open_stores(options.store, options.objects_store)
@@ -90,7 +93,7 @@ def _open_inputs(model: Path, options: VcrEvaluation) -> tuple[ChoiceSource, dic
     if trained_for not in ("joint", options.mode):
         print(f"{model} was fine-tuned for {trained_for}s alone; what it makes of {options.mode} is no more than a guess", flush=True)
     facts: dict[str, Any] = {
-        "mode": options.mode, "trained_for": trained_for, "tie_objects": settings.tie_objects, "split": options.split, "model": str(model),
+        "mode": options.mode, "trained_for": trained_for, "tie_objects": settings.tie_objects, "split": options.split, "model": found.name,
         "questions_file": str(options.questions), "store": str(options.store), "model_digest": model_digest(model),
         "objects_store": str(options.objects_store) if options.objects_store is not None else None, "questions_digest": digest,
         "store_digest": stores.detected.digest, "objects_store_digest": stores.given.digest if stores.given is not None else None,

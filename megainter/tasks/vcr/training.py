@@ -98,7 +98,7 @@ def _open_start(config: VcrConfig, stores: Stores) -> Start:
     """The starting model, told in its configuration how it is fine-tuned: what `evaluate vcr` reads there."""
     data = config.data
     longest = max(data.max_answer_tokens, data.max_rationale_tokens)
-    start = open_start(config.model, longest, data.max_regions, stores.detected.schema.feature_size)
+    start = open_start(config.model, config.output, longest, data.max_regions, stores.detected.schema.feature_size)
     if start.config.type_vocab_size < 2:
         raise UsageError(f"model.start_from {start.folder} knows one token type; VCR's questions and answers need two")
     start.config.tie_objects = config.model.tie_objects

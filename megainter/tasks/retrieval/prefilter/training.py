@@ -20,7 +20,7 @@ from megainter.data.tables.pairs import Pairs, read_pairs
 from megainter.devices import torch_device
 from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place
-from megainter.model.folder import read_config, read_vocabulary
+from megainter.model.folder import locate_model, read_config, read_vocabulary
 from megainter.progress import Progress
 from megainter.tasks.retrieval.gallery import Tokens, tokenize
 from megainter.tasks.retrieval.prefilter.towers import SETTINGS, DualEncoder, PrefilterSettings, save_prefilter
@@ -64,6 +64,7 @@ def finetune(
     _check(training, max_regions, max_text_tokens, output)
 
     # What is learned from, and the words to begin with.
+    model = locate_model(model).path
     config = read_config(model)
     vocabulary = read_vocabulary(model, config)
     feature_store = FeatureStore(store)
