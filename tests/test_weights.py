@@ -12,11 +12,13 @@ import pytest
 import torch
 import torchvision
 from huggingface_hub import constants
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import hub as torch_hub
 
 from megainter.errors import DamagedError, UsageError
 from megainter.weights import PACKAGED, TORCHVISION, check_name, locate
+from preprocessing.detector.convert import convert_detector
 from preprocessing.detector.torchvision_models import TORCHVISION_MODELS
 from tests.hub import COMMIT, Hub, serve
 from tests.places import ROOT
@@ -168,7 +170,9 @@ def test_offline_takes_the_cache_and_says_what_to_download_where_there_is_none(h
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert locate(f"hf:{REPOSITORY}") == online
-    with pytest.raises(UsageError, match=rf"HF_HUB_OFFLINE forbids the network: download the files of {hub.url}/team/other/tree/main by hand"):
+    with pytest.raises(
+        UsageError, match=rf"HF_HUB_OFFLINE forbids the network: download the files of {hub.url}/team/other/tree/main by hand"
+    ):
         locate("hf:team/other")
     with pytest.raises(UsageError, match=r"unc-nlp/frcnn-vg-finetuned/resolve/main/pytorch_model.bin by hand, put it on this machine"):
         locate("vg", "detector")
@@ -182,7 +186,7 @@ def test_without_a_network_the_cache_is_taken_out_loud(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert locate(f"hf:{REPOSITORY}") == online
     assert f"the copy in the cache is taken, commit {COMMIT}" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="cannot be reached .* by hand"):
+    with pytest.raises(UsageError, match=r"cannot be reached .* by hand"):
         locate("hf:team/other")
 
 
@@ -219,7 +223,7 @@ def test_torchvisions_weights_of_another_digest_are_refused(hub: Hub, table: tup
         locate(NAME, "detector")
     found = locate(NAME, "detector")
     found.path.write_bytes(b"changed")
-    with pytest.raises(DamagedError, match="its name says .*: remove it and run again"):
+    with pytest.raises(DamagedError, match=r"its name says .*: remove it and run again"):
         locate(NAME, "detector")
 
 
@@ -272,10 +276,28 @@ def test_those_that_come_along_have_a_digest() -> None:
         ("nothing", "model", "nothing does not exist"),
     ],
 )
-def test_a_mistyped_name_gets_its_nearest(
-    name: str, kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistyped_name_gets_its_nearest(name: str, kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "detector.safetensors").touch()
     with pytest.raises(UsageError, match=message):
         check_name(name, kind)  # type: ignore[arg-type]
+
+
+def test_a_converted_detector_says_what_it_was_made_from(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.files["team/photos"] = {"detector.safetensors": locate("photos", "detector").path.read_bytes()}
+    digest = sha256(hub.files["team/photos"]["detector.safetensors"])
+    convert_detector(Path("hf:team/photos"), tmp_path / "out.safetensors")
+    assert f"weights hf:team/photos@{COMMIT}: SHA-256 detector.safetensors {digest}" in capsys.readouterr().out
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["origin.json"])["sha256"]["detector.safetensors"] == digest
+
+
+def test_the_environment_names_the_hub_the_cache_and_the_lack_of_a_network(hub: Hub, tmp_path: Path) -> None:
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "own"), "PYTHONPATH": str(ROOT)}
+    ask = [sys.executable, "-c", f"from megainter.weights import locate; print(locate('hf:{REPOSITORY}').path)"]
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    first = subprocess.run(ask, env=offline, capture_output=True, text=True)
+    assert "HF_HUB_OFFLINE forbids the network: download the files of" in first.stderr
+    found = subprocess.run(ask, env=environment, capture_output=True, text=True)
+    assert Path(found.stdout.strip()).is_relative_to(tmp_path / "own"), found.stderr
+    assert subprocess.run(ask, env=offline, capture_output=True, text=True).stdout == found.stdout

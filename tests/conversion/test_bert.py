@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
 
 from megainter import InterBertForPreTraining, InterBertModel
-from megainter.conversion.bert import BertStart, convert_bert
+from megainter.conversion.bert import BertStart, convert_bert, region_sizes
 from megainter.errors import DamagedError, UsageError
+from tests.synthetic import write_data
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "中", "文"]
 SIZES = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 5, "num_attention_heads": 3, "intermediate_size": 36,
@@ -322,3 +323,11 @@ def test_settings_by_their_first_name(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "roberta", "num_attention_heads": 3}))
     with pytest.raises(UsageError, match="roberta"):
         convert_bert(folder, tmp_path / "c", SMALL)
+
+
+def test_the_store_gives_width_and_classes(tmp_path: Path) -> None:
+    _, store = write_data(tmp_path, images=2)
+    assert region_sizes(store, None, None) == {"region_feature_size": 16, "num_region_classes": 8}
+    assert region_sizes(None, 10, None) == {"region_feature_size": 10}
+    with pytest.raises(UsageError, match=r"--num-region-classes 9: .* has 8; leave the option out"):
+        region_sizes(store, None, 9)
