@@ -79,11 +79,16 @@ def locate(name: str | Path, kind: Kind = "model", option: str = "") -> Located:
     if Path(name).exists():
         return Located(Path(name), text)
     if kind == "detector" and text in PACKAGED:
-        path = Path(str(files("preprocessing") / "assets" / PACKAGED[text]))
+        path = packaged_weights(text)
         return Located(path, text, {path.name: sha256_of(path)})
     if text.startswith(TABLE):
         return _from_table(text)
     return _from_hub(USUAL.get(text, text), text, kind)
+
+
+def packaged_weights(name: str) -> Path:
+    """The file of weights that come with the package under a name of ``PACKAGED``."""
+    return Path(str(files("preprocessing") / "assets" / PACKAGED[name]))
 
 
 def check_name(name: str | Path, kind: Kind = "model", option: str = "") -> None:

@@ -7,8 +7,9 @@ import torch
 from megainter.data.feature_store.record import RegionRecord, StoreSchema, encode
 from megainter.data.feature_store.views import decode
 from megainter.errors import UsageError
+from megainter.weights import PACKAGED, packaged_weights
 from preprocessing.detector.detector import Detector, build_detector
-from preprocessing.detector.weights import PACKAGED, Weights, packaged_weights, read_weights
+from preprocessing.detector.weights import Weights, read_weights
 from preprocessing.extraction.worker import Task, in_file_pixels
 from preprocessing.images.decode import image_size, load_image, silence_pillow
 

@@ -26,8 +26,8 @@ from megainter.tasks.retrieval.search.index import Index
 from megainter.tasks.retrieval.search.options import SearchOptions
 from megainter.tasks.retrieval.search.photo import PhotoReader, detector_weights
 from megainter.tasks.retrieval.search.searching import Searcher
+from megainter.weights import packaged_weights
 from preprocessing.detector import load_detector
-from preprocessing.detector.weights import packaged_weights
 from preprocessing.extraction.extract import extract
 from preprocessing.images.decode import load_image
 from tests.synthetic import environment
