@@ -195,6 +195,11 @@ def _check_shared(config: Any) -> None:
         raise UsageError(f"training.micro_batch {training.micro_batch} exceeds training.global_batch {training.global_batch}")
     if engine.precision == "fp16" and engine.zero_stage == 0:
         raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")
+    if config.checkpoint.keep_every % config.checkpoint.every_steps:
+        raise UsageError(
+            f"checkpoint.keep_every {config.checkpoint.keep_every} is not a multiple of checkpoint.every_steps "
+            f"{config.checkpoint.every_steps}: steps that both divide are rare; change one of them"
+        )
     if config.optimizer.name == "lamb":
         _check_lamb(config.optimizer)
     if config.optimizer.start_rate != 1 and config.model.start_from is None:

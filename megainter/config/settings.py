@@ -248,6 +248,8 @@ class CheckpointConfig:
     """Steps between two checkpoints."""
     keep: Positive = 2
     """How many checkpoints are kept, the newest."""
+    keep_every: NotNegative = 0
+    """Checkpoints of steps that this divides are kept for good besides; a multiple of every_steps, 0: none."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -3,26 +3,22 @@
 A checkpoint is a folder ``checkpoints/step_0000100``: ``weights-*``, ``exp_avg-*`` and ``exp_avg_sq-*`` safetensors, and ``ema-*``
 where the run averages its weights, with fp32 tensors by parameter name, shared out over the ranks that wrote them;
 ``trainer.json``; ``config.json`` and ``vocab.txt`` of the model; and ``manifest.json`` with size and SHA-256 of each file,
-written last. The folder is made aside, fsynced and renamed; then ``latest`` names it.
+written last. The folder is made aside, fsynced and renamed; then ``latest`` names it (``training/saving.py``, ``training/writing.py``).
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from megainter.errors import DamagedError, MegainterError
-from megainter.files import apply_umask, fsync_folder, read_json, sha256_of, write_atomically, write_json
+from megainter.errors import DamagedError
+from megainter.files import read_json, remove, sha256_of
+from megainter.training.writing import MANIFEST as MANIFEST
 
-MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
 
 
@@ -44,85 +40,10 @@ def step_name(step: int) -> str:
     return f"step_{step:07d}"
 
 
-def publish(root: Path, state: dict[str, Any], share: dict[str, dict[str, Tensor]], files: dict[str, bytes], keep: int) -> str | None:
-    """Write one checkpoint; collective over all ranks, each with its ``share`` of the state. Rank 0 adds ``files``.
-
-    Returns None, or what went wrong on some rank: then nothing was published, the partial folder is gone, older checkpoints stand.
-    """
-    rank, size = dist.get_rank(), dist.get_world_size()
-    name = step_name(state["step"])
-    partial = root / (PARTIAL + name)
-    failure = _attempt(lambda: _start(partial)) if rank == 0 else None
-    dist.barrier()
-    entries: list[dict[str, Any]] = []
-    failure = failure or _attempt(lambda: entries.extend(_write_share(partial, share, rank, size)))
-    if rank == 0 and failure is None:
-        failure = _attempt(lambda: entries.extend(_write_files(partial, files, state)))
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, (failure, entries))
-    failure = next((f"rank {number}: {text}" for number, (text, _) in enumerate(gathered) if text), None)
-    outcome = [failure]
-    if rank == 0:
-        if failure is None:
-            outcome[0] = _attempt(lambda: _finish(root, name, [entry for _, part in gathered for entry in part], keep))
-        if outcome[0] is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-    dist.broadcast_object_list(outcome, src=0)
-    return outcome[0]
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    """Run ``action``; the text of an I/O failure instead of the exception, so that ranks can agree on it."""
-    try:
-        action()
-    except (OSError, SafetensorError, MegainterError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _start(partial: Path) -> None:
-    for stale in partial.parent.glob(PARTIAL + "*"):
-        shutil.rmtree(stale)
-    partial.mkdir(parents=True)
-
-
-def _write_share(partial: Path, share: dict[str, dict[str, Tensor]], rank: int, size: int) -> list[dict[str, Any]]:
-    entries = []
-    for kind, tensors in share.items():
-        path = partial / f"{kind}-{rank:05d}-of-{size:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        apply_umask(path)
-        entries.append(_entry(path))
-    return entries
-
-
-def _write_files(partial: Path, files: dict[str, bytes], state: dict[str, Any]) -> list[dict[str, Any]]:
-    for name, content in files.items():
-        write_atomically(partial / name, content)
-    write_json(partial / "trainer.json", state)
-    return [_entry(partial / name) for name in (*files, "trainer.json")]
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _finish(root: Path, name: str, entries: list[dict[str, Any]], keep: int) -> None:
-    partial, final = root / (PARTIAL + name), root / name
-    write_json(partial / MANIFEST, {"format": 1, "files": entries})
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(partial, final)
-    fsync_folder(root)
-    write_atomically(root / "latest", name + "\n")
-    for old in sorted(root.glob("step_*"))[:-keep]:
-        if old.name != name:
-            shutil.rmtree(old)
+def remove_unfinished(root: Path) -> None:
+    """Remove what a killed run had begun to write in ``root`` and did not publish."""
+    for stale in (*root.glob(PARTIAL + "*"), *root.glob(".step_*.old")):
+        remove(stale)
 
 
 def damage(folder: Path) -> str | None:

@@ -5,9 +5,6 @@ gradient of its rank NaN (``poisoned``), and with them the norm of all. On a GPU
 host waits for nothing that the device has not done.
 """
 
-import math
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -17,15 +14,6 @@ from megainter.training.arrival import Landing
 def poisoned(loss: Tensor, factor: float) -> Tensor:
     """``loss * factor``, whose gradients are all NaN where ``loss`` (float32 []) is not finite; exactly ``loss * factor`` where it is."""
     return loss * (factor + 0.0 * loss.detach())
-
-
-def not_finite(state: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """The first tensor of this rank's state that holds NaN or infinity, as "kind of name"; None where all are finite."""
-    for kind, tensors in state.items():
-        for name, tensor in tensors.items():
-            if tensor.numel() and tensor.is_floating_point() and not all(math.isfinite(value) for value in torch.aminmax(tensor)):
-                return f"{kind} of {name}"
-    return None
 
 
 class StepGuard:

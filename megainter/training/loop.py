@@ -17,12 +17,13 @@ from megainter import kernels
 from megainter.config.portions import check_portions
 from megainter.data.stream.loader import make_loader
 from megainter.errors import NoSpaceError, NumericsError, StoppedEarly
+from megainter.files import as_json
 from megainter.model.configuration import InterBertConfig
 from megainter.process import StopRequest, folder_lock
 from megainter.training import checkpoint, engine, hangs, zero_state
 from megainter.training.arrival import Arrivals
-from megainter.training.collective import first_said, on_first_rank, summed
-from megainter.training.guard import StepGuard, not_finite, poisoned
+from megainter.training.collective import on_first_rank, summed
+from megainter.training.guard import StepGuard, poisoned
 from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
@@ -30,6 +31,7 @@ from megainter.training.optimizer import describe, learning_rate
 from megainter.training.precision import with_precision
 from megainter.training.profile import StepProfile
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
+from megainter.training.saving import Outcome, Saver, Target
 from megainter.training.stopping import StopVote
 from megainter.training.stragglers import TOLD, OwnTime, slowest
 from megainter.training.watchdog import Watchdog
@@ -40,6 +42,7 @@ log = logging.getLogger("megainter")
 PREFIX = "model."  # of parameter names inside the step module
 BEST = "best"  # folder of the best checkpoint, beside `checkpoints`
 FAILED_SAVES = 3  # in a row, after which a run that cannot save stops
+NOTICED = 0.1  # s that a save waited for the one before: it is said
 
 
 def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
@@ -61,7 +64,7 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
         profile = StepProfile(config.training.profile_steps, trained.module, config.output, world)
         if warning := profile.warn_if_short(run.total_steps - run.start):
             log.warning("%s", warning)
-        failed_saves, finished = 0, run.start
+        finished = run.start
         for step in range(run.start, run.total_steps):
             # The step's micro-batches, made ahead by the loader.
             watch.at(hangs.DATA, step)
@@ -70,13 +73,14 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
             waited = time.perf_counter() - waiting
             meter.waited += waited
 
-            # What all ranks together score, and whether one of them was asked to stop: one sum, which no host waits for on a GPU.
+            # What all ranks together score, whether one was asked to stop, how far a save is: one sum, which no host waits for on a GPU.
             watch.at(hangs.AGREEING, step)
-            wish = torch.tensor([float(stop.asked)])
-            agreed = summed(sent(torch.cat([counted(batches), wish]), world.device))
-            scored = agreed[:-1]
+            wishes = torch.tensor([float(stop.asked), run.saver.ready()])
+            agreed = summed(sent(torch.cat([counted(batches), wishes]), world.device))
+            scored = agreed[:-2]
             divisors = scored.clamp(min=1)
-            if vote.passed(agreed[-1]):
+            _tell_saved(run, run.saver.note(agreed[-1]))
+            if vote.passed(agreed[-2]):
                 break
 
             # One update.
@@ -120,16 +124,14 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
                     _keep_best(run, finished, values)
                 meter.reset()
             if finished % config.checkpoint.every_steps == 0 and finished < run.total_steps and _sound(run, guard, finished):
-                failed_saves = 0 if _save(run, finished, summed(tallies), counts) else failed_saves + 1
-                if failed_saves >= FAILED_SAVES:
-                    raise NoSpaceError(
-                        f"{failed_saves} checkpoints in a row could not be written to {config.output}; free space and run the same command"
-                    )
+                _save(run, finished, summed(tallies), counts)
                 meter.reset()
 
         sound = finished > run.start and _sound(run, guard, finished)
-        if sound and not _save(run, finished, summed(tallies), counts):
-            raise NoSpaceError(f"the last checkpoint could not be written to {config.output}; free space and run the same command")
+        watch.at(hangs.SAVING, finished)
+        if sound:
+            _save_last(run, finished, summed(tallies), counts)
+        _tell_saved(run, run.saver.finish())
         if run.metrics is not None:
             run.metrics.close()
         if finished == run.total_steps and finished > run.start and not sound:
@@ -150,6 +152,7 @@ class Run:
     trained: Any  # the DeepSpeed engine over the job's step module
     watch: Watchdog
     metrics: MetricsLog | None
+    saver: Saver
     saved: checkpoint.Checkpoint | None  # where it goes on from
     start: int  # finished steps
     total_steps: int
@@ -174,12 +177,13 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
     on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests), asked))
     total_steps = steps_of(config, job.samples)
 
-    saved = on_first_rank(lambda: checkpoint.newest(config.output / "checkpoints", log.warning))
+    saved = on_first_rank(lambda: _newest(config.output))
     model = _model(config, job, saved)
     trained = engine.build_engine(job.build_step(model), config.engine, config.optimizer, config.training, world, job.accumulation)
     start = _resume(trained, saved)
     _describe(config, job, model, world, start, total_steps)
     log.info("%s", describe(config.optimizer, zero_state.inner_optimizer(trained).param_groups))
+    saver = stack.enter_context(Saver(trained, world))
     metrics = MetricsLog(config.output, start, config.tensorboard) if first else None
     return Run(
         config=config,
@@ -188,6 +192,7 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
         trained=trained,
         watch=watch,
         metrics=metrics,
+        saver=saver,
         saved=saved,
         start=start,
         total_steps=total_steps,
@@ -206,6 +211,13 @@ def steps_of(config: RunSettings, samples: int) -> int:
 def _lock(stack: ExitStack, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     stack.enter_context(folder_lock(output))
+
+
+def _newest(output: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from; what a killed run left unfinished is removed."""
+    for root in (output / "checkpoints", output / BEST):
+        checkpoint.remove_unfinished(root)
+    return checkpoint.newest(output / "checkpoints", log.warning)
 
 
 def _due(every: int, finished: int, total: int) -> bool:
@@ -295,7 +307,8 @@ def _tell_left_out(run: Run, guard: StepGuard, steps: list[int]) -> None:
 
 
 def _remedy(run: Run) -> str:
-    """What to do after numbers went wrong: from where the run can go on, and how."""
+    """What to do after numbers went wrong: from where the run can go on, and how. Collective, as a save in flight is waited for."""
+    _tell_saved(run, run.saver.finish())
     newest = checkpoint.newest(run.config.output / "checkpoints", log.warning)
     there = f"{newest.folder} stands" if newest is not None else "there is no checkpoint yet"
     return f"{there}; go on with a lower optimizer.learning_rate (the samples are in metrics.jsonl)"
@@ -309,30 +322,62 @@ def _sound(run: Run, guard: StepGuard, finished: int) -> bool:
     return guard.in_a_row == 0
 
 
-def _save(run: Run, finished: int, tallies: Tensor, counts: Tensor) -> bool:
-    """Publish a checkpoint on all ranks; False (and a loud line) where it could not be written."""
-    began = time.perf_counter()
+def _save(run: Run, finished: int, tallies: Tensor, counts: Tensor) -> None:
+    """Begin to publish a checkpoint, on all ranks."""
     run.watch.at(hangs.SAVING, finished)
+    settings = run.config.checkpoint
     since = {"since_record": {"tallies": tallies.tolist(), "counts": counts.tolist()}}
-    failure = _publish(run, finished, run.config.output / "checkpoints", run.config.checkpoint.keep, since)
-    if failure is not None:
-        log.error("checkpoint of step %d NOT written: %s; older checkpoints stand, training goes on", finished, failure)
-        return False
-    log.info("checkpoint %s in %.1f s", checkpoint.step_name(finished), time.perf_counter() - began)
-    return True
+    _publish(run, finished, run.config.output / "checkpoints", settings.keep, settings.keep_every, since)
 
 
-def _publish(run: Run, finished: int, root: Path, keep: int, more: dict[str, Any]) -> str | None:
-    """Write a checkpoint into ``root``; None, or what went wrong. Collective."""
+def _save_last(run: Run, finished: int, tallies: Tensor, counts: Tensor) -> None:
+    """Publish the last checkpoint and wait for it; once more where it failed, as its process may have been killed."""
+    for _ in range(2):
+        _save(run, finished, tallies, counts)
+        _tell_saved(run, run.saver.finish())
+        if run.saver.is_published(run.config.output / "checkpoints"):
+            return
+    raise NoSpaceError(f"the last checkpoint could not be written to {run.config.output}; free space and run the same command")
+
+
+def _publish(run: Run, finished: int, root: Path, keep: int, keep_every: int, more: dict[str, Any]) -> None:
+    """Begin to publish a checkpoint in ``root``. Collective."""
     job, trained = run.job, run.trained
-    owned = zero_state.owned_state(trained, run.world)
-    if (where := first_said(not_finite(owned))) is not None:
-        raise NumericsError(f"{where} is not finite at step {finished:,}: nothing was published of it; {_remedy(run)}")
     state = {"step": finished, "updates": zero_state.update_count(trained), "samples": finished * run.config.training.global_batch,
              "loss_scale": engine.loss_scale(trained), "digests": dict(job.digests), "lowercase": job.lowercase, **more}  # fmt: skip
     configuration = trained.module.model.config.to_json_string(use_diff=False).encode()
-    files = {"config.json": configuration, "vocab.txt": job.vocabulary, **job.files}
-    return checkpoint.publish(root, state, owned, files, keep)
+    files = {"config.json": configuration, "vocab.txt": job.vocabulary, **job.files, "trainer.json": as_json(state)}
+    _tell_saved(run, run.saver.begin(Target(root, finished, files, keep, keep_every)))
+
+
+def _tell_saved(run: Run, outcomes: list[Outcome]) -> None:
+    """Say and record how saves ended. ``NumericsError`` where what was saved is not finite, ``NoSpaceError`` where saves fail in a row."""
+    for outcome in outcomes:
+        if run.metrics is not None:
+            run.metrics.write("checkpoint", outcome.step, outcome.record())
+        name, best = checkpoint.step_name(outcome.step), outcome.root.name == BEST
+        if outcome.not_finite is not None:
+            raise NumericsError(f"{outcome.not_finite} is not finite at step {outcome.step:,}: nothing was published of it; {_remedy(run)}")
+        if outcome.failure is not None:
+            what = "the best checkpoint so far," if best else "checkpoint of"
+            log.error("%s step %d NOT written: %s; older checkpoints stand, training goes on", what, outcome.step, outcome.failure)
+        else:
+            stall = f"{outcome.stall:.2f} s" + (f" ({outcome.waited:.2f} s for the one before)" if outcome.waited > NOTICED else "")
+            log.info("%s is in %s after %.1f s; training stood still for %s", name, outcome.root.name, outcome.duration, stall)
+        if outcome.left is not None:
+            log.warning("%s", outcome.left)
+        _count_failed(run, outcome)
+
+
+def _count_failed(run: Run, outcome: Outcome) -> None:
+    """``NoSpaceError`` after ``FAILED_SAVES`` in a row; those of the best checkpoint do not count."""
+    if outcome.root.name == BEST:
+        return
+    run.saver.failed_in_a_row = 0 if outcome.published else run.saver.failed_in_a_row + 1
+    if run.saver.failed_in_a_row >= FAILED_SAVES:
+        raise NoSpaceError(
+            f"{FAILED_SAVES} checkpoints in a row could not be written to {run.config.output}; free space and run the same command"
+        )
 
 
 @torch.no_grad()
@@ -353,23 +398,21 @@ def _validate(run: Run, finished: int) -> dict[str, float]:
 
 
 def _keep_best(run: Run, finished: int, values: dict[str, float]) -> None:
-    """Publish the checkpoint as the best one where its figure is above that of every earlier validation."""
+    """Begin to publish the checkpoint as the best one where its figure is above that of every earlier validation."""
     figure = run.job.best
     if figure is None:
         return
     run.watch.at(hangs.SAVING, finished)
     root = run.config.output / BEST
+    _tell_saved(run, run.saver.finish())
     known = on_first_rank(lambda: checkpoint.newest(root, log.warning))
     if not math.isfinite(values[figure]):
         log.error("the best checkpoint is left as it is: %s at step %d is %s", figure.replace("_", " "), finished, values[figure])
         return
     if known is not None and known.step < finished and known.state["validation"][figure] >= values[figure]:
         return
-    failure = _publish(run, finished, root, 1, {"validation": values})
-    if failure is not None:
-        log.error("the best checkpoint so far, step %d, NOT written: %s; training goes on", finished, failure)
-    else:
-        log.info("best %s so far: %.4f, kept in %s", figure.replace("_", " "), values[figure], root)
+    log.info("best %s so far: %.4f, to be kept in %s", figure.replace("_", " "), values[figure], root)
+    _publish(run, finished, root, 1, 0, {"validation": values})
 
 
 def _report(run: Run, meter: Throughput, own: OwnTime, tallies: Tensor, counts: Tensor, finished: int, skipped: int) -> None:

@@ -1,7 +1,7 @@
 """Weights and moments in whole parameters, however ZeRO has cut them: taken out, averaged, put back."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megainter.config.settings import OptimizerConfig
+from megainter.training.collective import gathered
 from megainter.training.ema import EMA
 from megainter.training.optimizer import set_step_count, start_state
 from megainter.training.world import World
@@ -136,16 +137,22 @@ def _assembled(piece: Piece, local: Tensor, owner: int, world: World) -> Tensor 
     return buffer.view(piece.shape) if world.rank == owner else None
 
 
-def _landed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """float32 tensors of one device as CPU tensors; the host waits for the device once for all of them."""
-    if not tensors or tensors[0].device.type == "cpu":
-        return list(tensors)
-    landing = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.float32, pin_memory=True)
-    places = landing.split([tensor.numel() for tensor in tensors])
-    for place, tensor in zip(places, tensors, strict=True):
-        place.copy_(tensor.view(-1), non_blocking=True)
-    torch.cuda.current_stream(tensors[0].device).synchronize()
-    return [place.clone().view(tensor.shape) for place, tensor in zip(places, tensors, strict=True)]
+def _land(waiting: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy float32 tensors to their places in the host's memory; the host waits for the device once for all of them."""
+    on_device = [(place, tensor) for place, tensor in waiting if tensor.device.type != "cpu"]
+    for place, tensor in waiting:
+        if tensor.device.type == "cpu":
+            place.copy_(tensor.view(place.shape))
+    waiting.clear()
+    if not on_device:
+        return
+    landing = torch.empty(sum(tensor.numel() for _, tensor in on_device), dtype=torch.float32, pin_memory=True)
+    parts = landing.split([tensor.numel() for _, tensor in on_device])
+    for part, (_, tensor) in zip(parts, on_device, strict=True):
+        part.copy_(tensor.view(-1), non_blocking=True)
+    torch.cuda.current_stream(on_device[0][1].device).synchronize()
+    for part, (place, _) in zip(parts, on_device, strict=True):
+        place.copy_(part.view(place.shape))
 
 
 def _mine_over_zeros(piece: Piece, local: Tensor, world: World) -> Tensor:
@@ -163,32 +170,65 @@ def whole_parameter(piece: Piece, local: Tensor, world: World) -> Tensor:
     return buffer.view(piece.shape)
 
 
-def owned_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:
-    """This rank's share of the whole fp32 state: {"weights" | "exp_avg" | "exp_avg_sq" | "ema": {parameter name: tensor}}. Collective.
+@dataclass(frozen=True)
+class Dealt:
+    """Which rank writes a parameter; ``whole``: it holds all of it, so that nothing need be sent."""
 
-    Parameters are dealt to ranks so that each writes about as many bytes. Names are those of ``engine.module``.
+    owner: int
+    whole: bool
+
+
+def deal(engine: Any, world: World) -> list[Dealt]:
+    """Deal the module's parameters, in their order, to ranks that hold them, so that each writes about as many bytes. Collective.
+
+    At stages 1 and 2 all but a few lie on one rank; at stage 3 each is cut over all.
     """
-    shares: dict[str, dict[str, Tensor]] = {}
-    load = [0] * world.size
-    waiting: list[tuple[str, str, Tensor]] = []  # kind, name, tensor on the device
+    own = pieces(engine)
+    held = gathered([piece.numel for piece in own])
+    load, dealt = [0] * world.size, []
+    for number, piece in enumerate(own):
+        total = math.prod(piece.shape)
+        holders = [rank for rank in range(world.size) if held[rank][number] == total]
+        owner = min(holders or range(world.size), key=load.__getitem__)
+        load[owner] += total
+        dealt.append(Dealt(owner, whole=bool(holders)))
+    return dealt
 
-    def land() -> None:
-        for (kind, name, _), tensor in zip(waiting, _landed([tensor for _, _, tensor in waiting]), strict=True):
-            shares[kind][name] = tensor
-        waiting.clear()
 
-    for piece in pieces(engine):
-        owner = load.index(min(load))
-        load[owner] += math.prod(piece.shape)
+def owned_shapes(engine: Any, world: World, dealt: Sequence[Dealt]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of this rank's share of the whole state: {"weights" | "exp_avg" | "exp_avg_sq" | "ema": {parameter name: shape}}."""
+    own = pieces(engine)
+    mine = {piece.name: piece.shape for piece, share in zip(own, dealt, strict=True) if share.owner == world.rank}
+    return {kind: dict(mine) for kind in _kept(engine, own[0].flat)}
+
+
+def copy_state(engine: Any, world: World, dealt: Sequence[Dealt], places: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copy this rank's share of the fp32 state to ``places``, float32 CPU tensors of the shapes of ``owned_shapes``. Collective.
+
+    Names are those of ``engine.module``.
+    """
+    waiting: list[tuple[Tensor, Tensor]] = []  # place, tensor on the device
+    for piece, share in zip(pieces(engine), dealt, strict=True):
         for kind, local in _kept(engine, piece.flat).items():
-            tensor = _assembled(piece, local, owner, world)
-            shares.setdefault(kind, {})
+            if not share.whole:
+                tensor = _assembled(piece, local, share.owner, world)
+            else:
+                tensor = piece.view(local) if share.owner == world.rank else None
             if tensor is not None:
-                waiting.append((kind, piece.name, tensor))
-            if sum(tensor.numel() for _, _, tensor in waiting) > LANDING:
-                land()
-    land()
-    return shares
+                waiting.append((places[kind][piece.name], tensor))
+            if sum(tensor.numel() for _, tensor in waiting) > LANDING:
+                _land(waiting)
+    _land(waiting)
+
+
+def owned_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:
+    """This rank's share of the whole fp32 state, in tensors of its own (``copy_state``). Collective."""
+    dealt = deal(engine, world)
+    places = {
+        kind: {name: torch.empty(shape) for name, shape in shapes.items()} for kind, shapes in owned_shapes(engine, world, dealt).items()
+    }
+    copy_state(engine, world, dealt, places)
+    return places
 
 
 def restore_state(engine: Any, read: Callable[[str, str], Tensor], step: int) -> None:

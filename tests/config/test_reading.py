@@ -59,6 +59,7 @@ def test_shipped_recipes_are_valid_and_say_what_they_are(recipe: Path) -> None:
         (["--optimizer.learning_rate", "fast"], ["optimizer.learning_rate", "'fast'"]),
         (["--engine.zero_stage", "4"], ["engine.zero_stage", "3"]),
         (["--training.epochs", "2"], ["exactly one of training.steps and training.epochs"]),
+        (["--checkpoint.keep_every", "1500"], ["keep_every 1500 is not a multiple of checkpoint.every_steps 1000"]),
         (["--training.micro_batch", "1024"], ["micro_batch 1024 exceeds training.global_batch 512"]),
         (["--model.hidden_size", "100"], ["100 is not divisible by model.num_attention_heads 12"]),
         (["--data.max_text_tokens", "600"], ["600 exceeds model.max_position_embeddings 512"]),

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from megainter import InterBertForPreTraining
 from megainter.config.settings import EngineConfig, OptimizerConfig, TrainingConfig
+from megainter.files import as_json
 from megainter.training import checkpoint, engine, zero_state
 from megainter.training.optimizer import learning_rate
+from megainter.training.saving import Saver, Target
 from megainter.training.world import World
 from tests.model.tiny import packed_batch, padded, tiny_config
 
@@ -89,8 +91,10 @@ def run(case: Case, folder: Path, world: World) -> None:
         engine.average_weights(built, training.ema_decay)
         if case.save and step + 1 == SAVED:
             state = {"step": SAVED, "updates": zero_state.update_count(built)}
-            failure = checkpoint.publish(folder / case.name, state, zero_state.owned_state(built, world), {}, keep=1)
-            assert failure is None, failure
+            with Saver(built, world) as saver:
+                saver.begin(Target(folder / case.name, SAVED, {"trainer.json": as_json(state)}, keep=1))
+                (outcome,) = saver.finish()
+            assert outcome.published, outcome
     assert zero_state.update_count(built) == STEPS
     share = {f"{kind}/{name}": tensor for kind, part in zero_state.owned_state(built, world).items() for name, tensor in part.items()}
     save_file(share, folder / f"{case.name}.{world.rank}.safetensors")

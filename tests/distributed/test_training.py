@@ -81,12 +81,13 @@ def test_same_seed_gives_bit_equal_losses(data: tuple[Path, Path], tmp_path: Pat
     ],
 )
 def test_interrupted_and_resumed_is_bit_equal(precision: str, stage: int, log_every: int, data: tuple[Path, Path], tmp_path: Path) -> None:
-    """With dropout; the checkpoint holds 7 steps (amid what one record covers, where that is four), the interruption comes after 10."""
+    """With dropout; the checkpoint holds 7 steps (amid what one record covers, where that is four), the interruption comes later."""
     choices = {"engine__precision": precision, "engine__zero_stage": stage, "checkpoint__every_steps": 7, "training__steps": 60,
                "training__log_every": log_every}  # fmt: skip
     whole = train(settings(*data, tmp_path / "whole", **choices))
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    assert run_and_kill(settings(*data, tmp_path / "cut", **choices), tmp_path / "cut", after_step=10 // log_every) == -signal.SIGKILL
+    arguments = settings(*data, tmp_path / "cut", **choices)
+    assert run_and_kill(arguments, tmp_path / "cut", after_step=10 // log_every, saved=True) == -signal.SIGKILL
     again = train(settings(*data, tmp_path / "cut", **choices))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming from" in again.stdout
@@ -173,14 +174,18 @@ def digests(run: Path, step: int) -> dict[str, str]:
     return {entry["file"]: entry["sha256"] for entry in manifest["files"] if entry["file"].endswith(".safetensors")}
 
 
-def run_and_kill(arguments: list[str], run: Path, after_step: int, number: int = signal.SIGKILL) -> int:
-    """Start a run alone, send it a signal once so many steps (or intervals of them) are logged, and return its exit code."""
+def run_and_kill(arguments: list[str], run: Path, after_step: int, number: int = signal.SIGKILL, saved: bool = False) -> int:
+    """Start a run alone, send it a signal once so many steps (or intervals of them) are logged, and return its exit code.
+
+    ``saved``: not before it has a checkpoint.
+    """
     child = subprocess.Popen(
         [sys.executable, "-m", "megainter.pretrain", *arguments], env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and child.poll() is None:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= after_step:
+        logged = (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= after_step
+        if logged and (not saved or any((run / "checkpoints").glob("step_*"))):
             os.kill(child.pid, number)
             break
         time.sleep(0.02)

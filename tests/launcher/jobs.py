@@ -26,8 +26,9 @@ def start_launch(
 
 def last_step(run: Path) -> int:
     """The newest logged step; 0 before the first."""
-    with contextlib.suppress(OSError, json.JSONDecodeError, IndexError):
-        return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        newest = map(json.loads, reversed((run / "metrics.jsonl").read_text().splitlines()))
+        return next((record["step"] for record in newest if record["kind"] == "train"), 0)  # a save is told some steps later
     return 0
 
 

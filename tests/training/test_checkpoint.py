@@ -1,12 +1,10 @@
 """Checkpoint folders on disk: every kind of damage is found before use, and the newest whole one is taken."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megainter.errors import DamagedError
@@ -38,19 +36,6 @@ def test_newest_is_read_back(tmp_path: Path) -> None:
         assert torch.equal(read("weights", "model.a"), torch.full((4,), 20.0))
         with pytest.raises(DamagedError, match=r"no exp_avg of model\.a"):
             read("exp_avg", "model.a")
-
-
-def test_tensors_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        failure = checkpoint.publish(tmp_path, {"step": 1}, {"weights": {"a": torch.ones(1)}}, {"vocab.txt": b"a"}, keep=1)
-    finally:
-        dist.destroy_process_group()
-        os.umask(before)
-    assert failure is None
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "step_0000001").iterdir()}
-    assert modes == dict.fromkeys(("manifest.json", "trainer.json", "vocab.txt", "weights-00000-of-00001.safetensors"), "0o640")
 
 
 def test_nothing_there_is_not_damage(tmp_path: Path) -> None:
@@ -108,6 +93,15 @@ def test_a_wrong_latest_does_not_lose_the_checkpoint(content: str, tmp_path: Pat
 def test_partial_folders_are_not_candidates(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 10).rename(tmp_path / f"{checkpoint.PARTIAL}step_0000010")
     assert checkpoint.newest(tmp_path, print) is None
+
+
+def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 10)
+    write_checkpoint(tmp_path, 20).rename(tmp_path / f"{checkpoint.PARTIAL}step_0000020-0123abcd")
+    (tmp_path / ".step_0000010.77.old").mkdir()
+    checkpoint.remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_0000010"]
+    checkpoint.remove_unfinished(tmp_path / "missing")
 
 
 def test_manifest_cannot_point_outside(tmp_path: Path) -> None:
