@@ -30,6 +30,7 @@ class Layout:
     checkpointing: bool = False  # activations recomputed layer by layer
     accumulation: int = 1
     communication: str = "fp32"  # of gradients while they are summed over ranks
+    averaged: bool = False  # a moving average of the weights is kept, and saved
 
     @property
     def width(self) -> int:
@@ -39,7 +40,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank; ``host`` is outside the device (offloaded state)."""
+    """Bytes of one rank. Outside the device: ``host`` (offloaded state), and ``copy``, its share of the state for a checkpoint."""
 
     weights: float
     gradients: float
@@ -49,11 +50,12 @@ class Memory:
     buffers: float
     overhead: float
     host: float
+    copy: float
 
     @property
     def device(self) -> float:
         """All parts that lie on the device."""
-        return sum(getattr(self, field.name) for field in fields(self)) - self.host
+        return sum(getattr(self, field.name) for field in fields(self) if field.name not in ("host", "copy"))
 
 
 def memory(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> Memory:
@@ -70,6 +72,7 @@ def memory(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> Memor
         buffers=_cpu_buffers(shape, load, layout) if cpu else _buffers(count, layout),
         overhead=0.0 if cpu else CUDA_CONTEXT,
         host=host,
+        copy=checkpoint_bytes(shape, layout.averaged) / layout.ranks,
     )
 
 
@@ -137,9 +140,9 @@ def logits(shape: Shape, load: Load, width: int) -> float:
     return numbers * (2 * width + 8)
 
 
-def checkpoint_bytes(shape: Shape) -> float:
-    """Size of one checkpoint: fp32 weights and both moments."""
-    return 12.0 * parameters(shape)
+def checkpoint_bytes(shape: Shape, averaged: bool = False) -> float:
+    """Size of one checkpoint: fp32 weights, both moments, and the average of the weights where there is one."""
+    return (16.0 if averaged else 12.0) * parameters(shape)
 
 
 def flops_per_step(shape: Shape, load: Load, layout: Layout) -> float:

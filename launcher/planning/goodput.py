@@ -12,13 +12,15 @@ from statistics import NormalDist
 class Reliability:
     """Seconds: ``mtbf`` of one rank's hardware, ``stall`` of a save, ``restart`` from a failure to the first step after it.
 
-    ``straggle``: standard deviation of a rank's step time as a share of it; the slowest rank sets the pace.
+    ``straggle``: standard deviation of a rank's step time as a share of it; the slowest rank sets the pace. ``write``: seconds of a save
+    beside training, until which a failure loses what came since the save before.
     """
 
     mtbf: float
     stall: float
     restart: float
     straggle: float = 0.0
+    write: float = 0.0
 
     def job_mtbf(self, ranks: int) -> float:
         """Mean time between failures of any of ``ranks``."""
@@ -26,17 +28,17 @@ class Reliability:
 
 
 def best_interval(reliability: Reliability, ranks: int) -> float:
-    """Seconds between checkpoints by Young's rule, sqrt(2 x MTBF x stall) (Young 1974)."""
-    return math.sqrt(2 * reliability.job_mtbf(ranks) * reliability.stall)
+    """Seconds between checkpoints by Young's rule, sqrt(2 x MTBF x stall) (Young 1974), and not before the last is written."""
+    return max(math.sqrt(2 * reliability.job_mtbf(ranks) * reliability.stall), reliability.write)
 
 
 def goodput(reliability: Reliability, ranks: int, interval: float) -> float:
     """Useful share of the time under exponential failures, without stragglers (Daly 2006): an interval of work costs
 
-    M e^(R/M) (e^((interval + stall)/M) - 1) seconds on average, with M the job's MTBF and R the restart.
+    M e^(R/M) (e^((interval + stall)/M) - 1) seconds on average, with M the job's MTBF and R the restart, which is to include the writing.
     """
     mean = reliability.job_mtbf(ranks)
-    exponents = reliability.restart / mean, (interval + reliability.stall) / mean
+    exponents = (reliability.restart + reliability.write) / mean, (interval + reliability.stall) / mean
     if sum(exponents) > 700:
         return 0.0
     return interval / (mean * math.exp(exponents[0]) * math.expm1(exponents[1]))
@@ -68,10 +70,11 @@ def simulate(reliability: Reliability, ranks: int, interval: float, work: float,
             continue
         clock = next_failure
         next_failure = clock + draws.expovariate(rate)
-        while clock + reliability.restart > next_failure and clock < limit * work:  # failed again before it stood
+        back = reliability.restart + reliability.write  # what ran while the last save was being written is done again
+        while clock + back > next_failure and clock < limit * work:  # failed again before it stood
             clock = next_failure
             next_failure = clock + draws.expovariate(rate)
-        clock += reliability.restart
+        clock += back
     return done / clock
 
 

@@ -63,7 +63,15 @@ def _layouts(config: RunConfig, ranks: int, device: Device) -> Iterator[Layout]:
     for stage in range(1 if precision == "fp16" else 0, 4):
         for offload in (False, True) if stage else (False,):
             for checkpointing in (False, True):
-                yield Layout(stage, ranks, precision, offload, checkpointing, communication=config.engine.communication)
+                yield Layout(
+                    stage=stage,
+                    ranks=ranks,
+                    precision=precision,
+                    offload=offload,
+                    checkpointing=checkpointing,
+                    communication=config.engine.communication,
+                    averaged=config.training.ema_decay > 0,
+                )
 
 
 def _choice(config: RunConfig, shape: Shape, layout: Layout, cluster: Cluster, corpus: Corpus) -> Choice:
@@ -149,8 +157,9 @@ def summary(config: RunConfig, choice: Choice, corpus: Corpus, reliability: Reli
         "samples_per_second": training.global_batch / seconds,
         "tokens_per_second": training.global_batch * (corpus.text + corpus.regions) / seconds,
         "steps": steps,
-        "checkpoint_bytes": checkpoint_bytes(shape),
+        "checkpoint_bytes": checkpoint_bytes(shape, choice.layout.averaged),
         "checkpoint_stall_seconds": reliability.stall,
+        "checkpoint_write_seconds": reliability.write,
         "checkpoint_every_seconds": interval,
         "checkpoint_every_steps": max(1, round(interval / seconds)),
         "goodput": share,

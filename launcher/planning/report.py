@@ -24,16 +24,17 @@ def tell(options: PlanSettings, overrides: Sequence[str]) -> None:
     layouts, shape = choices(run, options.gpus, cluster, corpus), shape_of(run)
 
     # What was assumed, every layout, and what the best one means.
-    size = f"{parameters(shape):,} parameters, {options.gpus} x {options.gpu}"
-    print(f"{options.config}: {size} ({cluster.device.memory:g} GiB; {cluster.device.source})")
+    what = f"{parameters(shape):,} parameters, {options.gpus} x {options.gpu}"
+    print(f"{options.config}: {what} ({cluster.device.memory:g} GiB; {cluster.device.source})")
     print(f"step times and memory: {cluster.device.standing}; precision {layouts[0].layout.precision}")
     print("GiB of one device, by part, and seconds of a step of", run.training.global_batch, "samples:\n")
     _print_table(layouts)
     best = recommended(layouts)
-    stall = checkpoint_bytes(shape) / (options.disk * 1e9)
-    reliability = Reliability(options.mtbf_hours * 3600, stall, options.restart, options.straggle)
+    size = checkpoint_bytes(shape, best.layout.averaged)
+    stall, write = size / options.gpus / (options.copy * 1e9), size / (options.disk * 1e9)
+    reliability = Reliability(options.mtbf_hours * 3600, stall, options.restart, options.straggle, write)
     figures = summary(run, best, corpus, reliability)
-    _print_summary(figures, options.gpus)
+    _print_summary(figures, options)
     tokens = run.training.global_batch / options.gpus * (corpus.text + corpus.regions)
     if best.micro_tokens is not None and tokens < 0.8 * best.micro_tokens:
         filled = f"training.micro_tokens {best.micro_tokens:,} is filled by a larger training.global_batch"
@@ -61,8 +62,8 @@ def _print_table(options: list[Choice]) -> None:
         print(" ".join(f"{word:>9}" for word in words))
 
 
-def _print_summary(figures: dict[str, Any], gpus: int) -> None:
-    time = figures["time"]
+def _print_summary(figures: dict[str, Any], options: PlanSettings) -> None:
+    time, gpus = figures["time"], options.gpus
     print(f"\nrecommended: {figures['settings']}")
     print(
         f"step {figures['step_seconds']:.3f} s (matrix products {time['matmul']:.3f} at {time['efficiency']:.0%} of the peak, elsewhere "
@@ -75,7 +76,12 @@ def _print_summary(figures: dict[str, Any], gpus: int) -> None:
         often += f" (--checkpoint.every_steps {figures['checkpoint_every_steps']})"
     else:
         often += ": longer than the run, so keep the recipe's checkpoint.every_steps"
-    print(f"checkpoint {figures['checkpoint_bytes'] / 1e9:.1f} GB, {figures['checkpoint_stall_seconds']:.1f} s each; {often}")
+    print(
+        f"checkpoint {figures['checkpoint_bytes'] / 1e9:.1f} GB: training waits {figures['checkpoint_stall_seconds']:.2f} s for the copy, "
+        f"it is there {figures['checkpoint_write_seconds']:.1f} s later; {often}"
+    )
+    copy = figures["memory"]["copy"] / GIB
+    print(f"the copy takes {copy:.2f} GiB of the host's memory for each device, {copy * min(options.per_node, gpus):.1f} GiB a node")
     days, useful = figures["days"], figures["goodput"]
     length = f"{days:.2f} days" if days >= 1 else f"{24 * days:.1f} hours" if days >= 1 / 24 else f"{1440 * days:.0f} minutes"
     print(f"{figures['steps']:,} steps, {length} at {useful:.2%} useful time (failures and checkpoints; no stragglers)")

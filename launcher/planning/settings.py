@@ -29,7 +29,9 @@ class PlanSettings:
     regions: float | None = None
     """Mean number of regions, the global one included; default the most the recipe allows."""
     disk: float = 2.0
-    """GB/s at which a checkpoint is written, all ranks together."""
+    """GB/s at which a checkpoint is written, all ranks together, beside training."""
+    copy: float = 3.0
+    """GB/s at which each rank copies its share of a checkpoint to the host's memory, while training stands still."""
     restart: float = 300.0
     """Seconds from a failure to the first step after it."""
     mtbf_hours: float = 50_000.0
@@ -45,7 +47,7 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         """Raise ``UsageError`` for a number that cannot be, and for a file whose folder does not exist."""
-        for name in ("gpus", "per_node", "network", "pairs", "disk", "mtbf_hours"):
+        for name in ("gpus", "per_node", "network", "pairs", "disk", "copy", "mtbf_hours"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a number above 0")
         if self.efficiency is not None and not 0 < self.efficiency <= 1:

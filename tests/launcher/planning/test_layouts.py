@@ -110,6 +110,20 @@ def test_states_add_up_to_what_zero_promises() -> None:
     assert memory(shape, load, Layout(3, 64, offload=True)).host == 12 * count / 64
 
 
+def test_the_copy_for_a_checkpoint_is_the_host_s_and_shared_out() -> None:
+    shape, load, count = SMALL, load_of(recipe("base"), 8), parameters(SMALL)
+    plain, averaged = (memory(shape, load, Layout(2, 4, averaged=kept)) for kept in (False, True))
+    assert (plain.copy, averaged.copy) == (12 * count / 4, 16 * count / 4)
+    assert plain.device == averaged.device
+
+
+def test_a_save_beside_training_is_not_asked_for_more_often_than_it_can_be_written() -> None:
+    quick = Reliability(mtbf=50_000 * 3600, stall=0.01, restart=300)
+    slow = dataclasses.replace(quick, write=600.0)
+    assert best_interval(quick, 1024) < best_interval(slow, 1024) == 600
+    assert goodput(slow, 1024, 600) < goodput(quick, 1024, 600)
+
+
 def test_more_devices_never_need_more_memory_each() -> None:
     shape, load = shape_of(recipe("xl")), load_of(recipe("xl"), 8)
     for stage in range(4):
