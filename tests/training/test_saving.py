@@ -103,13 +103,13 @@ def owned(trained: Plain) -> dict[str, dict[str, torch.Tensor]]:
 def test_one_save_is_in_flight_at_a_time_and_the_next_waits(trained: Plain, saver: Saver, tmp_path: Path) -> None:
     saver.begin(target(tmp_path, 1))
     os.kill(saver.writer.process.pid, signal.SIGSTOP)
-    subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -CONT {saver.writer.process.pid}"])
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -CONT {saver.writer.process.pid}"])
     trained.step()
     (first,) = saver.begin(target(tmp_path, 2))
     assert (first.step, first.published) == (1, True)
     (second,) = saver.finish()
     assert second.published
-    assert second.stall >= second.waited >= 0.25
+    assert second.stall >= second.waited > 0.2, "what was stopped went on half a second later"
     assert steps(tmp_path) == ["latest", "step_0000001", "step_0000002"]
 
 
