@@ -15,6 +15,7 @@ import torch
 from megainter.conversion.zero import convert, find_checkpoint, load_model
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint
+from tests.kills import kill_and_compare
 from tests.synthetic import NO_DROPOUT, environment, losses, settings, train, write_data
 
 
@@ -166,6 +167,12 @@ def test_the_official_optimiser_and_the_average_go_on_bit_equal_and_are_exported
     with checkpoint.reader(find_checkpoint(tmp_path / "run")) as read:
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, read("ema", "model." + name)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_kills_at_random_moments_change_nothing(stage: int, tmp_path: Path) -> None:
+    assert kill_and_compare(tmp_path, rounds=20, saving=6, seed=stage, stage=stage) == 0
 
 
 def digests(run: Path, step: int) -> dict[str, str]:
