@@ -54,6 +54,12 @@ class HungError(MegainterError):
     exit_code = 8
 
 
+class HardwareError(MegainterError):
+    """A step that was done twice gave other numbers the second time."""
+
+    exit_code = 9
+
+
 class StoppedEarly(MegainterError):
     """Stopped on request (SIGTERM, SIGINT, SIGUSR1, a time limit); the state is saved and the same command resumes."""
 

@@ -168,7 +168,17 @@ class TrainingConfig:
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the weights, which is kept in the checkpoints; 0: no average."""
     max_skipped: Positive = 10
-    """Updates left out in a row, as not finite, after which the run ends; fp16's first, while the loss scale is sought, do not count."""
+    """Updates left out in a row after which the run ends; fp16's first, while the loss scale is sought, do not count."""
+    spike_sigma: Annotated[float, Field(ge=0)] = 6.0
+    """Standard deviations above the mean of the last steps at which a loss or a gradient norm is told as a spike; 0: none is."""
+    spike_window: Annotated[int, Field(ge=4)] = 128
+    """Steps that spikes are measured against; judged once half as many are known."""
+    spike_action: Literal["tell", "skip", "roll_back"] = "tell"
+    """What follows a spike: a line and a record (tell), also no update (skip), or also a return to the last checkpoint (roll_back)."""
+    max_roll_backs: NotNegative = 10
+    """Times that a run goes back to a checkpoint because of a spike, after which it ends."""
+    verify_every: NotNegative = 0
+    """Steps between two that are done twice and compared to the bit, to find hardware that computes wrong; 0: never."""
     profile_steps: NotNegative = 0
     """Steps to profile after two of warm-up: a Chrome trace of each rank and a table by module, in the run folder's profile; 0: none."""
 

@@ -54,27 +54,27 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class Landing:
-    """One number of each step on its way to the host: at once on a CPU (``at_once``), on a GPU that of the call before."""
+    """A few numbers of each step on their way to the host: at once on a CPU (``at_once``), on a GPU those of the call before."""
 
     def __init__(self, device: torch.device) -> None:
         self.at_once = device.type != "cuda"
         self._pending: tuple[Tensor, Any] | None = None
 
-    def swap(self, value: Tensor | float) -> float | None:
-        """Send ``value`` ([] of any dtype, or a number that the host has); gives the one that has arrived, None for the first on a GPU."""
+    def swap(self, value: Tensor) -> Tensor | None:
+        """Send ``value`` (of any shape and dtype); gives the one that has arrived, None for the first on a GPU."""
         if self.at_once:
-            return float(value)
+            return value
         arrived = self.take()
-        self._pending = _on_its_way(value if isinstance(value, Tensor) else torch.tensor(value, device="cuda"))
+        self._pending = _on_its_way(value)
         return arrived
 
-    def take(self) -> float | None:
-        """The number that is on its way, waited for; None where there is none."""
+    def take(self) -> Tensor | None:
+        """The numbers that are on their way, waited for; None where there are none."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
         pending[1].synchronize()
-        return float(pending[0])
+        return pending[0]
 
 
 def _on_its_way(value: Tensor) -> tuple[Tensor, Any]:

@@ -5,9 +5,10 @@ What is worked around is measured on DeepSpeed 0.19.8 and said where it is done.
 
 import contextlib
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -22,12 +23,22 @@ from megainter.errors import MegainterError, UsageError
 from megainter.memory import keep_freed_memory
 from megainter.training import fused_apex, zero_speed
 from megainter.training.clipping import clip_each
-from megainter.training.collective import first_said
+from megainter.training.collective import first_said, summed
 from megainter.training.ema import EMA, update_average
 from megainter.training.lamb import Lamb, Place, layout_of
 from megainter.training.optimizer import build_optimizer, parameter_groups
+from megainter.training.spikes import SpikeWindow
 from megainter.training.world import World
-from megainter.training.zero_state import Piece, flat_state, inner_optimizer, pieces, pieces_by_flat, start_optimizer_state, whole_parameter
+from megainter.training.zero_state import (
+    Piece,
+    flat_state,
+    inner_optimizer,
+    pieces,
+    pieces_by_flat,
+    restore_state,
+    start_optimizer_state,
+    whole_parameter,
+)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -272,6 +283,7 @@ def build_engine(
     built.updates = zero_speed.join(built, inner_optimizer(built), _is_sharded(built, world), deepspeed.__version__)
     if isinstance(built.updates, str):
         log.info("DeepSpeed %s does its own work around a step, launch by launch: %s", deepspeed.__version__, built.updates)
+    _watch_spikes(built, training, world)
     if isinstance(ours, Lamb):
         _lay_out(built, ours, world)
     start_optimizer_state(built, optimizer, averaged=training.ema_decay > 0)
@@ -361,6 +373,65 @@ def _clip_each_before_steps(engine: Any, max_norm: float, world: World) -> None:
 
 def _is_sharded(engine: Any, world: World) -> bool:
     return world.size > 1 and bool(engine.zero_optimization())
+
+
+def _watch_spikes(engine: Any, training: TrainingConfig, world: World) -> None:
+    """Give the engine its window; ``UsageError`` where updates are to be left out for spikes and DeepSpeed decides on updates by itself."""
+    engine.spikes = SpikeWindow(training.spike_window, training.spike_sigma, world.device) if training.spike_sigma else None
+    acts = training.spike_action != "tell" and engine.spikes is not None
+    if isinstance(engine.updates, str):
+        if acts:
+            raise UsageError(
+                f'training.spike_action "{training.spike_action}" needs updates that are not left to DeepSpeed, and here they are: '
+                f'{engine.updates}; give "tell"'
+            )
+    else:
+        engine.updates.spikes, engine.updates.skip_spikes = engine.spikes, acts
+
+
+def expect_loss(engine: Any, share: Tensor) -> None:
+    """Tell the coming update its loss, of which each rank has its ``share`` (float32 [] on the device). Collective."""
+    if engine.spikes is None:
+        return
+    engine.loss = summed(share)
+    if not isinstance(engine.updates, str):
+        engine.updates.loss = engine.loss
+
+
+def roll_back(engine: Any, read: Callable[[str, str], Tensor], state: Mapping[str, Any], world: World) -> None:
+    """Weights, moments, counts and window as a checkpoint has them, in an engine that has gone further. Collective."""
+    restore_state(engine, read, state["updates"])
+    engine.skipped_steps = 0
+    if not isinstance(engine.updates, str):
+        engine.updates.forget()
+    everything = pieces(engine)
+    _put_weights(engine, everything, {piece.name: piece.flat for piece in everything}, world)
+    restore_decisions(engine, state)
+
+
+def restore_decisions(engine: Any, state: Mapping[str, Any]) -> None:
+    """The loss scale and the window of spikes of a checkpoint."""
+    set_loss_scale(engine, state["loss_scale"])
+    if engine.spikes is not None and state.get("spikes") is not None:
+        engine.spikes.restore(state["spikes"])
+
+
+def verdict(engine: Any) -> Tensor:
+    """What became of the last update, on the device: float64 [6], (1 where it was left out else 0, and what ``SpikeWindow.judge`` says).
+
+    The same on all ranks.
+    """
+    left = left_out(engine)
+    if engine.spikes is None:
+        judged = torch.zeros(5, dtype=torch.float64, device=engine.device)
+    elif isinstance(engine.updates, str):
+        norm = engine.get_global_grad_norm()
+        norm = norm if isinstance(norm, Tensor) else torch.full_like(engine.loss, math.nan if norm is None else float(norm))
+        judged = engine.spikes.judge(engine.loss, norm)
+    else:
+        judged = engine.updates.judged
+    first = left.double() if isinstance(left, Tensor) else torch.full_like(judged[0], left)
+    return torch.cat([first[None], judged])
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

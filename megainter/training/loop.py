@@ -5,7 +5,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,19 @@ from megainter.process import StopRequest, folder_lock
 from megainter.training import checkpoint, engine, hangs, zero_state
 from megainter.training.arrival import Arrivals
 from megainter.training.collective import on_first_rank, summed
-from megainter.training.guard import StepGuard, poisoned
+from megainter.training.guard import StepGuard, Verdict, poisoned, said, told
 from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
 from megainter.training.metrics import MetricsLog, Throughput, peak_flops
 from megainter.training.optimizer import describe, learning_rate
+from megainter.training.passed_over import pass_over, read_passed_over
 from megainter.training.precision import with_precision
 from megainter.training.profile import StepProfile
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
 from megainter.training.saving import Outcome, Saver, Target
 from megainter.training.stopping import StopVote
 from megainter.training.stragglers import TOLD, OwnTime, slowest
+from megainter.training.verify import Repetition
 from megainter.training.watchdog import Watchdog
 from megainter.training.world import World
 from megainter.transfers import read, sent
@@ -55,11 +58,21 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
     stop = StopRequest()
     with ExitStack() as stack:
         run = _open(stack, config, open_job)
-        job, trained, world, watch = run.job, run.trained, run.world, run.watch
-        steps = stack.enter_context(make_loader(job.batches, run.start, run.total_steps, workers=job.workers))
+        while True:
+            try:
+                return _train(run, stop)
+            except _RollBackError as spike:
+                run = _rolled_back(run, spike.verdict)
+
+
+def _train(run: "Run", stop: StopRequest) -> Path:
+    """The steps of a run that is open, as ``train``; ``_RollBackError`` on all ranks where it is to go on from a checkpoint."""
+    config, job, trained, world, watch = run.config, run.job, run.trained, run.world, run.watch
+    with make_loader(job.batches, run.start, run.total_steps, workers=job.workers) as steps:
         arrivals, vote = Arrivals(world.device), StopVote(world.device)
         guard = StepGuard(world.device, searching=config.engine.precision == "fp16")
         meter, own, (tallies, counts) = Throughput(), OwnTime(world.device), _interval(run)
+        repetition = Repetition(trained, config.training.verify_every, world)
         pulse = Heartbeat(run.start, run.total_steps, job.accumulation)
         profile = StepProfile(config.training.profile_steps, trained.module, config.output, world)
         if warning := profile.warn_if_short(run.total_steps - run.start):
@@ -85,8 +98,9 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
 
             # One update.
             engine.set_learning_rate(trained, learning_rate(config.optimizer, step, run.total_steps))
-            before = tallies.clone()
-            for micro, (batch, here) in enumerate(arrivals.each(batches)):
+            before, share = tallies.clone(), torch.zeros((), device=world.device)
+            passed_over = step in run.passed_over
+            for micro, (batch, here) in repetition.each(step, partial(arrivals.each, batches)) if not passed_over else ():
                 watch.at(hangs.FORWARD, step)
                 torch.manual_seed(_dropout_seed(config.training.seed, step, micro, world.rank))
                 with own.forward():
@@ -94,26 +108,35 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
                 watch.at(hangs.BACKWARD, step)
                 trained.backward(poisoned(loss, world.size * job.accumulation))  # the engine divides by both
                 watch.at(hangs.UPDATE, step)
+                if not repetition.held:
+                    share += loss.detach()
+                    if micro + 1 == len(batches):
+                        engine.expect_loss(trained, share)
                 trained.step()
+                repetition.note(parts)
+                if repetition.held:
+                    continue
                 tallies += parts
                 meter.add(batch.tokens(), len(batch.inputs), 3 * job.flops(trained.module.model.config, batch))
                 pulse.micro_batch(step, micro + 1)
-            engine.average_weights(trained, config.training.ema_decay)
+            if not passed_over:
+                engine.average_weights(trained, config.training.ema_decay)
             profile.step()
             finished = step + 1
             meter.steps += 1
             own.step(waited)
 
             # Was it made? A step whose loss or gradient is not finite is left out by all ranks, and counts for nothing.
-            left_out = engine.left_out(trained)
+            left_out = engine.left_out(trained) if not passed_over else 1.0
             tallies, counts = _kept(before, tallies, left_out), _kept(counts, counts + scored, left_out)
-            _tell_left_out(run, guard, guard.note(finished, left_out))
+            if not passed_over:
+                _tell(run, guard, guard.note(finished, engine.verdict(trained)))
 
             # Once in a while: report, validate, save. Here the host waits for the device.
             watch.at(hangs.REPORTING, finished)
             due = finished % config.training.log_every == 0 or finished == run.total_steps
             if due:
-                _tell_left_out(run, guard, guard.settle())
+                _tell(run, guard, guard.settle())
                 _report(run, meter, own, tallies, counts, finished, guard.total)
                 tallies, counts = torch.zeros_like(tallies), torch.zeros_like(counts)
                 meter.reset()
@@ -155,6 +178,7 @@ class Run:
     saver: Saver
     saved: checkpoint.Checkpoint | None  # where it goes on from
     start: int  # finished steps
+    passed_over: frozenset[int]  # steps, from 0, whose batches are left out
     total_steps: int
     peak: float | None  # FLOP/s of one device, where known
 
@@ -195,6 +219,7 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
         saver=saver,
         saved=saved,
         start=start,
+        passed_over=_passed_over(config.output),
         total_steps=total_steps,
         peak=peak_flops(world.device, config.engine.precision),
     )
@@ -266,7 +291,7 @@ def _resume(trained: Any, saved: checkpoint.Checkpoint | None) -> int:
         return 0
     with checkpoint.reader(saved) as read:
         zero_state.restore_state(trained, read, saved.state["updates"])
-    engine.set_loss_scale(trained, saved.state["loss_scale"])
+    engine.restore_decisions(trained, saved.state)
     log.info("resuming from %s", saved.folder)
     return saved.step
 
@@ -289,21 +314,65 @@ def _kept(before: Tensor, after: Tensor, left_out: Tensor | float) -> Tensor:
     return before if left_out else after
 
 
-def _tell_left_out(run: Run, guard: StepGuard, steps: list[int]) -> None:
-    """Say which updates were left out, of which samples; ``NumericsError`` where they were too many in a row. The same on all ranks."""
-    for step in steps:
+def _tell(run: Run, guard: StepGuard, verdicts: list[Verdict]) -> None:
+    """Say which updates were left out or spikes, of which samples; ``NumericsError`` where too many in a row. The same on all ranks."""
+    for verdict in verdicts:
+        if verdict.spike and run.config.training.spike_action == "roll_back" and _last_checkpoint(run) is not None:
+            raise _RollBackError(verdict)
         if run.metrics is not None:
-            samples = run.job.sample_ids(step - 1)
-            run.metrics.write(
-                "skipped", step, {"in_a_row": guard.in_a_row, "loss_scale": engine.loss_scale(run.trained), "samples": samples}
-            )
-        log.warning("step %d left out: its loss or gradient is not finite (%d in a row)", step, guard.in_a_row)
-    if guard.in_a_row >= run.config.training.max_skipped:
-        first = steps[-1] - guard.in_a_row + 1
+            kind, values = told(verdict, guard.in_a_row, engine.loss_scale(run.trained))
+            run.metrics.write(kind, verdict.step, values | {"samples": run.job.sample_ids(verdict.step - 1)})
+        log.warning("%s", said(verdict, guard.in_a_row))
+    if verdicts and guard.in_a_row >= run.config.training.max_skipped:
+        first = verdicts[-1].step - guard.in_a_row + 1
         raise NumericsError(
-            f"{guard.in_a_row} updates in a row were left out, from step {first:,} on: loss or gradient not finite (training.max_skipped); "
-            f"{_remedy(run)}"
+            f"{guard.in_a_row} updates in a row were left out, from step {first:,} on: loss or gradient not finite or a spike "
+            f"(training.max_skipped); {_remedy(run)}"
         )
+
+
+class _RollBackError(Exception):
+    """A spike because of which the run is to go back to its last checkpoint; raised on all ranks alike, and caught by ``train``."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+
+
+def _last_checkpoint(run: Run) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint, one that is still being saved waited for. Collective."""
+    _tell_saved(run, run.saver.finish())
+    return on_first_rank(lambda: checkpoint.newest(run.config.output / "checkpoints", log.warning))
+
+
+def _passed_over(output: Path) -> frozenset[int]:
+    """Steps, from 0, that ``left_out.json`` names. Collective."""
+    return frozenset(entry["step"] - 1 for entry in on_first_rank(lambda: read_passed_over(output)))
+
+
+def _rolled_back(run: Run, spike: Verdict) -> Run:
+    """The run as its last checkpoint has it, to pass over the batch of a spike; ``NumericsError`` after too many. Collective."""
+    output, most = run.config.output, run.config.training.max_roll_backs
+    if len(run.passed_over) >= most:
+        raise NumericsError(f"{said(spike, 1)}, after {most} returns to a checkpoint (training.max_roll_backs); {_remedy(run)}")
+    saved = _last_checkpoint(run)
+    assert saved is not None  # looked for before
+    entry = {**told(spike, 1, 1.0)[1], "step": spike.step, "rolled_back_to": saved.step, "samples": run.job.sample_ids(spike.step - 1)}
+    on_first_rank(lambda: pass_over(output, entry))
+
+    with checkpoint.reader(saved) as read_saved:
+        engine.roll_back(run.trained, read_saved, saved.state, run.world)
+    if run.metrics is not None:
+        run.metrics.close()
+        metrics = MetricsLog(output, saved.step, run.config.tensorboard)
+        metrics.write("rolled_back", saved.step, {"spike": entry})
+    log.warning("%s; back to %s, its batch is passed over from now on", said(spike, 1), saved.folder)
+    return replace(
+        run,
+        saved=saved,
+        start=saved.step,
+        passed_over=_passed_over(output),
+        metrics=metrics if run.metrics is not None else None,
+    )
 
 
 def _remedy(run: Run) -> str:
@@ -316,10 +385,10 @@ def _remedy(run: Run) -> str:
 
 def _sound(run: Run, guard: StepGuard, finished: int) -> bool:
     """Whether the last update was made: what stands after one that was left out may be what made the next ones impossible."""
-    _tell_left_out(run, guard, guard.settle())
-    if guard.in_a_row:
+    _tell(run, guard, guard.settle())
+    if not guard.sound:
         log.error("checkpoint of step %d NOT written: the last %d updates were left out; older checkpoints stand", finished, guard.in_a_row)
-    return guard.in_a_row == 0
+    return guard.sound
 
 
 def _save(run: Run, finished: int, tallies: Tensor, counts: Tensor) -> None:
@@ -344,7 +413,8 @@ def _publish(run: Run, finished: int, root: Path, keep: int, keep_every: int, mo
     """Begin to publish a checkpoint in ``root``. Collective."""
     job, trained = run.job, run.trained
     state = {"step": finished, "updates": zero_state.update_count(trained), "samples": finished * run.config.training.global_batch,
-             "loss_scale": engine.loss_scale(trained), "digests": dict(job.digests), "lowercase": job.lowercase, **more}  # fmt: skip
+             "loss_scale": engine.loss_scale(trained), "digests": dict(job.digests), "lowercase": job.lowercase,
+             "spikes": trained.spikes.state() if trained.spikes is not None else None, **more}  # fmt: skip
     configuration = trained.module.model.config.to_json_string(use_diff=False).encode()
     files = {"config.json": configuration, "vocab.txt": job.vocabulary, **job.files, "trainer.json": as_json(state)}
     _tell_saved(run, run.saver.begin(Target(root, finished, files, keep, keep_every)))

@@ -44,7 +44,7 @@ class MetricsLog:
             self.board = SummaryWriter(str(folder / "logs" / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Record ``values`` of ``kind`` ("train", "validation", "skipped") at ``step``; flushed to the system at once."""
+        """Record ``values`` of ``kind`` ("train", "validation", "skipped", "spike") at ``step``; flushed to the system at once."""
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()

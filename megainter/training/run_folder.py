@@ -27,11 +27,14 @@ log = logging.getLogger("megainter")
 FREE_SECTIONS = ("validation", "engine", "checkpoint", "hangs", "tensorboard", "output", "asked")
 FREE_KEYS = {
     "data": ("workers",),
-    "training": ("micro_batch", "micro_tokens", "log_every", "steps", "epochs", "profile_steps"),
+    "training": ("micro_batch", "micro_tokens", "log_every", "steps", "epochs", "profile_steps", "verify_every"),
     "model": ("gradient_checkpointing",),
 }
 # And of these, which do change the steps to come: what a run that blew up is to go on with. The log says so.
-REMEDIES = {"optimizer": ("learning_rate", "clip_norm"), "training": ("max_skipped",)}
+REMEDIES = {
+    "optimizer": ("learning_rate", "clip_norm"),
+    "training": ("max_skipped", "spike_sigma", "spike_window", "spike_action", "max_roll_backs"),
+}
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "lmdb", "numpy")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megainter.training.clipping import total_norm
 from megainter.training.same_host import everyones
+from megainter.training.spikes import SpikeWindow
 
 READ = ("0.19.8",)  # releases of DeepSpeed whose methods were read and are replaced; others do their own work
 _EPSILON = 1e-6  # DeepSpeed's and torch's, added to the norm before dividing by it
@@ -57,6 +58,17 @@ class Updates:
         self.on_device = self.by_kernel and not scaled  # whether a step that cannot be made is left out without the host's knowing
         self.left_out: Tensor | None = None  # float32 []: 1 where the last step was left out, else 0
         self._count: Tensor | None = None
+        self.spikes: SpikeWindow | None = None
+        self.skip_spikes = False  # whether a step that is a spike is left out
+        self.spiked = False  # whether the host has left the last step out for that, or because it was to hold it
+        self.loss: Tensor | None = None  # float32 []: that of the coming step, by which it is judged; None: it is not
+        self.judged: Tensor | None = None  # what ``spikes`` says of the last step
+        self.hold = False  # whether the coming step is to be left out whatever it is
+        self.norm_seen: Tensor | None = None  # float32 []: the norm of the last step, times the loss scale
+
+    def forget(self) -> None:
+        """Count anew, as after a start."""
+        self.left_out = self._count = self.judged = None
 
     def count_left_out(self) -> int:
         """Steps left out on the device so far; waits for it."""
@@ -66,13 +78,25 @@ class Updates:
         """The norm of all gradients together, of all ranks' where they are shared out: float32 [], collective."""
         return total_norm(gradients, self.sharded)
 
-    def fits(self, norm: Tensor) -> bool:
+    def fits(self, norm: Tensor, loss_scale: float = 1.0) -> bool:
         """Whether a step with gradients of this norm is to be made; always True where the device leaves it out by itself."""
+        self.norm_seen, finite, spike = norm, torch.isfinite(norm), self._spike(norm / loss_scale)
+        if self.hold:
+            spike = torch.ones_like(finite)
         if not self.on_device:
-            return bool(torch.isfinite(norm))
-        self.inner.found_inf = self.left_out = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # 1: its kernel does nothing
+            fits, self.spiked = (finite.item(), False) if spike is None else torch.stack([finite, spike]).tolist()
+            return bool(fits) and not self.spiked
+        left_out = ~finite if spike is None else ~finite | spike
+        self.inner.found_inf = self.left_out = left_out.float()  # type: ignore[attr-defined]  # 1: its kernel does nothing
         self._count = self.left_out if self._count is None else self._count + self.left_out
         return True
+
+    def _spike(self, norm: Tensor) -> Tensor | None:
+        """Whether the step is to be left out as a spike, bool []; None where that is not asked."""
+        if self.spikes is None or self.loss is None:
+            return None
+        self.judged, self.loss = self.spikes.judge(self.loss, norm), None
+        return self.judged[0] > 0 if self.skip_spikes else None
 
     def step(self, flats: Sequence[Tensor], norm: Tensor, loss_scale: float, step: Callable[[], Any]) -> None:
         """Clip the gradients of ``flats`` by the ``norm`` of all, undo their loss scale, and ``step``."""
@@ -295,8 +319,9 @@ def _join_stages12(optimizer: Any, updates: Updates) -> Updates:
         gradients = [gradient(group) for group in range(len(flats))]
         forget()
         norm, scale = updates.norm(gradients), optimizer.loss_scale
-        optimizer.overflow = not updates.fits(norm)
-        optimizer._update_scale(optimizer.overflow)
+        optimizer.overflow = not updates.fits(norm, scale)
+        if not updates.spiked:  # which is not for the loss scale to answer
+            optimizer._update_scale(optimizer.overflow)
         if optimizer.overflow:
             optimizer._global_grad_norm = float("inf")
             return
@@ -361,7 +386,10 @@ def _join_stage3(optimizer: Any, updates: Updates) -> Updates:
         optimizer._pre_step()
         optimizer._partition_all_parameters()
         norm, scale = updates.norm([part for parts in optimizer.averaged_gradients.values() for part in parts or ()]), optimizer.loss_scale
-        optimizer.overflow = not updates.fits(norm)
+        optimizer.overflow = not updates.fits(norm, scale)
+        if updates.spiked:  # which is not for the loss scale to answer
+            optimizer._overflow_clean_up(scale)
+            return
         if optimizer._loss_scale_update_and_overflow_cleanup():
             return
         optimizer._global_grad_norm = norm / scale

@@ -41,8 +41,11 @@ class Trained:
         for micro in range(self.accumulation):
             loss, _ = self.engine(batch(number * self.accumulation + micro), torch.ones(3))
             self.engine.backward(loss * factor)
+            if micro + 1 == self.accumulation:
+                engine.expect_loss(self.engine, loss.detach())
             self.engine.step()
         engine.average_weights(self.engine, EMA)
+        engine.verdict(self.engine)
 
     def state(self, world: World) -> dict[str, Tensor]:
         """fp32 weights, moments and average; and the number of updates."""

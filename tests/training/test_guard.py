@@ -27,16 +27,32 @@ def test_a_row_of_left_out_updates_is_counted_and_ends_with_one_that_is_made() -
     guard = StepGuard(CPU, searching=False)
     rows = []
     for step, left_out in enumerate([0, 1, 1, 0, 1, 1, 1], start=1):
-        assert guard.note(step, torch.tensor(float(left_out))) == [step] * left_out
+        assert [verdict.step for verdict in guard.note(step, known(left_out))] == [step] * left_out
+        assert guard.sound == (not left_out)
         rows.append(guard.in_a_row)
     assert (rows, guard.total, guard.settle()) == ([0, 1, 2, 0, 1, 2, 3], 5, [])
+
+
+def test_a_spike_is_told_and_one_that_is_left_out_is_counted_and_may_be_saved_over() -> None:
+    guard = StepGuard(CPU, searching=True)
+    rows = []
+    for step, (left_out, spike) in enumerate([(0, 1), (1, 1), (1, 0), (1, 1), (0, 0)], start=1):
+        (*verdicts,) = guard.note(step, known(left_out, spike))
+        assert [(verdict.step, verdict.spike) for verdict in verdicts] == ([(step, bool(spike))] if left_out or spike else [])
+        rows.append((guard.in_a_row, guard.sound))
+    assert rows == [(0, True), (1, True), (2, False), (3, True), (0, True)]
+
+
+def known(left_out: float, spike: float = 0.0) -> torch.Tensor:
+    """What the engine says of a step."""
+    return torch.tensor([left_out, spike, 2.0, 1.0, 1.5, 3.0], dtype=torch.float64)
 
 
 def test_the_first_search_for_a_loss_scale_does_not_count() -> None:
     guard = StepGuard(CPU, searching=True)
     rows = []
     for step, left_out in enumerate([1.0, 1.0, 0.0, 1.0], start=1):
-        guard.note(step, left_out)
+        guard.note(step, known(left_out))
         rows.append(guard.in_a_row)
     assert (rows, guard.total) == ([0, 0, 0, 1], 3)
 
