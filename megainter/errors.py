@@ -3,13 +3,22 @@
 The exit codes are documented in docs/failures.md.
 """
 
+import unicodedata
+
+LONGEST_MESSAGE = 4000  # characters, whatever a file holds that it quotes
 STOPPED_EARLY = 75  # stopped on request; the same command goes on where it stopped
 
 
 class MegainterError(Exception):
-    """Base of every error whose text is written for the user. ``exit_code`` is what the command ends with."""
+    """Base of every error whose text is written for the user. ``exit_code`` is what the command ends with.
+
+    The text is one bounded line (``one_line``) whatever names, ids and libraries' words are quoted in it.
+    """
 
     exit_code = 1
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(one_line(text))
 
 
 class UsageError(MegainterError):
@@ -64,3 +73,22 @@ class StoppedEarly(MegainterError):
     """Stopped on request (SIGTERM, SIGINT, SIGUSR1, a time limit); the state is saved and the same command resumes."""
 
     exit_code = STOPPED_EARLY
+
+
+def one_line(text: str) -> str:
+    """``text`` as one line of at most ``LONGEST_MESSAGE`` characters: line breaks are blanks, and what a terminal would act on (or cannot
+    show: control characters, changes of direction, lone surrogates) stands there as Python writes it.
+    """
+    text = str(text)
+    if len(text) > LONGEST_MESSAGE:
+        more = f" and {len(text) - LONGEST_MESSAGE + 40:,} more characters"
+        text = text[: LONGEST_MESSAGE - 40] + more
+    return text if text.isprintable() else "".join(map(_shown, text))[:LONGEST_MESSAGE]
+
+
+def _shown(character: str) -> str:
+    if character in "\r\n":
+        return " "
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()

@@ -110,7 +110,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what is no JSON or no UTF-8, a number of too many digits, lists too deep
         raise UsageError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -154,10 +154,24 @@ def sha256_of(path: Path) -> str:
 def inside(root: Path, relative: str) -> Path:
     """``root / relative`` with symbolic links resolved; a ``UsageError`` where it leaves ``root``."""
     base = root.resolve()
-    path = (base / relative).resolve()
-    if "\0" in relative or not path.is_relative_to(base):
-        raise UsageError(f"path {relative!r} leaves its folder {root}")
+    path = _resolved(base / relative)
+    if path is None or not path.is_relative_to(base):
+        raise UsageError(f"path {relative[:200]!r} leaves its folder {root}, or is none")
     return path
+
+
+def _resolved(path: Path) -> Path | None:
+    """``path`` with symbolic links resolved; None where it holds what no name holds, is too long, or its links go round in circles."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (ValueError, OSError):
+        return None
+    try:
+        return path.resolve()
+    except (ValueError, OSError, RuntimeError):
+        return None
 
 
 def shard(folder: Path, name: str) -> Path:
@@ -167,7 +181,7 @@ def shard(folder: Path, name: str) -> Path:
     those of older downloads, from a folder of the user's into a cache. The path comes back unresolved: a blob's name has no suffix.
     """
     base = folder.resolve()
-    path, target = folder / name, (base / name).resolve() if "\0" not in name else base.parent
+    path, target = folder / name, _resolved(base / name) or base.parent
     within = Path(os.path.normpath(base / name)).is_relative_to(base)
     cache = cached_repository(base)
     if within and (target.is_relative_to(base) or (target.is_relative_to(cache) if cache is not None else _is_blob(target))):

@@ -84,7 +84,10 @@ def _open_folder(folder: Path) -> dict[str, LazyTensor]:
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise DamagedError(f"{folder / name} has no weight_map of names to files; fetch the model again")
-    shards = [open_tensors(shard(folder, place)) for place in sorted(set(places.values()))]
+    files = [shard(folder, place) for place in sorted(set(places.values()))]
+    if (missing := next((file for file in files if not file.is_file()), None)) is not None:
+        raise DamagedError(f"{folder / name} names {missing.name}, which is not there or is no file; fetch the model again")
+    shards = [open_tensors(file) for file in files]
     return {name: tensor for tensors in shards for name, tensor in tensors.items()}
 
 

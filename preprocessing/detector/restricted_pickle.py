@@ -5,12 +5,15 @@ numpy's own constructors are called from the file: shapes, dtypes and bytes are 
 """
 
 import io
+import os
 import pickle
 import re
+import struct
+import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
@@ -102,6 +105,40 @@ class _Bytes(_Buffer):
         return content.encode("latin1") if isinstance(content, str) else bytes(content)
 
 
+class _Set:
+    """``set`` and ``frozenset``, of plain keys."""
+
+    kind: type = set
+
+    def __new__(cls, items: Any = ()) -> Any:
+        return cls.kind(_plain_keys(items))
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("state without an object")
+
+
+class _Frozen(_Set):
+    kind = frozenset
+
+
+class _Ordered(_Buffer):
+    """``collections.OrderedDict``, of plain keys."""
+
+    def __new__(cls, items: Any = ()) -> Any:
+        pairs = [(key, value) for key, value in items]
+        _plain_keys(key for key, _ in pairs)
+        return OrderedDict(pairs)
+
+
+def _plain_keys(keys: Iterable[Any]) -> list[Any]:
+    """The keys of a set or a dict: containers would be hashed to the bottom, which takes 2^n steps where each holds the next one twice."""
+    found = list(keys)
+    for key in found:
+        if isinstance(key, tuple | frozenset) and any(isinstance(item, tuple | frozenset) for item in key):
+            raise pickle.UnpicklingError("a key that is a container of containers")
+    return found
+
+
 def _from_bytes(content: Any, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
     data = content.encode("latin1") if isinstance(content, str) else content  # Python 2 wrote arrays as text
     if dtype.value.hasobject or len(data) != _count(shape) * dtype.value.itemsize:
@@ -128,10 +165,10 @@ NUMPY: Mapping[tuple[str, str], type] = MappingProxyType(
         **{(module, "scalar"): _Scalar for module in _MULTIARRAY},
         **{(module, "_frombuffer"): _Buffer for module in _NUMERIC},
         ("_codecs", "encode"): _Encoded,
-        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "OrderedDict"): _Ordered,
         **{(module, name): _Bytes for module in ("builtins", "__builtin__") for name in ("bytes", "bytearray")},
-        **{(module, "set"): set for module in ("builtins", "__builtin__")},
-        **{(module, "frozenset"): frozenset for module in ("builtins", "__builtin__")},
+        **{(module, "set"): _Set for module in ("builtins", "__builtin__")},
+        **{(module, "frozenset"): _Frozen for module in ("builtins", "__builtin__")},
     }
 )
 
@@ -157,11 +194,46 @@ class Foreign:
     extend = append
 
 
+_LIBRARY: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)  # what each opcode does
+# Where on the stack, above the last mark, an opcode finds keys of a dict or items of a set.
+_KEYS = {
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(None, None, 2),
+    pickle.DICT: slice(None, None, 2),
+    pickle.ADDITEMS: slice(None),
+    pickle.FROZENSET: slice(None),
+}
+
+
+def _of_plain_keys(load: Callable[[Any], None], places: slice) -> Callable[[Any], None]:
+    """What an opcode does, after a look at the keys."""
+
+    def checked(unpickler: Any) -> None:
+        _plain_keys(unpickler.stack[places])
+        load(unpickler)
+
+    return checked
+
+
+def _load_bytearray8(unpickler: Any) -> None:
+    """Only what is there: the library's reserves as much as the file claims."""
+    (size,) = struct.unpack("<Q", unpickler.read(8))
+    content = unpickler.read(min(size, sys.maxsize))
+    if len(content) < size:
+        raise pickle.UnpicklingError(f"a bytearray of {size} bytes in {len(content)}")
+    unpickler.append(bytearray(content))
+
+
 class _Unpickler(pickle._Unpickler):
     """Python's own reader, not the C one: that one reserves memory for as many memos as a file claims to use."""
 
     allowed: Mapping[tuple[str, str], type]
     stand_in: bool
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **_LIBRARY,
+        pickle.BYTEARRAY8[0]: _load_bytearray8,
+        **{code[0]: _of_plain_keys(_LIBRARY[code[0]], places) for code, places in _KEYS.items()},
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.allowed:
@@ -169,6 +241,17 @@ class _Unpickler(pickle._Unpickler):
         if self.stand_in:
             return type("Foreign", (Foreign,), {"name": f"{module}.{name}"[:80]})
         raise _ForbiddenNameError(f"{module}.{name}"[:200])
+
+
+class _Bounded:
+    """A file on the disk, asked for no more than it has left: buffered files reserve as much as they are asked for."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self.file, self.size = file, os.fstat(file.fileno()).st_size
+        self.readline = file.readline
+
+    def read(self, size: int) -> bytes:
+        return self.file.read(max(0, min(size, self.size - self.file.tell())))
 
 
 class _ForbiddenNameError(Exception):
@@ -191,7 +274,7 @@ def load_restricted(
     Raises ``UsageError`` where the file asks for any other name (nothing is called), ``DamagedError`` where it is not a whole pickle;
     both begin with ``where``.
     """
-    stream = file if hasattr(file, "read") else io.BytesIO(file)
+    stream = _Bounded(file) if isinstance(file, io.BufferedReader) else file if hasattr(file, "read") else io.BytesIO(file)
     unpickler = _Unpickler(stream, encoding=encoding)  # type: ignore[arg-type]
     unpickler.allowed, unpickler.stand_in = allowed, stand_in
     try:

@@ -78,7 +78,7 @@ class FeatureStore:
             raise DamagedError(self._incomplete())
         if self.sealed:
             shards = [(self.path / shard["name"], shard["bytes"]) for shard in description["shards"]]
-            index = _read_index(self.path, description["index"], verify)
+            index = _read_index(self.path, description["index"], [size for _, size in shards] if verify else None)
         else:
             refuse_live_writers(self.path)
             shards = [(shard, shard.stat().st_size) for shard in shard_files(self.path)]
@@ -329,9 +329,27 @@ def _joined(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _read_index(path: Path, expected: dict[str, Any], verify: bool) -> pa.Table:
-    """The sealed index, memory-mapped after its size and checksum were found right."""
+def _read_index(path: Path, expected: dict[str, Any], verify: list[int] | None) -> pa.Table:
+    """The sealed index, memory-mapped after its size was found right; with ``verify`` (sizes of shards), its checksum and content."""
     file = path / "index.arrow"
-    if not file.is_file() or file.stat().st_size != expected["bytes"] or (verify and sha256_of(file) != expected["sha256"]):
+    if not file.is_file() or file.stat().st_size != expected["bytes"] or (verify is not None and sha256_of(file) != expected["sha256"]):
         raise DamagedError(f"{file} is missing or is not the sealed one; run the same extraction again to write it anew")
-    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    try:
+        index = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        sound = index.schema.equals(INDEX_SCHEMA) and (verify is None or _is_sound(index, np.array(verify, np.int64)))
+    except (pa.ArrowException, OSError):
+        sound = False
+    if not sound:
+        raise DamagedError(f"{file} is no index of a store; run the same extraction again to write it anew")
+    return index
+
+
+def _is_sound(index: pa.Table, sizes: np.ndarray) -> bool:
+    """Whether every id is text and every record lies in its shard; ``ArrowInvalid`` where the columns contradict themselves."""
+    index.validate(full=True)
+    if any(column.null_count for column in index.columns):
+        return False
+    columns = {name: _joined(index.column(name)).to_numpy() for name in ("shard", "offset", "length", "regions")}
+    if not all((column >= 0).all() for column in columns.values()) or (columns["shard"] >= len(sizes)).any():
+        return False
+    return bool((columns["length"] <= sizes[columns["shard"]] - columns["offset"]).all())

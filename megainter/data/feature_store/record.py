@@ -71,7 +71,7 @@ class StoreSchema:
     extras: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.feature_size <= 0 or not 2 <= self.num_classes <= 65536:
+        if not 0 < self.feature_size < 2**31 or not 2 <= self.num_classes <= 65536:
             raise UsageError(f"a store of {self.feature_size}-d features and {self.num_classes} classes is not possible")
         if len(self.class_names) != self.num_classes:
             raise UsageError(f"a store of {self.num_classes} classes was given {len(self.class_names)} class names")
@@ -109,7 +109,7 @@ class StoreSchema:
     def from_json(cls, value: dict[str, Any]) -> "StoreSchema":
         try:
             return cls(**(value | {"class_names": tuple(value["class_names"])}))
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"the schema of a feature store is not complete: {error}") from None
 
     def difference(self, other: "StoreSchema") -> str:

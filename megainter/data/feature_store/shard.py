@@ -6,8 +6,10 @@ A shard has two LMDB tables under the same 16-byte hashed keys, so that ids may 
 
 import ctypes
 import hashlib
+import json
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from megainter.errors import DamagedError, UsageError
 from megainter.files import read_json
 
 FORMAT = {"format": "megainter feature store", "version": 1}
+CHECKSUM = "checksum"  # of store.json, in itself
 RECORDS, IDS = b"records", b"ids"
 ENTRY = struct.Struct("<II")  # region count, CRC-32; the id follows
 INDEX_SCHEMA = pa.schema(
@@ -61,7 +64,39 @@ def read_store_json(store: Path) -> dict[str, Any]:
     description = read_json(store / "store.json")
     if not isinstance(description, dict) or {name: description.get(name) for name in FORMAT} != FORMAT:
         raise UsageError(f"{store / 'store.json'} is not a feature store of version {FORMAT['version']}")
+    told = description.pop(CHECKSUM, None)  # earlier versions wrote none
+    if told is not None and told != checksum_of(description):
+        way_out = f"restore it, or correct it and take out its line {CHECKSUM!r}"
+        raise DamagedError(f"{store / 'store.json'} does not match its own checksum; {way_out}")
+    if not _is_complete(description):
+        raise DamagedError(f"{store / 'store.json'} lacks what describes a store; restore it")
     return description
+
+
+def checksum_of(description: dict[str, Any]) -> str:
+    """SHA-256 over what store.json says, however it is written there."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _is_complete(description: dict[str, Any]) -> bool:
+    """Whether everything that is read is there and of its type."""
+    if not isinstance(description.get("schema"), dict) or not isinstance(description.get("sealed"), bool):
+        return False
+    if not description["sealed"]:
+        return True
+    index, shards = description.get("index"), description.get("shards")
+    return (
+        isinstance(description.get("digest"), str)
+        and isinstance(index, dict)
+        and isinstance(index.get("sha256"), str)
+        and isinstance(index.get("bytes"), int)
+        and isinstance(shards, list)
+        and all(isinstance(shard, dict) and isinstance(shard.get("bytes"), int) and _is_name(shard.get("name")) for shard in shards)
+    )
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"shard-[\w-]{1,100}\.lmdb", name) is not None
 
 
 def open_for_writing(path: Path) -> lmdb.Environment:

@@ -16,11 +16,13 @@ import pyarrow.compute as pc
 
 from megainter.data.feature_store.record import RegionRecord, StoreSchema, encode
 from megainter.data.feature_store.shard import (
+    CHECKSUM,
     ENTRY,
     FORMAT,
     IDS,
     RECORDS,
     WriterLock,
+    checksum_of,
     entries,
     key_of,
     open_for_writing,
@@ -55,7 +57,8 @@ def create_store(path: Path, schema: StoreSchema) -> None:
 
 def _describe(path: Path, schema: StoreSchema, state: dict[str, Any]) -> None:
     """Write store.json. ``NoSpaceError`` where it cannot be written: the old one, if any, is still there."""
-    write_json(path / "store.json", FORMAT | {"schema": schema.to_json()} | state)
+    description = FORMAT | {"schema": schema.to_json()} | state
+    write_json(path / "store.json", description | {CHECKSUM: checksum_of(description)})
 
 
 def _check_schema(path: Path, schema: StoreSchema) -> None:

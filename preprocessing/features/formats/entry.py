@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megainter.errors import one_line
 from preprocessing.detector.restricted_pickle import Foreign
 
 Background = Literal["first", "last", "none", "unknown"]
@@ -14,7 +15,10 @@ LabelIds = Literal["foreground", "columns", "unknown"]
 
 
 class BadEntryError(Exception):
-    """An entry that cannot be used. The text says why, not which."""
+    """An entry that cannot be used. The text, one line as a ``MegainterError``'s, says why, not which."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +82,18 @@ def integer(value: Any, what: str) -> int:
     _refuse_foreign(value, what)
     try:
         number = int(value)
-    except (TypeError, ValueError):
-        raise BadEntryError(f"{what} is {value!r:.40}, not a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise BadEntryError(f"{what} is {shown(value)}, not a number") from None
     if not 0 <= number < 2**31:
-        raise BadEntryError(f"{what} is {number}")
+        raise BadEntryError(f"{what} is {shown(number)}")
     return number
+
+
+def shown(value: Any) -> str:
+    """A value for a message; of a container its kind alone, since one that holds another twice, and so on, would fill the memory."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "a number of many digits"
+    return f"{value!r:.40}" if isinstance(value, str | bytes | int | float | None) else f"a {type(value).__name__}"
 
 
 def refusal(value: Foreign, what: str) -> str:
@@ -119,9 +130,9 @@ def from_base64(text: Any, dtype: str, count: int, what: str) -> np.ndarray:
 def from_bytes(data: Any, dtype: Any, shape: Any, what: str, fortran: bool = False) -> np.ndarray:
     """An array of plain numbers from its bytes, dtype string and shape, none of which is believed before it is checked."""
     try:
-        kind = np.dtype(dtype if isinstance(dtype, str) else bytes(dtype).decode())
+        kind = np.dtype(dtype if isinstance(dtype, str) else str(dtype, "utf-8"))
         sizes = tuple(int(size) for size in shape)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, SyntaxError):
         raise BadEntryError(f"{what} is an array of an unknown kind") from None
     count = 1
     for size in sizes:
@@ -160,7 +171,12 @@ def optional(
 
 def column(value: Any, count: int, what: str) -> np.ndarray:
     """[count] of a numeric array [count] or [count, 1]."""
-    values = rows(value, count, what) if np.ndim(value) == 2 else rows(np.asarray(value)[:count], count, what)
+    _refuse_foreign(value, what)
+    if isinstance(value, list | tuple) and all(isinstance(one, int | float | np.number) for one in value):
+        value = np.array(value)
+    if not isinstance(value, np.ndarray) or value.ndim == 0:
+        raise BadEntryError(f"{what} is {shown(value)}, not numbers of {count} regions")
+    values = rows(value if value.ndim == 2 else value[:count], count, what)
     if values.shape[1] != 1:
         raise BadEntryError(f"{what} has shape {list(np.shape(value))} for {count} regions")
     return values[:, 0]

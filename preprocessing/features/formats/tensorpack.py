@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from preprocessing.features.formats.entry import BadEntryError, Entry, ForeignRegions, Source, integer, region_count, rows, unusable
+import numpy as np
+
+from preprocessing.features.formats.entry import BadEntryError, Entry, ForeignRegions, Source, integer, region_count, rows, shown, unusable
 from preprocessing.features.formats.lmdb_file import ForeignLmdb, image_count
 from preprocessing.features.formats.msgpack_arrays import unpack
 from preprocessing.features.formats.vilbert_lmdb import array_regions, unpickled
@@ -47,6 +49,8 @@ def datapoint(data: bytes) -> list[Any] | dict[str, Any]:
 
 
 def _text(value: Any) -> str:
+    if not isinstance(value, bytes | str | int | float | np.number):
+        raise BadEntryError(f"its id is {shown(value)}")
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
