@@ -61,7 +61,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         content = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, OverflowError) as error:
         raise UsageError(f"{path} is not valid JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} is no DeepSpeed JSON: it holds a {type(content).__name__} instead of an object of settings")
@@ -178,7 +178,7 @@ def _misfits(name: str, section: dict[str, Any], model: type[BaseModel]) -> Iter
             place = ".".join([name, *map(str, each["loc"])])
             shown = "" if isinstance(each["input"], dict) or not each["loc"] else f" is {_shown(each['input'])}"
             yield f"{place}{shown}: {each['msg'][:160]}"
-    except (AssertionError, ValueError, TypeError) as error:
+    except (AssertionError, ValueError, TypeError, OverflowError) as error:
         yield f"{name}: {' '.join(str(error).split())[:200]}"
 
 

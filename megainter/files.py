@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megainter.errors import MegainterError, NoSpaceError, UsageError
+from megainter.errors import DamagedError, MegainterError, NoSpaceError, UsageError
 
+CHECKSUMS = "checksums.json"  # of a model's folder
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "no space left in the quota", errno.EFBIG: "a file may not be as large here"}
 # The same in the words of libraries whose errors have no number: safetensors, and numpy where less was written than asked.
 FULL_IN_WORDS = re.compile("|".join([*map(os.strerror, FULL), r"\d+ requested and \d+ written"]))
@@ -149,6 +150,33 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Leave sizes and SHA-256 of a folder's files in its ``checksums.json``, for ``require_checksums``."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    write_json(folder / CHECKSUMS, {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files})
+
+
+def renew_checksums(folder: Path) -> None:
+    """``write_checksums`` where the folder has some: after one of its files was written on purpose."""
+    if (folder / CHECKSUMS).is_file():
+        write_checksums(folder)
+
+
+def require_checksums(folder: Path) -> None:
+    """``DamagedError`` where a folder has a ``checksums.json`` and a file is not as that says; without one nothing is known."""
+    if not (folder / CHECKSUMS).is_file():
+        return
+    told = read_json(folder / CHECKSUMS)
+    entries = told.items() if isinstance(told, dict) else [("", None)]
+    for name, entry in entries:
+        path = folder / Path(name).name
+        if not isinstance(entry, dict) or not name:
+            raise DamagedError(f"{folder / CHECKSUMS} is damaged; convert the model again, or remove that file where you trust the others")
+        if not path.is_file() or path.stat().st_size != entry.get("bytes") or sha256_of(path) != entry.get("sha256"):
+            way_out = f"convert or fetch the model again, or remove {CHECKSUMS} where you changed it yourself"
+            raise DamagedError(f"{path} is missing or not as it was written ({CHECKSUMS}); {way_out}")
 
 
 def inside(root: Path, relative: str) -> Path:

@@ -110,7 +110,7 @@ def device(name: str) -> Device:
         peaks = {key: float(facts[key]) * 1e12 for key in ("bf16", "fp16", "fp32") if key in facts}
         rates = float(facts["hbm"]) * 1e9, float(facts["link"]) * 1e9
         return Device(chosen, float(facts["memory"]), peaks, *rates, str(facts.get("source", path)), **_reached(facts))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"device {chosen} in {name} lacks a number: {error}; see launcher/planning/gpus.toml for the form") from None
 
 

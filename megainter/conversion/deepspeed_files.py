@@ -102,7 +102,7 @@ def _sharded(folder: Path, model: Mapping[str, Any]) -> dict[str, LazyTensor]:
         else:
             found = _stage12(ranks, shapes, folder)
         return found | _frozen(folder, model, stage3="fp32_flat_groups" in ranks[0])
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
         raise DamagedError(f"{folder}: the optimiser states are not laid out as DeepSpeed does ({type(error).__name__}: {error})") from None
 
 

@@ -12,7 +12,7 @@ from megainter.conversion.foreign_files import LazyTensor, open_tensors
 from megainter.conversion.mapping import Plan, print_table, require_complete, tensors_of
 from megainter.conversion.vocabulary import VocabularyFiles, write_vocabulary
 from megainter.errors import DamagedError, UsageError
-from megainter.files import aside
+from megainter.files import aside, write_checksums
 from megainter.model.configuration import InterBertConfig
 from megainter.progress import Progress
 from megainter.weights import Located, locate
@@ -60,6 +60,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
     with aside(destination) as partial:
         partial.mkdir()
         yield partial
+        write_checksums(partial)
 
 
 def source_of(source: Path) -> Located:

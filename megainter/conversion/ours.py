@@ -8,7 +8,7 @@ from megainter.conversion.architecture import make_config, region_target, sizes_
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
 from megainter.conversion.mapping import HEADS, Origin, Plan, make_plan, untied_decoder
 from megainter.errors import UsageError
-from megainter.files import followed
+from megainter.files import followed, require_checksums
 from megainter.model.configuration import InterBertConfig
 
 WORD, TIED = "interbert.text_embeddings.word.weight", "msm_head.decoder.weight"
@@ -56,6 +56,7 @@ def open_ours(source: Path, config_file: Path | None = None) -> tuple[InterBertC
     The configuration is ``config_file``, else the config.json beside the weights, else what the tensors' shapes say.
     ``UsageError`` where it is another model's.
     """
+    require_checksums(source if source.is_dir() else source.parent)
     beside = (source if source.is_dir() else source.parent) / "config.json"
     stated = stated_sizes(config_file) if config_file is not None else stated_sizes(followed(beside)) if beside.is_file() else None
     if stated is not None and config_file is None and stated.get("model_type") != InterBertConfig.model_type:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megainter.data.text.vocabulary import Vocabulary, load_vocabulary
 from megainter.errors import UsageError
-from megainter.files import read_json, require_own_files, sha256_of
+from megainter.files import read_json, require_checksums, require_own_files, sha256_of
 from megainter.model.configuration import InterBertConfig
 from megainter.weights import Located, check_name, is_repository, locate
 
@@ -30,7 +30,10 @@ def named(name: str | Path, revision: str | None = None) -> str | Path:
 
 
 def read_config(folder: Path) -> InterBertConfig:
-    """The configuration of a Hugging Face folder of ours; ``UsageError`` for anything else, a run folder or a checkpoint among it."""
+    """The configuration of a Hugging Face folder of ours; ``UsageError`` for anything else, a run folder or a checkpoint among it.
+
+    ``DamagedError`` where the folder has checksums and one of its files is not as it was written.
+    """
     check_name(folder)
     trained = (folder / "checkpoints").is_dir() or any(folder.glob("weights-*.safetensors"))
     if trained and not any(folder.glob("model*.safetensors")):
@@ -42,6 +45,7 @@ def read_config(folder: Path) -> InterBertConfig:
     kind = settings.get("model_type") if isinstance(settings, dict) else None
     if kind != InterBertConfig.model_type:
         raise UsageError(f"{folder} holds a model of type {kind!r}, not {InterBertConfig.model_type!r}; `megainter convert` writes one")
+    require_checksums(folder)
     return InterBertConfig.from_pretrained(folder)
 
 

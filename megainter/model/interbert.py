@@ -10,6 +10,7 @@ No parameter sits on these classes themselves: each is read inside the forward o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from transformers.utils import ModelOutput
 from megainter.data.feature_store.record import RegionRecord
 from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
+from megainter.files import renew_checksums
 from megainter.kernels import QueryRows, SequenceLayout, cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
@@ -154,6 +156,11 @@ class InterBertPreTrainedModel(PreTrainedModel):
         folder = locate_model(named(name, kwargs.pop("revision", None))).path
         read_config(folder / kwargs.get("subfolder", ""))
         return super().from_pretrained(folder, *model_args, **{"use_safetensors": True} | kwargs)
+
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
+        """As in transformers; the checksums of a folder that has some are those of what it holds now."""
+        super().save_pretrained(save_directory, *arguments, **options)
+        renew_checksums(Path(save_directory))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

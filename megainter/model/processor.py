@@ -14,7 +14,7 @@ from megainter.data.feature_store.record import RegionRecord
 from megainter.data.packed import PackedInputs, region_rows
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
-from megainter.files import read_json, write_atomically, write_json
+from megainter.files import read_json, renew_checksums, write_atomically, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import locate_model, named, read_config, read_vocabulary
 
@@ -65,6 +65,7 @@ class InterBertProcessor:
         write_json(stated, tokenizer)
         lengths = {"max_text_tokens": self.max_text_tokens, "max_regions": self.max_regions}
         write_json(folder / SETTINGS, {"processor_class": type(self).__name__} | lengths)
+        renew_checksums(folder)
 
     def pack(self, texts: Sequence[str] | None, records: Sequence[RegionRecord] | None) -> PackedInputs:
         """Texts and records row by row as the model's packed inputs; either may be None. ``UsageError`` where they do not fit."""

@@ -56,13 +56,21 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} cannot be read: {error}"
     for name, size, digest in entries:
         path = folder / Path(name).name
-        if not path.is_file():
-            return f"{name} is missing"
+        if not os.path.isfile(path):  # false for what can be no name, too
+            return f"{name[:200]} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if sha256_of(path) != digest:
             return f"{name} does not match its SHA-256"
-    return None
+    return None if _says_a_step(folder / "trainer.json") else "trainer.json says no step"
+
+
+def _says_a_step(path: Path) -> bool:
+    try:
+        state = read_json(path)
+    except MegainterError:
+        return False
+    return isinstance(state, dict) and isinstance(state.get("step"), int)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -253,7 +253,16 @@ def _refused_by_deepspeed(merged: dict[str, Any]) -> list[str]:
     """What DeepSpeed says of the whole that no section's own rules say; the batch is its product of the ranks, whatever their number."""
     try:
         DeepSpeedConfig({key: value for key, value in merged.items() if key != "train_batch_size"})
-    except (DeepSpeedConfigError, ValidationError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        DeepSpeedConfigError,
+        ValidationError,
+        AssertionError,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:
         return [f"DeepSpeed refuses it: {' '.join(str(error).split())[:300]}"]
     return []
 

@@ -21,7 +21,20 @@ from megainter.errors import UsageError
 from megainter.files import read_json
 from preprocessing.prepare.caption_sources.annotations import coco_paths
 from preprocessing.prepare.captions import Finder, finder
-from preprocessing.prepare.reading import Reading, Unusable, json_object, parsed, read_lines, shown, split_in_name, split_name, text, texts
+from preprocessing.prepare.reading import (
+    NOT_ITS_FORM,
+    Reading,
+    Unusable,
+    has_id,
+    json_object,
+    parsed,
+    read_lines,
+    shown,
+    split_in_name,
+    split_name,
+    text,
+    texts,
+)
 from preprocessing.prepare.report import MALFORMED, MISSING_IMAGE, OTHER_SPLIT, Report, checked, publish, refuse_overwriting
 from preprocessing.prepare.splits import Shares, Splitting
 
@@ -198,7 +211,7 @@ def _numbers(boxes: Any) -> np.ndarray:
     """Boxes as float32 [n,4]; ``ValueError`` where they are not lists of four numbers."""
     try:
         found = np.array(boxes, np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"boxes {boxes!r:.80} are not lists of four numbers") from None
     if found.size == 0:
         return np.zeros((0, 4), np.float32)
@@ -216,8 +229,8 @@ def _coco(src: Path) -> Reading[Labelled]:
     images, annotations, categories = (part or [] for part in parts)
     if annotations and isinstance(annotations[0], dict) and "bbox" not in annotations[0]:
         raise UsageError(f"{src} has annotations but no boxes; COCO's are in instances_*.json")
-    split, names = split_in_name(src), {entry.get("id"): entry.get("name") for entry in categories if isinstance(entry, dict)}
-    bad, of_image = _by_image(annotations, names, {entry.get("id") for entry in images if isinstance(entry, dict)})
+    split, names = split_in_name(src), {entry.get("id"): entry.get("name") for entry in categories if has_id(entry)}
+    bad, of_image = _by_image(annotations, names, {entry.get("id") for entry in images if has_id(entry)})
 
     def parse(number: int, entry: dict[str, Any]) -> Labelled | Unusable:
         found = of_image.get(entry["id"], _Annotations())
@@ -250,7 +263,7 @@ def _by_image(annotations: list[Any], names: dict[Any, Any], images: set[Any]) -
             _add(of_image[entry["image_id"]], entry, names)
             if entry["image_id"] not in images:
                 raise ValueError(f"image_id {entry['image_id']!r:.80} is not among the images")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except NOT_ITS_FORM as error:
             bad.append(Unusable(number, f"of the annotations: {f'no field {error}' if isinstance(error, KeyError) else error}"))
     return bad, dict(of_image)
 

@@ -15,7 +15,7 @@ from megainter.errors import UsageError
 from megainter.files import read_json
 from preprocessing.prepare import coco
 from preprocessing.prepare.captions import normalise
-from preprocessing.prepare.reading import Reading, json_object, parsed, read_lines, text
+from preprocessing.prepare.reading import NOT_ITS_FORM, Reading, json_object, parsed, read_lines, text
 from preprocessing.prepare.vqa_answers import normalise_answer
 
 NO_LABEL = "no gold label"
@@ -147,7 +147,7 @@ def _annotations(src: Path) -> Iterator[tuple[str, AnswerOf]]:
                 yield str(entry["question_id"]), AnswerOf(str(entry["question_type"]), str(entry["answer_type"]), agreed, answers)
         except ijson.JSONError as error:
             raise UsageError(f"{src} is not valid JSON: {' '.join(str(error).split())[:200]}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except NOT_ITS_FORM as error:
             raise UsageError(f"{src}: an annotation lacks a field of VQA v2: {error!r:.80}") from None
     if not found:
         raise UsageError(f"{src} has no annotations; VQA's are in v2_mscoco_train2014_annotations.json")

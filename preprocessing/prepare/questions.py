@@ -149,7 +149,7 @@ def _boxes(images: Path, sources: dict[str, tuple[str, str]], split: str) -> Ite
             try:
                 found = np.array([box[:4] for box in value["boxes"]], np.float32).reshape(-1, 4)
                 width, height, names = int(value["width"]), int(value["height"]), texts(value, "names")
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise UsageError(f"{metadata} is not VCR's metadata: {error!r:.80}") from None
             limit = np.array([width, height] * 2, np.float32)
             yield ImageBoxes(

@@ -15,6 +15,8 @@ from preprocessing.prepare.delimited import shown_names
 from preprocessing.prepare.report import MALFORMED
 
 NOT_DOWNLOADED, SHARED_NAME = "not downloaded", "file name shared by several addresses"
+# What parsers of an entry raise where it holds something else than they look for, in itself or as a number of too many digits.
+NOT_ITS_FORM = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 AT_ONCE = 1000  # items between two looks at the progress
 SPLIT_NAMES = {
     "restval": "train",
@@ -102,8 +104,8 @@ def decoded(file: Any, parse: Callable[[int, str], Entry]) -> Iterator[Entry | U
                     yield parse(number, line)
             except UnicodeDecodeError:
                 yield Unusable(number, "not UTF-8")
-            except (ValueError, RecursionError) as error:
-                yield Unusable(number, str(error))
+            except NOT_ITS_FORM as error:
+                yield Unusable(number, _reason(error))
 
 
 def read_entries(entries: list[Any], parse: Callable[[int, dict[str, Any]], Item]) -> Reading[Item]:
@@ -116,8 +118,17 @@ def parsed(entries: Iterator[Any], parse: Callable[[int, dict[str, Any]], Entry]
     for number, entry in enumerate(entries, 1):
         try:
             yield parse(number, entry)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield Unusable(number, f"no field {error}" if isinstance(error, KeyError) else str(error))
+        except NOT_ITS_FORM as error:
+            yield Unusable(number, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return f"no field {error}" if isinstance(error, KeyError) else str(error)
+
+
+def has_id(entry: Any) -> bool:
+    """Whether an entry of a document is an object with an id, in text or as a number."""
+    return isinstance(entry, dict) and isinstance(entry.get("id"), str | int)
 
 
 def json_object(line: str) -> dict[str, Any]:

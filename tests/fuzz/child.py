@@ -58,9 +58,8 @@ class Trial:
             known.write_bytes(data)
             (self.folder / f"{name}.json").write_text(json.dumps({"kind": kind, "detail": detail}, indent=1))
 
-    def changed(self, data: bytes, longest: int, seed: int, otherwise: Callable[[bytes, int], bytes], share: float) -> bytes:
+    def changed(self, data: bytes, longest: int, chosen: random.Random, otherwise: Callable[[bytes, int], bytes], share: float) -> bytes:
         """``data`` changed within its format, or by ``otherwise``."""
-        chosen = random.Random(seed)
         if self.target.mutate and chosen.random() < share:
             with contextlib.suppress(ValueError, RecursionError, IndexError):  # not of its format any more
                 found = chosen.choice(self.target.mutate)(data, chosen)
@@ -77,7 +76,7 @@ def guided(name: str, folder: Path, arguments: list[str]) -> None:
         trial = Trial(name, folder)
 
     def mutate(data: bytes, longest: int, seed: int) -> bytes:
-        return trial.changed(data, longest, seed, atheris.Mutate, 0.6)
+        return trial.changed(data, longest, random.Random(seed), atheris.Mutate, 0.6)
 
     atheris.Setup([sys.argv[0], *arguments], trial.one, custom_mutator=mutate if trial.target.mutate else None)
     atheris.Fuzz()
@@ -96,6 +95,10 @@ def blind(name: str, folder: Path, arguments: list[str]) -> None:
     trial = Trial(name, folder)
     kept = [path.read_bytes() for place in options.corpus for path in sorted(place.iterdir())]
     chosen, end, seen = random.Random(options.seed), time.monotonic() + options.seconds, time.monotonic()
+
+    def otherwise(data: bytes, longest: int) -> bytes:
+        return mutate_bytes(data, longest, chosen, kept, trial.target.tokens)
+
     gc.freeze()
     signal.alarm(STUCK)
     for _ in range(options.inputs):
@@ -107,13 +110,7 @@ def blind(name: str, folder: Path, arguments: list[str]) -> None:
             seen = now
         data = chosen.choice(kept)
         for _ in range(chosen.choice((1, 1, 1, 2, 3))):
-            data = trial.changed(
-                data,
-                trial.target.longest,
-                chosen.getrandbits(32),
-                lambda content, longest: mutate_bytes(content, longest, chosen, kept, trial.target.tokens),
-                0.5,
-            )
+            data = trial.changed(data, trial.target.longest, chosen, otherwise, 0.5)
         trial.one(data)
 
 

@@ -3,6 +3,7 @@
 import resource
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def judge(parse: Callable[[bytes], object], data: bytes) -> Fault | None:
 
 def _badly_told(error: Exception) -> Fault | None:
     text = str(error)
-    if not text or len(text) > LINE or any(character != " " and not character.isprintable() for character in text):
+    if not text or len(text) > LINE or (not text.isprintable() and any(unicodedata.category(one)[0] == "C" for one in text)):
         return Fault(f"not one printable line of at most {LINE} characters {_place(error)}", repr(text[:500]))
     return None
 

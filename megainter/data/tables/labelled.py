@@ -167,7 +167,7 @@ def read_task(path: Path) -> TaskFacts:
     try:
         value = json.loads(written)
         task = TaskFacts(str(value["name"]), value["problem"], tuple(map(str, value["classes"])), str(value["figure"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UsageError(f"{path}: its metadata does not describe a task ({error!r}); prepare it again") from None
     _check_task(path, task)
     return task

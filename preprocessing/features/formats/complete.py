@@ -206,7 +206,7 @@ def _labelmap(path: Path, text: str) -> list[str]:
         value = json.loads(text)
         places = value.get("label_to_idx", value)
         return sorted((str(name) for name in places if not str(name).startswith("__")), key=lambda name: int(places[name]))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UsageError(f"{path} is not VinVL's labelmap: it maps no names to numbers") from None
 
 
@@ -218,7 +218,7 @@ def read_sizes(path: Path) -> dict[str, tuple[int, int]]:
         if b"\t" in first and b"{" in first:
             return _hw_tsv(path)
         return _sizes_of_parquet(path) if first.startswith(b"PAR1") else _sizes_of_text(path)
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"{path} gives no image sizes ({reason}); it needs columns image_id, width, height, or be VinVL's hw.tsv"

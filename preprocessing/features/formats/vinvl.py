@@ -52,7 +52,7 @@ def _load(text: bytes) -> ForeignRegions:
         if "num_boxes" in value:
             return _positioned(value["num_boxes"], value["features"])
         return _from_objects(value, {}) if isinstance(value, list) else _from_objects(value["objects"], value)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadEntryError(f"its JSON is not VinVL's: {_missing(error)}") from None
 
 

@@ -35,14 +35,22 @@ class Address:
     key: str = ""
 
 
+def _name(url: str) -> str:
+    """The last part of an address; "" of one that is none."""
+    try:
+        return posixpath.basename(urlsplit(url).path)
+    except ValueError:
+        return ""
+
+
 Namer = Callable[[Address], tuple[str, ...]]
 PARTS: dict[str, Callable[[Address], str | int]] = {
     "line": lambda address: address.number,
     "row": lambda address: address.number - 1,
     "crc32": lambda address: zlib.crc32(address.url.encode()),
     "md5": lambda address: hashlib.md5(address.url.encode(), usedforsecurity=False).hexdigest(),
-    "name": lambda address: posixpath.basename(urlsplit(address.url).path),
-    "stem": lambda address: posixpath.splitext(posixpath.basename(urlsplit(address.url).path))[0],
+    "name": lambda address: _name(address.url),
+    "stem": lambda address: posixpath.splitext(_name(address.url))[0],
     "shard": lambda address: address.shard,
     "key": lambda address: address.key,
 }

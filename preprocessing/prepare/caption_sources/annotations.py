@@ -14,6 +14,7 @@ from preprocessing.prepare.reading import (
     Fields,
     Item,
     Reading,
+    has_id,
     json_object,
     parsed,
     read_entries,
@@ -93,13 +94,13 @@ def _json_document(src: Path) -> Reading[Item]:
         raise UsageError(f"{src} is neither a COCO caption file nor a Karpathy split: it has no list of images")
     if isinstance(document.get("annotations"), list):
         return read_entries(document["annotations"], _coco_parser(src, document["images"]))
-    if document["images"] and "sentences" not in document["images"][0]:
+    if document["images"] and not (isinstance(document["images"][0], dict) and "sentences" in document["images"][0]):
         raise UsageError(f"{src} has images but no captions; COCO's are in captions_*.json")
     return read_entries(document["images"], _karpathy_item)
 
 
 def _coco_parser(src: Path, images: list[Any]) -> Callable[[int, dict[str, Any]], Item]:
-    names = {image["id"]: image["file_name"] for image in images if isinstance(image, dict) and {"id", "file_name"} <= set(image)}
+    names = {image["id"]: image["file_name"] for image in images if has_id(image) and "file_name" in image}
     split = split_in_name(src)
 
     def parse(number: int, entry: dict[str, Any]) -> Item:
