@@ -146,6 +146,11 @@ def require_file_place(path: Path, option: str) -> None:
         raise UsageError(f"{option} {path} cannot be written: its folder is not writable")
 
 
+def checksum_of(value: Any) -> str:
+    """Hex SHA-256 of what JSON says, however it is written in a file."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in blocks."""
     with open(path, "rb") as file:

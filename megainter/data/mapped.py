@@ -1,11 +1,12 @@
 """Named arrays in a folder, each a plain file that is mapped into memory: opened in no time, and shared by all processes of a machine.
 
-    index.json    what the arrays were made from (their key), facts about them, dtype and length of each
+    index.json    what the arrays were made from (their key), facts about them, dtype, length and SHA-256 of each, and its own checksum
     NAME          the bytes of one array, little-endian
 
 Pages of mapped files belong to the system's cache: it keeps them once for all processes, and gives them back where memory is short.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,9 +21,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megainter.errors import DamagedError, UsageError
-from megainter.files import partial_name, read_json, refusal, replace, write_json
+from megainter.files import checksum_of, partial_name, read_json, refusal, replace, sha256_of, write_json
 
-VERSION = 1
+VERSION = 2
 DESCRIPTION = "index.json"
 
 
@@ -51,6 +52,7 @@ class ArrayWriter:
         self.dtypes = {**dtypes, **parts}
         self._string_bytes = dict.fromkeys(strings, 0)
         self._files: dict[str, BinaryIO] = {}
+        self._digests = {name: hashlib.sha256() for name in self.dtypes}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -68,8 +70,10 @@ class ArrayWriter:
 
     def append(self, name: str, values: NDArray[Any]) -> None:
         """Add values [n] to an array. ``NoSpaceError`` where the disk is full."""
+        content = np.ascontiguousarray(values, _little(self.dtypes[name])).data.cast("B") if len(values) else b""
+        self._digests[name].update(content)
         try:
-            self._files[name].write(np.ascontiguousarray(values, _little(self.dtypes[name])).data.cast("B") if len(values) else b"")
+            self._files[name].write(content)
         except OSError as error:
             raise refusal(self.folder, error) from None
 
@@ -84,8 +88,10 @@ class ArrayWriter:
         """Put the folder in its place, whole; one that was there before goes."""
         try:
             lengths = {name: self._finished(name) for name in self.dtypes}
-            arrays = {name: {"dtype": self.dtypes[name], "length": lengths[name]} for name in self.dtypes}
-            write_json(self.aside / DESCRIPTION, {"version": VERSION, "key": key, "arrays": arrays, "facts": facts})
+            digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
+            arrays = {name: {"dtype": self.dtypes[name], "length": lengths[name], "sha256": digests[name]} for name in self.dtypes}
+            description = {"version": VERSION, "key": key, "arrays": arrays, "facts": facts}
+            write_json(self.aside / DESCRIPTION, description | {"checksum": checksum_of(description)})
             replace(self.aside, self.folder)
         except OSError as error:
             raise refusal(self.folder, error) from None
@@ -97,15 +103,21 @@ class ArrayWriter:
         return file.tell() // np.dtype(self.dtypes[name]).itemsize
 
 
-def open_arrays(folder: Path, key: str) -> MappedArrays:
-    """Map the arrays of a folder.
+def open_arrays(folder: Path, key: str, verify: bool = False) -> MappedArrays:
+    """Map the arrays of a folder; with ``verify`` each is read once and its SHA-256 compared.
 
     ``UsageError`` where there are none or they were made from something else than ``key`` says, ``DamagedError`` where files are missing
-    or have other lengths than they were written with.
+    or are not as they were written, as far as they were looked into.
     """
     description = read_json(folder / DESCRIPTION)
+    told = description.pop("checksum", None) if isinstance(description, dict) else None
+    if told != checksum_of(description):
+        raise DamagedError(f"{folder / DESCRIPTION} is not as it was written: delete its folder, it is made again")
     if description.get("version") != VERSION or description.get("key") != key:
         raise UsageError(f"{folder} was made from other data: delete it, or run the command that makes it again")
+    for name, entry in description["arrays"].items() if verify else ():
+        if (folder / name).is_file() and sha256_of(folder / name) != entry["sha256"]:
+            raise DamagedError(f"{folder / name} is not as it was written: delete its folder, it is made again")
     arrays = {name: _map(folder / name, entry["dtype"], entry["length"]) for name, entry in description["arrays"].items()}
     return MappedArrays(arrays, description["facts"])
 

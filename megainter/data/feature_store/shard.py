@@ -6,7 +6,6 @@ A shard has two LMDB tables under the same 16-byte hashed keys, so that ids may 
 
 import ctypes
 import hashlib
-import json
 import mmap
 import os
 import re
@@ -23,7 +22,7 @@ import pyarrow as pa
 from megainter.data.feature_store.lock import WriterLock
 from megainter.data.feature_store.record import AGAIN
 from megainter.errors import DamagedError, UsageError
-from megainter.files import read_json
+from megainter.files import checksum_of, read_json
 
 FORMAT = {"format": "megainter feature store", "version": 1}
 CHECKSUM = "checksum"  # of store.json, in itself
@@ -71,11 +70,6 @@ def read_store_json(store: Path) -> dict[str, Any]:
     if not _is_complete(description):
         raise DamagedError(f"{store / 'store.json'} lacks what describes a store; restore it")
     return description
-
-
-def checksum_of(description: dict[str, Any]) -> str:
-    """SHA-256 over what store.json says, however it is written there."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _is_complete(description: dict[str, Any]) -> bool:

@@ -22,7 +22,6 @@ from megainter.data.feature_store.shard import (
     IDS,
     RECORDS,
     WriterLock,
-    checksum_of,
     entries,
     key_of,
     open_for_writing,
@@ -31,7 +30,7 @@ from megainter.data.feature_store.shard import (
     shard_files,
 )
 from megainter.errors import DamagedError, NoSpaceError, UsageError
-from megainter.files import aside, is_full, sha256_of, write_json
+from megainter.files import aside, checksum_of, is_full, sha256_of, write_json
 
 SPARE_BYTES = 4 << 20  # LMDB copies the tree pages it changes; keep that much free beside the records
 

@@ -97,7 +97,7 @@ def build_pairs_index(manifest: Path, split: str, store: FeatureStore, folder: P
     """
     key = index_key(manifest, split, store)
     try:
-        return key, IndexFacts(**open_arrays(folder, key).facts)
+        return key, IndexFacts(**open_arrays(folder, key, verify=True).facts)
     except (UsageError, DamagedError):
         pass  # none there, or of other data
     with ArrayWriter(folder, _DTYPES, _STRINGS) as writer:
@@ -127,7 +127,7 @@ def build_storage_order(pairs: Pairs, store: FeatureStore, folder: Path) -> str:
     """Write the pairs' ``sampling.rows_by_storage`` to ``folder``, for ``open_storage_order``; returns its key. One there is reused."""
     key = json.dumps({"pairs": pairs.digest, "store": store.digest})
     try:
-        open_arrays(folder, key)
+        open_arrays(folder, key, verify=True)
         return key
     except (UsageError, DamagedError):
         pass  # none there, or of other data

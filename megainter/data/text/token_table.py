@@ -16,7 +16,7 @@ from megainter.data.tables.pairs import Pairs
 from megainter.data.text.chinese import WORDPIECE, chinese_segmenter, word_begins
 from megainter.data.text.vocabulary import Vocabulary, encode_texts, log
 from megainter.errors import DamagedError, UsageError
-from megainter.files import aside
+from megainter.files import aside, sha256_of, write_atomically
 from megainter.progress import Progress
 
 _BATCH = 16_384  # captions per record batch: about 1 MB, encoded and written at once
@@ -146,6 +146,7 @@ def build_token_table(
     cut = None if words == WORDPIECE else chinese_segmenter()
     with aside(path) as partial:
         _write_table(pairs, vocabulary, max_text_tokens - 2, key, partial, progress, cut)
+    write_atomically(_digest_file(path), sha256_of(path) + "\n")
     table = open_token_table(path, key)
     if table.unknown_share > _UNKNOWN_LIMIT:
         share = f"{table.unknown_share:.0%}"
@@ -154,13 +155,19 @@ def build_token_table(
 
 
 def _reusable(path: Path, key: str) -> TokenTable | None:
-    """The finished table at ``path`` where it is whole and of this key; anything else there is replaced."""
-    if not path.exists():
+    """The finished table at ``path`` where it is as it was written and of this key; anything else there is replaced."""
+    told = _digest_file(path)
+    if not path.exists() or not told.is_file() or told.read_bytes() != f"{sha256_of(path)}\n".encode():
         return None
     try:
         return open_token_table(path, key)
     except (UsageError, DamagedError):
         return None
+
+
+def _digest_file(path: Path) -> Path:
+    """Where the SHA-256 of a table stands, by which it is known again."""
+    return path.with_name(f"{path.name}.sha256")
 
 
 def _write_table(
