@@ -6,6 +6,7 @@ where the run averages its weights, with fp32 tensors by parameter name, shared 
 written last. The folder is made aside, fsynced and renamed; then ``latest`` names it (``training/saving.py``, ``training/writing.py``).
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from megainter.errors import DamagedError
+from megainter.errors import DamagedError, MegainterError
 from megainter.files import read_json, remove, sha256_of
 from megainter.training.writing import MANIFEST as MANIFEST
 
