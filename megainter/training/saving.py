@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +36,7 @@ from megainter.training.collective import first_said, gathered, on_first_rank
 from megainter.training.world import World
 
 log = logging.getLogger("megainter")
+MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h
 ALIGNED = 64  # bytes, at which files begin in the memory
 START = "import sys; sys.path.insert(0, sys.argv[1]); from megainter.training.writing import main; main(*map(int, sys.argv[2:]))"
 IDLE, WRITING, PUBLISHING = range(3)
@@ -98,6 +100,7 @@ class Saver:
         if (failure := first_said(self.writer.answer().get("failure"))) is not None:
             self.writer.end()
             raise MegainterError(f"no process and memory ({self.copy.size / 1e9:.1f} GB) for saving beside training: {failure}")
+        self.copy.touch()
         self.start = on_first_rank(lambda: secrets.token_hex(4))  # a rank of an earlier start may still be writing elsewhere
         self.failed_in_a_row = 0
         self._landing = Landing(world.device)
@@ -271,10 +274,16 @@ class HostCopy:
         # Pages are found when they are first touched, or when the writer asks for them.
         self.descriptor = _nameless()
         os.ftruncate(self.descriptor, self.size)
-        memory = mmap.mmap(self.descriptor, self.size)
+        self._memory = mmap.mmap(self.descriptor, self.size)
         for kind, file in zip(shapes, self.files, strict=True):
-            memory[file.start : file.start + len(headers[kind])] = headers[kind]
-            self.tensors[kind] = _views(memory, file.start + len(headers[kind]), shapes[kind])
+            self._memory[file.start : file.start + len(headers[kind])] = headers[kind]
+            self.tensors[kind] = _views(self._memory, file.start + len(headers[kind]), shapes[kind])
+
+    def touch(self) -> None:
+        """Enter the memory in this process's page table now and not during the first copy; Linux before 5.14 cannot."""
+        if sys.platform == "linux":
+            with suppress(OSError):
+                self._memory.madvise(MADV_POPULATE_WRITE)
 
     @property
     def size(self) -> int:
