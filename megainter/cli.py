@@ -23,6 +23,7 @@ from megainter.verbs.plan import plan
 from megainter.verbs.preflight import preflight
 from megainter.verbs.prepare import prepare_app
 from megainter.verbs.pretrain import pretrain
+from megainter.verbs.replay import replay
 from megainter.verbs.search import search
 from megainter.verbs.view import view
 
@@ -49,6 +50,7 @@ app.command(finetune_app)
 app.command(launch)
 app.command(plan)
 app.command(preflight)
+app.command(replay)
 app.command(evaluate_app)
 app.command(convert_app)
 app.command(index)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from megainter.config.settings import CheckpointConfig, EngineConfig, HangConfig, OptimizerConfig, TrainingConfig
+from megainter.data.integers import Int64s
 from megainter.data.packed import PackedInputs
 from megainter.model.configuration import InterBertConfig
 
@@ -68,7 +69,9 @@ class Job:
     gives the same figures everywhere; ``best`` names the one (larger is better) by which the best checkpoint is kept.
 
     ``started`` are lines for the log: what is trained on what. ``sample_ids(step)`` names all samples of a
-    global step, in the order of the sequence, for whoever must look at them.
+    global step, in the order of the sequence, for whoever must look at them; ``shown(step)`` says of each what it shows, and
+    ``places(step)`` which of them each of this rank's micro-batches has, in its order. The step module's
+    ``forward(batch, None, each=True)`` gives each sample's loss sums [S, K].
     """
 
     objectives: tuple[str, ...]
@@ -77,12 +80,14 @@ class Job:
     accumulation: int  # micro-batches of a step
     samples: int  # of one epoch
     sample_ids: Callable[[int], list[str]]
+    places: Callable[[int], list[Int64s]]
     build_model: Callable[[InterBertConfig | None], PreTrainedModel]
     build_step: Callable[[Any], nn.Module]  # of the model
     flops: Callable[[Any, Any], int]  # (model configuration, micro-batch) -> floating-point operations of one forward
     vocabulary: bytes  # vocab.txt, into every checkpoint
     lowercase: bool
     digests: Mapping[str, str]  # SHA-256 of the data by name: a resumed run must have the same
+    shown: Callable[[int], list[str]] | None = None
     started: tuple[str, ...] = ()
     workers: int = 0  # loader processes of each rank
     gradient_checkpointing: bool = False

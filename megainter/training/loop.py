@@ -102,7 +102,7 @@ def _train(run: "Run", stop: StopRequest) -> Path:
             passed_over = step in run.passed_over
             for micro, (batch, here) in repetition.each(step, partial(arrivals.each, batches)) if not passed_over else ():
                 watch.at(hangs.FORWARD, step)
-                torch.manual_seed(_dropout_seed(config.training.seed, step, micro, world.rank))
+                torch.manual_seed(dropout_seed(config.training.seed, step, micro, world.rank))
                 with own.forward():
                     loss, parts = trained(here, divisors)
                 watch.at(hangs.BACKWARD, step)
@@ -202,7 +202,7 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
     total_steps = steps_of(config, job.samples)
 
     saved = on_first_rank(lambda: _newest(config.output))
-    model = _model(config, job, saved)
+    model = starting_model(config, job, saved)
     trained = engine.build_engine(job.build_step(model), config.engine, config.optimizer, config.training, world, job.accumulation)
     start = _resume(trained, saved)
     _describe(config, job, model, world, start, total_steps)
@@ -249,7 +249,7 @@ def _due(every: int, finished: int, total: int) -> bool:
     return finished == total or (every > 0 and finished % every == 0)
 
 
-def _dropout_seed(seed: int, step: int, micro: int, rank: int) -> int:
+def dropout_seed(seed: int, step: int, micro: int, rank: int) -> int:
     """Dropout is a function of (seed, step, micro-batch, rank): a resumed run repeats it without saving generators."""
     return (((seed * 1_000_003 + step) * 4_099 + micro) * 65_537 + rank) % (1 << 63)
 
@@ -259,7 +259,7 @@ def counted(batches: list[Any]) -> Tensor:
     return torch.tensor([batch.counts() for batch in batches], dtype=torch.float32).sum(dim=0)
 
 
-def _model(config: RunSettings, job: Job, saved: checkpoint.Checkpoint | None) -> PreTrainedModel:
+def starting_model(config: RunSettings, job: Job, saved: checkpoint.Checkpoint | None) -> PreTrainedModel:
     """The model with the weights of the checkpoint, or those it starts from, drawn by the seed where they are fresh."""
     torch.manual_seed(config.training.seed)
     model = job.build_model(InterBertConfig.from_json_file(saved.folder / "config.json") if saved is not None else None)
@@ -327,7 +327,7 @@ def _tell(run: Run, guard: StepGuard, verdicts: list[Verdict]) -> None:
         first = verdicts[-1].step - guard.in_a_row + 1
         raise NumericsError(
             f"{guard.in_a_row} updates in a row were left out, from step {first:,} on: loss or gradient not finite or a spike "
-            f"(training.max_skipped); {_remedy(run)}"
+            f"(training.max_skipped); look at it: megainter replay {run.config.output} --step {first}; {_remedy(run)}"
         )
 
 

@@ -20,14 +20,14 @@ from tests.training.resumed_runs import records
 
 
 class WrongBit:
-    """Flips one bit of a parameter's gradient in the seventh backward pass of its life, on the rank that has it."""
+    """Flips one bit of a parameter's gradient in the sixth backward pass of its life, on the rank that has it."""
 
     def __init__(self) -> None:
         self.passes = 0
 
     def __call__(self, gradient: Tensor) -> Tensor:
         self.passes += 1
-        if self.passes != 7:
+        if self.passes != 6:
             return gradient
         other = gradient.clone()
         other.view(-1)[:1].view(torch.int16)[0] ^= 1
@@ -50,7 +50,7 @@ def main(base: Path, precision: str, stage: int) -> None:
             pretrain(config(name, every))
             found[name] = records(base / name) if world.rank == 0 else []
 
-        # Two passes in step 2, one in step 3: the seventh is the second of step 4. The wrong bit is made in the backward pass itself.
+        # Two passes in step 2, one in steps 1 and 3: the sixth is the second of step 4. The wrong bit is made in the backward pass itself.
         built, before = engine.build_engine, WrongBit()
 
         def build(*arguments: Any, **named: Any) -> Any:

@@ -177,6 +177,10 @@ class ClassificationStream(Dataset[list[LabelledBatch]]):
         """Example ids of a global step."""
         return [self.examples.example_ids[row] for row in self.rows(step).tolist()]
 
+    def places(self, step: int) -> list[Int64s]:
+        """Places within the global step of the examples of each of this rank's micro-batches."""
+        return self.steps.mine(self._lengths[self.rows(step)])
+
     def rows(self, step: int) -> Int64s:
         """The examples of a global step, int64 [global_batch]."""
         return self._rows(*self.steps.samples(step))

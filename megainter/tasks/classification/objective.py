@@ -14,10 +14,17 @@ class ClassificationStep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: LabelledBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss share (fp32) and ``tallies`` [2, 1]: loss sum and how much of it was right; ``counts`` [1]: examples of the global batch."""
+    def forward(self, batch: LabelledBatch, counts: Tensor | None, each: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Loss share (fp32) and ``tallies`` [2, 1]: loss sum and how much of it was right; ``counts`` [1]: examples of the global batch.
+
+        ``each``: the loss of each example, [E, 1], and no counts.
+        """
         logits = self.model.score_packed(batch.inputs)
-        total = classification_losses(logits, batch.labels, self.model.config).sum() * float(batch.counted)
+        losses = classification_losses(logits, batch.labels, self.model.config)
+        if each:
+            return losses[:, None]
+        assert counts is not None  # but for each
+        total = losses.sum() * float(batch.counted)
         right = _right(logits.detach(), batch.labels) * float(batch.counted)
         return (total / counts).sum(), torch.stack([total.detach(), right])[:, None]
 

@@ -111,6 +111,7 @@ def task_job(
         accumulation=stream.steps.accumulation,
         samples=len(task.training),
         sample_ids=stream.sample_ids,
+        places=stream.places,
         build_model=build_model,
         build_step=ClassificationStep,
         flops=lambda config, batch: inputs_flops(config, batch.inputs),

@@ -148,6 +148,16 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
         self.sampler.announce(draws, np.concatenate(mine))
         return [self._batch(draws, share) for share in mine]
 
+    def places(self, step: int) -> list[Int64s]:
+        """Places within the global step of the samples of each of this rank's micro-batches."""
+        return self.steps.mine(self.sampler.lengths(self.draws(step)))
+
+    def shown(self, step: int) -> list[str]:
+        """Image id and caption of each of a global step's samples."""
+        draws, pairs = self.draws(step), self.sampler.pairs
+        captions = pairs.captions(draws.caption_rows.tolist())
+        return [f"{pairs.image_id(row)}: {caption}" for row, caption in zip(draws.rows.tolist(), captions, strict=True)]
+
     def sample(self, epoch: int, n: int) -> Sample:
         """Sample ``n`` of ``epoch``, alone."""
         return self.sampler.sample(self.sampler.draws(np.array([epoch]), np.array([n])), 0)

@@ -8,6 +8,7 @@ number of ranks nor on the number of micro-batches.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megainter import kernels
@@ -35,12 +36,17 @@ class PretrainingStep(nn.Module):
         self.model = model
         self._weights = Constants((weights.msm, weights.mrm, weights.itm))
 
-    def forward(self, batch: PretrainBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: PretrainBatch, counts: Tensor | None, each: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Loss share (scalar, fp32) and ``tallies`` [2, 3] fp32: loss sums and correct predictions of the three objectives.
 
         ``counts`` [3] fp32: masked tokens, scored regions, samples of the global batch (at least 1 each). A filler batch
         (``batch.counted`` False) runs like any other, so that collectives match, and weighs nothing.
+
+        ``each``: the loss sums of each sample, [S, 3], and no counts.
         """
+        if each:
+            return self._each(batch)
+        assert counts is not None  # but for each
         made = self.model.judge_packed(batch.inputs, batch.msm_positions, batch.msm_labels, batch.mrm_positions)
         region_sum = self._region_sum(made.mrm_logits, batch.mrm_targets)
         sums = torch.stack([made.msm_sum, region_sum, kernels.cross_entropy_sum(made.itm_logits, batch.itm_labels)])
@@ -48,6 +54,21 @@ class PretrainingStep(nn.Module):
             sums = sums * 0.0
         loss = (self._weights.on(sums.device) * sums / counts).sum()
         return loss, torch.stack([sums.detach(), self._correct(made, batch) * float(batch.counted)])
+
+    def _each(self, batch: PretrainBatch) -> Tensor:
+        """Loss sums of each sample, fp32 [S, 3]; their dropout is that of ``forward``, as the heads have none."""
+        made = self.model.score_packed(batch.inputs, batch.msm_positions, batch.mrm_positions)
+        targets, logits = batch.mrm_targets.float(), made.mrm_logits.float()
+        if self.model.config.region_objective == "feature":
+            regions = (logits - targets).square().sum(dim=1)
+        else:
+            regions = F.kl_div(logits.log_softmax(dim=1), targets, reduction="none").sum(dim=1)
+        sums = torch.zeros(len(batch.itm_labels), len(OBJECTIVES), device=regions.device)
+        spoken, seen = _owners(batch.inputs.text_lengths, batch.msm_positions), _owners(batch.inputs.region_lengths, batch.mrm_positions)
+        sums[:, 0].index_add_(0, spoken, F.cross_entropy(made.msm_logits.float(), batch.msm_labels, reduction="none"))
+        sums[:, 1].index_add_(0, seen, regions)
+        sums[:, 2] = F.cross_entropy(made.itm_logits.float(), batch.itm_labels, reduction="none")
+        return sums
 
     def _region_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.model.config.region_objective == "feature":
@@ -58,6 +79,11 @@ class PretrainingStep(nn.Module):
     def _correct(self, made: PackedLosses, batch: PretrainBatch) -> Tensor:
         pairs = ((made.mrm_logits, _best(batch.mrm_targets)), (made.itm_logits, batch.itm_labels))
         return torch.stack([made.msm_right.float(), *((_best(logits) == labels).sum().float() for logits, labels in pairs)])
+
+
+def _owners(lengths: Tensor, rows: Tensor) -> Tensor:
+    """The sample of each of ``rows`` int64 [M] of a packed tensor whose samples have ``lengths``."""
+    return torch.bucketize(rows, lengths.cumsum(0).to(rows.device), right=True)
 
 
 def _best(scores: Tensor) -> Tensor:

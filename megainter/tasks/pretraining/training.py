@@ -41,6 +41,8 @@ def open_job(config: RunConfig, world: World) -> Job:
         accumulation=sources.training.steps.accumulation,
         samples=sources.samples,
         sample_ids=sources.training.sample_ids,
+        places=sources.training.places,
+        shown=sources.training.shown,
         build_model=lambda saved: starting_model(config, architecture) if saved is None else InterBertForPreTraining(saved),
         build_step=lambda model: PretrainingStep(model, weights),
         flops=_forward_flops,

@@ -125,6 +125,15 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
         """Pair ids of a global step's captions."""
         return [self.pairs.pair_id(row) for row in self.groups(step).captions[:, 0].tolist()]
 
+    def places(self, step: int) -> list[Int64s]:
+        """Places within the global step of the captions of each of this rank's micro-batches."""
+        return self.steps.mine(self.lengths(self.groups(step)))
+
+    def shown(self, step: int) -> list[str]:
+        """Image id and caption of each of a global step's captions, its other pairs left out."""
+        rows = self.groups(step).captions[:, 0].tolist()
+        return [f"{self.pairs.image_id(row)}: {caption}" for row, caption in zip(rows, self.pairs.captions(rows), strict=True)]
+
     def groups(self, step: int) -> Groups:
         """All pairs of a global step, in the order of the sequence."""
         return self._groups(*self.steps.samples(step))

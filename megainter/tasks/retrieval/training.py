@@ -76,6 +76,8 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
         accumulation=stream.steps.accumulation,
         samples=len(pairs),
         sample_ids=stream.sample_ids,
+        places=stream.places,
+        shown=stream.shown,
         build_model=lambda saved: start.build(InterBertForRetrieval, saved),
         build_step=RetrievalStep,
         flops=lambda config, batch: inputs_flops(config, batch.inputs),

@@ -176,6 +176,10 @@ class ChoiceStream(Dataset[list[ChoiceBatch]]):
         """Question ids of a global step, each with what is asked of it."""
         return [f"{self.examples.questions[item.row].question_id} ({KINDS[item.kind]})" for item in self.items(step)]
 
+    def places(self, step: int) -> list[Int64s]:
+        """Places within the global step of the questions of each of this rank's micro-batches."""
+        return self.steps.mine(self.examples.tokens(self._examples(*self.steps.samples(step))))
+
     def items(self, step: int) -> list[ChoiceToMake]:
         """All samples of a global step, in the order of the sequence."""
         return self._items(*self.steps.samples(step))

@@ -21,12 +21,15 @@ class ChoiceStep(nn.Module):
         self.model = model
         self._weights_K = Constants(weights)
 
-    def forward(self, batch: ChoiceBatch, counts: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, batch: ChoiceBatch, counts: Tensor | None, each: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Loss share (scalar, fp32) and ``tallies`` [2, K]: sums of the four-way cross-entropy, and right choices, of each objective.
 
-        ``counts`` [K]: questions of each in the global batch (at least 1 each). Without counts: the logits [Q, 4], fp32.
+        ``counts`` [K]: questions of each in the global batch (at least 1 each). Without counts: the logits [Q, 4], fp32;
+        with ``each`` the loss of each question in the column of its objective, [Q, K].
         """
         logits_Q4 = choice_logits(self.model, batch.inputs)
+        if each:
+            return F.one_hot(batch.kinds, batch.objectives) * F.cross_entropy(logits_Q4, batch.labels, reduction="none")[:, None]
         if counts is None:
             return logits_Q4
         # By product with the kinds' table: no waiting for a GPU, and a fixed order of summation.

@@ -79,6 +79,7 @@ def open_job(config: VcrConfig, world: World) -> Job:
         accumulation=stream.steps.accumulation,
         samples=stream.size,
         sample_ids=stream.sample_ids,
+        places=stream.places,
         build_model=lambda saved: start.build(InterBertForMultipleChoice, saved, fresh="choice_head."),
         build_step=lambda model: ChoiceStep(model, weights),
         flops=lambda config, batch: inputs_flops(config, batch.inputs),

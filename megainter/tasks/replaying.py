@@ -1,0 +1,65 @@
+"""`megainter replay`: which task a run folder is of, and what is printed of a step that was done again."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from megainter.config.settings import RunConfig
+from megainter.errors import UsageError
+from megainter.files import read_json
+from megainter.tasks.classification import training as classification
+from megainter.tasks.classification.settings import ClassificationConfig
+from megainter.tasks.pretraining import training as pretraining
+from megainter.tasks.retrieval import training as retrieval
+from megainter.tasks.retrieval.settings import RetrievalConfig
+from megainter.tasks.vcr import training as vcr
+from megainter.tasks.vcr.settings import VcrConfig
+from megainter.training.job import Job
+from megainter.training.replay import Replayed, against_metrics, replay, without_output
+
+NOT_SETTINGS = ("digests", "asked")  # of config.json
+
+
+def replay_run(run: Path, step: int, at_most: int, compare: bool, as_json: bool) -> str:
+    """Do ``step`` of ``run`` again; what is to be printed. ``UsageError`` where ``run`` is no run folder."""
+    kind, open_job = _task(run)
+    settings = {key: value for key, value in read_json(run / "config.json").items() if key not in NOT_SETTINGS}
+    try:
+        config = TypeAdapter(kind).validate_python(settings)
+    except ValidationError as error:
+        raise UsageError(f"{run / 'config.json'} is of another version: {error.errors()[0]['msg']}") from None
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # the answer has the output to itself
+        found = replay(without_output(config, Path(folder), run), open_job, run, step, at_most)
+    verdict = against_metrics(found, run) if compare else None
+    if as_json:
+        return json.dumps(dataclasses.asdict(found) | ({"against_metrics": verdict} if verdict else {}))
+    return _told(found, verdict)
+
+
+def _task(run: Path) -> tuple[Any, Callable[..., Job]]:
+    """The kind of configuration of the run, and what opens its data."""
+    if not (run / "config.json").is_file():
+        raise UsageError(f"{run} is no run folder: it has no config.json")
+    data = read_json(run / "config.json").get("data", {})
+    if "questions" in data:
+        return VcrConfig, vcr.open_job
+    if "examples" in data:
+        return ClassificationConfig, classification.open_job
+    return (RetrievalConfig, retrieval.open_job) if "objective" in data else (RunConfig, pretraining.open_job)
+
+
+def _told(found: Replayed, verdict: str | None) -> str:
+    done = f"step {found.step:,} again, from step {found.begun_at:,} on" + (f", {found.ranks} ranks in turn" if found.ranks > 1 else "")
+    lines = [done, "", *(f"{name:<24}{value:.9g}" for name, value in found.values.items()), ""]
+    lines += [f"{'loss sums of each sample':<24}" + "".join(f"{name:>10}" for name in found.samples[0].losses)] if found.samples else []
+    for sample in sorted(found.samples, key=lambda one: -sum(one.losses.values())):
+        losses = "".join(f"{value:>10.4f}" for value in sample.losses.values())
+        lines.append(f"{sample.sample:<24}{losses}" + (f"  {sample.shown}" if sample.shown else ""))
+    return "\n".join([*lines, *(["", verdict] if verdict else [])])

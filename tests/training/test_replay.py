@@ -1,0 +1,91 @@
+"""A step done again has the losses that the run recorded, sample by sample, and leaves the run folder as it is."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megainter.errors import UsageError
+from megainter.training.replay import Replayed, Sample, against_metrics, nearest_checkpoint
+from tests.synthetic import environment, settings, train, write_data
+
+
+def megainter(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megainter", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment())
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest and time of every file."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path): f"{path.stat().st_mtime_ns} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "precision", "stage"), [(1, "fp32", 0), (1, "bf16", 1), (2, "fp32", 2), (2, "bf16", 3)])
+def test_one_process_does_a_step_of_a_run_again(processes: int, precision: str, stage: int, tmp_path: Path) -> None:
+    pairs, store = write_data(tmp_path)
+    run = tmp_path / "run"
+    given = {"engine__precision": precision, "engine__zero_stage": stage, "training__steps": 8, "checkpoint__every_steps": 3}
+    done = train(settings(pairs, store, run, **given), processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = contents(run)
+
+    # Step 7 follows a checkpoint: there also what several ranks compute is the same to the bit, as two numbers have one sum.
+    answer = megainter("replay", str(run), "--step", "7", "--against", "metrics", "--json")
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert found["against_metrics"] == "the losses are the recorded ones, to the bit"
+    assert (found["begun_at"], found["ranks"]) == (6, processes)
+    assert contents(run) == before
+
+    # The samples' losses add up to the recorded ones.
+    record = next(record for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if record["step"] == 7)
+    assert sum(sample["losses"]["itm"] for sample in found["samples"]) / 16 == pytest.approx(record["itm_loss"], rel=1e-2)
+    assert len(found["samples"]) == 16
+    assert {sample["rank"] for sample in found["samples"]} == set(range(processes))
+    for name in ("msm", "mrm"):
+        total = sum(sample["losses"][name] for sample in found["samples"])
+        counted = total / record[f"{name}_loss"]
+        assert counted == pytest.approx(round(counted), abs=0.02 * counted)
+    assert all(sample["shown"].startswith(sample["sample"].partition("#")[0]) for sample in found["samples"])
+
+
+def record(folder: Path, *steps: int, **values: float) -> Path:
+    lines = [json.dumps({"kind": "train", "step": step, "step_seconds": 2.0, **values}) for step in steps]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def done_again(**values: float) -> Replayed:
+    return Replayed(5, 4, 1, values, [Sample("a", 0, {"msm": 1.0})])
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (2.5, "the losses are the recorded ones, to the bit"),
+        (2.5 + 1e-9, "equal but for rounding: loss"),
+        (2.6, "NOT THE RECORDED ONES: loss"),
+    ],
+)
+def test_losses_are_compared_to_the_bit_and_then_by_rounding(loss: float, said: str, tmp_path: Path) -> None:
+    assert against_metrics(done_again(loss=loss), record(tmp_path, 4, 5, loss=2.5)).startswith(said)
+
+
+def test_a_mean_over_several_steps_is_not_compared(tmp_path: Path) -> None:
+    assert "is a mean over steps 3 to 5" in against_metrics(done_again(loss=2.5), record(tmp_path, 2, 5, loss=2.5))
+    assert "no record at step 5" in against_metrics(done_again(loss=2.5), record(tmp_path, 4, 6, loss=2.5))
+
+
+def test_a_step_far_from_a_checkpoint_names_those_that_are_near_and_its_time(tmp_path: Path) -> None:
+    portions: dict[str, Any] = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}
+    (tmp_path / "ds_config.json").write_text(json.dumps(portions))
+    record(tmp_path, 100, loss=1.0)
+    assert nearest_checkpoint(tmp_path, 11, most=10) is None
+    with pytest.raises(UsageError, match=r"lies 299 steps after .* about 20 min; give --at-most 299, or one of the steps 1 to 11"):
+        nearest_checkpoint(tmp_path, 300, most=10)
