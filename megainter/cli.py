@@ -25,6 +25,7 @@ from megainter.verbs.prepare import prepare_app
 from megainter.verbs.pretrain import pretrain
 from megainter.verbs.replay import replay
 from megainter.verbs.search import search
+from megainter.verbs.serve import serve
 from megainter.verbs.view import view
 
 # What the user can mend: a full or read-only disk, a path of the wrong kind or without permission.
@@ -55,6 +56,7 @@ app.command(evaluate_app)
 app.command(convert_app)
 app.command(index)
 app.command(search)
+app.command(serve)
 app.command(view)
 
 

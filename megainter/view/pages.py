@@ -8,6 +8,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megainter.files import write_atomically
 
+STYLE = Path(__file__).with_name("style.css")  # of all pages
+
 
 def write_template(output: Path, name: str, values: dict[str, Any]) -> None:
     """Render a page of this folder, whatever is in ``values`` escaped, and write it."""

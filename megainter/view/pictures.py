@@ -11,6 +11,7 @@ from megainter.data.feature_store.record import RegionRecord
 from megainter.errors import UsageError
 
 COLOURS = ("#c2334d", "#23804a", "#2f5fd0", "#b8560f", "#8a35b5", "#0d7f86", "#8a5a1c", "#a3206f", "#5f6f12", "#39449c")
+QUALITY = 85  # of JPEGs
 SURE = 0.5  # probability from which a region's class is written beside it
 
 
@@ -35,10 +36,16 @@ def thumbnail(path: Path, longest: int) -> str:
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"image {path} cannot be read: {error}; give the folder that the manifest's paths start from") from None
-    upright.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return data_uri(small_jpeg(upright, longest), "image/jpeg")
+
+
+def small_jpeg(image: Image.Image, longest: int) -> bytes:
+    """An RGB image, at most ``longest`` pixels on its longer side, as a JPEG of its pixels alone: no EXIF, no comment of the file's."""
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    image.info.clear()  # Pillow writes a comment from there
     buffer = io.BytesIO()
-    upright.save(buffer, "JPEG", quality=85)
-    return data_uri(buffer.getvalue(), "image/jpeg")
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
 
 
 def data_uri(content: bytes, kind: str) -> str:

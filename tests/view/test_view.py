@@ -18,7 +18,7 @@ from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.tables.pairs import Pair, write_pairs
 from megainter.errors import UsageError
 from megainter.view.page import plain, spread, write_page
-from megainter.view.pictures import region_boxes
+from megainter.view.pictures import region_boxes, thumbnail
 
 IMAGES = 8
 HOSTILE = "<script>alert('&\"')</script>\x1b[31m\u202e caption"
@@ -202,3 +202,13 @@ def test_background_is_never_a_region_class() -> None:
     [box] = region_boxes(record, NAMES)
     assert box.label == "dog 0.06"
     assert not box.sure
+
+
+def test_thumbnails_have_nothing_of_the_file_but_its_pixels(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "do not tell"
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.jpg", exif=exif, comment=b"do not tell")
+    content = base64.b64decode(thumbnail(tmp_path / "a.jpg", 20).partition(",")[2])
+    assert b"do not tell" in (tmp_path / "a.jpg").read_bytes()
+    assert b"do not tell" not in content
+    assert Image.open(io.BytesIO(content)).size == (20, 15)

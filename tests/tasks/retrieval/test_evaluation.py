@@ -34,21 +34,15 @@ def evaluate(model: Path, pairs: Path, store: Path, **given: Any) -> RetrievalRe
     return evaluation.evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, **given))
 
 
-def write_model(folder: Path, pairs: Path) -> Path:
+def write_model(folder: Path, pairs: Path, **sizes: int) -> Path:
     """A random model wide enough that scores differ, as a Hugging Face folder with its vocabulary."""
     table = read_pairs(pairs).table
     folder.mkdir()
     train_vocabulary(table.column("caption").to_pylist(), 60, folder / "vocab.txt")
     (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
     torch.manual_seed(0)
-    config = InterBertConfig(
-        vocab_size=60,
-        region_feature_size=FEATURE_SIZE,
-        num_region_classes=len(CLASSES),
-        max_position_embeddings=40,
-        initializer_range=0.3,
-        **TINY,
-    )
+    sizes = {"region_feature_size": FEATURE_SIZE, "num_region_classes": len(CLASSES), **TINY} | sizes
+    config = InterBertConfig(vocab_size=60, max_position_embeddings=40, initializer_range=0.3, **sizes)
     InterBertForPreTraining(config).save_pretrained(folder)
     return folder
 

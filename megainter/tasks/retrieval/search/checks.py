@@ -32,6 +32,8 @@ def check_search(index: Path, queries: tuple[str, ...], options: SearchOptions, 
         raise UsageError('nothing to search for: give a sentence in quotes, as in `megainter search INDEX "two dogs"`, or --image FILE')
     if any(not query.strip() for query in queries):
         raise UsageError("a query is empty; give a sentence in quotes")
+    if not all(map(is_unicode, queries)):
+        raise UsageError("a query is not valid Unicode; give it in the terminal's encoding")
     if not 1 <= top <= MOST_SHOWN:
         raise UsageError(f"--top is {top}; give 1 to {MOST_SHOWN:,}")
     if image is not None and not image.is_file():
@@ -39,6 +41,15 @@ def check_search(index: Path, queries: tuple[str, ...], options: SearchOptions, 
     check_options(options)
     if page is not None:
         require_file_place(page, "--page")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: bytes of another encoding and halves of letters in JSON cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_index(path: Path) -> None:

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megainter.data.feature_store.record import RegionRecord
 from megainter.tasks.retrieval.search.answers import captions_answer, images_answer, table
 from megainter.tasks.retrieval.search.checks import check_search
 from megainter.tasks.retrieval.search.index import Index, open_index
-from megainter.tasks.retrieval.search.options import SearchOptions
+from megainter.tasks.retrieval.search.options import Order, SearchOptions
 from megainter.tasks.retrieval.search.pictures import Pictures, images_folder
 from megainter.tasks.retrieval.search.searching import Searcher, take_threads
 
@@ -32,7 +33,7 @@ def run_search(
     loaded = time.monotonic() - start
     answers = [_text_answer(searcher, query, top) for query in queries]
     if image is not None:
-        answers.append(photo_answer(searcher, image, image.name, top))
+        answers.append(photo_answer(searcher, image, image.name, top)[0])
 
     facts = {"index": str(path), "images": index.facts.image_count, "captions": index.facts.caption_count}
     if as_json:
@@ -50,15 +51,15 @@ def _text_answer(searcher: Searcher, query: str, top: int) -> dict[str, Any]:
     return images_answer(query, searcher.images_of([query], top)[0], searcher.index, notes)
 
 
-def photo_answer(searcher: Searcher, photo: Path, name: str, top: int) -> dict[str, Any]:
-    """Captions and similar images for a photo in a file; ``detect`` among the milliseconds is the detector's time."""
+def photo_answer(searcher: Searcher, photo: Path, name: str, top: int, order: Order | None = None) -> tuple[dict[str, Any], RegionRecord]:
+    """Captions and similar images for a photo in a file, and its regions; ``detect`` among the milliseconds is the detector's time."""
     reader = searcher.photos
     start = time.monotonic()
     record = reader.read(photo)
     detect = 1e3 * (time.monotonic() - start)
-    answer = captions_answer(name, searcher.captions_of(record, top), searcher.similar_to(record, top), searcher.index)
+    answer = captions_answer(name, searcher.captions_of(record, top, order), searcher.similar_to(record, top), searcher.index)
     answer["milliseconds"] = {"detect": round(detect, 3), **answer["milliseconds"]}
-    return answer
+    return answer, record
 
 
 def _settings(searcher: Searcher) -> dict[str, Any]:

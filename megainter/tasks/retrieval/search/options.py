@@ -58,3 +58,17 @@ class SearchOptions:
     """Folder of the image files, where it was moved or the index does not say."""
     weights: Path | None = None
     """Weights of the store's detector, where they were moved or the index does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Where and to whom `megainter serve` answers."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for everyone who reaches this machine: there is no password."""
+    port: int = 8080
+    """Port to listen on; 0 takes a free one."""
+    allow_host: tuple[str, ...] = ()
+    """A name that browsers may call this server by, beside localhost and IP addresses; may be given several times."""
+    title: str = "Search"
+    """Heading of the page."""

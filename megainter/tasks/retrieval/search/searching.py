@@ -142,10 +142,14 @@ class Searcher:
         """All that the store has of an image of the index."""
         return self.store[self.index.image_id(row)]
 
-    def scores(self, text: str, rows: NDArray[np.int64]) -> list[Hit]:
-        """All three scores of a text and some images of the index, in the order asked for."""
-        dots = self.index.image_vectors[rows] @ self.stage.encode_texts([text])[0]
-        seconds = self.look.score([text], self.regions(rows, self.look.most), np.zeros(len(rows), np.int64), np.arange(len(rows)))
+    def pair_scores(self, texts: list[str], rows: NDArray[np.int64]) -> list[Hit]:
+        """All three scores of each text with the image of the index beside it: ``rows`` int64 [n], as many as texts."""
+        distinct = list(dict.fromkeys(texts))
+        place = {text: number for number, text in enumerate(distinct)}
+        text_S = np.array([place[text] for text in texts], np.int64)
+        pictures, image_S = np.unique(rows, return_inverse=True)
+        dots = (self.stage.encode_texts(distinct)[text_S] * self.index.image_vectors[rows]).sum(1)
+        seconds = self.look.score(distinct, self.regions(pictures, self.look.most), text_S, image_S)
         return [_hit(int(row), first, second) for row, first, second in zip(rows, self._logits(dots), seconds, strict=True)]
 
     def unknown(self, text: str) -> bool:

@@ -1,22 +1,28 @@
 """A tiny gallery with a model, a first stage and pictures, for the tests of searching."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from megainter.data.feature_store import FeatureStore
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.tables.pairs import PAIRS_SCHEMA, Pair, read_pairs, write_pairs
 from megainter.tasks.retrieval.prefilter.training import PrefilterTraining, finetune
 from megainter.tasks.retrieval.search.building import build_index
 from megainter.tasks.retrieval.search.index import Index
 from megainter.tasks.retrieval.search.options import IndexOptions
+from preprocessing.detector import load_detector
+from preprocessing.detector.weights import packaged_weights
 from tests.synthetic import write_data
 from tests.tasks.retrieval.test_evaluation import write_model
 
-IMAGES, CAPTIONS = 23, 2
+IMAGES, CAPTIONS, PHOTOS = 23, 2, 8
+COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "brown")
 CHINESE = {"red": "红", "green": "绿", "blue": "蓝", "white": "白", "black": "黑", "amber": "琥珀", "violet": "紫"}
 HOSTILE = "<script>alert('&\"')</script>\x1b[31m\u202e red"
 TRAINING = PrefilterTraining(epochs=60, batch=20, learning_rate=3e-3)
@@ -67,3 +73,26 @@ def captions_of(pairs: Path, image_id: str) -> list[str]:
     table = read_pairs(pairs).table
     found: list[str] = table.filter(pc.equal(table.column("image_id"), pa.scalar(image_id))).column("caption").to_pylist()
     return found
+
+
+def write_photo_gallery(folder: Path) -> Gallery:
+    """Eight photos of coloured noise, with the regions that the demo's detector finds, two captions each; a first stage hardly trained."""
+    images, store, pairs, model = (folder / name for name in ("images", "store", "pairs.parquet", "model"))
+    images.mkdir()
+    rows = []
+    options: dict[str, Any] = {"min_boxes": 3, "max_boxes": 6, "max_size": 160}
+    detector = load_detector(packaged_weights("demo"))
+    with FeatureStoreWriter(store, replace(detector.schema(), settings=options)) as writer:
+        for number in range(PHOTOS):
+            noise = np.random.default_rng(number).integers(0, 255, (6, 8 + number, 3), dtype=np.uint8)
+            image = Image.fromarray(noise).resize((160 + 20 * number, 120), Image.Resampling.NEAREST)
+            image.save(images / f"{number}.png")
+            writer.add(f"{number}", detector.extract(image, **options))
+            captions = HOSTILE if number == 3 else f"a {COLOURS[number]} picture", f"noise in {COLOURS[number]} and grey"
+            rows += [Pair(f"{number}#{k}", f"{number}", f"{number}.png", text, "train") for k, text in enumerate(captions)]
+    seal_store(store)
+    write_pairs(pairs, rows)
+    schema = FeatureStore(store).schema
+    write_model(model, pairs, region_feature_size=schema.feature_size, num_region_classes=schema.num_classes)
+    prefilter = finetune(model, pairs, store, output=folder / "prefilter", training=PrefilterTraining(epochs=4, batch=8))
+    return Gallery(model, pairs, store, prefilter, images)

@@ -1,0 +1,1 @@
+"""Search as a local web page and a JSON service."""
