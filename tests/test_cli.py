@@ -36,7 +36,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "prepare", "extract", "pretrain", "launch", "plan", "preflight", "evaluate", "convert", "index", "search", "view"]
+    "verb",
+    ["demo", "prepare", "extract", "pretrain", "launch", "plan", "preflight", "evaluate", "convert", "index", "search", "serve", "view"],
 )
 def test_every_verb_explains_itself(verb: str) -> None:
     done = run(verb, "--help")

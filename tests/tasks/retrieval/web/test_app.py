@@ -6,14 +6,13 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from PIL import Image
-
-pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from megainter.errors import UsageError
 from megainter.tasks.retrieval.search.options import SearchOptions, ServeOptions
@@ -255,10 +254,15 @@ def test_about_says_what_is_here(client: Client, searcher: Searcher) -> None:
 
 
 def test_one_line_of_log_a_request_whatever_is_asked(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
     client.get("/api/search?q=red%0a2026-01-01+forged%1b[31m")
     client.get("/nothing%0d%0aforged")
-    lines = capsys.readouterr().out.splitlines()
+    printed = ""
+    for _ in range(100):  # a line is written when its answer has been sent
+        printed += capsys.readouterr().out
+        if printed.count("forged") == 2 and printed.endswith("\n"):
+            break
+        time.sleep(0.05)
+    lines = [line for line in printed.splitlines() if "forged" in line]
     assert len(lines) == 2
     assert re.fullmatch(r"\S+ \S+ 127\.0\.0\.1 GET /api/search\?q=red2026-01-01 forged\[31m 200 \d+ ms", lines[0])
     assert re.fullmatch(r"\S+ \S+ 127\.0\.0\.1 GET /nothingforged 404 \d+ ms", lines[1])
