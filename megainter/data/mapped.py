@@ -90,8 +90,7 @@ class ArrayWriter:
             lengths = {name: self._finished(name) for name in self.dtypes}
             digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
             arrays = {name: {"dtype": self.dtypes[name], "length": lengths[name], "sha256": digests[name]} for name in self.dtypes}
-            description = {"version": VERSION, "key": key, "arrays": arrays, "facts": facts}
-            write_json(self.aside / DESCRIPTION, description | {"checksum": checksum_of(description)})
+            _describe(self.aside, {"version": VERSION, "key": key, "arrays": arrays, "facts": facts})
             replace(self.aside, self.folder)
         except OSError as error:
             raise refusal(self.folder, error) from None
@@ -120,6 +119,16 @@ def open_arrays(folder: Path, key: str, verify: bool = False) -> MappedArrays:
             raise DamagedError(f"{folder / name} is not as it was written: delete its folder, it is made again")
     arrays = {name: _map(folder / name, entry["dtype"], entry["length"]) for name, entry in description["arrays"].items()}
     return MappedArrays(arrays, description["facts"])
+
+
+def note_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Note other facts with the arrays of a folder that ``open_arrays`` has opened."""
+    description = {name: value for name, value in read_json(folder / DESCRIPTION).items() if name != "checksum"}
+    _describe(folder, description | {"facts": facts})
+
+
+def _describe(folder: Path, description: dict[str, Any]) -> None:
+    write_json(folder / DESCRIPTION, description | {"checksum": checksum_of(description)})
 
 
 def _map(path: Path, dtype: str, length: int) -> NDArray[Any]:

@@ -335,7 +335,7 @@ def safetensors_of(header: bytes) -> bytes:
 def detectors() -> list[bytes]:
     from safetensors import safe_open
 
-    from preprocessing.detector.weights import packaged_weights
+    from megainter.weights import packaged_weights
 
     headers = []
     for name in ("photos", "demo"):

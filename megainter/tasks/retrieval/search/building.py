@@ -13,12 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megainter.data.feature_store.reader import FeatureStore
-from megainter.data.mapped import DESCRIPTION, ArrayWriter
+from megainter.data.mapped import DESCRIPTION, ArrayWriter, note_facts
 from megainter.data.matching import rows_in_store, with_regions
 from megainter.data.tables.pairs import Pairs, read_pairs
 from megainter.devices import torch_device
 from megainter.errors import UsageError
-from megainter.files import read_json, remove, write_json
+from megainter.files import remove
 from megainter.model.folder import model_digest, read_config
 from megainter.progress import Progress
 from megainter.tasks.retrieval.prefilter.towers import AT_ONCE
@@ -111,8 +111,13 @@ def _facts(
         vector_size=stage.size,
         scale=stage.scale,
         images=str(options.images.resolve()) if options.images is not None else None,
-        weights=str(options.weights.resolve()) if options.weights is not None else None,
+        weights=_named(options.weights) if options.weights is not None else None,
     )
+
+
+def _named(weights: Path) -> str:
+    """Where a file is, or the name that stands for it."""
+    return str(weights.resolve() if weights.exists() else weights)
 
 
 def _already(output: Path, facts: IndexFacts) -> Index | None:
@@ -126,7 +131,7 @@ def _already(output: Path, facts: IndexFacts) -> Index | None:
         what = ", ".join(name for name in one if name in differing)
         raise UsageError(f"{output} is an index of something else ({what} differ); name a new --output, or delete it")
     if differing:
-        write_json(output / DESCRIPTION, read_json(output / DESCRIPTION) | {"facts": other})
+        note_facts(output, other)
         return open_index(output)
     return there
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from megainter.errors import UsageError
 from megainter.files import require_file_place
 from megainter.tasks.retrieval.search.options import IndexOptions, SearchOptions
+from megainter.weights import check_name, require_there
 
 DESCRIPTION = "index.json"  # of an index, as of all mapped arrays
 MOST_CANDIDATES = 10_000
@@ -13,10 +14,12 @@ MOST_SHOWN = 1000
 
 def check_index(model: Path, options: IndexOptions) -> None:
     """``UsageError`` for paths that are not there, an output that is something else, and numbers that cannot be."""
-    places = {f"--{name.replace('_', '-')}": getattr(options, name) for name in ("store", "pairs", "prefilter_model", "images", "weights")}
-    for what, path in {"model": model, **places}.items():
-        if path is not None and not path.exists():
-            raise UsageError(f"{what} {path} does not exist")
+    for what, path in (("model", model), ("--store", options.store), ("--pairs", options.pairs)):
+        require_there(path, what)
+    require_there(options.prefilter_model, "--prefilter-model")
+    require_there(options.images, "--images")
+    if options.weights is not None:
+        check_name(options.weights, "detector", "--weights")
     if not 0 <= options.max_missing <= 1:
         raise UsageError(f"--max-missing is {options.max_missing}; give a share, 0 to 1")
     output = options.output
@@ -64,7 +67,7 @@ def check_options(options: SearchOptions) -> None:
         raise UsageError(f"--candidates is {options.candidates}; give 1 to {MOST_CANDIDATES:,}")
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"--threads is {options.threads}; give at least 1")
-    places = {name: getattr(options, name) for name in ("model", "prefilter_model", "store", "images", "weights")}
-    for name, path in places.items():
-        if path is not None and not path.exists():
-            raise UsageError(f"--{name.replace('_', '-')} {path} does not exist")
+    for name in ("model", "prefilter_model", "store", "images"):
+        require_there(getattr(options, name), f"--{name.replace('_', '-')}")
+    if options.weights is not None:
+        check_name(options.weights, "detector", "--weights")

@@ -90,7 +90,7 @@ class Searcher:
         if self._photos is None:
             noted = self.index.facts.weights
             weights = self.options.weights or (Path(noted) if noted is not None else None)
-            self._photos = PhotoReader(self.store.schema, weights, self.device)
+            self._photos = PhotoReader(self.store, weights, self.device)
         return self._photos
 
     def images_of(self, texts: list[str], top: int, order: Order | None = None) -> list[Found]:

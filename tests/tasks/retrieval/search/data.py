@@ -16,8 +16,8 @@ from megainter.tasks.retrieval.prefilter.training import PrefilterTraining, fine
 from megainter.tasks.retrieval.search.building import build_index
 from megainter.tasks.retrieval.search.index import Index
 from megainter.tasks.retrieval.search.options import IndexOptions
+from megainter.weights import packaged_weights
 from preprocessing.detector import load_detector
-from preprocessing.detector.weights import packaged_weights
 from tests.synthetic import write_data
 from tests.tasks.retrieval.test_evaluation import write_model
 

@@ -1,6 +1,5 @@
 """The index: what it holds, that a stopped run goes on to the same bytes, and what is refused."""
 
-import json
 import os
 import shutil
 import signal
@@ -15,13 +14,14 @@ import pytest
 import torch
 
 from megainter.data.feature_store import FeatureStore
+from megainter.data.mapped import note_facts, open_arrays
 from megainter.data.tables.pairs import Pair, read_pairs, write_pairs
 from megainter.errors import DamagedError, TooManyBadInputsError, UsageError
 from megainter.model.folder import read_config, read_vocabulary
 from megainter.tasks.retrieval.gallery import read_gallery, tokenize
 from megainter.tasks.retrieval.prefilter.towers import caption_vectors, image_vectors, load_prefilter
 from megainter.tasks.retrieval.search import building
-from megainter.tasks.retrieval.search.index import open_index
+from megainter.tasks.retrieval.search.index import KEY, open_index
 from megainter.tasks.retrieval.search.options import IndexOptions
 from tests.synthetic import environment
 from tests.tasks.retrieval.search.data import CAPTIONS, IMAGES, Gallery, captions_of, write_gallery
@@ -153,11 +153,12 @@ def test_what_is_no_whole_index_is_refused(gallery: Gallery, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="is no index"):
         open_index(tmp_path)
     index = gallery.index(tmp_path / "index")
-    facts = json.loads((index.path / "index.json").read_text())
-    (index.path / "index.json").write_text(json.dumps(facts | {"facts": {"model": 3}}))
+    facts = open_arrays(index.path, KEY).facts
+    note_facts(index.path, {"model": 3})
     with pytest.raises(UsageError, match=r"index\.json: "):
         open_index(index.path)
-    (index.path / "index.json").write_text(json.dumps(facts))
+    note_facts(index.path, facts)
+    open_index(index.path)
     (index.path / "image_vectors").write_bytes((index.path / "image_vectors").read_bytes()[:-4])
     with pytest.raises(DamagedError, match="image_vectors is missing or is not as it was written"):
         open_index(index.path)

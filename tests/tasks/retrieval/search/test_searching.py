@@ -26,8 +26,8 @@ from megainter.tasks.retrieval.search.index import Index
 from megainter.tasks.retrieval.search.options import SearchOptions
 from megainter.tasks.retrieval.search.photo import PhotoReader, detector_weights
 from megainter.tasks.retrieval.search.searching import Searcher
-from megainter.weights import packaged_weights
-from preprocessing.detector import load_detector
+from megainter.weights import ORIGIN, packaged_weights
+from preprocessing.detector.detector import load_detector, save_detector
 from preprocessing.extraction.extract import extract
 from preprocessing.images.decode import load_image
 from tests.synthetic import environment
@@ -148,13 +148,25 @@ def test_a_photo_gives_what_the_store_has_of_it(tmp_path: Path, real: bool) -> N
             writer.add("0", detector.extract(load_image(images / "0.jpg"), **settings))
         seal_store(path)
     store = FeatureStore(path)
-    reader = PhotoReader(store.schema, None, torch.device("cpu"))
+    reader = PhotoReader(store, None, torch.device("cpu"))
     record, wanted = reader.read(images / "0.jpg"), store["0"]
     np.testing.assert_allclose(record.boxes, wanted.boxes, atol=1e-3)
     np.testing.assert_allclose(record.features.astype(np.float32), wanted.features.astype(np.float32), atol=1e-2)
     assert (record.width, record.height) == (wanted.width, wanted.height)
     with pytest.raises(UsageError, match="is not the store's detector"):
-        detector_weights(store.schema, packaged_weights("photos"))
+        detector_weights(store, Path("photos"))
+
+
+def test_weights_are_found_by_the_name_that_the_store_was_made_from(searcher: Searcher, tmp_path: Path) -> None:
+    """A detector that does not come along: its file is what the store's origin.json names."""
+    detector = load_detector(packaged_weights("demo"))
+    fingerprint = save_detector(tmp_path / "mine.safetensors", detector.config, detector.network.model)
+    store = FeatureStore(shutil.copytree(searcher.store.path, tmp_path / "store"))
+    store.schema = replace(store.schema, detector=fingerprint)
+    with pytest.raises(UsageError, match="does not come along"):
+        detector_weights(store, None)
+    (store.path / ORIGIN).write_text(json.dumps({"name": str(tmp_path / "mine.safetensors"), "sha256": {}}))
+    assert detector_weights(store, None).fingerprint == fingerprint
 
 
 def test_a_store_of_an_unknown_detector_asks_for_its_weights(searcher: Searcher) -> None:
