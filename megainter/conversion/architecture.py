@@ -53,7 +53,7 @@ def stated_sizes(config_file: Path | None) -> dict[str, Any]:
         return dict(settings)
     for name, ours in _SHARED.items():
         if name in settings and settings[name] != settings.get(ours, settings[name]):
-            both = f"{name} is {settings[name]}, {ours} is {settings[ours]}"
+            both = f"{name} is {settings[name]}, {ours} is {settings.get(ours)}"
             raise UsageError(f"{config_file}: {both}; InterBERT has one value for both streams")
     for name in ("hidden_act", "v_hidden_act"):
         if settings.get(name, "gelu") != "gelu":

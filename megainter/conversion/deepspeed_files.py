@@ -64,7 +64,7 @@ def open_deepspeed(folder: Path) -> DeepSpeedState:
         found, notes = _unsharded(model, folder)
     shared = model.get("shared_params")
     for alias, original in (shared if isinstance(shared, dict) else {}).items():
-        if original in found and isinstance(alias, str):
+        if isinstance(original, str) and original in found and isinstance(alias, str):
             found[alias] = found[original]
     return DeepSpeedState(found, tuple(notes))
 

@@ -94,6 +94,10 @@ class InterBertConfig(PretrainedConfig):
         self.max_text_tokens = max_text_tokens
         self.tie_objects = tie_objects
         _check(self)
+        if pad_token_id is not None:
+            _require_whole("pad_token_id", pad_token_id, least=0)
+            if pad_token_id >= self.vocab_size:
+                raise UsageError(f"pad_token_id is {pad_token_id}, beyond the vocabulary's {self.vocab_size} entries")
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
 
     @property
@@ -118,7 +122,7 @@ def _check(config: InterBertConfig) -> None:
     if not isinstance(config.tie_objects, bool):
         raise UsageError(f"tie_objects is {config.tie_objects!r}; give true or false")
     for name in _PROBABILITIES:
-        if not 0 <= getattr(config, name) < 1:
+        if not isinstance(getattr(config, name), int | float) or not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} is {getattr(config, name)}; give a probability of at least 0 and below 1")
     for name in ("num_attention_heads", "num_region_attention_heads"):
         if config.hidden_size % getattr(config, name):

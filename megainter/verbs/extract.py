@@ -26,6 +26,7 @@ def extract(
     boxes: Path | None = None,
     ids: str | None = None,
     network_disk: bool = False,
+    redo_changed: bool = False,
 ) -> None:
     """Extract region features of images into a feature store. The same command resumes; alone or under mpirun, one worker per rank.
 
@@ -70,6 +71,8 @@ def extract(
         {number} (of COCO_val2014_000000391895: 391895), as in "{number}".
     network_disk
         Allow a store on NFS and the like, where a crash can damage what is being written.
+    redo_changed
+        Extract images anew whose files have another size or time of change than when they were extracted.
     """
     check_name(weights, "detector", "--weights")
     for option, path in (("--manifest", manifest), ("--boxes", boxes), ("--images", None if set("*?[") & set(str(images)) else images)):
@@ -81,7 +84,7 @@ def extract(
         "images": images, "output": output, "weights": weights, "manifest": manifest, "min_boxes": min_boxes, "max_boxes": max_boxes,
         "selection": selection, "workers": workers, "batch_size": batch_size, "min_size": min_size, "max_size": max_size,
         "max_bad": max_bad, "device": device, "precision": precision, "boxes": boxes, "ids": ids,
-        "network_disk": network_disk,
+        "network_disk": network_disk, "redo_changed": redo_changed,
     }  # fmt: skip
     if launched_rank() is None:
         extract_regions(**arguments)

@@ -3,7 +3,6 @@
 import hashlib
 import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -140,7 +139,7 @@ def _read_torch(path: Path) -> Any:
         asked = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)|function ([\w.]+)", str(error))
         what = next((name for name in asked.groups() if name), "") if asked else ""
         raise UsageError(f"{path} is refused: its pickle asks for {what or 'more'} than tensors; nothing of it was run") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError, struct.error) as error:
+    except Exception as error:  # a hostile or damaged pickle can raise anything
         raise DamagedError(f"{path} is not a whole torch file: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -177,7 +176,10 @@ def _tensors(content: Any) -> tuple[dict[str, Tensor], list[str]]:
 
 def _ours(path: Path, header: dict[str, str], state: dict[str, Tensor]) -> Weights:
     """A file of ``save_detector``, stored in any float type."""
-    config, origin = _our_config(header)
+    try:
+        config, origin = _our_config(header)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path}: the detector's configuration in its header cannot be read: {error!r:.200}") from None
     _check_state(path, state, expected_shapes(config))
     return Weights(origin, config, state)
 

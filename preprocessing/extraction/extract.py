@@ -22,7 +22,7 @@ from megainter.data.feature_store.lock import LOOSE, WriterLock, network_filesys
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import StoreSchema
 from megainter.data.feature_store.shard import read_store_json, refuse_live_writers
-from megainter.data.feature_store.writer import create_store, is_sealed, seal_store, stored_ids
+from megainter.data.feature_store.writer import create_store, forget, is_sealed, seal_store, stored_ids
 from megainter.data.tables.boxes import ImageBoxes, read_boxes
 from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import MegainterError, StoppedEarly, TooManyBadInputsError, UsageError
@@ -33,6 +33,7 @@ from megainter.progress import Progress
 from megainter.weights import locate
 from preprocessing.detector.detector import load_detector
 from preprocessing.detector.network import Selection
+from preprocessing.extraction.changed import note, seen, states, told
 from preprocessing.extraction.crew import Worker, end, feed, receive, start_child, with_news
 from preprocessing.extraction.worker import Failure, Task, WorkerSetup
 from preprocessing.failures import write_failures
@@ -73,6 +74,7 @@ def extract(
     boxes: Path | None = None,
     ids: str | None = None,
     network_disk: bool = False,
+    redo_changed: bool = False,
     ranks: Sequence[Worker] = (),
     elsewhere: Sequence[Units] = (),
 ) -> Extraction:
@@ -83,7 +85,8 @@ def extract(
     a manifest, gives the regions of the images that it names; then nothing is proposed or selected. ``ids``: how an image's id is made of
     the usual one (``image_ids.renamer``), which the store remembers. ``precision`` "auto" is what the store
     was begun in, in a new one the best that all devices compute. ``weights`` may be a name (``weights.locate``), which with its digest
-    stands in ``output``/origin.json. Images that fail are listed in ``output``/failed.tsv.
+    stands in ``output``/origin.json. Images that fail are listed in ``output``/failed.tsv. Images whose files changed since they were
+    extracted are told of, and with ``redo_changed`` extracted anew.
 
     Raises ``UsageError`` (missing or empty folder, other settings or detector than the store's, a store on a network disk that was not
     asked for by ``network_disk``), ``TooManyBadInputsError`` where more than ``max_bad`` of the images failed (the good ones are kept,
@@ -111,7 +114,14 @@ def extract(
     with WriterLock(output / "extract.lock"):
         refuse_live_writers(output)
         found.record(output)
-        done = stored_ids(output)
+        done, before, now = stored_ids(output), seen(output), states(source)
+        if changed := [image_id for image_id in done & now.keys() if before.get(image_id, now[image_id]) != now[image_id]]:
+            if redo_changed:
+                forget(output, changed)
+                done -= set(changed)
+                before = {image_id: state for image_id, state in before.items() if image_id not in set(changed)}
+            else:
+                print(told(changed), file=sys.stderr, flush=True)
         total = len(source.items)
         left = sum(item.image_id not in done for item in source.items)
         devices = _devices(device, workers, -(-left // batch_size))
@@ -127,8 +137,10 @@ def extract(
         except BaseException:
             with suppress(OSError, MegainterError):  # a full disk must not hide the first error
                 _list_failures(output, failures)
+                note(output, before, now, stored_ids(output))
             raise
         _list_failures(output, failures)
+        note(output, before, now, stored_ids(output))
         return _finish(output, schema, total, failures, max_bad, changed=left > len(failures))
 
 

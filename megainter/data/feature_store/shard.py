@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ def open_for_reading(path: Path) -> lmdb.Environment:
     return _open(path, readonly=True, lock=False, create=False, readahead=False)
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[lmdb.Environment]:
+    """``open_for_reading``; what LMDB or an entry says of damage while it is read is a ``DamagedError``."""
+    with open_for_reading(path) as environment:
+        try:
+            yield environment
+        except (lmdb.Error, UnicodeDecodeError, struct.error) as error:
+            raise DamagedError(f"{path} is damaged ({error}); {WAY_OUT}") from None
+
+
 def _open(path: Path, **options: Any) -> lmdb.Environment:
     try:
         environment = lmdb.open(str(path), subdir=False, max_dbs=2, **options)
@@ -124,7 +135,7 @@ def needed_bytes(environment: lmdb.Environment) -> int:
 
 def entries(path: Path) -> Iterator[tuple[str, int]]:
     """(id, CRC-32) of every record of a shard that nobody else in this process has open."""
-    with open_for_reading(path) as environment:
+    with _reading(path) as environment:
         try:
             table = environment.open_db(IDS, create=False)
         except lmdb.NotFoundError:
@@ -136,7 +147,7 @@ def entries(path: Path) -> Iterator[tuple[str, int]]:
 
 def count_records(path: Path) -> int:
     """How many records a shard holds."""
-    with open_for_reading(path) as environment:
+    with _reading(path) as environment:
         try:
             table = environment.open_db(IDS, create=False)
         except lmdb.NotFoundError:
@@ -152,7 +163,7 @@ def scan_shards(shards: list[Path]) -> pa.Table:
 
 
 def _scan(path: Path, number: int) -> Iterator[pa.RecordBatch]:
-    with open_for_reading(path) as environment:
+    with _reading(path) as environment:
         try:
             ids, records = environment.open_db(IDS, create=False), environment.open_db(RECORDS, create=False)
         except lmdb.NotFoundError:

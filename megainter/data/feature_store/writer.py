@@ -71,6 +71,14 @@ def stored_ids(path: Path) -> set[str]:
     return {image_id for shard in shard_files(path) for image_id, _ in entries(shard)}
 
 
+def forget(path: Path, image_ids: Iterable[str]) -> None:
+    """Take the records of some images out of a store, which is then not sealed. ``LockedError`` while a writer is at work."""
+    keys = [key_of(image_id) for image_id in image_ids]
+    for shard in shard_files(path):
+        with FeatureStoreWriter(path, StoreSchema.from_json(read_store_json(path)["schema"]), shard.stem) as writer:
+            writer.remove(keys)
+
+
 class FeatureStoreWriter:
     """Writes records into one shard of a store; creates store and shard where absent and goes on where an earlier writer stopped.
 
@@ -134,6 +142,14 @@ class FeatureStoreWriter:
             self.environment.set_mapsize(2 * self.environment.info()["map_size"] + 2 * size)
         self.done.update((image_id, crc) for image_id, (_, crc, _) in self.pending.items())
         self.pending.clear()
+
+    def remove(self, keys: Iterable[bytes]) -> None:
+        """Take out the records under some keys (``shard.key_of``), those that this shard has, in one transaction."""
+        self._unseal()
+        with self.environment.begin(write=True) as transaction:
+            for key in keys:
+                for table in self.tables.values():
+                    transaction.delete(key, db=table)
 
     def close(self) -> None:
         """Commit, and let others write the shard."""
