@@ -1,8 +1,9 @@
 """Weights by name: what may stand where a file or folder of weights is taken, and the local path that it becomes.
 
-A path that exists always wins. Else a name is ``hf:OWNER/NAME[/FILE][@REVISION]`` (the Hugging Face Hub); for detectors also
-``torchvision:MODEL`` (torchvision's own table), ``vg`` (the usual Visual Genome weights) and those that come along. What is fetched
-stays in the cache of its client, and is read only where its digest is the one that its source states.
+A path that exists always wins (of a detector's weights a file: a folder ``photos`` is one of photos). Else a name is
+``hf:OWNER/NAME[/FILE][@REVISION]`` (the Hugging Face Hub); for detectors also ``torchvision:MODEL`` (torchvision's own table), ``vg``
+(the usual Visual Genome weights) and those that come along. What is fetched stays in the cache of its client, and is read only where its
+digest is the one that its source states.
 """
 
 import difflib
@@ -76,7 +77,7 @@ def locate(name: str | Path, kind: Kind = "model", option: str = "") -> Located:
     """
     check_name(name, kind, option)
     text = str(name)
-    if Path(name).exists():
+    if _is_path(Path(name), kind):
         return Located(Path(name), text)
     if kind == "detector" and text in PACKAGED:
         path = packaged_weights(text)
@@ -94,7 +95,7 @@ def packaged_weights(name: str) -> Path:
 def check_name(name: str | Path, kind: Kind = "model", option: str = "") -> None:
     """``UsageError`` where ``name`` is neither a path that exists nor of the form of a name; asks no network and imports nothing heavy."""
     text, opening = str(name), f"{option} " if option else ""
-    if Path(name).exists():
+    if _is_path(Path(name), kind):
         return
     if text.startswith(TABLE) or (text in PACKAGED or text in USUAL):
         known = text in PACKAGED or text in USUAL or text.removeprefix(TABLE) in TORCHVISION
@@ -106,7 +107,13 @@ def check_name(name: str | Path, kind: Kind = "model", option: str = "") -> None
         if _HUB_NAME.fullmatch(text) and ".." not in re.split("[/@]", text):
             return
         raise UsageError(f"{opening}{text} is no name of the Hub: give {HUB_FORM}")
+    if Path(name).is_dir():
+        raise UsageError(f"{opening}{text} is a folder; give the file of weights in it")
     raise UsageError(f"{opening}{text} does not exist{_remedy(text, kind)}")
+
+
+def _is_path(path: Path, kind: Kind) -> bool:
+    return path.is_file() if kind == "detector" else path.exists()
 
 
 def _remedy(text: str, kind: Kind) -> str:

@@ -254,6 +254,15 @@ def test_a_path_that_exists_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert locate("hf:team/model").path == Path("hf:team/model")
 
 
+def test_a_folder_of_photos_is_no_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Path("others").mkdir()
+    assert locate("photos", "detector").path.name == PACKAGED["photos"]
+    with pytest.raises(UsageError, match="--weights others is a folder; give the file"):
+        check_name("others", "detector", "--weights")
+
+
 def test_those_that_come_along_have_a_digest() -> None:
     for name, file in PACKAGED.items():
         found = locate(name, "detector")

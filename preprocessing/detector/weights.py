@@ -101,8 +101,6 @@ def _marked(state: Mapping[str, Tensor], marks: tuple[str, ...]) -> bool:
 
 def _read_file(path: Path) -> tuple[dict[str, str], Any]:
     """The header of a safetensors file, else {}, and the content."""
-    if not path.is_file():
-        raise UsageError(f"detector weights {path} are a folder; give the file")
     with open(followed(path), "rb") as file:
         start = file.read(64)
     _refuse_other_kinds(path, start)

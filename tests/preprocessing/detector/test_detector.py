@@ -231,8 +231,10 @@ def test_a_whole_file_loads_to_the_same_detector(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_detector_or_not_whole_says_so_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "detector.safetensors"
-    with pytest.raises(UsageError, match="do not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         load_detector(path)
+    with pytest.raises(UsageError, match="is a folder; give the file"):
+        load_detector(tmp_path)
     path.write_bytes(b"not safetensors at all")
     with pytest.raises(UsageError, match="is no weights file"):
         load_detector(path)
