@@ -9,10 +9,14 @@ import hashlib
 import mmap
 import os
 import re
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ import lmdb
 import numpy as np
 import pyarrow as pa
 
+from megainter.data.feature_store import shard_probe
 from megainter.data.feature_store.lock import WriterLock
 from megainter.data.feature_store.record import AGAIN
 from megainter.errors import DamagedError, UsageError
@@ -105,13 +110,27 @@ def open_for_reading(path: Path) -> lmdb.Environment:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[lmdb.Environment]:
-    """``open_for_reading``; what LMDB or an entry says of damage while it is read is a ``DamagedError``."""
+def _reading(path: Path, *tables: bytes) -> Iterator[lmdb.Environment]:
+    """``open_for_reading`` for some of its tables; what is damaged in them is a ``DamagedError``, also what would end its reader."""
+    with open_for_reading(path):
+        state = path.stat()
+    if (wrong := _walked(path, tables, state.st_size, state.st_mtime_ns)) is not None:
+        raise DamagedError(f"{path} is damaged ({wrong}); {WAY_OUT}")
     with open_for_reading(path) as environment:
         try:
             yield environment
         except (lmdb.Error, UnicodeDecodeError, struct.error) as error:
             raise DamagedError(f"{path} is damaged ({error}); {WAY_OUT}") from None
+
+
+@cache
+def _walked(path: Path, tables: tuple[bytes, ...], size: int, changed_ns: int) -> str | None:
+    """What is wrong with tables of a shard, found by a process of its own, once for the file as it is; None where all of it can be read."""
+    command = [sys.executable, "-P", shard_probe.__file__, str(path), *(table.decode() for table in tables)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        return f"its reader was ended by {signal.Signals(-done.returncode).name}"
+    return None if done.returncode == 0 else " ".join(done.stdout.split()) or f"its reader ended with exit code {done.returncode}"
 
 
 def _open(path: Path, **options: Any) -> lmdb.Environment:
@@ -135,7 +154,7 @@ def needed_bytes(environment: lmdb.Environment) -> int:
 
 def entries(path: Path) -> Iterator[tuple[str, int]]:
     """(id, CRC-32) of every record of a shard that nobody else in this process has open."""
-    with _reading(path) as environment:
+    with _reading(path, IDS) as environment:
         try:
             table = environment.open_db(IDS, create=False)
         except lmdb.NotFoundError:
@@ -147,7 +166,7 @@ def entries(path: Path) -> Iterator[tuple[str, int]]:
 
 def count_records(path: Path) -> int:
     """How many records a shard holds."""
-    with _reading(path) as environment:
+    with _reading(path, IDS) as environment:
         try:
             table = environment.open_db(IDS, create=False)
         except lmdb.NotFoundError:
@@ -163,7 +182,7 @@ def scan_shards(shards: list[Path]) -> pa.Table:
 
 
 def _scan(path: Path, number: int) -> Iterator[pa.RecordBatch]:
-    with _reading(path) as environment:
+    with _reading(path, IDS, RECORDS) as environment:
         try:
             ids, records = environment.open_db(IDS, create=False), environment.open_db(RECORDS, create=False)
         except lmdb.NotFoundError:

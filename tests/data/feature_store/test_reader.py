@@ -21,7 +21,7 @@ import pytest
 
 from megainter.data.feature_store import FeatureStore
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
-from megainter.data.feature_store.shard import FIRST_MAP_BYTES, WriterLock, count_records
+from megainter.data.feature_store.shard import FIRST_MAP_BYTES, WriterLock, count_records, entries, scan_shards
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, stored_ids
 from megainter.errors import DamagedError, LockedError, NoSpaceError, UsageError
 from tests.places import ROOT
@@ -312,6 +312,36 @@ def test_a_truncated_shard_is_an_error_and_no_crash(tmp_path: Path, share: float
     shard.unlink()
     with pytest.raises(DamagedError, match="missing"):
         FeatureStore(tmp_path / "s")
+
+
+def test_pages_of_a_shard_that_were_written_over_end_no_process(tmp_path: Path) -> None:
+    write_store(tmp_path / "s", [str(n) for n in range(200)])
+    shard = tmp_path / "s" / "shard-00000.lmdb"
+    whole, rng = shard.read_bytes(), np.random.default_rng(0)
+    said = set()
+    trees = [page for page in range(2, len(whole) // 4096) if int.from_bytes(whole[page * 4096 + 10 : page * 4096 + 12], "little") & 3]
+    for page in trees[:2] + trees[-8:]:  # branches and leaves, the newest last
+        data = bytearray(whole)
+        for place in rng.integers(0, 48, 8).tolist():  # the page's header and its first nodes
+            data[page * 4096 + place] = rng.integers(256)
+        shard.write_bytes(data)
+        said.add(_outcome_of_reading(shard))
+    assert said <= {0, 1}, "0: nothing that is read was hit; 1: named"
+    assert 1 in said
+
+
+def _outcome_of_reading(shard: Path) -> int:
+    """0: all was read; 1: ``DamagedError``; 2: another error; below 0: the signal that ended the reader."""
+    child = os.fork()
+    if child == 0:
+        try:
+            count_records(shard)
+            list(entries(shard))
+            scan_shards([shard])
+        except BaseException as error:
+            os._exit(1 if isinstance(error, DamagedError) else 2)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_garbage_in_place_of_a_shard_is_named(tmp_path: Path) -> None:
