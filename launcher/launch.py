@@ -213,7 +213,12 @@ def _supervised(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path)
         write_attempt(job)
         return run_attempt(build(job), engine_environment(job, os.environ), job.folder, requests, settings.grace, remote=bool(job.hosts))
 
-    return supervise(attempt, settings.restarts, requests, folder / "attempts.jsonl")
+    def newest_checkpoint() -> str | None:
+        with contextlib.suppress(OSError):
+            return (settings.output / "checkpoints" / "latest").read_text()
+        return None
+
+    return supervise(attempt, settings.restarts, requests, folder / "attempts.jsonl", newest_checkpoint)
 
 
 def _job_of_attempt(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path, first: bool, requests: StopRequest) -> Job:

@@ -124,13 +124,17 @@ def _end_all(child: subprocess.Popen[bytes]) -> None:
     _clear_descendants(0.0)
 
 
-def supervise(attempt: Callable[[int], int], restarts: int, requests: StopRequest, record: Path) -> int:
+def supervise(
+    attempt: Callable[[int], int], restarts: int, requests: StopRequest, record: Path, reached: Callable[[], object] = lambda: None
+) -> int:
     """Run ``attempt(1)``, and after a failure that another start may mend ``attempt(2)`` and so on, ``restarts`` times at most.
 
-    Returns the last exit code; each attempt is one line of ``record`` (JSON Lines).
+    The wait before a start doubles, up to half a minute, with each failure in a row that left ``reached()`` as it was. Returns the last
+    exit code; each attempt is one line of ``record`` (JSON Lines).
     """
+    in_vain = 0
     for number in range(1, restarts + 2):
-        began = time.time()
+        began, before = time.time(), reached()
         code = attempt(number)
         with open(record, "a", encoding="utf-8") as file:
             file.write(
@@ -140,5 +144,6 @@ def supervise(attempt: Callable[[int], int], restarts: int, requests: StopReques
             return code
         print(f"launch: attempt {number} ended with {code}; starting again from the newest whole checkpoint "
               f"({restarts + 1 - number} restarts left)", file=sys.stderr, flush=True)  # fmt: skip
-        time.sleep(min(2.0 ** (number - 1), 30.0))
+        in_vain = in_vain + 1 if reached() == before else 0
+        time.sleep(min(2.0**in_vain, 30.0))
     return 1  # unreachable: the loop returns

@@ -7,6 +7,7 @@ watcher then has its rank write its stacks, prints the line, and ends it.
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import signal
@@ -26,6 +27,7 @@ from megainter.training.hangs import BOARD_BYTES, PHASES, Board, Sighting, blame
 
 BEATS = 10  # lines of progress in the shortest limit
 UNMOVED = 0.4  # of the shortest limit, after which a rank's watcher looks at the others
+WARY = 15.0  # seconds that it still does after its rank moved: one that was stopped goes on to write its stacks, and the others with it
 EVIDENCE_TIME = 3.0  # seconds in which all ranks write their stacks
 AFTER_LINE = 0.5  # seconds between the line and the end: the first rank that ends takes the others along
 LONGEST_STACK = 200_000  # bytes of one rank in the evidence
@@ -45,6 +47,7 @@ class Watcher:
     def run(self) -> None:
         """Until the rank closes the watch, or is ended for a hang."""
         published = read = 0.0
+        wary = -math.inf
         others: list[Sighting] = []
         while self.board[hangs.ORDER] != hangs.CLOSED:
             self._sleep()
@@ -52,7 +55,9 @@ class Watcher:
             if time.monotonic() - published >= self.least / BEATS:
                 published = time.monotonic()
                 self.publish(own)
-            if max(own.stalled, own.halted) < UNMOVED * self.least:
+            if max(own.stalled, own.halted) >= UNMOVED * self.least:
+                wary = time.monotonic()
+            elif time.monotonic() - wary > WARY:
                 self.heard.clear()
                 continue
             if time.monotonic() - read >= self.least / BEATS:
@@ -154,7 +159,8 @@ class Watcher:
         """Have the rank write its stacks, say who hangs, and end it with the exit code for that."""
         alarm = self.agreed(sorted(known, key=lambda each: each.rank), raised)
         everyone, evidence = [Sighting(**each) for each in alarm["ranks"]], self.logs / f"hang-{alarm['stamp']}.txt"
-        self.write_stacks(process_state(self.pid) == "stopped")
+        others = [each.rank for each in everyone if each.rank != self.rank and each.state == "running"]
+        self.write_stacks(process_state(self.pid) == "stopped", others)
         if alarm["by"] == self.rank:
             self.gather(everyone, evidence)
         else:
@@ -177,9 +183,12 @@ class Watcher:
             with contextlib.suppress(OSError), open(self.logs / "train.log", "a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
-    def write_stacks(self, stopped: bool) -> None:
+    def write_stacks(self, stopped: bool, others: list[int]) -> None:
         """The rank's stacks and those of its loader's workers; a stopped one goes on for the moment that it takes."""
         path = self.folder / f"stacks-{self.rank:05d}.txt"
+        if stopped:  # the others first: where this one goes on, so do they
+            there = [self.folder / f"written-{rank:05d}" for rank in others]
+            wait_for(lambda: all(other.exists() for other in there), EVIDENCE_TIME / 2)
         for pid in [self.pid, *(child for child in children(self.pid) if offers_stacks(child))]:
             grown = partial(longer, path, size_of(path))
             with contextlib.suppress(ProcessLookupError, PermissionError):
