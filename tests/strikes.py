@@ -13,6 +13,7 @@ from pathlib import Path
 from launcher.supervise import descendants
 from tests.launcher.jobs import processes_of
 
+ROOM = 50_000  # bytes that logs may still grow while nothing large can be written
 HIDDEN = ("hang_watcher", "deepspeed.launcher", "torch.distributed.run", "mpirun", "srun")  # of a run's processes, what is no rank
 
 
@@ -45,7 +46,7 @@ def strike(run: Path, kind: str, rank: int, node: int) -> bool:
     ranks = ranks_here(run)
     if kind in ("full", "free"):  # of all: who writes is the run's affair
         every = [pid for rank_pid in ranks.values() for pid in [rank_pid, *descendants(rank_pid)]]
-        return _limit_files(every, largest_log(run) + 50_000 if kind == "full" else resource.RLIM_INFINITY)
+        return _limit_files(every, largest_log(run) + ROOM if kind == "full" else resource.RLIM_INFINITY)
     number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind]
     return _signal([ranks[rank]] if rank in ranks else [], number)
 

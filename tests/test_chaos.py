@@ -63,4 +63,4 @@ def test_a_run_that_is_struck_ends_with_the_weights_of_one_that_is_not(tmp_path:
     assert struck, "otherwise this shows nothing"
     assert len(figures["attempts"]) > 1
     assert all(fault["resumed"] <= fault["step"] for fault in struck if fault["again"] is not None)
-    assert "EQUAL to the undisturbed" in done.stdout
+    assert "moments: EQUAL to the undisturbed" in done.stdout

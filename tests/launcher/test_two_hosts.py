@@ -1,11 +1,13 @@
 """Two "hosts" on one machine: an sshd of our own on two loopback addresses, DeepSpeed's launcher over pdsh, ranks that meet over both."""
 
 import getpass
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.launcher.jobs import assert_no_orphan, processes_of, start_launch, wait_for_step
+from tests.places import ROOT
 from tests.synthetic import losses, settings, train, write_data
 
 pytestmark = pytest.mark.slow
@@ -125,6 +128,17 @@ def test_a_killed_launcher_leaves_nothing_on_any_host(hosts: TwoHosts, data: tup
     wait_for_step(run, 5, job)
     job.kill()
     assert_no_orphan(run, 15)
+
+
+def test_chaos_strikes_ranks_where_they_are(hosts: TwoHosts, tmp_path: Path) -> None:
+    """Over ssh, a rank killed, one stopped and a whole host lost; the end is that of the run in peace."""
+    words = ["--hosts", str(hosts.hostfile), "--output", str(tmp_path), "--kinds", "kill,stop,host", "--seed", "2"]
+    words += ["--mtbf", "10", "--steps", "200", "--every", "20", "--hang", "5"]
+    command, environment = [sys.executable, "-m", "tests.chaos", *words], os.environ | hosts.environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "moments: EQUAL" in done.stdout
+    assert len(json.loads((tmp_path / "chaos.json").read_text())["faults"]) > 1, done.stdout
 
 
 def on_host(run: Path, node: int) -> list[int]:
