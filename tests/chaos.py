@@ -3,7 +3,8 @@
     python -m tests.chaos --seed 1 --mtbf 60 --steps 1000 --output chaos
     python -m tests.chaos --seed 1 --mtbf 3600 --hosts hostfile --output /shared/chaos -- --config base --data.pairs ... --data.store ...
 
-First the run without faults, then the same run with them. Times between faults are exponential, kinds are drawn evenly.
+First the run without faults, then the same run with them. The times from one fault's end, when new steps are made again, to the next fault
+are exponential; kinds are drawn evenly.
 
 - kill: SIGKILL to a rank; stop: SIGSTOP to a rank; host: SIGKILL to all processes of a host, or of this machine but the launcher
 - flip: a bit of the newest checkpoint, and a rank is killed; full: no large file can be written until a checkpoint has failed
@@ -76,14 +77,14 @@ def draw_inside(kinds: Sequence[str], draws: random.Random, steps: int, mean_ste
     return ",".join(words)
 
 
-def records_of(run: Path) -> list[dict[str, Any]]:
-    """The train records so far, without a line that is being written."""
+def records_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The records of a kind so far, without a line that is being written."""
     found = []
     with contextlib.suppress(OSError):
         for line in (run / "metrics.jsonl").read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 found.append(json.loads(line))
-    return [record for record in found if record.get("kind") == "train"]
+    return [record for record in found if record.get("kind") == kind]
 
 
 def digests_of(run: Path) -> dict[str, str]:
@@ -148,11 +149,14 @@ class Experiment:
     def disturbed(self, run: Path, inside: str) -> int:
         """The run with faults; its exit code."""
         job = self.start(run, inside)
-        due = time.time() + self.draws.expovariate(1 / self.options.mtbf)
+        due: float | None = None
         while job.poll() is None:
             self.look(run)
-            if self.outside and time.time() >= due and self.hit(run, job):
+            up = records_of(run) and not any(fault.again is None for fault in self.faults if fault.kind in FATAL)
+            if up and self.outside and due is None:
                 due = time.time() + self.draws.expovariate(1 / self.options.mtbf)
+            if due is not None and time.time() >= due and self.hit(run, job):
+                due = None
             time.sleep(SAMPLED)
         self.look(run)
         return job.returncode
@@ -175,10 +179,8 @@ class Experiment:
                 fault.again, fault.resumed = min(newer), resumed[-1]
 
     def hit(self, run: Path, job: subprocess.Popen[bytes]) -> bool:
-        """Draw a fault and strike; False where nothing can be struck just now: the last one is not over, or no step has been made."""
+        """Draw a fault and strike; False where that one is not possible just now."""
         records = records_of(run)
-        if not records or any(fault.again is None for fault in self.faults if fault.kind in FATAL):
-            return False
         kind, rank = self.draws.choice(self.outside), self.draws.randrange(self.ranks)
         fault = Fault(kind, rank, time.time(), records[-1]["step"], len(started_at(text_of(run))))
         if kind == "flip":
@@ -258,7 +260,7 @@ def report(experiment: Experiment, calm: Path | None, run: Path, inside: str) ->
     options, faults = experiment.options, experiment.faults
     records, fatal = records_of(run), [fault for fault in faults if fault.kind in FATAL and fault.again is not None]
     step = statistics.median(record["step_seconds"] for record in records)
-    saves = [float(seconds) for seconds in re.findall(r"checkpoint step_\d+ in ([\d.]+) s", text_of(run))]
+    saves = [record["stall_seconds"] for record in records_of(run, "checkpoint")]
     every = statistics.median(later["step"] - earlier["step"] for earlier, later in pairwise(records))
     restarts = [fault.again - fault.time - every * step for fault in fatal if fault.again is not None]
     attempts = [json.loads(line) for line in (run / "launch" / "attempts.jsonl").read_text().splitlines()]
@@ -321,7 +323,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="A run under faults; settings of the run follow after --.")
     parser.add_argument("--output", type=Path, required=True, help="folder for both runs, on the disk that the hosts share")
     parser.add_argument("--seed", type=int, default=0, help="of all draws")
-    parser.add_argument("--mtbf", type=float, default=60.0, help="mean seconds between faults from outside")
+    parser.add_argument("--mtbf", type=float, default=60.0, help="mean seconds of training between faults from outside")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the run")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--processes", type=int, default=2, help="ranks on this machine")

@@ -23,7 +23,7 @@ from typing import Any
 from megainter.errors import HungError
 from megainter.process import OUTCOME_VARIABLE, end_with_parent, record_exit
 from megainter.training import hangs
-from megainter.training.hangs import BOARD_BYTES, PHASES, Board, Sighting, blamed, is_hung, verdict
+from megainter.training.hangs import BOARD_BYTES, PHASES, READY, Board, Sighting, blamed, is_hung, verdict
 
 BEATS = 10  # lines of progress in the shortest limit
 UNMOVED = 0.4  # of the shortest limit, after which a rank's watcher looks at the others
@@ -67,6 +67,17 @@ class Watcher:
                 self.end_rank([own, *others], raised)
                 return
         self.publish(replace(self.look(), state="done"))
+        if not self.by_hand:
+            self.stay()
+
+    def stay(self) -> None:
+        """After the run, until the rank's process ends: a launcher waits for that, and one that is stopped would keep it for ever."""
+        while self.look().halted < READY * self.least:
+            self._sleep()
+        self.tell(f"hang: this rank (process {self.pid}) has left the run and is stopped by a signal (SIGSTOP); it is killed")
+        record_exit(HungError.exit_code)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def _sleep(self) -> None:
         """A tick. Where it took much longer, this host was suspended or the job stopped: what passed meanwhile counts for nothing."""

@@ -356,6 +356,7 @@ def _rolled_back(run: Run, spike: Verdict) -> Run:
         raise NumericsError(f"{said(spike, 1)}, after {most} returns to a checkpoint (training.max_roll_backs); {_remedy(run)}")
     saved = _last_checkpoint(run)
     assert saved is not None  # looked for before
+    run.watch.at(hangs.STARTING, saved.step)
     entry = {**told(spike, 1, 1.0)[1], "step": spike.step, "rolled_back_to": saved.step, "samples": run.job.sample_ids(spike.step - 1)}
     on_first_rank(lambda: pass_over(output, entry))
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megainter.config.settings import HangConfig
 from megainter.errors import HungError
+from megainter.process import OUTCOME_VARIABLE
 from megainter.training import hangs
 from megainter.training.collective import collectives_entered, on_first_rank
 from megainter.training.hangs import BOARD_BYTES, DATA, PHASES, SAVING, STARTING, VALIDATION, Board, phase_limit
@@ -106,15 +107,19 @@ class Watchdog:
         self._closed.set()
         self._thread.join()
         self._board[hangs.ORDER] = hangs.CLOSED
+        if OUTCOME_VARIABLE not in os.environ:  # otherwise it stays to the end of this process, for which a launcher waits
+            self._end_watcher()
+        faulthandler.unregister(DUMP_SIGNAL)
+        self._stacks.close()
+        if self._world.rank == 0:
+            shutil.rmtree(self._folder.parent, ignore_errors=True)
+
+    def _end_watcher(self) -> None:
         try:
             self._watcher.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._watcher.kill()
             self._watcher.wait()
-        faulthandler.unregister(DUMP_SIGNAL)
-        self._stacks.close()
-        if self._world.rank == 0:
-            shutil.rmtree(self._folder.parent, ignore_errors=True)
 
     def _pulse(self, board: Board) -> None:
         """The thread: what only this process can know, and the two things that only it can do itself."""

@@ -144,6 +144,8 @@ def turn():
 threading.Thread(target=turn, daemon=True).start()
 for step in range(10):
     board[hangs.CHANGES] += 1; board[hangs.COLLECTIVES] += 1; time.sleep(0.1)
+if "LEAVES" in os.environ:
+    board[hangs.ORDER] = hangs.CLOSED; os.kill(os.getpid(), signal.SIGSTOP)
 def entered_the_collective(): time.sleep(600)
 def in_the_forward(): time.sleep(600)
 if rank == 0:
@@ -175,6 +177,14 @@ def test_the_one_that_is_behind_is_named_on_every_log_with_all_stacks(tmp_path: 
     text = evidence.read_text()
     assert text.index("in in_the_forward") < text.index("in entered_the_collective"), "the one that is named comes first"
     assert line in (tmp_path / "logs" / "train.log").read_text()
+
+
+def test_a_rank_that_is_stopped_on_its_way_out_does_not_keep_the_launcher(tmp_path: Path) -> None:
+    jobs = start(tmp_path, MEGAINTER_OUTCOME_FOLDER=str(tmp_path / "outcome"), LEAVES="1")
+    told = [job.communicate(timeout=60)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [-signal.SIGKILL] * 2
+    assert all(f"(process {job.pid}) has left the run and is stopped" in text for job, text in zip(jobs, told))
+    assert len(list((tmp_path / "outcome").iterdir())) == 2
 
 
 @pytest.mark.slow
