@@ -1,7 +1,7 @@
 """A real run under ``megainter launch --restarts``, struck by faults that are drawn by a seed, and what that cost.
 
     python -m tests.chaos --seed 1 --mtbf 60 --steps 1000 --output chaos
-    python -m tests.chaos --seed 1 --mtbf 3600 --hosts hostfile --output /shared/chaos -- --config base --data.pairs ... --data.store ...
+    python -m tests.chaos --seed 1 --mtbf 3600 --hosts hostfile --output /shared/chaos -- pretrain --config base ...
 
 First the run without faults, then the same run with them. The times from one fault's end, when new steps are made again, to the next fault
 are exponential; kinds are drawn evenly.
@@ -10,8 +10,8 @@ are exponential; kinds are drawn evenly.
 - flip: a bit of the newest checkpoint, and a rank is killed; full: no large file can be written until a checkpoint has failed
 - nan: a loss of one rank at one step; slow: a rank, for some steps
 
-The run without faults has the same nan: an update that is left out is part of what a run computes. Without settings after "--" a tiny model
-is trained on data made here. Run it from the checkout. Exit code 0: the run ended well, with the weights of the undisturbed one.
+The run without faults has the same nan: an update that is left out is part of what a run computes. Without a training command after "--" a
+tiny model is trained on data made here. Run it from the checkout. Exit code 0: the run ended well, with the weights of the undisturbed one.
 """
 
 import argparse
@@ -104,13 +104,13 @@ def text_of(run: Path) -> str:
 class Experiment:
     """One chaos: options, where it is, and what has happened so far."""
 
-    def __init__(self, options: argparse.Namespace, settings: list[str]) -> None:
+    def __init__(self, options: argparse.Namespace, trained: list[str]) -> None:
         self.options, self.output = options, options.output.resolve()
         self.hosts: tuple[Host, ...] = read_hostfile(options.hosts) if options.hosts else ()
         self.ranks = sum(host.slots for host in self.hosts) or options.processes
         self.draws = random.Random(options.seed)
-        self.settings = settings or self._tiny()
-        self.settings += ["--training.steps", str(options.steps), "--checkpoint.every_steps", str(options.every),
+        self.trained = trained or ["pretrain", *self._tiny()]
+        self.trained += ["--training.steps", str(options.steps), "--checkpoint.every_steps", str(options.every),
                           "--checkpoint.keep", "4", "--hangs.least", str(options.hang)]  # fmt: skip
         outside = [kind for kind in STRIKES if kind in options.kinds]
         self.outside, self.faults, self.stretches = outside, list[Fault](), dict[int, Stretch]()
@@ -132,8 +132,8 @@ class Experiment:
     def start(self, run: Path, inside: str) -> subprocess.Popen[bytes]:
         """``megainter launch`` of the faulty worker."""
         where = ["--hostfile", str(self.options.hosts.resolve())] if self.hosts else ["--processes", str(self.ranks)]
-        command = [sys.executable, "-m", "tests.faulty", "launch", *where, "--restarts", "1000", "--", "pretrain",
-                   *self.settings, "--output", str(run)]  # fmt: skip
+        command = [sys.executable, "-m", "tests.faulty", "launch", *where, "--restarts", "1000", "--", *self.trained,
+                   "--output", str(run)]  # fmt: skip
         variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), VARIABLE: inside,
                      "MEGAINTER_WATCH_PID": str(os.getpid())}  # fmt: skip
         with open(run.with_suffix(".log"), "ab") as file:
@@ -319,8 +319,8 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options, and the settings of the run after "--"."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="A run under faults; settings of the run follow after --.")
+    """Options, and the training command after "--"."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="A run under faults; a training command may follow --.")
     parser.add_argument("--output", type=Path, required=True, help="folder for both runs, on the disk that the hosts share")
     parser.add_argument("--seed", type=int, default=0, help="of all draws")
     parser.add_argument("--mtbf", type=float, default=60.0, help="mean seconds of training between faults from outside")
@@ -343,8 +343,8 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(words: list[str]) -> int:
     """Both runs and the table; 0 where the disturbed one ended with the weights of the other."""
-    options, settings = parse(words)
-    experiment = Experiment(options, settings)
+    options, trained = parse(words)
+    experiment = Experiment(options, trained)
     calm, run = experiment.output / "undisturbed", experiment.output / "disturbed"
     inside = draw_inside(options.kinds, experiment.draws, options.steps, options.inside or options.steps / 5, experiment.ranks)
     for old in (calm, run):

@@ -43,9 +43,9 @@ def test_drift_is_of_long_stretches_and_without_their_beginning() -> None:
     assert found[2] == {30}
 
 
-def test_settings_follow_the_dashes() -> None:
-    options, settings = parse(["--output", "x", "--kinds", "kill,nan", "--", "--config", "base"])
-    assert (options.kinds, settings) == (("kill", "nan"), ["--config", "base"])
+def test_the_training_command_follows_the_dashes() -> None:
+    options, trained = parse(["--output", "x", "--kinds", "kill,nan", "--", "pretrain", "--config", "base"])
+    assert (options.kinds, trained) == (("kill", "nan"), ["pretrain", "--config", "base"])
     with pytest.raises(SystemExit):
         parse(["--output", "x", "--kinds", "fire"])
 

@@ -181,7 +181,10 @@ def parse_module(module: str, words: list[str]) -> None:
     # Options of argparse are declared in the file, or in one of ours that it imports them from.
     near = [ROOT / f"{name.replace('.', '/')}.py" for name in re.findall(r"^from (benchmarks[\w.]*) import", source, flags=re.MULTILINE)]
     known = source + "".join(path.read_text() for path in near if path.is_file())
-    assert [word for word in words if word.startswith("--") and f'"{word}"' not in known] == [], "no such option"
+    end = words.index("--") if "--" in words else len(words)
+    assert [word for word in words[:end] if word.startswith("--") and f'"{word}"' not in known] == [], "no such option"
+    if words[end + 1 :]:
+        parse_verb(words[end + 1 :])
 
 
 def parse_verb(words: list[str]) -> None:
