@@ -216,10 +216,21 @@ def _check_lamb(optimizer: OptimizerConfig) -> None:
         raise UsageError('optimizer.name "lamb" adapts the rates of what decays: matrices, not biases; leave out optimizer.decay_groups')
 
 
+def _check_without_contrast(config: RunConfig) -> None:
+    if config.data.batch_negatives > 0:
+        raise UsageError(
+            f"data.batch_negatives {config.data.batch_negatives} are drawn by the vectors of contrast; give training.itc_weight above 0"
+        )
+    if config.model.itc_size != ModelSettings.itc_size:
+        raise UsageError("model.itc_size is the width of the vectors of contrast; give training.itc_weight above 0, or leave it out")
+
+
 def _check(config: RunConfig) -> None:
     training, model = config.training, config.model
-    if training.msm_weight == training.mrm_weight == training.itm_weight == 0:
-        raise UsageError("all three objective weights are 0: nothing would be learned")
+    if training.msm_weight == training.mrm_weight == training.itm_weight == training.itc_weight == 0:
+        raise UsageError("all objective weights are 0: nothing would be learned")
+    if training.itc_weight == 0:
+        _check_without_contrast(config)
     for heads in ("num_attention_heads", "num_region_attention_heads"):
         if model.start_from is None and model.hidden_size % getattr(model, heads):
             raise UsageError(f"model.hidden_size {model.hidden_size} is not divisible by model.{heads} {getattr(model, heads)}")

@@ -53,6 +53,8 @@ class DataConfig:
     """What `megainter prepare negatives` wrote for these pairs."""
     hard_negative_share: Probability = 0.2
     """Share of the mismatched captions that are hard negatives, where those are given."""
+    batch_negatives: Probability = 0.0
+    """Share of the mismatched captions that are drawn inside the step, the likelier the nearer to the image; needs training.itc_weight."""
     gate_msm: bool = False
     """true: no masked-segment loss on mismatched captions."""
     max_missing: Probability = 0.01
@@ -115,6 +117,8 @@ class ModelSettings:
     """Dropout of hidden states in the region layers."""
     pooler_size: Positive = 1024
     """Width of the pooled text and image."""
+    itc_size: Positive = 256
+    """Width of the vectors of a text alone and an image alone, where training.itc_weight is above 0."""
     fusion: Literal["mul", "sum"] = "mul"
     """How pooled text and image are joined for matching: product or sum."""
     region_objective: Literal["class", "feature"] = "class"
@@ -193,6 +197,8 @@ class PretrainingConfig(TrainingConfig):
     """Weight of the masked-region loss."""
     itm_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the image-text matching loss."""
+    itc_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the image-text contrast loss, over all samples of a step; 0: none, and no vectors of a text or an image alone."""
 
 
 @dataclass(frozen=True, config=STRICT)

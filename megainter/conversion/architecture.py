@@ -73,6 +73,7 @@ def sizes_in_shapes(shapes: Shapes) -> dict[str, int]:
         "region_feature_size": ("interbert.region_embeddings.feature.weight", 1),
         "pooler_size": ("interbert.text_pooler.dense.weight", 0),
         "num_labels": ("classifier.weight", 0),
+        "itc_size": ("itc_head.text.weight", 0),
     }
     sizes = {name: shapes[place][axis] for name, (place, axis) in places.items() if len(shapes.get(place, ())) == 2}
     counts = {f"num_{stream}_layers": layer_count(shapes, f"interbert.encoder.{stream}.") for stream in ("interaction", "text", "region")}

@@ -172,6 +172,10 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Non
         refuse_existing(path)
     source = source_of(source).path
     config, tensors, notes = open_ours(source)
+    if config.itc_size:
+        notes = [*notes, "the head of image-text contrast (itc_head) has no place in an official checkpoint; it is left out"]
+        config.itc_size = 0
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("itc_head.")}
     for note in notes:
         print(f"note: {note}")
     heads = [head for head in HEADS if f"{head}.weight" in tensors]

@@ -20,7 +20,7 @@ _POSITIVE = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-_COUNTS = ("num_interaction_layers", "num_text_layers", "num_region_layers")
+_COUNTS = ("num_interaction_layers", "num_text_layers", "num_region_layers", "itc_size")
 _INPUT_LENGTHS = ("max_regions", "max_text_tokens")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob")
 
@@ -35,6 +35,7 @@ class InterBertConfig(PretrainedConfig):
     ``max_regions`` (without the global region) and ``max_text_tokens`` ([CLS] and [SEP] included) say what inputs the weights were
     trained on, where that is known; the model itself takes any number. ``tie_objects``: a text token that names an object of the image
     (``text_regions`` of the inputs) gets the embedding of the object's region added; without it ``text_regions`` changes nothing.
+    ``itc_size``: width of the vectors that a text alone and an image alone become, for image-text contrast; 0: the model has no such head.
 
     Raises UsageError for sizes that contradict each other.
     """
@@ -66,6 +67,7 @@ class InterBertConfig(PretrainedConfig):
         max_regions: int | None = None,
         max_text_tokens: int | None = None,
         tie_objects: bool = False,
+        itc_size: int = 0,
         pad_token_id: int = 0,
         tie_word_embeddings: bool = True,
         **kwargs: Any,
@@ -93,6 +95,7 @@ class InterBertConfig(PretrainedConfig):
         self.max_regions = max_regions
         self.max_text_tokens = max_text_tokens
         self.tie_objects = tie_objects
+        self.itc_size = itc_size
         _check(self)
         if pad_token_id is not None:
             _require_whole("pad_token_id", pad_token_id, least=0)

@@ -54,6 +54,15 @@ def forward_flops(config: InterBertConfig, counts: BatchCounts) -> int:
     return layers + embeddings + poolers + msm + mrm
 
 
+def alone_flops(config: InterBertConfig, text_lengths: torch.Tensor, region_lengths: torch.Tensor) -> int:
+    """Operations of one pass of texts alone and images alone, CPU int64 lengths [T] and [I], to their vectors of contrast."""
+    no_text, no_regions = torch.zeros_like(region_lengths), torch.zeros_like(text_lengths)
+    passes = BatchCounts.of(text_lengths, no_regions, 0, 0), BatchCounts.of(no_text, region_lengths, 0, 0)
+    sides = len(text_lengths) + len(region_lengths)
+    spared = 2 * sides * (config.hidden_size * config.pooler_size + 2 * config.pooler_size)  # the other side's pooler, the matching head
+    return sum(forward_flops(config, counts) for counts in passes) - spared + 2 * sides * config.pooler_size * config.itc_size
+
+
 def _stream(config: InterBertConfig, layers: int, rows: int, asked: int, squares: int) -> int:
     """Layers over ``rows``, of which the last computes the ``asked`` rows alone: those of masked places, and each sample's first."""
     if not layers:

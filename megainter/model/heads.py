@@ -1,5 +1,6 @@
-"""Poolers, their fusion, and the heads of the three pretraining objectives and of the downstream tasks."""
+"""Poolers, their fusion, and the heads of the pretraining objectives and of the downstream tasks."""
 
+import math
 from typing import overload
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from megainter.kernels import dropout, linear_cross_entropy_sum
 from megainter.model.configuration import InterBertConfig
 from megainter.model.encoder import LinearGelu
+
+FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of contrast, as in CLIP (arXiv 2103.00020)
 
 
 class Pooler(nn.Module):
@@ -70,3 +73,25 @@ class PredictionHead(nn.Module):
     def losses(self, x_MH: torch.Tensor, labels_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed cross entropy of the rows against int64 ``labels_M``, and how many are right: float32 scalars."""
         return self.decoder(self.norm(self.transform(x_MH)), labels_M)
+
+
+class ContrastiveHead(nn.Module):
+    """A text alone and an image alone, pooled, as vectors of one space; and what their products are multiplied by where they are compared.
+
+    ``log_scale`` [1] is the logarithm of that factor, one over the temperature: a parameter without dimensions is one that DeepSpeed
+    cannot send.
+    """
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__()
+        self.text = nn.Linear(config.pooler_size, config.itc_size)
+        self.region = nn.Linear(config.pooler_size, config.itc_size)
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(FIRST_SCALE)))
+
+    def forward(self, text_TP: torch.Tensor, region_IP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pooled texts [T, P] and pooled regions [I, P] -> float32 vectors of length 1, [T, D] and [I, D], and ``log_scale`` [1].
+
+        That is a product and not the parameter itself, which ZeRO-3 takes away when this forward ends.
+        """
+        texts, regions = F.normalize(self.text(text_TP).float(), dim=-1), F.normalize(self.region(region_IP).float(), dim=-1)
+        return texts, regions, self.log_scale.float() * 1.0

@@ -8,6 +8,7 @@ B, T, R a padded batch, K choices.
 No parameter sits on these classes themselves: each is read inside the forward of the module that owns it, where ZeRO-3 gathers it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from megainter.data.feature_store.record import RegionRecord
+from megainter.data.feature_store.views import RegionViews
 from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
 from megainter.files import renew_checksums
@@ -37,9 +39,10 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder, LinearGelu
 from megainter.model.folder import locate_model, named, read_config
-from megainter.model.heads import Decoder, Fusion, Pooler, PredictionHead
+from megainter.model.heads import FIRST_SCALE, ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead
 from megainter.model.packing import PackedLayout, pack_padded
 from megainter.model.processor import InterBertProcessor
+from megainter.model.vectors import BATCH, contrastive_vectors, ready_processor, vectors_of_images, vectors_of_texts
 
 # Options of transformers' ``from_pretrained`` about its own way to the Hub.
 _HUB_OPTIONS = {"token", "cache_dir", "force_download", "proxies", "gguf_file", "state_dict"}
@@ -141,7 +144,7 @@ class InterBertPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 - Hugging Face's name and form
     # One folder may hold the heads of several models; each model takes its own.
-    _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|choice)_head\.", r"^classifier\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|itc|choice)_head\.", r"^classifier\."]  # noqa: RUF012
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -172,6 +175,8 @@ class InterBertPreTrainedModel(PreTrainedModel):
         if isinstance(module, DropoutAddLayerNorm | nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        if isinstance(module, ContrastiveHead):
+            init.constant_(module.log_scale, math.log(FIRST_SCALE))
 
 
 class InterBertModel(InterBertPreTrainedModel):
@@ -205,7 +210,10 @@ class InterBertModel(InterBertPreTrainedModel):
 
         The same numbers; the last layer of each stream computes these rows and the pooled ones alone.
         """
-        layout, text_NH, region_NH = self._embed(inputs)
+        return self._encode_rows(inputs, text_rows, region_rows, alone=False)
+
+    def _encode_rows(self, inputs: PackedInputs, text_rows: torch.Tensor, region_rows: torch.Tensor, alone: bool) -> Encoded:
+        layout, text_NH, region_NH = self._embed(inputs, alone)
         text, region = Asked.of(layout.text_starts, text_rows, layout.text), Asked.of(layout.region_starts, region_rows, layout.region)
         text_XH, region_XH = self.encoder(text_NH, region_NH, layout, text.queries, region.queries)
         pooled_text = self.text_pooler(text_XH.index_select(0, text.starts))
@@ -214,12 +222,22 @@ class InterBertModel(InterBertPreTrainedModel):
 
     def pool(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The pooled text and regions alone, [S, P] each (0 rows for a modality that is absent)."""
+        return self._pooled(inputs, alone=False)
+
+    def pool_alone(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled texts [T, P] and pooled regions [I, P] of a batch in which every sample is a text alone or an image's regions alone.
+
+        In any mixture: one pass of all layers for both kinds, in which no sample sees another. UsageError for a sample that has both.
+        """
+        return self._pooled(inputs, alone=True)
+
+    def _pooled(self, inputs: PackedInputs, alone: bool) -> tuple[torch.Tensor, torch.Tensor]:
         nothing = torch.zeros(0, dtype=torch.int64, device=inputs.input_ids.device)
-        encoded = self.encode_rows(inputs, nothing, nothing)
+        encoded = self._encode_rows(inputs, nothing, nothing, alone)
         return encoded.pooled_text, encoded.pooled_region
 
-    def _embed(self, inputs: PackedInputs) -> tuple[PackedLayout, torch.Tensor, torch.Tensor]:
-        layout = PackedLayout.of(inputs, self.config.max_position_embeddings)
+    def _embed(self, inputs: PackedInputs, alone: bool = False) -> tuple[PackedLayout, torch.Tensor, torch.Tensor]:
+        layout = PackedLayout.of(inputs, self.config.max_position_embeddings, alone)
         text_NH = self.text_embeddings(inputs.input_ids, layout.text.position, inputs.token_type_ids)
         region_NH = self.region_embeddings(inputs.region_features, inputs.region_locations)
         if self.config.tie_objects and inputs.text_regions is not None:
@@ -271,7 +289,8 @@ def add_named_regions(text_NH: torch.Tensor, region_NH: torch.Tensor, text_regio
 
 
 class InterBertForPreTraining(InterBertPreTrainedModel):
-    """InterBERT with the heads of masked segment modelling, masked region modelling and image-text matching."""
+    """InterBERT with the heads of masked segment modelling, masked region modelling and image-text matching; with ``config.itc_size`` also
+    that of image-text contrast."""
 
     _tied_weights_keys = {"msm_head.decoder.weight": "interbert.text_embeddings.word.weight"}  # noqa: RUF012
 
@@ -282,6 +301,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         self.mrm_head = PredictionHead(config, config.region_target_size)
         self.fusion = Fusion(config)
         self.itm_head = nn.Linear(config.pooler_size, 2)
+        self.itc_head = ContrastiveHead(config) if config.itc_size else None
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -292,6 +312,25 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         decoder = Decoder(value.in_features, value.out_features, device="meta")
         decoder.weight, decoder.bias = value.weight, value.bias
         self.msm_head.decoder = decoder
+
+    def vectors_packed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Vectors of the T texts alone [T, D] and of the I images alone [I, D] in ``inputs``, float32 and of length 1, and the logarithm of
+        what their products are multiplied by, [1]. UsageError for a model without ``itc_size``, and for a sample with both sides."""
+        return contrastive_vectors(self, inputs)
+
+    def encode_texts(self, texts: Sequence[str], processor: InterBertProcessor | None = None, batch_texts: int = BATCH) -> torch.Tensor:
+        """Vectors of texts, float32 [N, itc_size] of length 1 on the CPU: their products with those of images say how near both are.
+
+        ``processor`` None: that of the folder the model came from, read at each call. ``UsageError`` for a model without ``itc_size`` or in
+        training mode, and for a processor of another model.
+        """
+        return vectors_of_texts(self, texts, processor, batch_texts)
+
+    def encode_images(
+        self, records: Sequence[RegionRecord | RegionViews], processor: InterBertProcessor | None = None, batch_images: int = BATCH
+    ) -> torch.Tensor:
+        """Vectors of images' regions, float32 [N, itc_size] of length 1 on the CPU; the rest as ``encode_texts``."""
+        return vectors_of_images(self, records, processor, batch_images)
 
     def score_packed(self, inputs: PackedInputs, msm_positions: torch.Tensor, mrm_positions: torch.Tensor) -> PackedScores:
         """The packed door: logits only at ``msm_positions`` [M] (rows of the Nt tokens) and ``mrm_positions`` [K] (rows of the Nr
@@ -400,7 +439,22 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
         self.interbert = InterBertModel(config)
         self.fusion = Fusion(config)
         self.itm_head = nn.Linear(config.pooler_size, 2)
+        self.itc_head = ContrastiveHead(config) if config.itc_size else None
         self.post_init()
+
+    def vectors_packed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As ``InterBertForPreTraining.vectors_packed``."""
+        return contrastive_vectors(self, inputs)
+
+    def encode_texts(self, texts: Sequence[str], processor: InterBertProcessor | None = None, batch_texts: int = BATCH) -> torch.Tensor:
+        """As ``InterBertForPreTraining.encode_texts``."""
+        return vectors_of_texts(self, texts, processor, batch_texts)
+
+    def encode_images(
+        self, records: Sequence[RegionRecord | RegionViews], processor: InterBertProcessor | None = None, batch_images: int = BATCH
+    ) -> torch.Tensor:
+        """As ``InterBertForPreTraining.encode_images``."""
+        return vectors_of_images(self, records, processor, batch_images)
 
     def logits_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Matching logits [S, 2], class 0 = matched."""
@@ -429,16 +483,9 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
         ``UsageError`` for a model in training mode, numbers that do not go together, and a processor of another model.
         """
         texts, records = _side_by_side(texts, records)
-        if processor is None:
-            if not self.name_or_path:
-                raise UsageError("the model did not come from a folder; give score() an InterBertProcessor")
-            processor = InterBertProcessor.from_pretrained(self.name_or_path)
         if batch_pairs < 1:
             raise UsageError(f"batch_pairs is {batch_pairs}; give at least 1")
-        if self.training:
-            raise UsageError("the model is in training mode, where dropout changes its scores; call model.eval() first")
-        if processor.vocabulary.size > self.config.vocab_size:
-            raise UsageError(f"the processor has {processor.vocabulary.size:,} entries, and the model embeds {self.config.vocab_size:,}")
+        processor = ready_processor(self, processor, "score()")
         order = sorted(range(len(texts)), key=lambda i: (len(records[i]), len(texts[i])))
         scores = torch.empty(len(texts))
         for start in range(0, len(order), batch_pairs):

@@ -23,7 +23,8 @@ class PackedLayout:
     ``text``, ``region`` and ``joint`` are the three streams' layouts. A joint sequence is a sample's regions and then its text
     (official order). ``joint_order`` [N] takes rows of cat(regions, text) to joint order; ``text_rows`` [Nt] and ``region_rows``
     [Nr] are the way back. ``text_starts`` and ``region_starts`` [S] are the rows of [CLS] and of the global region; empty when
-    the modality is absent.
+    the modality is absent. A stream's layout has the samples that have rows in it: all or none, or in a batch of sides alone those of
+    its kind.
     """
 
     text: SequenceLayout
@@ -36,22 +37,23 @@ class PackedLayout:
     region_starts: torch.Tensor
 
     @classmethod
-    def of(cls, inputs: PackedInputs, max_text_length: int) -> "PackedLayout":
+    def of(cls, inputs: PackedInputs, max_text_length: int, alone: bool = False) -> "PackedLayout":
         """Layout of ``inputs`` on their device, from the lengths on the CPU: index arithmetic there costs a GPU's host less than launches.
 
+        ``alone``: every sample is a text alone or an image's regions alone, in any mixture; otherwise a batch may not mix.
         UsageError when lengths and tensors disagree or a text is too long.
         """
         lengths_t, lengths_r = inputs.text_lengths.cpu(), inputs.region_lengths.cpu()
-        _check_lengths(inputs, lengths_t, lengths_r, max_text_length)
+        _check_lengths(inputs, lengths_t, lengths_r, max_text_length, alone)
         host = torch.device("cpu")
-        text, region, joint = (SequenceLayout.of(lengths, host) for lengths in (lengths_t, lengths_r, lengths_t + lengths_r))
+        has_text, has_regions = lengths_t > 0, lengths_r > 0
+        streams = (lengths_t[has_text], lengths_r[has_regions], lengths_t + lengths_r)
+        text, region, joint = (SequenceLayout.of(lengths, host) for lengths in streams)
         starts_t, starts_r, joint_starts = (layout.cu_seqlens[:-1].long() for layout in (text, region, joint))
-        region_rows = joint_starts[region.sequence] + region.position
-        text_rows = (joint_starts + lengths_r)[text.sequence] + text.position
+        region_rows = joint_starts[has_regions][region.sequence] + region.position
+        text_rows = (joint_starts + lengths_r)[has_text][text.sequence] + text.position
         order = torch.empty(len(text_rows) + len(region_rows), dtype=torch.int64)
         order[torch.cat([region_rows, text_rows])] = torch.arange(len(order))
-        starts_t = starts_t if text.max_length else starts_t[:0]
-        starts_r = starts_r if region.max_length else starts_r[:0]
         rows = (order, text_rows, region_rows, starts_t, starts_r)
         return cls(*layouts_on(inputs.input_ids.device, (text, region, joint), rows))
 
@@ -66,7 +68,7 @@ def layouts_on(device: torch.device, layouts: Sequence[SequenceLayout], rows: Se
     return (*there, *moved[len(parts) :])
 
 
-def _check_lengths(inputs: PackedInputs, text: torch.Tensor, region: torch.Tensor, max_text_length: int) -> None:
+def _check_lengths(inputs: PackedInputs, text: torch.Tensor, region: torch.Tensor, max_text_length: int, alone: bool) -> None:
     if len(text) != len(region) or int(text.sum()) != len(inputs.input_ids) or int(region.sum()) != len(inputs.region_features):
         raise UsageError(
             f"packed batch: lengths say {int(text.sum())} tokens of {len(text)} texts and "
@@ -75,8 +77,10 @@ def _check_lengths(inputs: PackedInputs, text: torch.Tensor, region: torch.Tenso
         )
     if inputs.text_regions is not None and inputs.text_regions.shape != inputs.input_ids.shape:
         raise UsageError(f"packed batch: text_regions has {len(inputs.text_regions)} entries, and there are {len(inputs.input_ids)} tokens")
+    if alone and bool(((text > 0) == (region > 0)).any()):
+        raise UsageError("packed batch: a sample of a batch of sides alone has both text and regions, or neither; give it one of them")
     for name, lengths in (("text", text), ("regions", region)):
-        if len(lengths) and int(lengths.min()) == 0 and int(lengths.max()) > 0:
+        if not alone and len(lengths) and int(lengths.min()) == 0 and int(lengths.max()) > 0:
             sample = int(lengths.argmin())
             raise UsageError(f"packed batch: sample {sample} has no {name} while others have; batch single-modal samples by themselves")
     if len(text) and int(text.max()) > max_text_length:

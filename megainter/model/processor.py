@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from megainter.data.feature_store.record import RegionRecord
+from megainter.data.feature_store.views import RegionViews
 from megainter.data.packed import PackedInputs, region_rows
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
@@ -67,7 +68,7 @@ class InterBertProcessor:
         write_json(folder / SETTINGS, {"processor_class": type(self).__name__} | lengths)
         renew_checksums(folder)
 
-    def pack(self, texts: Sequence[str] | None, records: Sequence[RegionRecord] | None) -> PackedInputs:
+    def pack(self, texts: Sequence[str] | None, records: Sequence[RegionRecord | RegionViews] | None) -> PackedInputs:
         """Texts and records row by row as the model's packed inputs; either may be None. ``UsageError`` where they do not fit."""
         if texts is None and records is None:
             raise UsageError("give texts, records, or both")
@@ -110,7 +111,7 @@ class InterBertProcessor:
         parts = [self.vocabulary.with_specials(ids) for ids in self.vocabulary.encode(list(texts), self.max_text_tokens - 2)]
         return torch.from_numpy(np.concatenate(parts)), torch.tensor([len(part) for part in parts])
 
-    def _regions(self, records: Sequence[RegionRecord]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _regions(self, records: Sequence[RegionRecord | RegionViews]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         for width in {record.features.shape[1] for record in records} - {self.region_feature_size}:
             raise UsageError(f"a record has {width}-d features, and the model takes {self.region_feature_size}-d ones: another detector's")
         return region_rows(records, self.max_regions)

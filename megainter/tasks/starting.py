@@ -93,6 +93,7 @@ def open_start(
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob"):
         if getattr(settings, name) is not None:
             setattr(config, name, getattr(settings, name))
+    config.itc_size = 0  # vectors of a text or image alone are pretraining's: no task trains them further, and its changes would spoil them
     config.max_text_tokens = max_text_tokens or config.max_text_tokens
     config.max_regions = max_regions or config.max_regions
     if config.max_text_tokens is not None and config.max_text_tokens > config.max_position_embeddings:

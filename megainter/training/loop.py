@@ -85,6 +85,9 @@ def _train(run: "Run", stop: StopRequest) -> Path:
             batches = next(steps)
             waited = time.perf_counter() - waiting
             meter.waited += waited
+            if job.prepare_step is not None:
+                watch.at(hangs.FORWARD, step)
+                batches = job.prepare_step(trained, world, step, batches)
 
             # What all ranks together score, whether one was asked to stop, how far a save is: one sum, which no host waits for on a GPU.
             watch.at(hangs.AGREEING, step)

@@ -48,7 +48,8 @@ def _biases_and_norms(model: nn.Module) -> set[str]:
         if isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__
         for p in module.parameters(recurse=False)
     }
-    return {name for name, parameter in model.named_parameters() if name.endswith("bias") or id(parameter) in norm_weights}
+    bare = ("bias", "log_scale")  # the scale of contrast is a bias, of a logarithm
+    return {name for name, parameter in model.named_parameters() if name.endswith(bare) or id(parameter) in norm_weights}
 
 
 def rate_factors(names: list[str], settings: OptimizerConfig) -> dict[str, float]:

@@ -12,7 +12,10 @@ from megainter.errors import UsageError
 from megainter.training.metrics import read_metrics
 from megainter.view.pictures import data_uri
 
-OBJECTIVES = {"msm": ("masked segments", "#3b6fd4"), "mrm": ("masked regions", "#d9692b"), "itm": ("matching", "#1f9d57")}
+OBJECTIVES = {
+    "msm": ("masked segments", "#3b6fd4"), "mrm": ("masked regions", "#d9692b"), "itm": ("matching", "#1f9d57"),
+    "itc": ("contrast", "#8e5bc4"),
+}  # fmt: skip
 INK = "#808a99"  # readable on light and on dark
 SMOOTHED_POINTS = 40  # from so many points on, a running mean is drawn over the raw line
 
@@ -26,7 +29,8 @@ def draw_curves(metrics: Path) -> dict[str, str]:
         raise UsageError(f"{metrics} has no training records yet; look again after some steps")
     figure = Figure(figsize=(12, 3.6), layout="constrained", facecolor="none")
     losses, accuracies = figure.subplots(1, 2)
-    for key, (name, colour) in OBJECTIVES.items():
+    trained = {key: look for key, look in OBJECTIVES.items() if any(f"{key}_loss" in record for record in training)}
+    for key, (name, colour) in trained.items():
         _line(losses, training, f"{key}_loss", name, colour)
         _dots(losses, validation, f"{key}_loss", "none", colour, None)
         _dots(accuracies, validation, f"{key}_accuracy", "-", colour, name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megainter.model.flops import BatchCounts, forward_flops
+from megainter.model.flops import BatchCounts, alone_flops, forward_flops
 from tests.model.tiny import packed_batch, tiny_model
 
 
@@ -16,6 +16,19 @@ def test_equals_the_counter(objective: str) -> None:
         model.score_packed(inputs, msm, mrm)
     counts = BatchCounts.of(inputs.text_lengths, inputs.region_lengths, len(msm), len(mrm))
     assert forward_flops(model.config, counts) == counter.get_total_flops()
+
+
+def test_sides_alone_equal_the_counter() -> None:
+    """A batch of texts alone and one of images alone: in one batch the CPU's attention would pad the shorter side."""
+    model = tiny_model(itc_size=5)
+    text, regions = torch.full((3,), 6), torch.full((2,), 4)
+    none = torch.zeros(0, dtype=torch.int64)
+    batches = packed_batch(text=(6, 6, 6), regions=(0, 0, 0)), packed_batch(text=(0, 0), regions=(4, 4))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for batch in batches:
+            model.vectors_packed(batch)
+    assert alone_flops(model.config, text, regions) == counter.get_total_flops()
+    assert alone_flops(model.config, text, none) + alone_flops(model.config, none, regions) == counter.get_total_flops()
 
 
 def test_counts_add_up() -> None:

@@ -4,6 +4,7 @@ A file of hard negatives is Parquet with one column, ``negatives`` (list of int3
 first. Its metadata holds the digest of those pairs: rows mean nothing for others.
 """
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -123,6 +124,12 @@ def same_text(pairs: Pairs, rows: Int64s, others: Int64s) -> NDArray[np.bool_]:
     """
     texts = (pairs.captions(some) for some in (rows, others))
     return np.fromiter((a == b or plain_text(a) == plain_text(b) for a, b in zip(*texts, strict=True)), np.bool_, len(rows))
+
+
+def text_keys(pairs: Pairs, rows: Int64s) -> Int64s:
+    """int64 [S]: equal for captions that read the same (``same_text``), and for others in one of 2^64 cases."""
+    digests = (hashlib.blake2b(plain_text(caption).encode(), digest_size=8).digest() for caption in pairs.captions(rows))
+    return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
 
 
 def choose_captions(

@@ -28,6 +28,8 @@ class Purpose(IntEnum):
     HARD_CHOICE = 6
     CONDITION = 7
     BLOCKS = 8
+    BATCH_NEGATIVE = 9
+    BATCH_CHOICE = 10
     NEGATIVE = 16  # the j-th attempt at a negative caption uses NEGATIVE + j
 
 

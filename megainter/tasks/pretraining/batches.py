@@ -13,7 +13,8 @@ from megainter.data.packed import PackedInputs, packed_locations, packed_rows
 from megainter.data.stream.portions import forwards, shares
 from megainter.data.stream.steps import GlobalSteps
 from megainter.errors import UsageError
-from megainter.tasks.pretraining.sampling import Draws, Sample, Sampler, Samples, StreamSettings
+from megainter.tasks.pretraining.sampling import Draws, OwnCaptions, Sample, Sampler, Samples, StreamSettings
+from megainter.tasks.pretraining.sides import Hidden, Sides
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class PretrainBatch:
 
     ``msm_positions``, ``msm_labels`` int64 [M] (labels are the original ids); ``mrm_positions`` int64 [K]; ``mrm_targets`` float32 [K, C],
     the detector's class probabilities with background first, or [K, F] the unmasked features for the "feature" objective; ``itm_labels``
-    int64 [S], 0 = matched. ``counted`` False marks a filler: run so that all ranks run as many forwards, and left out of every count.
+    int64 [S], 0 = matched. ``sides`` is what image-text contrast compares, where that is trained. ``counted`` False marks a filler: run
+    so that all ranks run as many forwards, and left out of every count.
     """
 
     inputs: PackedInputs
@@ -32,10 +34,14 @@ class PretrainBatch:
     mrm_targets: torch.Tensor
     itm_labels: torch.Tensor
     counted: bool = True
+    sides: Sides | None = None
 
-    def counts(self) -> tuple[int, int, int]:
-        """(masked tokens, scored masked regions, samples): what the three losses are divided by, summed over the global batch."""
-        return (len(self.msm_positions), len(self.mrm_positions), len(self.itm_labels)) if self.counted else (0, 0, 0)
+    def counts(self) -> tuple[int, ...]:
+        """(masked tokens, scored masked regions, samples), and with ``sides`` samples again: what the losses are divided by, summed over
+        the global batch."""
+        samples = len(self.itm_labels)
+        counts = (len(self.msm_positions), len(self.mrm_positions), samples, *([samples] if self.sides is not None else []))
+        return counts if self.counted else (0,) * len(counts)
 
     def tokens(self) -> int:
         """Real tokens, text and regions."""
@@ -44,27 +50,33 @@ class PretrainBatch:
     def to(self, device: torch.device | str) -> "PretrainBatch":
         """The same batch on ``device``, copied without waiting where its memory is pinned."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
-        return replace(self, inputs=self.inputs.to(device), **moved)
+        sides = self.sides.to(device) if self.sides is not None else None
+        return replace(self, inputs=self.inputs.to(device), sides=sides, **moved)
 
     def pin_memory(self) -> "PretrainBatch":
         """The same batch in page-locked memory (called by the loader); lengths stay as they are, they never leave the CPU."""
         pinned = {name: getattr(self, name).pin_memory() for name in _TENSORS}
-        return replace(self, inputs=self.inputs.pin_memory(), **pinned)
+        sides = self.sides.pin_memory() if self.sides is not None else None
+        return replace(self, inputs=self.inputs.pin_memory(), sides=sides, **pinned)
 
 
 _TENSORS = ("msm_positions", "msm_labels", "mrm_positions", "mrm_targets", "itm_labels")
 
 
-def collate(samples: Samples, settings: StreamSettings, counted: bool = True) -> PretrainBatch:
+def collate(
+    samples: Samples, settings: StreamSettings, counted: bool = True, own: OwnCaptions | None = None, places: Int64s | None = None
+) -> PretrainBatch:
     """Samples as one micro-batch, their features and class probabilities read; regions of each sample follow its global region.
 
+    ``own`` are the samples' own captions, where contrast is trained, and ``places`` int64 [S] the samples' places in the step.
     ``DamagedError`` for a record that is not as it was written.
     """
     counts = samples.regions.counts
     record = np.repeat(np.arange(len(counts)), counts)  # of each region
     rows = packed_rows(counts)
-    spoken = _spoken(samples, settings.gate_msm)
-    features, predicted = _features(samples, settings.region_objective == "feature")
+    spoken = _spoken(samples.msm_positions, samples.text_lengths, samples.draws, settings.gate_msm)
+    hidden = Hidden(samples.regions.schema.feature_size) if own is not None else None
+    features, predicted = _features(samples, settings.region_objective == "feature", hidden)
     inputs = PackedInputs(
         input_ids=torch.from_numpy(samples.ids),
         token_type_ids=torch.zeros(len(samples.ids), dtype=torch.int64),
@@ -81,21 +93,35 @@ def collate(samples: Samples, settings: StreamSettings, counted: bool = True) ->
         mrm_targets=_class_targets(samples, record) if settings.region_objective == "class" else torch.from_numpy(predicted),
         itm_labels=torch.from_numpy(samples.draws.itm_labels),
         counted=counted,
+        sides=Sides.of(own, places, samples.draws, hidden) if own is not None and places is not None and hidden is not None else None,
     )
 
 
-def _spoken(samples: Samples, gate_msm: bool) -> NDArray[np.bool_]:
+def _spoken(positions: Int64s, text_lengths: Int64s, draws: Draws, gate_msm: bool) -> NDArray[np.bool_]:
     """bool [M]: which of the masked tokens are scored."""
     if not gate_msm:
-        return np.ones(len(samples.msm_positions), np.bool_)
-    sample = np.searchsorted(np.cumsum(samples.text_lengths), samples.msm_positions, side="right")
-    return samples.draws.itm_labels[sample] == 0
+        return np.ones(len(positions), np.bool_)
+    sample = np.searchsorted(np.cumsum(text_lengths), positions, side="right")
+    return draws.itm_labels[sample] == 0
 
 
-def _features(samples: Samples, wanted: bool) -> tuple[torch.Tensor, NDArray[np.float32]]:
+def with_captions(batch: PretrainBatch, draws: Draws, sampler: Sampler) -> PretrainBatch:
+    """The same micro-batch showing the captions of ``draws``, which are its samples but for these; masked as each would be alone."""
+    ids, lengths, positions, labels = sampler.texts(draws)
+    spoken = _spoken(positions, lengths, draws, sampler.settings.gate_msm)
+    made = [ids, np.zeros_like(ids), positions[spoken], labels[spoken]]
+    rows = [torch.from_numpy(array) for array in made]
+    if batch.msm_labels.is_pinned():
+        rows = [row.pin_memory() for row in rows]
+    inputs = replace(batch.inputs, input_ids=rows[0], token_type_ids=rows[1], text_lengths=torch.from_numpy(lengths))
+    return replace(batch, inputs=inputs, msm_positions=rows[2], msm_labels=rows[3])
+
+
+def _features(samples: Samples, wanted: bool, hidden: Hidden | None = None) -> tuple[torch.Tensor, NDArray[np.float32]]:
     """float16 [Nr, F]: masked regions are zero, and the global region is the mean over all of them after masking (official code).
 
-    Where ``wanted`` also float32 [K, F], what the scored regions were. A sample is read, blanked and summed while it is in the cache.
+    Where ``wanted`` also float32 [K, F], what the scored regions were; ``hidden`` takes what all masked ones were. A sample is read,
+    blanked and summed while it is in the cache.
     """
     regions, size = samples.regions, samples.regions.schema.feature_size
     ends, numbers = np.cumsum(regions.counts), np.arange(len(samples))
@@ -110,7 +136,10 @@ def _features(samples: Samples, wanted: bool) -> tuple[torch.Tensor, NDArray[np.
         stored = regions.features(i, own)
         if wanted:
             predicted.append(stored[samples.scored[begin : begin + len(own)]].astype(np.float32))
-        own[zeroed[cuts[i] : cuts[i + 1]] - begin] = 0
+        blanked = zeroed[cuts[i] : cuts[i + 1]] - begin
+        if hidden is not None and len(blanked):
+            hidden.keep(begin + i, blanked, part)
+        own[blanked] = 0
         torch.sum(part, 0, dtype=torch.float32, out=total)  # several times as fast as NumPy's
     means = sums / torch.from_numpy(regions.counts.clip(min=1))[:, None]
     features[torch.from_numpy(ends - regions.counts + numbers)] = means.half()
@@ -146,7 +175,7 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
         draws = self.draws(step)
         mine = self.steps.mine(self.sampler.lengths(draws))
         self.sampler.announce(draws, np.concatenate(mine))
-        return [self._batch(draws, share) for share in mine]
+        return [self.batch(draws, share) for share in mine]
 
     def places(self, step: int) -> list[Int64s]:
         """Places within the global step of the samples of each of this rank's micro-batches."""
@@ -169,8 +198,11 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
     def sample_ids(self, step: int) -> list[str]:
         """Pair ids of a global step's samples; of a mismatched one also the pair whose caption it shows."""
         draws, name = self.draws(step), self.sampler.pairs.pair_id
-        shown = zip(draws.rows.tolist(), draws.caption_rows.tolist(), strict=True)
-        return [name(row) if row == caption else f"{name(row)} with the caption of {name(caption)}" for row, caption in shown]
+        shown = zip(draws.rows.tolist(), draws.caption_rows.tolist(), self.sampler.drawn_in_step(draws).tolist(), strict=True)
+        return [
+            f"{name(row)} with another caption of the step" if drawn else name(row) if row == caption
+            else f"{name(row)} with the caption of {name(caption)}" for row, caption, drawn in shown
+        ]  # fmt: skip
 
     def sample_digests(self, step: int) -> list[tuple[int, str]]:
         """(place in the global step, hex digest) of this rank's samples; all ranks' together give ``combined_digest``."""
@@ -183,8 +215,11 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
         draws = self.draws(step)
         return combined_digest([(i, self.sampler.digest(self.sampler.sample(draws, i)).hex()) for i in range(len(draws))])
 
-    def _batch(self, draws: Draws, share: Int64s) -> PretrainBatch:
-        return collate(self.sampler.samples(draws, share), self.settings)
+    def batch(self, draws: Draws, places: Int64s, counted: bool = True) -> PretrainBatch:
+        """Samples ``places`` of ``draws`` as one micro-batch."""
+        samples = self.sampler.samples(draws, places)
+        own = self.sampler.own_captions(samples.draws.rows) if self.settings.contrast else None
+        return collate(samples, self.settings, counted=counted, own=own, places=places)
 
 
 def combined_digest(digests: list[tuple[int, str]]) -> str:
@@ -216,8 +251,7 @@ class ValidationBatches(Dataset[PretrainBatch]):
             raise IndexError(i)
         share = self._shares[i * self.stream.steps.world_size + self.stream.steps.rank]
         filler = len(share) == 0
-        samples = self.stream.sampler.samples(self._draws, self._shares[0][:1] if filler else share)
-        return collate(samples, self.stream.settings, counted=not filler)
+        return self.stream.batch(self._draws, self._shares[0][:1] if filler else share, counted=not filler)
 
 
 def _fixed_shares(stream: PretrainStream, lengths: Int64s, turns: int) -> list[Int64s]:

@@ -1,6 +1,7 @@
-"""The three pretraining objectives of one micro-batch, normalised by counts over the global batch.
+"""The pretraining objectives of one micro-batch, normalised by counts over the global batch.
 
-Paper section 3 (masked segment modeling, masked region modeling, image-text matching). The losses are sums divided by the
+Paper section 3 (masked segment modeling, masked region modeling, image-text matching), and where it is asked for image-text contrast, whose
+losses and gradients come from a comparison over the global batch (``contrast.py``). The losses are sums divided by the
 number of masked tokens, scored regions and samples of the whole global batch, so that the gradient depends neither on the
 number of ranks nor on the number of micro-batches.
 """
@@ -17,15 +18,27 @@ from megainter.tasks.pretraining.batches import PretrainBatch
 from megainter.transfers import Constants
 
 OBJECTIVES = ("msm", "mrm", "itm")
+CONTRAST = "itc"
 
 
 @dataclass(frozen=True)
 class ObjectiveWeights:
-    """Weights of the three losses in their sum."""
+    """Weights of the losses in their sum; contrast of weight 0 is none."""
 
     msm: float = 1.0
     mrm: float = 1.0
     itm: float = 1.0
+    itc: float = 0.0
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the objectives that are trained, in the order of tallies and counts."""
+        return (*OBJECTIVES, CONTRAST) if self.itc > 0 else OBJECTIVES
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Their weights."""
+        return tuple(getattr(self, name) for name in self.objectives)
 
 
 class PretrainingStep(nn.Module):
@@ -34,29 +47,53 @@ class PretrainingStep(nn.Module):
     def __init__(self, model: InterBertForPreTraining, weights: ObjectiveWeights) -> None:
         super().__init__()
         self.model = model
-        self._weights = Constants((weights.msm, weights.mrm, weights.itm))
+        self._weights = Constants(weights.values)
+        self._contrasts = weights.itc > 0
 
-    def forward(self, batch: PretrainBatch, counts: Tensor | None, each: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Loss share (scalar, fp32) and ``tallies`` [2, 3] fp32: loss sums and correct predictions of the three objectives.
+    def forward(self, batch: PretrainBatch, counts: Tensor | None, each: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """Loss share (scalar, fp32) and ``tallies`` [2, K] fp32: loss sums and correct predictions of the K objectives.
 
-        ``counts`` [3] fp32: masked tokens, scored regions, samples of the global batch (at least 1 each). A filler batch
+        ``counts`` [K] fp32: masked tokens, scored regions, samples (and samples again) of the global batch, at least 1 each. A filler batch
         (``batch.counted`` False) runs like any other, so that collectives match, and weighs nothing.
 
-        ``each``: the loss sums of each sample, [S, 3], and no counts.
+        Without ``counts`` the vectors of both sides alone and the scale, as ``InterBertForPreTraining.vectors_packed`` gives them: the first
+        half of the contrast. ``each``: the loss sums of each sample, [S, K], and no counts.
         """
+        if counts is None and not each:
+            assert batch.sides is not None
+            return self.model.vectors_packed(batch.sides.inputs(batch.inputs))
+
+        # First, so that after the same seed dropout falls on the vectors as it does without counts.
+        contrast = self._contrast(batch) if self._contrasts else []
         if each:
             return self._each(batch)
-        assert counts is not None  # but for each
+        assert counts is not None  # but for the above
         made = self.model.judge_packed(batch.inputs, batch.msm_positions, batch.msm_labels, batch.mrm_positions)
         region_sum = self._region_sum(made.mrm_logits, batch.mrm_targets)
-        sums = torch.stack([made.msm_sum, region_sum, kernels.cross_entropy_sum(made.itm_logits, batch.itm_labels)])
+        sums = torch.stack([made.msm_sum, region_sum, kernels.cross_entropy_sum(made.itm_logits, batch.itm_labels), *contrast[:1]])
         if not batch.counted:
             sums = sums * 0.0
         loss = (self._weights.on(sums.device) * sums / counts).sum()
-        return loss, torch.stack([sums.detach(), self._correct(made, batch) * float(batch.counted)])
+        right = torch.cat([self._correct(made, batch), *contrast[1:]])
+        return loss, torch.stack([sums.detach(), right * float(batch.counted)])
+
+    def _contrast(self, batch: PretrainBatch) -> list[Tensor]:
+        """The contrast's loss sum of the samples, float32 [], and how many are right, [1]; zeros where nothing was compared.
+
+        The sum's value is what the comparison over the global batch said; its gradient is that of the whole comparison by these samples'
+        vectors, of which all others see theirs as constants (GradCache, arXiv 2101.06983).
+        """
+        assert batch.sides is not None
+        answers = batch.sides.answers
+        if answers is None:  # validation compares for itself
+            nothing = batch.inputs.region_features.new_zeros(1, dtype=torch.float32)
+            return [nothing[0], nothing]
+        texts, regions, scale = self.model.vectors_packed(batch.sides.inputs(batch.inputs))
+        pulled = (texts * answers.text_gradient).sum() + (regions * answers.region_gradient).sum() + (scale * answers.scale_gradient).sum()
+        return [answers.losses.sum() + (pulled - pulled.detach()), answers.right.sum()[None]]
 
     def _each(self, batch: PretrainBatch) -> Tensor:
-        """Loss sums of each sample, fp32 [S, 3]; their dropout is that of ``forward``, as the heads have none."""
+        """Loss sums of each sample, fp32 [S, K]; their dropout is that of ``forward``, as the heads have none."""
         made = self.model.score_packed(batch.inputs, batch.msm_positions, batch.mrm_positions)
         targets, logits = batch.mrm_targets.float(), made.mrm_logits.float()
         if self.model.config.region_objective == "feature":
@@ -68,6 +105,10 @@ class PretrainingStep(nn.Module):
         sums[:, 0].index_add_(0, spoken, F.cross_entropy(made.msm_logits.float(), batch.msm_labels, reduction="none"))
         sums[:, 1].index_add_(0, seen, regions)
         sums[:, 2] = F.cross_entropy(made.itm_logits.float(), batch.itm_labels, reduction="none")
+        if self._contrasts:
+            assert batch.sides is not None
+            answers = batch.sides.answers
+            sums = torch.cat([sums, answers.losses[:, None] if answers is not None else torch.zeros_like(sums[:, :1])], dim=1)
         return sums
 
     def _region_sum(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.integers import Int64s
 from megainter.data.matching import require_images, rows_by_storage
 from megainter.data.stream.masking import REGION_DRAWS, TEXT_DRAWS, Bools, Uniforms, mask_regions_of_images, mask_texts, recipe
-from megainter.data.stream.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text
+from megainter.data.stream.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text, text_keys
 from megainter.data.stream.order import Purpose, SampleGenerators, permuted, permuted_by_blocks, uniform
 from megainter.data.tables.pairs import Pairs
 from megainter.data.text.layout import marked_end_to_end, marked_places
@@ -29,8 +29,11 @@ class StreamSettings:
 
     ``gate_msm``: mismatched captions are not scored for masked segments (the official code scores them). ``conditional_masking``: a sample
     has either its text or its regions masked, by a fair coin, so that what is masked is predicted beside an intact other side (UNITER;
-    the official code's --cond_mask means that, but shares the zeroed features between both). ``shuffle`` False: sample n is row n, in
-    every epoch. ``block`` samples that come after each other are of images that lie near each other in the store; 0: all is shuffled.
+    the official code's --cond_mask means that, but shares the zeroed features between both). ``contrast``: batches also hold each sample's
+    own caption and its regions without masks, each for itself. ``batch_negatives``: this share of the mismatched samples is shown another
+    caption of the same step in place of the drawn one, chosen when the step is trained (``fresh.py``). ``shuffle`` False: sample n is
+    row n, in every epoch. ``block`` samples that come after each other are of images that lie near each other in the store; 0: all is
+    shuffled.
     """
 
     seed: int
@@ -44,6 +47,8 @@ class StreamSettings:
     hard_negative_share: float = HARD_SHARE  # of the mismatched captions, where the stream has hard negatives
     region_objective: Literal["class", "feature"] = "class"
     gate_msm: bool = False
+    contrast: bool = False
+    batch_negatives: float = 0.0
     shuffle: bool = True
     block: int = 0
 
@@ -60,6 +65,16 @@ class Draws:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+
+@dataclass(frozen=True)
+class OwnCaptions:
+    """The captions that belong to the images of S samples, without masks: ``ids`` int64 [Nt], [CLS] caption [SEP] end to end, and
+    ``lengths`` int64 [S]. ``keys`` int64 [S, 2]: the image's number and a hash of the text, by which equal ones are known."""
+
+    ids: Int64s
+    lengths: Int64s
+    keys: Int64s
 
 
 @dataclass(frozen=True)
@@ -229,6 +244,27 @@ class Sampler:
         scored = masked & np.repeat(here.itm_labels == 0, regions.counts)
         return Samples(here, *self._texts(here, in_text), regions, masked, zeroed, scored, self.settings.region_objective == "class")
 
+    def own_captions(self, rows: Int64s) -> OwnCaptions:
+        """The captions of ``rows`` int64 [S] of the pairs, whatever a sample of theirs shows."""
+        captions = [self.tokens[row] for row in rows.tolist()]
+        lengths = np.array([len(caption) for caption in captions], dtype=np.int64)
+        ids = marked_end_to_end(np.concatenate([np.zeros(0, np.int32), *captions]), lengths, self.vocabulary.cls_id, self.vocabulary.sep_id)
+        keys = [self.pairs.image_numbers[rows], text_keys(self.pairs, rows)]
+        return OwnCaptions(ids, lengths + 2, np.stack(keys, axis=1).astype(np.int64))
+
+    def drawn_in_step(self, draws: Draws) -> Bools:
+        """bool [S]: which samples are shown another caption of their step, by ``batch_negatives``."""
+        coins = self._coins(draws.epochs, draws.numbers, Purpose.BATCH_NEGATIVE)
+        return (draws.itm_labels == 1) & (coins < self.settings.batch_negatives)
+
+    def choices_in_step(self, draws: Draws) -> NDArray[np.float64]:
+        """Uniform numbers in [0, 1) by which they are chosen, float64 [S]."""
+        return self._coins(draws.epochs, draws.numbers, Purpose.BATCH_CHOICE)
+
+    def texts(self, draws: Draws) -> tuple[Int64s, Int64s, Int64s, Int64s]:
+        """The texts that samples ``draws`` show, masked: ids end to end, lengths, masked positions and labels, as in ``Samples``."""
+        return self._texts(draws, self._sides(draws.epochs, draws.numbers)[0])
+
     def _store_rows(self, rows: Int64s) -> NDArray[np.integer]:
         return self.store_rows[self.pairs.image_numbers[rows]]
 
@@ -237,10 +273,15 @@ class Sampler:
         if not self.settings.conditional_masking:
             every = np.ones(len(numbers), np.bool_)
             return every, every
+        coins = self._coins(epochs, numbers, Purpose.CONDITION)
+        return coins < 0.5, coins >= 0.5
+
+    def _coins(self, epochs: Int64s, numbers: Int64s, purpose: Purpose) -> NDArray[np.float64]:
+        """A uniform number in [0, 1) for each sample, float64 [S]."""
         coins = np.empty(len(numbers))
         for epoch in np.unique(epochs).tolist():
-            coins[epochs == epoch] = uniform(self.settings.seed, epoch, numbers[epochs == epoch], Purpose.CONDITION)
-        return coins < 0.5, coins >= 0.5
+            coins[epochs == epoch] = uniform(self.settings.seed, epoch, numbers[epochs == epoch], purpose)
+        return coins
 
     def _texts(self, draws: Draws, in_text: Bools) -> tuple[Int64s, Int64s, Int64s, Int64s]:
         """[CLS] masked caption [SEP] of all samples end to end, their lengths, masked positions, and labels."""

@@ -193,6 +193,8 @@ def _stream(
         hard_negative_share=data.hard_negative_share,
         region_objective=config.model.region_objective,
         gate_msm=data.gate_msm,
+        contrast=training.itc_weight > 0,
+        batch_negatives=data.batch_negatives if name == "train" else 0.0,
         shuffle=name == "train",
         block=(data.block or BLOCK) if by_storage is not None else 0,
     )
@@ -251,7 +253,7 @@ def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureS
     names = [
         name
         for name in vars(model)
-        if name not in ("start_from", "gradient_checkpointing", "vocab_size", "region_feature_size", "num_region_classes")
+        if name not in ("start_from", "gradient_checkpointing", "vocab_size", "region_feature_size", "num_region_classes", "itc_size")
         and not name.startswith("_")
     ]
     return InterBertConfig(
@@ -260,5 +262,6 @@ def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureS
         num_region_classes=store.schema.num_classes,
         max_regions=config.data.max_regions,
         max_text_tokens=config.data.max_text_tokens,
+        itc_size=model.itc_size if config.training.itc_weight > 0 else 0,
         **{name: getattr(model, name) for name in names},
     )

@@ -1,5 +1,6 @@
-"""Pretraining as a job of the training loop: the three objectives on captions and regions."""
+"""Pretraining as a job of the training loop: its objectives on captions and regions."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,22 @@ from transformers.utils import logging as transformers_logging
 
 from megainter.config.settings import RunConfig
 from megainter.model.configuration import InterBertConfig
-from megainter.model.flops import BatchCounts, forward_flops
+from megainter.model.flops import BatchCounts, alone_flops, forward_flops
 from megainter.model.folder import read_config
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.tasks.pretraining.batches import PretrainBatch, validation_batches
-from megainter.tasks.pretraining.objective import OBJECTIVES, ObjectiveWeights, PretrainingStep
+from megainter.tasks.pretraining.contrast import Gathering, answered, compare, compare_in_steps, vectors_of_step
+from megainter.tasks.pretraining.fresh import with_fresh_captions
+from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sources import Sources, model_configuration, open_sources
 from megainter.tasks.pretraining.starting import DROPOUTS, with_start
+from megainter.training.arrival import Arrivals
 from megainter.training.collective import summed
 from megainter.training.job import Job, summarise
-from megainter.training.loop import counted, train
+from megainter.training.loop import counted, dropout_seed, train
 from megainter.training.world import World
 
+PrepareStep = Callable[[Any, World, int, list[PretrainBatch]], list[PretrainBatch]]
 
 def pretrain(config: RunConfig) -> Path:
     """Pretrain as ``config`` says, alone or as one rank of any launcher. Returns the last checkpoint's folder; raises as ``loop.train``."""
@@ -31,12 +36,13 @@ def open_job(config: RunConfig, world: World) -> Job:
     config = with_start(config)
     sources = open_sources(config, world.rank, world.size)
     architecture = model_configuration(config, sources.vocabulary.size, sources.store)
-    weights = ObjectiveWeights(config.training.msm_weight, config.training.mrm_weight, config.training.itm_weight)
+    training = config.training
+    weights = ObjectiveWeights(training.msm_weight, training.mrm_weight, training.itm_weight, training.itc_weight)
     captions = f"{sources.samples:,} captions, {len(sources.store):,} images with regions, vocabulary of {sources.vocabulary.size}"
     lacking = () if sources.validation is not None else (f"no captions of split {config.validation.split!r}: no validation",)
     job = Job(
-        objectives=OBJECTIVES,
-        weights=(weights.msm, weights.mrm, weights.itm),
+        objectives=weights.objectives,
+        weights=weights.values,
         batches=sources.training,
         accumulation=sources.training.steps.accumulation,
         samples=sources.samples,
@@ -54,36 +60,67 @@ def open_job(config: RunConfig, world: World) -> Job:
         gradient_checkpointing=config.model.gradient_checkpointing,
         validate=(lambda trained, world: _validate(config, sources, job, trained, world)) if sources.validation is not None else None,
         validate_every=config.validation.every_steps,
+        prepare_step=_contrasting(config, sources, world) if training.itc_weight > 0 else None,
     )
     return job
 
 
+def _contrasting(config: RunConfig, sources: Sources, world: World) -> PrepareStep:
+    """What comes before a step that contrasts its samples: all vectors, captions drawn by them, and what each is told."""
+    arrivals, seed, samples = Arrivals(world.device), config.training.seed, config.training.global_batch
+
+    def prepare(trained: Any, world: World, step: int, batches: list[PretrainBatch]) -> list[PretrainBatch]:
+        seeded = lambda micro: torch.manual_seed(dropout_seed(seed, step, micro, world.rank))  # noqa: E731
+        vectors = vectors_of_step(trained, world, arrivals, batches, samples, seeded)
+        if config.data.batch_negatives > 0:
+            batches = with_fresh_captions(batches, vectors, sources.training.sampler)
+        return answered(batches, compare(vectors))
+
+    return prepare
+
+
 def _forward_flops(config: InterBertConfig, batch: PretrainBatch) -> int:
+    """The pass of pairs, and with contrast that of both sides alone; the one before it, without gradients, does not count."""
     counts = BatchCounts.of(batch.inputs.text_lengths, batch.inputs.region_lengths, len(batch.msm_positions), len(batch.mrm_positions))
-    return forward_flops(config, counts)
+    if batch.sides is None:
+        return forward_flops(config, counts)
+    return forward_flops(config, counts) + alone_flops(config, batch.sides.text_lengths, batch.inputs.region_lengths)
 
 
 def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertForPreTraining:
-    """The model with the weights of ``model.start_from``, dropouts and lengths as in ``settings``, or fresh ones (``with_start``)."""
+    """The model with the weights of ``model.start_from``, dropouts and lengths as in ``settings``, or fresh ones (``with_start``).
+
+    Vectors of contrast begin anew where the start has none, and are left behind where the run does not train them.
+    """
     start = config.model.start_from
     if start is None:
         return InterBertForPreTraining(settings)
     transformers_logging.disable_progress_bar()
     found = read_config(start)
-    for name in (*DROPOUTS, "max_regions", "max_text_tokens"):
+    for name in (*DROPOUTS, "max_regions", "max_text_tokens", "itc_size"):
         setattr(found, name, getattr(settings, name))
     started: InterBertForPreTraining = InterBertForPreTraining.from_pretrained(start, config=found)
     return started
 
 
 def _validate(config: RunConfig, sources: Sources, job: Job, trained: Any, world: World) -> dict[str, float]:
-    """The three losses and accuracies on the fixed validation samples, each counted once over all ranks."""
+    """The losses and accuracies on the fixed validation samples, each counted once over all ranks.
+
+    Contrast compares as many of them at a time as a training step does, the first ones, the next ones, and so on.
+    """
     assert sources.validation is not None
-    tallies, counts = torch.zeros(2, len(OBJECTIVES), device=world.device), torch.zeros(len(OBJECTIVES))
-    ones = torch.ones(len(OBJECTIVES), device=world.device)
+    kinds, contrasts = len(job.objectives), config.training.itc_weight > 0
+    tallies, counts, ones = torch.zeros(2, kinds, device=world.device), torch.zeros(kinds), torch.ones(kinds, device=world.device)
     batches = validation_batches(sources.validation, config.validation.samples)
+    gathering = Gathering(batches.count, world)
     for number in range(len(batches)):
         batch = batches[number]
-        tallies += trained(batch.to(world.device), ones)[1]
+        here = batch.to(world.device)
+        tallies += trained(here, ones)[1]
         counts += counted([batch])
-    return summarise(job, summed(tallies), summed(counts.to(world.device)))
+        if contrasts:
+            gathering.add(batch, trained(here, None))
+    tallies = summed(tallies)
+    if contrasts:
+        tallies[:, -1] = compare_in_steps(gathering.all(), config.training.global_batch)
+    return summarise(job, tallies, summed(counts.to(world.device)))

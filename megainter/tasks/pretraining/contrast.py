@@ -1,0 +1,144 @@
+"""Image-text contrast over the global batch: every caption against every image of a step, whatever ranks and micro-batches hold them.
+
+A pass without gradients gives all vectors, each rank those of its samples; all ranks then compare all of them, and the micro-batches take
+the gradient by their own samples' vectors from there (GradCache, arXiv 2101.06983). So the loss and its gradient depend neither on the
+number of ranks nor on the cut into micro-batches, and no more than one micro-batch's activations are kept.
+
+Shape letters: N samples of the global batch, in the order of the sequence, B a block of them, D width of a vector.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megainter.model.heads import LARGEST_SCALE
+from megainter.tasks.pretraining.batches import PretrainBatch
+from megainter.tasks.pretraining.sides import Answers
+from megainter.training.arrival import Arrivals
+from megainter.training.world import World
+from megainter.transfers import sent
+
+BLOCK = 1024  # captions or images that are compared with all others at once
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What is compared: ``texts`` and ``regions`` float32 [N, D] of length 1, ``log_scale`` [1], and ``keys`` int64 [N, 3] (see ``Sides``),
+    all on one device and equal on all ranks."""
+
+    texts: Tensor
+    regions: Tensor
+    log_scale: Tensor
+    keys: Tensor
+
+
+def excluded(keys_B: Tensor, keys_N: Tensor) -> Tensor:
+    """bool [B, N]: pairs that are no wrong answers, of one image or with texts that read the same; a sample and itself among them."""
+    same_image = keys_B[:, None, 0] == keys_N[None, :, 0]
+    return same_image | (keys_B[:, None, 1] == keys_N[None, :, 1])
+
+
+def scale_of(log_scale: Tensor) -> Tensor:
+    """What dot products are multiplied by: at most 100, as in CLIP."""
+    return log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
+
+
+def compare(vectors: Vectors, block: int = BLOCK) -> Answers:
+    """Which of the N images belongs to a caption, and which of the captions to an image: cross entropy over all, both ways, in fp32.
+
+    A sample's loss is the mean of both ways; the gradients are those of the sum over samples. Samples of the same image, and those whose
+    text reads the same, are left out of each other's answers. ``block`` rows are compared at a time, so that N x N is never in memory.
+    """
+    with torch.enable_grad():
+        texts, regions, log_scale = (tensor.detach().requires_grad_() for tensor in (vectors.texts, vectors.regions, vectors.log_scale))
+        losses, right = torch.zeros(len(texts), device=texts.device), torch.zeros(len(texts), device=texts.device)
+        for asking, answering in ((texts, regions), (regions, texts)):
+            for start in range(0, len(texts), block):
+                own = torch.arange(start, min(start + block, len(texts)), device=texts.device)
+                wrong = excluded(vectors.keys[own], vectors.keys).scatter(1, own[:, None], False)
+                logits = (scale_of(log_scale) * asking[own] @ answering.T).masked_fill(wrong, -math.inf)
+                loss = F.cross_entropy(logits, own, reduction="none") / 2
+                loss.sum().backward()
+                losses[own] += loss.detach()
+                right[own] += (logits.argmax(1) == own).float() / 2
+    assert texts.grad is not None
+    assert regions.grad is not None
+    assert log_scale.grad is not None
+    return Answers(losses, right, texts.grad, regions.grad, log_scale.grad)
+
+
+def vectors_of_step(
+    trained: Any, world: World, arrivals: Arrivals, batches: Sequence[PretrainBatch], samples: int, seed: Callable[[int], Any]
+) -> Vectors:
+    """The vectors of all ``samples`` of a step, by a pass of this rank's micro-batches without gradients. Collective.
+
+    ``seed(micro)`` seeds dropout as for the micro-batch's own pass, so that its vectors are these, to the bit.
+    """
+    gathering = Gathering(samples, world)
+    with torch.no_grad():
+        for micro, (batch, here) in enumerate(arrivals.each(batches)):
+            seed(micro)
+            gathering.add(batch, trained(here, None))
+    return gathering.all()
+
+
+class Gathering:
+    """Collects the vectors of this rank's samples by their places among N, and gives those of all ranks."""
+
+    def __init__(self, samples: int, world: World) -> None:
+        self._vectors: Tensor | None = None
+        self._keys = torch.zeros(samples, 3, dtype=torch.int64)
+        self._log_scale = torch.zeros(1, device=world.device)
+        self._samples, self._world = samples, world
+
+    def add(self, batch: Any, made: tuple[Tensor, Tensor, Tensor]) -> None:
+        """What the model made of a micro-batch's sides; a filler's is nobody's."""
+        texts, regions, self._log_scale = made
+        if self._vectors is None:
+            self._vectors = torch.zeros(self._samples, 2, texts.shape[1], device=self._world.device)
+        if batch.counted and batch.sides is not None:
+            self._vectors[sent(batch.sides.places, self._world.device)] = torch.stack([texts, regions], dim=1)
+            self._keys[batch.sides.places] = batch.sides.keys
+
+    def all(self) -> Vectors:
+        """The vectors of all N. Every place is one rank's, and zero on all others: the sum is theirs to the bit. Collective."""
+        assert self._vectors is not None
+        keys = sent(self._keys, self._world.device)
+        for tensor in (self._vectors, keys):
+            dist.all_reduce(tensor)
+        return Vectors(self._vectors[:, 0], self._vectors[:, 1], self._log_scale.detach(), keys)
+
+
+def compare_in_steps(vectors: Vectors, samples: int) -> Tensor:
+    """Sums of losses and of right answers, float32 [2], where ``samples`` at a time are compared, in order."""
+    sums = torch.zeros(2, device=vectors.texts.device)
+    for start in range(0, len(vectors.texts), samples):
+        here = slice(start, start + samples)
+        some = compare(Vectors(vectors.texts[here], vectors.regions[here], vectors.log_scale, vectors.keys[here]))
+        sums += torch.stack([some.losses.sum(), some.right.sum()])
+    return sums
+
+
+def answered(batches: Sequence[PretrainBatch], answers: Answers) -> list[PretrainBatch]:
+    """This rank's micro-batches with what the comparison said of their samples."""
+    return [_answered(batch, answers) for batch in batches]
+
+
+def _answered(batch: PretrainBatch, answers: Answers) -> PretrainBatch:
+    assert batch.sides is not None
+    places = sent(batch.sides.places, answers.losses.device)
+    share = len(batch.sides.places) / len(answers.losses)  # of the scale's gradient: micro-batches of all ranks add up to it
+    own = Answers(
+        losses=answers.losses[places],
+        right=answers.right[places],
+        text_gradient=answers.text_gradient[places],
+        region_gradient=answers.region_gradient[places],
+        scale_gradient=answers.scale_gradient * share,
+    )
+    return replace(batch, sides=replace(batch.sides, answers=own))

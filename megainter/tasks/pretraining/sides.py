@@ -1,0 +1,105 @@
+"""What image-text contrast compares: each sample's own caption and its image's regions, without masks and each alone.
+
+Shape letters: S samples of a micro-batch, Nt tokens of their own captions, Nr regions (global ones included), Z of these that masking
+changed, F width of a feature, D width of a vector.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megainter.data.integers import Int64s
+from megainter.data.packed import PackedInputs
+from megainter.tasks.pretraining.sampling import Draws, OwnCaptions
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the comparison over the global batch said of the samples of a micro-batch: ``losses`` and ``right`` float32 [S], the mean of
+    both directions; and the gradient of the sum of all losses, ``text_gradient`` and ``region_gradient`` float32 [S, D] by the samples'
+    vectors, ``scale_gradient`` [1] their share of that by the logarithm of the scale."""
+
+    losses: Tensor
+    right: Tensor
+    text_gradient: Tensor
+    region_gradient: Tensor
+    scale_gradient: Tensor
+
+    def to(self, device: torch.device | str) -> "Answers":
+        """The same on ``device``."""
+        return Answers(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both sides of a micro-batch's samples, for themselves.
+
+    ``places`` int64 [S] in the global step, and ``keys`` int64 [S, 3]: the image's number, a hash of the text, the pair's row; both stay
+    on the CPU, as ``text_lengths`` int64 [S]. ``input_ids`` int64 [Nt]. Regions are those of the batch, but for the rows that masking
+    changed: ``hidden_rows`` int64 [Z] were ``hidden_features`` float16 [Z, F]. ``draws`` are the samples as the stream drew them.
+    """
+
+    places: Tensor
+    keys: Tensor
+    text_lengths: Tensor
+    input_ids: Tensor
+    hidden_rows: Tensor
+    hidden_features: Tensor
+    draws: Draws
+    answers: Answers | None = None
+
+    @classmethod
+    def of(cls, own: OwnCaptions, places: Int64s, draws: Draws, hidden: "Hidden") -> "Sides":
+        """The sides of samples ``draws``, whose own captions and hidden regions are these."""
+        return cls(
+            places=torch.from_numpy(places),
+            keys=torch.from_numpy(np.concatenate([own.keys, draws.rows[:, None]], axis=1)),
+            text_lengths=torch.from_numpy(own.lengths),
+            input_ids=torch.from_numpy(own.ids),
+            hidden_rows=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *hidden.rows])),
+            hidden_features=torch.cat([torch.zeros(0, hidden.width, dtype=torch.float16), *hidden.features]),
+            draws=draws,
+        )
+
+    def inputs(self, shown: PackedInputs) -> PackedInputs:
+        """S texts alone and then S images alone, in one batch, where ``shown`` are the inputs of the micro-batch, as masked."""
+        features = shown.region_features.index_copy(0, self.hidden_rows, self.hidden_features.to(shown.region_features.dtype))
+        nothing = torch.zeros_like(self.text_lengths)
+        return PackedInputs(
+            input_ids=self.input_ids,
+            token_type_ids=torch.zeros_like(self.input_ids),
+            text_lengths=torch.cat([self.text_lengths, nothing]),
+            region_features=features,
+            region_locations=shown.region_locations,
+            region_lengths=torch.cat([nothing, shown.region_lengths]),
+        )
+
+    def to(self, device: torch.device | str) -> "Sides":
+        """The same on ``device``, copied without waiting where its memory is pinned."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _MOVED}
+        return replace(self, answers=self.answers.to(device) if self.answers is not None else None, **moved)
+
+    def pin_memory(self) -> "Sides":
+        """The same in page-locked memory."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _MOVED})
+
+
+_MOVED = ("input_ids", "hidden_rows", "hidden_features")
+
+
+@dataclass
+class Hidden:
+    """Collects what masking takes from the regions of a micro-batch: packed rows and what they were, image by image."""
+
+    width: int  # of a feature
+    rows: list[Int64s] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+
+    def keep(self, first: int, blanked: Int64s, part: Tensor) -> None:
+        """Regions ``blanked`` of an image with regions ``part`` float16 [n, F], whose global region is row ``first``: these, and the mean
+        of all, which they are part of."""
+        mean = torch.sum(part, 0, keepdim=True, dtype=torch.float32) / len(part)
+        self.rows.append(np.concatenate([[first], first + 1 + blanked]))
+        self.features += [mean.half(), part[torch.from_numpy(blanked)]]

@@ -1,0 +1,136 @@
+"""Vectors of texts alone and images alone: what a mixed batch gives is what each gives by itself; from Python, from a folder, converted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megainter import InterBertForPreTraining, InterBertForRetrieval, InterBertProcessor
+from megainter.config.settings import OptimizerConfig
+from megainter.conversion.hugging_face import convert_hugging_face
+from megainter.conversion.official import convert_official, to_official
+from megainter.data.feature_store import FeatureStore
+from megainter.data.packed import PackedInputs
+from megainter.data.tables.pairs import read_pairs
+from megainter.errors import UsageError
+from megainter.training.optimizer import parameter_groups
+from tests.model.tiny import packed_batch, tiny_config, tiny_model
+from tests.synthetic import write_data
+from tests.tasks.retrieval.test_evaluation import write_model
+
+TEXT, REGIONS = (5, 9, 1, 7), (3, 1, 6, 4)
+
+
+def mixed() -> tuple[PackedInputs, PackedInputs, PackedInputs]:
+    """Texts alone, images alone, and both in one batch in turns: text, image, text, and so on."""
+    texts, images = packed_batch(1, TEXT, (0,) * 4), packed_batch(2, (0,) * 4, REGIONS)
+    lengths_t, lengths_r = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+    lengths_t[::2], lengths_r[1::2] = torch.tensor(TEXT), torch.tensor(REGIONS)
+    both = PackedInputs(
+        texts.input_ids, texts.token_type_ids, lengths_t, images.region_features, images.region_locations, lengths_r
+    )  # fmt: skip
+    return texts, images, both
+
+
+def test_a_mixed_batch_gives_what_each_side_gives_by_itself() -> None:
+    model = tiny_model(itc_size=5)
+    texts, images, both = mixed()
+    pooled_texts, pooled_images = model.interbert.pool_alone(both)
+    torch.testing.assert_close(pooled_texts, model.interbert.pool(texts)[0])
+    torch.testing.assert_close(pooled_images, model.interbert.pool(images)[1])
+    assert pooled_texts.std() > 0.05
+    made = model.vectors_packed(both)
+    assert (made[0].shape, made[1].shape, made[2].shape) == ((4, 5), (4, 5), (1,))
+    torch.testing.assert_close(torch.cat(made[:2]).norm(dim=1), torch.ones(8))
+    torch.testing.assert_close(made[0], model.vectors_packed(texts)[0])
+
+
+def test_a_text_sees_neither_other_texts_nor_any_image() -> None:
+    model = tiny_model(itc_size=5).double()
+    texts, _, both = mixed()
+    features = both.region_features.double().requires_grad_()
+    embedded = model.interbert.text_embeddings.word.weight
+    doubled = {"region_features": features, "region_locations": both.region_locations.double()}
+    made = model.vectors_packed(PackedInputs(**vars(both) | doubled))
+    assert torch.autograd.grad(made[0].square().sum(0)[0], features, retain_graph=True)[0].abs().max() == 0
+    seen = torch.autograd.grad(made[0][1, 0], embedded)[0].abs().sum(1) > 0
+    assert set(seen.nonzero()[:, 0].tolist()) == set(texts.input_ids[5:14].tolist())
+
+
+def test_a_sample_of_both_sides_or_of_none_is_refused() -> None:
+    model = tiny_model(itc_size=5)
+    for text, regions in (((5, 3), (0, 2)), ((5, 0), (0, 0))):
+        with pytest.raises(UsageError, match="both text and regions, or neither"):
+            model.vectors_packed(packed_batch(0, text, regions))
+    with pytest.raises(UsageError, match="single-modal samples by themselves"):
+        model.interbert.pool(mixed()[2])
+
+
+def test_the_head_is_there_where_it_is_asked_for_alone() -> None:
+    assert "itc_head" not in {name.partition(".")[0] for name, _ in tiny_model().named_parameters()}
+    extra = {name: p.shape for name, p in tiny_model(itc_size=5).named_parameters() if name.startswith("itc_head.")}
+    assert extra == {"itc_head.log_scale": (1,), "itc_head.text.weight": (5, 16), "itc_head.text.bias": (5,),
+                     "itc_head.region.weight": (5, 16), "itc_head.region.bias": (5,)}  # fmt: skip
+    with pytest.raises(UsageError, match=r"training\.itc_weight above 0"):
+        tiny_model().vectors_packed(packed_batch(1, TEXT, (0,) * 4))
+    with pytest.raises(UsageError, match="itc_size"):
+        tiny_config(itc_size=-1)
+
+
+def test_the_scale_does_not_decay() -> None:
+    model = tiny_model(itc_size=5)
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert model.itc_head is not None
+    assert decay[id(model.itc_head.log_scale)] == 0
+    assert decay[id(model.itc_head.text.weight)] == 0.1
+
+
+def test_texts_and_images_by_name(tmp_path: Path) -> None:
+    pairs_path, store_path = write_data(tmp_path, images=13)
+    folder = write_model(tmp_path / "model", pairs_path, itc_size=8)
+    pairs, store = read_pairs(pairs_path), FeatureStore(store_path)
+    texts, records = pairs.table.column("caption").to_pylist(), [store[image_id] for image_id in pairs.image_ids]
+    processor = InterBertProcessor.from_pretrained(folder)
+    for kind in (InterBertForRetrieval, InterBertForPreTraining):
+        model = kind.from_pretrained(folder).eval()
+        text_vectors, image_vectors = model.encode_texts(texts, batch_texts=4), model.encode_images(records, batch_images=5)
+        assert (text_vectors.shape, image_vectors.shape) == ((26, 8), (13, 8))
+        assert text_vectors.dtype == image_vectors.dtype == torch.float32
+        with torch.no_grad():
+            for i in (0, 7, 25):
+                torch.testing.assert_close(text_vectors[i], model.vectors_packed(processor.pack([texts[i]], None))[0][0])
+            for i in (0, 12):
+                torch.testing.assert_close(image_vectors[i], model.vectors_packed(processor.pack(None, [records[i]]))[1][0])
+        assert len(model.encode_texts([], processor)) == 0
+        with pytest.raises(UsageError, match="sequence of str"):
+            model.encode_texts("a text", processor)
+        with pytest.raises(UsageError, match="batch_texts is 0"):
+            model.encode_texts(texts, processor, batch_texts=0)
+        with pytest.raises(UsageError, match="training mode"):
+            model.train().encode_images(records, processor)
+
+
+def test_conversions_keep_the_head_and_the_official_form_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model(itc_size=5)
+    model.save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(45))]) + "\n")
+    (tmp_path / "ours" / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
+    convert_hugging_face(tmp_path / "ours", tmp_path / "again", verify=True)
+    again = InterBertForPreTraining.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
+
+    weights = tmp_path / "weights"  # alone, without a configuration: the width is in the tensors
+    weights.mkdir()
+    torch.save(model.state_dict(), weights / "pytorch_model.bin")
+    (weights / "sizes.json").write_text(json.dumps({"num_attention_heads": 4, "num_region_attention_heads": 3}))
+    convert_hugging_face(weights / "pytorch_model.bin", tmp_path / "read", config_file=weights / "sizes.json")
+    assert InterBertForPreTraining.from_pretrained(tmp_path / "read").config.itc_size == 5
+
+    to_official(tmp_path / "ours", tmp_path / "official.bin")
+    assert "itc_head) has no place" in capsys.readouterr().out
+    convert_official(tmp_path / "official.bin", tmp_path / "back")
+    back = InterBertForPreTraining.from_pretrained(tmp_path / "back")
+    assert back.config.itc_size == 0
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in back.named_parameters())
