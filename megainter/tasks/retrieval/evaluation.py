@@ -26,6 +26,7 @@ from megainter.tasks.retrieval.gallery import Gallery, read_gallery, tokenize
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.pairs import CandidatesToScore, PairsToScore, pairs_to_score
 from megainter.tasks.retrieval.prefilter.candidates import Candidates, choose_candidates, found_shares, rank_candidates
+from megainter.tasks.retrieval.prefilter.own import OwnVectors
 from megainter.tasks.retrieval.prefilter.towers import DualEncoder, caption_vectors, image_vectors, load_prefilter, prefilter_digest
 from megainter.tasks.retrieval.ranking import (
     RECALL_AT,
@@ -54,10 +55,10 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
     wants thousands. Beside the JSON, ``<output>.top.parquet`` lists the best images of each caption; ``scores`` takes the whole
     matrix, one row per caption. Started again after a kill, the same call goes on where it was.
 
-    With ``prefilter`` the dual encoder in ``prefilter_model`` chooses so many images for every caption and captions for every image, and
-    only the union of these pairs is scored (``scores`` then has one row per pair). A query is ranked among its own candidates; where the
-    right one is not among them, its rank is counted as the last of the gallery. The figures are of InterBERT's order; beside them stand
-    those of the first stage's and of both together.
+    With ``prefilter`` the dual encoder in ``prefilter_model``, or where none is given the model by its own vectors, chooses so many images
+    for every caption and captions for every image, and only the union of these pairs is scored (``scores`` then has one row per pair).
+    A query is ranked among its own candidates; where the right one is not among them, its rank is counted as the last of the gallery. The
+    figures are of InterBERT's order; beside them stand those of the first stage's and of both together.
 
     ``folds`` also cuts the gallery into so many parts of consecutive images and gives the mean of their recalls: with 5 of COCO's 5,000
     images its "1K" figures, from the scores of the "5K" ones.
@@ -73,7 +74,7 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
 
     # The pairs to score: all, or those that a first stage chooses.
     gallery, everything = inputs.gallery, inputs.job
-    stage, chosen = _first_stage(inputs, options) if inputs.encoder is not None else (None, None)
+    stage, chosen = _first_stage(model, inputs, options) if options.prefilter is not None else (None, None)
     job = everything if chosen is None else CandidatesToScore(everything, chosen.keys)
     shape = (len(gallery.image_ids), len(gallery.rows)) if chosen is None else (len(chosen.keys), 1)
     devices = choose_devices(options.device, inputs.precision, options.processes, shape[0] * shape[1], len(job))
@@ -108,7 +109,7 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an evaluation reads, opened and known to fit together; ``job`` is all pairs of the gallery, ``encoder`` the first stage."""
+    """What an evaluation reads, opened and known to fit together; ``job`` is all pairs, ``encoder`` a separate first stage."""
 
     gallery: Gallery
     job: PairsToScore
@@ -126,6 +127,11 @@ def _open_inputs(found: Located, options: RetrievalEvaluation) -> Inputs:
     store = FeatureStore(options.store)
     vocabulary = check_model(model, config, store, max_text_tokens)
     encoder = load_prefilter(options.prefilter_model, vocabulary, store) if options.prefilter_model is not None else None
+    if options.prefilter is not None and encoder is None and not config.itc_size:
+        raise UsageError(
+            f"--prefilter: {model} has no vectors of its own (pretrained with training.itc_weight above 0); give --prefilter-model, "
+            "a folder that `megainter finetune prefilter` made"
+        )
 
     gallery = read_gallery(options.pairs, store, options.split, options.images, options.captions_per_image, options.max_missing)
     if options.folds is not None and len(gallery.image_ids) % options.folds:
@@ -145,30 +151,35 @@ def _open_inputs(found: Located, options: RetrievalEvaluation) -> Inputs:
     return Inputs(gallery=gallery, job=job, store=store, vocabulary=vocabulary, encoder=encoder, precision=precision, facts=facts)
 
 
-def _first_stage(inputs: Inputs, options: RetrievalEvaluation) -> tuple[FirstStage, Candidates]:
+def _first_stage(model: Path, inputs: Inputs, options: RetrievalEvaluation) -> tuple[FirstStage, Candidates]:
     """Choose the candidates of every query, and see how well that went."""
-    assert inputs.encoder is not None  # as ``_check`` saw to
     assert options.prefilter is not None
-    assert options.prefilter_model is not None
-    start = time.monotonic()
-    device, gallery = torch_device(options.device), inputs.gallery
-    encoder = inputs.encoder.to(device)
-    captions = caption_vectors(encoder, tokenize(gallery.texts(), inputs.vocabulary, encoder.settings.max_text_tokens), device)
-    chosen = choose_candidates(captions, image_vectors(encoder, inputs.store, gallery.image_ids, device), options.prefilter)
+    start, gallery, device = time.monotonic(), inputs.gallery, torch_device(options.device)
+    if options.prefilter_model is None:
+        own = OwnVectors(model, inputs.vocabulary, inputs.facts["max_text_tokens"], inputs.facts["max_regions"], device)
+        captions, images, scale = own.captions(gallery.texts()), own.images(inputs.store, gallery.image_ids), own.scale
+        folder, digest = model, inputs.facts["model_digest"]
+    else:
+        assert inputs.encoder is not None  # as it was opened with the rest
+        encoder = inputs.encoder.to(device)
+        captions = caption_vectors(encoder, tokenize(gallery.texts(), inputs.vocabulary, encoder.settings.max_text_tokens), device)
+        images, scale = image_vectors(encoder, inputs.store, gallery.image_ids, device), float(encoder.log_scale.detach().exp())
+        folder, digest = options.prefilter_model, prefilter_digest(options.prefilter_model)
+    chosen = choose_candidates(captions, images, options.prefilter)
     seconds = time.monotonic() - start
 
     ranks = rank_candidates(chosen, gallery.image_of_caption, chosen.images.scores, chosen.captions.scores)
     of_captions, of_images = found_shares(chosen, gallery.image_of_caption)
     stage = FirstStage(
-        model=str(options.prefilter_model),
-        model_digest=prefilter_digest(options.prefilter_model),
+        model=str(folder),
+        model_digest=digest,
         candidates=options.prefilter,
         pairs=len(chosen.keys),
         bound_text_to_image=of_captions,
         bound_image_to_text=of_images,
         text_to_image=text_to_image(ranks),
         image_to_text=image_to_text(ranks, gallery.image_of_caption),
-        scale=float(encoder.log_scale.detach().exp()),
+        scale=scale,
         seconds=round(seconds, 3),
     )
     return stage, chosen
@@ -204,8 +215,8 @@ def _check(options: RetrievalEvaluation, top: Path) -> None:
     if not 0 <= options.max_missing <= 1:
         raise UsageError(f"--max-missing is {options.max_missing}; give a share, 0 to 1")
 
-    if (options.prefilter is None) != (options.prefilter_model is None):
-        raise UsageError("--prefilter (how many candidates) and --prefilter-model (its folder) go together; give both or neither")
+    if options.prefilter is None and options.prefilter_model is not None:
+        raise UsageError("--prefilter-model is the folder of a first stage; give --prefilter (how many candidates) with it")
     if options.prefilter is not None and options.prefilter < max(RECALL_AT):
         raise UsageError(f"--prefilter is {options.prefilter}; give at least {max(RECALL_AT)}, or R@{max(RECALL_AT)} would mean nothing")
     if options.folds is not None and options.prefilter is not None:

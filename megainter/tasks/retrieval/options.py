@@ -37,9 +37,9 @@ class RetrievalEvaluation:
     scores: Path | None = None
     """Also write the whole score matrix (Parquet, a row per caption) to this file; with --prefilter the scored pairs, a row each."""
     prefilter: int | None = None
-    """For a large gallery: score only so many images of each caption and captions of each image, the nearest by --prefilter-model."""
+    """For a large gallery: score only so many images of each caption and captions of each image, the nearest by vectors."""
     prefilter_model: Path | None = None
-    """Folder that `megainter finetune prefilter` made."""
+    """Folder that `megainter finetune prefilter` made; none: the model's own vectors, of pretraining with training.itc_weight."""
     max_missing: float = 0.01
     """Share of the split's images that may be left out because they have no regions; not checked where --images is given."""
     folds: int | None = None

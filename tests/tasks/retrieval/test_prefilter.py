@@ -14,6 +14,7 @@ from megainter.data.feature_store import FeatureStore
 from megainter.data.tables.pairs import read_pairs
 from megainter.errors import UsageError
 from megainter.model.folder import read_config, read_vocabulary
+from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval import evaluation
 from megainter.tasks.retrieval.gallery import read_gallery, tokenize
 from megainter.tasks.retrieval.options import RetrievalEvaluation
@@ -262,8 +263,27 @@ def test_a_prefilter_that_does_not_fit_is_refused(data: tuple[Path, Path, Path],
     assert PrefilterSettings(**settings).format == 1
 
 
+def test_a_model_with_vectors_is_its_own_first_stage(tmp_path: Path) -> None:
+    pairs, path = write_data(tmp_path, images=IMAGES, captions=CAPTIONS)
+    folder = write_model(tmp_path / "model", pairs, itc_size=8)
+    report = evaluate(folder, pairs, path, output=tmp_path / "out.json", split="train", prefilter=KEEP, scores=tmp_path / "scores.parquet")
+
+    store, model = FeatureStore(path), InterBertForRetrieval.from_pretrained(folder).eval()
+    gallery = read_gallery(pairs, store, "train", None, None)
+    texts = model.encode_texts(gallery.texts())
+    images = model.encode_images([store[image_id] for image_id in gallery.image_ids])
+    chosen = choose_candidates(texts, images, KEEP)
+    ranks = rank_candidates(chosen, gallery.image_of_caption, chosen.images.scores, chosen.captions.scores)
+    assert report.prefilter is not None
+    assert report.prefilter.text_to_image.r_at_1 == (ranks.caption_ranks == 1).mean()
+    assert (report.prefilter.model, report.prefilter.model_digest) == (str(folder), report.model_digest)
+    assert report.prefilter.pairs == len(chosen.keys) == len(scored(tmp_path / "scores.parquet"))
+    assert report.both_stages is not None
+    assert report.prefilter.scale == pytest.approx(1 / 0.07, rel=1e-6)
+
+
 def test_options_that_cannot_be_are_one_clear_line(data: tuple[Path, Path, Path], trained: Path, tmp_path: Path) -> None:
-    cases = [("go together", {"prefilter": 20}), ("go together", {"prefilter_model": trained})]
+    cases = [("has no vectors of its own", {"prefilter": 20}), ("give --prefilter", {"prefilter_model": trained})]
     cases += [("at least 10", {"prefilter": 9, "prefilter_model": trained})]
     for text, options in cases:
         with pytest.raises(UsageError, match=text):
