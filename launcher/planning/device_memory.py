@@ -5,11 +5,13 @@ from dataclasses import dataclass, fields
 from launcher.planning.shape import (
     Load,
     Shape,
+    alone_flops,
     forward_flops,
     kept_rows_bytes,
     kept_scores_bytes,
     parameters,
     spared_bytes,
+    without_masks,
 )
 from megainter.precision import Precision
 
@@ -121,10 +123,16 @@ def _cpu_buffers(shape: Shape, load: Load, layout: Layout) -> float:
 
 
 def activations(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> float:
-    """What the forward pass keeps of a micro-batch until its backward pass, logits aside."""
+    """What the forward pass keeps of a micro-batch until its backward pass, logits aside; with contrast of both sides alone too, the same
+    rows again."""
+    pairs = _kept_of_pass(shape, load, layout, cpu, alone=False)
+    return pairs + (_kept_of_pass(shape, without_masks(load), layout, cpu, alone=True) if shape.itc_size else 0.0)
+
+
+def _kept_of_pass(shape: Shape, load: Load, layout: Layout, cpu: bool, alone: bool) -> float:
     width = layout.width
     rows = load.rows(shape)
-    scores = kept_scores_bytes(shape, load, width) if cpu else 0.0
+    scores = kept_scores_bytes(shape, load, width, alone) if cpu else 0.0
     embedded = load.samples * (
         load.regions * shape.region_feature_size * (2 + width) + (load.text + load.regions) * shape.hidden_size * 4 * width
     )
@@ -146,5 +154,7 @@ def checkpoint_bytes(shape: Shape, averaged: bool = False) -> float:
 
 
 def flops_per_step(shape: Shape, load: Load, layout: Layout) -> float:
-    """Operations of one rank in one optimiser step: forward, twice that backward, and forward again with checkpointing."""
-    return (4 if layout.checkpointing else 3) * layout.accumulation * forward_flops(shape, load)
+    """Operations of one rank in one optimiser step: forward, twice that backward, and forward again with checkpointing; with contrast both
+    sides alone before it all."""
+    before = alone_flops(shape, load) if shape.itc_size else 0.0
+    return layout.accumulation * ((4 if layout.checkpointing else 3) * forward_flops(shape, load) + before)

@@ -3,7 +3,7 @@
 The same model as `megainter.model`, counted without building it; tests compare both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megainter.config.settings import RunConfig
 
@@ -12,7 +12,10 @@ VOCABULARY, FEATURES, CLASSES = 30522, 2048, 1601  # where the recipe takes them
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an InterBERT, in the names of its configuration; ``targets`` is the width of the region head."""
+    """Sizes of an InterBERT, in the names of its configuration; ``targets`` is the width of the region head.
+
+    ``itc_size`` above 0: image-text contrast is trained, for which a step runs both sides alone, once more before it without gradients.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -29,6 +32,7 @@ class Shape:
     type_vocab_size: int
     hidden_dropout: bool = True
     attention_dropout: bool = True
+    itc_size: int = 0
 
     @property
     def layers(self) -> int:
@@ -69,6 +73,7 @@ def shape_of(config: RunConfig, vocab_size: int | None = None, features: int | N
         targets=classes if model.region_objective == "class" else features,
         hidden_dropout=model.hidden_dropout_prob > 0,
         attention_dropout=model.attention_probs_dropout_prob > 0,
+        itc_size=model.itc_size if config.training.itc_weight > 0 else 0,
         **{name: getattr(model, name) for name in same},
     )
 
@@ -101,12 +106,14 @@ def parameters(shape: Shape) -> int:
     regions = hidden * (shape.region_feature_size + 1) + hidden * (5 + 1) + 2 * hidden
     head = hidden * (hidden + 1) + 2 * hidden
     heads = 2 * head + shape.vocab_size + shape.targets * (hidden + 1)
-    return text + regions + shape.layers * layer_parameters(shape) + 2 * pooled * (hidden + 1) + heads + 2 * pooled + 2
+    contrast = 2 * shape.itc_size * (pooled + 1) + 1 if shape.itc_size else 0
+    return text + regions + shape.layers * layer_parameters(shape) + 2 * pooled * (hidden + 1) + heads + 2 * pooled + 2 + contrast
 
 
 def tensors(shape: Shape) -> int:
-    """Parameter tensors: weight and bias of six linear layers and two norms in a layer, and 28 around (embeddings, poolers, heads)."""
-    return 16 * shape.layers + 28
+    """Parameter tensors: weight and bias of six linear layers and two norms in a layer, and 28 around (embeddings, poolers, heads); five
+    more of contrast."""
+    return 16 * shape.layers + 28 + (5 if shape.itc_size else 0)
 
 
 def layer_parameters(shape: Shape) -> int:
@@ -116,7 +123,8 @@ def layer_parameters(shape: Shape) -> int:
 
 
 def forward_flops(shape: Shape, load: Load) -> float:
-    """Operations of one forward pass over a micro-batch whose samples are equally long (multiply and add are two)."""
+    """Operations of one forward pass over a micro-batch whose samples are equally long (multiply and add are two), of both sides alone too
+    where contrast is trained."""
     hidden, pooled, samples = shape.hidden_size, shape.pooler_size, load.samples
     layers = (
         shape.num_interaction_layers * _layer_flops(shape, load.text + load.regions, load.text + load.regions)
@@ -127,7 +135,21 @@ def forward_flops(shape: Shape, load: Load) -> float:
     poolers = 2 * samples * (2 * hidden * pooled + 2 * pooled)
     msm = 2 * samples * load.masked_text * hidden * (hidden + shape.vocab_size)
     mrm = 2 * samples * load.masked_regions * hidden * (hidden + shape.targets)
-    return layers + embeddings + poolers + msm + mrm
+    return layers + embeddings + poolers + msm + mrm + (alone_flops(shape, load) if shape.itc_size else 0.0)
+
+
+def alone_flops(shape: Shape, load: Load) -> float:
+    """Operations of one pass of a micro-batch's texts alone and images alone, to their vectors."""
+    layers = shape.num_interaction_layers * (_layer_flops(shape, load.text, load.text) + _layer_flops(shape, load.regions, load.regions))
+    streams = _stream_flops(shape, shape.num_text_layers, load.text, 1) + _stream_flops(shape, shape.num_region_layers, load.regions, 1)
+    embeddings = 2 * load.regions * shape.hidden_size * (shape.region_feature_size + 5)
+    heads = 4 * shape.pooler_size * (shape.hidden_size + shape.itc_size)
+    return load.samples * (layers + streams + embeddings + heads)
+
+
+def without_masks(load: Load) -> Load:
+    """The same samples where no masked place is asked for, as each side alone is."""
+    return replace(load, masked_text=0.0, masked_regions=0.0)
 
 
 def _stream_flops(shape: Shape, layers: int, length: float, asked: float) -> float:
@@ -153,10 +175,14 @@ def kept_rows_bytes(shape: Shape, width: int, padded: bool) -> float:
     return (8 * shape.hidden_size + 2 * shape.intermediate_size) * width + masks
 
 
-def kept_scores_bytes(shape: Shape, load: Load, width: int) -> float:
-    """Bytes of attention probabilities that the CPU's plain form keeps over all layers: softmax, and with dropout its mask and product."""
+def kept_scores_bytes(shape: Shape, load: Load, width: int, alone: bool = False) -> float:
+    """Bytes of attention probabilities that the CPU's plain form keeps over all layers: softmax, and with dropout its mask and product.
+
+    ``alone``: of both sides alone, two sequences a sample, which that form pads to the longer one.
+    """
     copies = 3 if shape.attention_dropout else 1
-    joint = shape.num_interaction_layers * shape.num_attention_heads * (load.text + load.regions) ** 2
+    squares = 2 * max(load.text, load.regions) ** 2 if alone else (load.text + load.regions) ** 2
+    joint = shape.num_interaction_layers * shape.num_attention_heads * squares
     text = shape.num_text_layers * shape.num_attention_heads * load.text**2
     regions = shape.num_region_layers * shape.num_region_attention_heads * load.regions**2
     unasked = sum(heads * length * idle for heads, length, idle in (

@@ -131,8 +131,13 @@ def efficiency(shape: Shape, load: Load, device: Device) -> float:
 
 
 def launches(shape: Shape, layout: Layout) -> float:
-    """Kernels that the host launches in one optimiser step; with checkpointing the forward pass, a third of them, comes twice."""
-    model = LAYER_LAUNCHES * shape.layers * (4 / 3 if layout.checkpointing else 1)
+    """Kernels that the host launches in one optimiser step; with checkpointing the forward pass, a third of them, comes twice.
+
+    Contrast takes all layers a second time, and a forward pass before.
+    """
+    layers = LAYER_LAUNCHES * shape.layers
+    model = layers * (4 / 3 if layout.checkpointing else 1)
+    model = 2 * model + layers / 3 if shape.itc_size else model
     return layout.accumulation * (model + OTHER_LAUNCHES + COPIES[layout.stage] * tensors(shape))
 
 
@@ -159,8 +164,10 @@ def step_time(shape: Shape, load: Load, layout: Layout, cluster: Cluster) -> Ste
 
 
 def traffic(shape: Shape, load: Load, layout: Layout) -> float:
-    """Bytes that activations, norms, residuals and dropout move in forward and backward of a micro-batch: three times what is kept."""
+    """Bytes that activations, norms, residuals and dropout move in forward and backward of a micro-batch: three times what is kept; with
+    contrast twice that, and once more for the pass before."""
     passes = 4 if layout.checkpointing else 3
+    passes = 2 * passes + 1 if shape.itc_size else passes
     return passes * load.rows(shape) * (8 * shape.hidden_size + 2 * shape.intermediate_size) * layout.width
 
 
@@ -177,7 +184,7 @@ def communication_bytes(shape: Shape, layout: Layout) -> float:
 
     Stage 0 all-reduces once. Stage 1 all-reduces once and gathers the weights; stage 2 all-reduces at every micro-batch: DeepSpeed 0.19
     sums whole buckets on all ranks, of which each keeps its share (``use_multi_rank_bucket_allreduce``). Stage 3 reduces to shares, and
-    gathers the weights for the forward and the backward pass of every micro-batch.
+    gathers the weights for the forward and the backward pass of every micro-batch, with contrast for each of its passes.
     """
     if layout.ranks == 1:
         return 0.0
@@ -190,6 +197,7 @@ def communication_bytes(shape: Shape, layout: Layout) -> float:
     if layout.stage == 2:
         return 2 * gradients * layout.accumulation + weights
     gathers = 3 if layout.checkpointing else 2
+    gathers = 2 * gathers + 1 if shape.itc_size else gathers
     return (gradients + gathers * weights) * layout.accumulation
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.planning.device_memory import CPU_BUCKET, Layout, activations, memory
+from launcher.planning.device_memory import CPU_BUCKET, Layout, activations, flops_per_step, memory
 from launcher.planning.goodput import Reliability, best_interval, curve, goodput, pace, simulate
 from launcher.planning.layouts import Corpus, choices, deepspeed_settings, recommended
 from launcher.planning.shape import Load, Shape, forward_flops, load_of, parameters, shape_of, tensors
@@ -19,6 +19,7 @@ from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts
+from megainter.model.flops import alone_flops as counted_alone
 from megainter.model.flops import forward_flops as counted_flops
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import engine
@@ -61,7 +62,16 @@ def test_every_recipe_has_the_size_it_says(name: str) -> None:
 def test_operations_are_those_the_trainer_counts() -> None:
     load = Load(samples=4, text=9, regions=6, masked_text=2, masked_regions=1)
     lengths = torch.full((4,), 9), torch.full((4,), 6)
-    assert forward_flops(SMALL, load) == counted_flops(configuration(SMALL), BatchCounts.of(*lengths, 8, 4))
+    pairs = counted_flops(configuration(SMALL), BatchCounts.of(*lengths, 8, 4))
+    assert forward_flops(SMALL, load) == pairs
+    contrast = dataclasses.replace(SMALL, itc_size=24)
+    assert forward_flops(contrast, load) == pairs + counted_alone(configuration(contrast), *lengths)
+    step = flops_per_step(contrast, load, Layout(0, 1, accumulation=2))
+    assert step == 2 * (3 * pairs + 4 * counted_alone(configuration(contrast), *lengths)), "both sides alone run once more, before"
+    with torch.device("meta"):
+        model = InterBertForPreTraining(configuration(contrast))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters(contrast)
+    assert len(list(model.parameters())) == tensors(contrast)
 
 
 @pytest.mark.parametrize("dropout", [True, False])
@@ -73,8 +83,16 @@ def test_activations_are_what_autograd_keeps(dropout: bool) -> None:
     assert expected == pytest.approx(kept_by_autograd(shape, load), rel=0.05)
 
 
+def test_activations_of_contrast_are_what_autograd_keeps() -> None:
+    """Within 6 %: both sides alone beside the pairs."""
+    shape = dataclasses.replace(SMALL, itc_size=24)
+    load = Load(samples=8, text=24, regions=16, masked_text=0, masked_regions=0)
+    expected = activations(shape, load, Layout(0, 1, "fp32"), cpu=True)
+    assert expected == pytest.approx(kept_by_autograd(shape, load), rel=0.06)
+
+
 def kept_by_autograd(shape: Shape, load: Load) -> int:
-    """Bytes of the storages that one forward pass on the CPU leaves for the backward pass."""
+    """Bytes of the storages that one forward pass on the CPU leaves for the backward pass, with contrast of both its passes."""
     model = InterBertForPreTraining(configuration(shape)).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     tokens, regions = int(load.samples * load.text), int(load.samples * load.regions)
@@ -92,9 +110,19 @@ def kept_by_autograd(shape: Shape, load: Load) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if shape.itc_size:
+            vectors = model.vectors_packed(each_alone(inputs))
         scores = model.score_packed(inputs, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     assert scores.itm_logits.requires_grad
+    assert not shape.itc_size or vectors[0].requires_grad
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def each_alone(inputs: PackedInputs) -> PackedInputs:
+    """The batch's texts alone, and then its images alone."""
+    nothing = torch.zeros_like(inputs.text_lengths)
+    texts, regions = torch.cat([inputs.text_lengths, nothing]), torch.cat([nothing, inputs.region_lengths])
+    return dataclasses.replace(inputs, text_lengths=texts, region_lengths=regions)
 
 
 def test_states_add_up_to_what_zero_promises() -> None:
