@@ -157,8 +157,9 @@ def _first_stage(model: Path, inputs: Inputs, options: RetrievalEvaluation) -> t
     start, gallery, device = time.monotonic(), inputs.gallery, torch_device(options.device)
     if options.prefilter_model is None:
         own = OwnVectors(model, inputs.vocabulary, inputs.facts["max_text_tokens"], inputs.facts["max_regions"], device)
-        captions, images, scale = own.captions(gallery.texts()), own.images(inputs.store, gallery.image_ids), own.scale
-        folder, digest = model, inputs.facts["model_digest"]
+        made = own.encode_texts(gallery.texts()), own.images_of(inputs.store, gallery.image_ids)
+        captions, images = (torch.from_numpy(vectors).to(device) for vectors in made)
+        folder, digest, scale = model, own.digest, own.scale
     else:
         assert inputs.encoder is not None  # as it was opened with the rest
         encoder = inputs.encoder.to(device)

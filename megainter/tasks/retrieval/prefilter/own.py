@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord
+from megainter.data.feature_store.views import RegionViews
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import NumericsError
+from megainter.model.folder import model_digest
 from megainter.model.heads import LARGEST_SCALE
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.model.processor import InterBertProcessor
@@ -18,33 +23,41 @@ AT_ONCE = 1024  # images that are read together
 
 
 class OwnVectors:
-    """The vectors of the model in ``folder``, in fp32 on ``device``; ``scale`` is what their products are multiplied by in training."""
+    """Vectors float32 of length 1 on the CPU, of the model in ``folder``, computed in fp32 on ``device``.
+
+    ``size`` D of them, ``scale`` from a dot product to a logit, as in training; ``most`` regions of an image that are looked at, ``digest``
+    of what computes them. ``UsageError`` for a model without vectors.
+    """
 
     def __init__(self, folder: Path, vocabulary: Vocabulary, max_text_tokens: int, max_regions: int, device: torch.device) -> None:
         self.model = load_model(folder, InterBertForRetrieval)
         self.model.to(device)  # type: ignore[arg-type]
         self.processor = InterBertProcessor(vocabulary, self.model.config.region_feature_size, max_text_tokens, max_regions)
-        self.device = device
+        self.size, self.most, self.digest = self.model.config.itc_size, max_regions, model_digest(folder)
 
     @property
     def scale(self) -> float:
-        """At most 100, as in training."""
-        assert self.model.itc_head is not None  # as encoding sees to
+        """At most 100."""
+        assert self.model.itc_head is not None
         return min(float(self.model.itc_head.log_scale.detach().exp()), LARGEST_SCALE)
 
-    def captions(self, texts: Sequence[str]) -> torch.Tensor:
-        """float32 [C, D] on the device, of length 1."""
-        return _finite(self.model.encode_texts(texts, self.processor), "captions").to(self.device)
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """[n, D]; ``NumericsError`` where the weights are not finite."""
+        return _finite(self.model.encode_texts(texts, self.processor), "captions").numpy()
 
-    def images(self, store: FeatureStore, image_ids: Sequence[str]) -> torch.Tensor:
-        """float32 [I, D] on the device, of length 1; every record is read once."""
+    def encode_images(self, images: Sequence[RegionRecord | RegionViews]) -> NDArray[np.float32]:
+        """[n, D]; ``NumericsError`` where the weights are not finite."""
+        return _finite(self.model.encode_images(images, self.processor), "images").numpy()
+
+    def images_of(self, store: FeatureStore, image_ids: Sequence[str]) -> NDArray[np.float32]:
+        """[I, D]; every record is read once."""
         parts = []
         with Progress("reading images", len(image_ids), "images") as progress:
             for start in range(0, len(image_ids), AT_ONCE):
                 some = image_ids[start : start + AT_ONCE]
-                parts.append(self.model.encode_images(store.views(some, self.processor.max_regions), self.processor))
+                parts.append(self.encode_images(store.views(some, self.most)))
                 progress.update(len(some))
-        return _finite(torch.cat(parts), "images").to(self.device)
+        return np.concatenate(parts)
 
 
 def _finite(vectors: torch.Tensor, of: str) -> torch.Tensor:
