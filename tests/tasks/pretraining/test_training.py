@@ -1,20 +1,23 @@
 """What a run takes from the model it starts from, and what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megainter.config.reading import load_config
-from megainter.config.settings import RunConfig
+from megainter.config.settings import RunConfig, StartConfig
 from megainter.data.feature_store import FeatureStore
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
-from megainter.model.interbert import InterBertForPreTraining
+from megainter.model.interbert import InterBertForPreTraining, InterBertForRetrieval
 from megainter.tasks.pretraining.sources import check_store
 from megainter.tasks.pretraining.starting import with_start
 from megainter.tasks.pretraining.training import starting_model
+from megainter.tasks.starting import open_start
 from tests.synthetic import TINY, settings, write_data
+from tests.tasks.retrieval.test_evaluation import write_model
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(50))]
 SIZES = {"vocab_size": 60, "region_feature_size": 16, "num_region_classes": 8}
@@ -89,3 +92,38 @@ def test_a_start_of_another_detector_is_refused_with_a_remedy(start: Path, tmp_p
             (tmp_path / "wider" / name).write_bytes((start / name).read_bytes())
         with pytest.raises(UsageError, match=r"num_region_classes 9, the features .* have 8: .*convert bert BERT START --store"):
             check_store(with_start(run(tmp_path / "wider")), opened)
+
+
+def test_vectors_begin_anew_are_kept_or_left_behind(start: Path, tmp_path: Path) -> None:
+    contrast, plain = run(start, training__itc_weight=1.0), run(start)
+    torch.manual_seed(5)
+    assert with_start(contrast).model.itc_size == 256, "a start without vectors says nothing of their width"
+    fresh = starting_model(contrast, InterBertConfig(**SIZES, itc_size=256))
+    assert fresh.itc_head is not None
+    assert fresh.config.itc_size == 256
+    assert fresh.itc_head.log_scale.item() == pytest.approx(2.6592, abs=1e-4)
+    assert 0.01 < float(fresh.itc_head.text.weight.detach().std()) < 0.03
+    assert not fresh.itc_head.text.bias.any()
+
+    own = InterBertForPreTraining(InterBertConfig(**SIZES, **{**TINY, "num_text_layers": 2}, itc_size=12))
+    own.save_pretrained(tmp_path / "own")
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tmp_path / "own" / name).write_bytes((start / name).read_bytes())
+    contrast, plain = (replace(config, model=replace(config.model, start_from=tmp_path / "own")) for config in (contrast, plain))
+    assert with_start(contrast).model.itc_size == 12
+    kept = starting_model(contrast, InterBertConfig(**SIZES, itc_size=12))
+    assert kept.itc_head is not None
+    assert own.itc_head is not None
+    assert torch.equal(kept.itc_head.region.weight, own.itc_head.region.weight)
+    left = starting_model(plain, InterBertConfig(**SIZES))
+    assert (left.itc_head, left.config.itc_size) == (None, 0)
+    with pytest.raises(UsageError, match=r"itc_size \(12, not 24\)"):
+        with_start(replace(contrast, model=replace(contrast.model, itc_size=24)))
+
+
+def test_fine_tuning_leaves_the_vectors_behind(tmp_path: Path) -> None:
+    pairs, _ = write_data(tmp_path, images=4)
+    folder = write_model(tmp_path / "model", pairs, itc_size=8)
+    opened = open_start(StartConfig(start_from=folder), None, None, None)
+    model = opened.build(InterBertForRetrieval, None)
+    assert (model.itc_head, model.config.itc_size) == (None, 0)
