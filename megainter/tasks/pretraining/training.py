@@ -26,6 +26,7 @@ from megainter.training.world import World
 
 PrepareStep = Callable[[Any, World, int, list[PretrainBatch]], list[PretrainBatch]]
 
+
 def pretrain(config: RunConfig) -> Path:
     """Pretrain as ``config`` says, alone or as one rank of any launcher. Returns the last checkpoint's folder; raises as ``loop.train``."""
     return train(config, lambda world: open_job(config, world))
