@@ -124,6 +124,6 @@ def test_vectors_begin_anew_are_kept_or_left_behind(start: Path, tmp_path: Path)
 def test_fine_tuning_leaves_the_vectors_behind(tmp_path: Path) -> None:
     pairs, _ = write_data(tmp_path, images=4)
     folder = write_model(tmp_path / "model", pairs, itc_size=8)
-    opened = open_start(StartConfig(start_from=folder), None, None, None)
+    opened = open_start(StartConfig(start_from=folder), tmp_path / "run", None, None, None)
     model = opened.build(InterBertForRetrieval, None)
     assert (model.itc_head, model.config.itc_size) == (None, 0)
