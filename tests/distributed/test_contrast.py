@@ -26,9 +26,10 @@ def reference(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def records(done: object, run: Path) -> list[dict[str, float]]:
-    """Losses, gradient norms and accuracies of every record, validation's too."""
+    """Losses, gradient norms and accuracies of every step and of validations."""
     assert done.returncode == 0, done.stdout + done.stderr  # type: ignore[attr-defined]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] in ("train", "validation")]
     return [{key: value for key, value in line.items() if key.endswith(("loss", "norm", "_accuracy"))} for line in lines]
 
 
