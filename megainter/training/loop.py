@@ -85,7 +85,7 @@ def _train(run: "Run", stop: StopRequest) -> Path:
             batches = next(steps)
             waited = time.perf_counter() - waiting
             meter.waited += waited
-            if job.prepare_step is not None:
+            if job.prepare_step is not None and step not in run.passed_over:
                 watch.at(hangs.FORWARD, step)
                 batches = job.prepare_step(trained, world, step, batches)
 
