@@ -29,7 +29,7 @@ from megainter.data.integers import Int64s
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.tasks.pretraining.batches import PretrainBatch
-from megainter.tasks.pretraining.contrast import answered, compare, vectors_of_step
+from megainter.tasks.pretraining.contrast import Gathering, add_vectors, answered, compare
 from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sampling import Draws
 from megainter.tasks.pretraining.sides import Sides
@@ -100,7 +100,9 @@ def timed(size: str, samples: int, steps: int, precision: str, contrasts: bool) 
         for _ in range(steps):
             start, ready = time.perf_counter(), batches
             if contrasts:
-                ready = answered(batches, compare(vectors_of_step(trained, world, arrivals, batches, samples, torch.manual_seed)))
+                gathering = Gathering(samples, world)
+                add_vectors(gathering, trained, arrivals, batches, torch.manual_seed)
+                ready = answered(batches, compare(gathering.all()))
             torch.manual_seed(0)
             loss, _ = trained(ready[0], counted(ready).clamp(min=1))
             trained.backward(loss)

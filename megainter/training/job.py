@@ -68,8 +68,9 @@ class Job:
     ``tasks/pretraining/objective.py``). ``validate(engine, world)`` runs on every rank, in evaluation mode and without gradients, and
     gives the same figures everywhere; ``best`` names the one (larger is better) by which the best checkpoint is kept.
 
-    ``prepare_step(engine, world, step, batches)`` makes of a step's micro-batches those that are trained on: for objectives over the whole
-    global batch, which must see all of it before the first update. It runs on every rank and may be collective.
+    ``prepare_step(engine, step, by_rank)`` makes of a step's micro-batches those that are trained on, for objectives over the whole global
+    batch: they see all of it before its first backward. It runs on every rank and may be collective. ``by_rank`` are the micro-batches
+    that this process runs: its own, or where one process does again what several did, those of all ranks.
 
     ``started`` are lines for the log: what is trained on what. ``sample_ids(step)`` names all samples of a
     global step, in the order of the sequence, for whoever must look at them; ``shown(step)`` says of each what it shows, and
@@ -97,7 +98,7 @@ class Job:
     validate: Callable[[Any, Any], dict[str, float]] | None = None
     validate_every: int = 0  # steps; 0: only at the end
     best: str | None = None
-    prepare_step: Callable[[Any, Any, int, list[Any]], list[Any]] | None = None
+    prepare_step: Callable[[Any, int, dict[int, list[Any]]], dict[int, list[Any]]] | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)  # more files for every checkpoint
 
 

@@ -87,7 +87,7 @@ def _train(run: "Run", stop: StopRequest) -> Path:
             meter.waited += waited
             if job.prepare_step is not None and step not in run.passed_over:
                 watch.at(hangs.FORWARD, step)
-                batches = job.prepare_step(trained, world, step, batches)
+                batches = job.prepare_step(trained, step, {world.rank: batches})[world.rank]
 
             # What all ranks together score, whether one was asked to stop, how far a save is: one sum, which no host waits for on a GPU.
             watch.at(hangs.AGREEING, step)

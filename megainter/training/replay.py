@@ -123,6 +123,8 @@ def _update(
 ) -> tuple[Tensor, Tensor]:
     """One update of all ranks' micro-batches; gives tallies [2, K] and counts [K]. ``seen(rank, micro, batch)`` is called before each."""
     by_rank = [job.batches[step] for job in jobs]
+    if (prepare := jobs[0].prepare_step) is not None:
+        by_rank = list(prepare(trained, step, dict(enumerate(by_rank))).values())
     counts = torch.stack([counted(batches) for batches in by_rank]).sum(dim=0).to(trained.device)
     divisors, micros = counts.clamp(min=1), sum(map(len, by_rank))
     engine.set_learning_rate(trained, learning_rate(config.optimizer, step, total))

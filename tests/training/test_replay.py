@@ -13,6 +13,8 @@ from megainter.errors import UsageError
 from megainter.training.replay import Replayed, Sample, against_metrics, nearest_checkpoint
 from tests.synthetic import environment, settings, train, write_data
 
+CONTRAST = {"training__itc_weight": 1.0, "data__batch_negatives": 0.5}  # a comparison over the whole step, and captions drawn by it
+
 
 def megainter(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megainter", *words]
@@ -26,11 +28,16 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "precision", "stage"), [(1, "fp32", 0), (1, "bf16", 1), (2, "fp32", 2), (2, "bf16", 3)])
-def test_one_process_does_a_step_of_a_run_again(processes: int, precision: str, stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "precision", "stage", "changes"),
+    [(1, "fp32", 0, {}), (1, "bf16", 1, {}), (2, "fp32", 2, {}), (2, "bf16", 3, {}), (2, "fp32", 1, CONTRAST)],
+)
+def test_one_process_does_a_step_of_a_run_again(
+    processes: int, precision: str, stage: int, changes: dict[str, float], tmp_path: Path
+) -> None:
     pairs, store = write_data(tmp_path)
     run = tmp_path / "run"
-    given = {"engine__precision": precision, "engine__zero_stage": stage, "training__steps": 8, "checkpoint__every_steps": 3}
+    given = {"engine__precision": precision, "engine__zero_stage": stage, "training__steps": 8, "checkpoint__every_steps": 3} | changes
     done = train(settings(pairs, store, run, **given), processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     before = contents(run)
@@ -45,7 +52,8 @@ def test_one_process_does_a_step_of_a_run_again(processes: int, precision: str, 
 
     # The samples' losses add up to the recorded ones.
     record = next(record for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if record["step"] == 7)
-    assert sum(sample["losses"]["itm"] for sample in found["samples"]) / 16 == pytest.approx(record["itm_loss"], rel=1e-2)
+    for name in ("itm", "itc") if changes else ("itm",):
+        assert sum(sample["losses"][name] for sample in found["samples"]) / 16 == pytest.approx(record[f"{name}_loss"], rel=1e-2)
     assert len(found["samples"]) == 16
     assert {sample["rank"] for sample in found["samples"]} == set(range(processes))
     for name in ("msm", "mrm"):

@@ -182,10 +182,11 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
         return self.steps.mine(self.sampler.lengths(self.draws(step)))
 
     def shown(self, step: int) -> list[str]:
-        """Image id and caption of each of a global step's samples."""
+        """Image id and caption of each of a global step's samples; which caption is drawn inside the step, the step alone knows."""
         draws, pairs = self.draws(step), self.sampler.pairs
-        captions = pairs.captions(draws.caption_rows.tolist())
-        return [f"{pairs.image_id(row)}: {caption}" for row, caption in zip(draws.rows.tolist(), captions, strict=True)]
+        captions, drawn = pairs.captions(draws.caption_rows.tolist()), self.sampler.drawn_in_step(draws).tolist()
+        told = ["(another caption of the step)" if other else caption for caption, other in zip(captions, drawn, strict=True)]
+        return [f"{pairs.image_id(row)}: {text}" for row, text in zip(draws.rows.tolist(), told, strict=True)]
 
     def sample(self, epoch: int, n: int) -> Sample:
         """Sample ``n`` of ``epoch``, alone."""

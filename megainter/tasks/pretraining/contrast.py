@@ -73,23 +73,21 @@ def compare(vectors: Vectors, block: int = BLOCK) -> Answers:
     return Answers(losses, right, texts.grad, regions.grad, log_scale.grad)
 
 
-def vectors_of_step(
-    trained: Any, world: World, arrivals: Arrivals, batches: Sequence[PretrainBatch], samples: int, seed: Callable[[int], Any]
-) -> Vectors:
-    """The vectors of all ``samples`` of a step, by a pass of this rank's micro-batches without gradients. Collective.
+@torch.no_grad()
+def add_vectors(
+    gathering: "Gathering", trained: Any, arrivals: Arrivals, batches: Sequence[PretrainBatch], seed: Callable[[int], Any]
+) -> None:
+    """Add the vectors of a rank's micro-batches of a step, by a pass without gradients.
 
     ``seed(micro)`` seeds dropout as for the micro-batch's own pass, so that its vectors are these, to the bit.
     """
-    gathering = Gathering(samples, world)
-    with torch.no_grad():
-        for micro, (batch, here) in enumerate(arrivals.each(batches)):
-            seed(micro)
-            gathering.add(batch, trained(here, None))
-    return gathering.all()
+    for micro, (batch, here) in enumerate(arrivals.each(batches)):
+        seed(micro)
+        gathering.add(batch, trained(here, None))
 
 
 class Gathering:
-    """Collects the vectors of this rank's samples by their places among N, and gives those of all ranks."""
+    """Collects the vectors of this process's samples by their places among N, and gives those of all processes."""
 
     def __init__(self, samples: int, world: World) -> None:
         self._vectors: Tensor | None = None
@@ -107,7 +105,7 @@ class Gathering:
             self._keys[batch.sides.places] = batch.sides.keys
 
     def all(self) -> Vectors:
-        """The vectors of all N. Every place is one rank's, and zero on all others: the sum is theirs to the bit. Collective."""
+        """The vectors of all N. Every place is one process's, and zero in all others: the sum is theirs to the bit. Collective."""
         assert self._vectors is not None
         keys = sent(self._keys, self._world.device)
         for tensor in (self._vectors, keys):

@@ -56,7 +56,7 @@ class PretrainingStep(nn.Module):
         ``counts`` [K] fp32: masked tokens, scored regions, samples (and samples again) of the global batch, at least 1 each. A filler batch
         (``batch.counted`` False) runs like any other, so that collectives match, and weighs nothing.
 
-        Without ``counts`` the vectors of both sides alone and the scale, as ``InterBertForPreTraining.vectors_packed`` gives them: the first
+        Without ``counts`` the vectors of both sides alone and the scale, as the model's ``vectors_packed`` gives them: the first
         half of the contrast. ``each``: the loss sums of each sample, [S, K], and no counts.
         """
         if counts is None and not each:

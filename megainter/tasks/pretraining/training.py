@@ -1,6 +1,7 @@
 """Pretraining as a job of the training loop: its objectives on captions and regions."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megainter.model.flops import BatchCounts, alone_flops, forward_flops
 from megainter.model.folder import read_config
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.tasks.pretraining.batches import PretrainBatch, validation_batches
-from megainter.tasks.pretraining.contrast import Gathering, answered, compare, compare_in_steps, vectors_of_step
+from megainter.tasks.pretraining.contrast import Gathering, add_vectors, answered, compare, compare_in_steps
 from megainter.tasks.pretraining.fresh import with_fresh_captions
 from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sources import Sources, model_configuration, open_sources
@@ -24,7 +25,7 @@ from megainter.training.job import Job, summarise
 from megainter.training.loop import counted, dropout_seed, train
 from megainter.training.world import World
 
-PrepareStep = Callable[[Any, World, int, list[PretrainBatch]], list[PretrainBatch]]
+PrepareStep = Callable[[Any, int, dict[int, list[PretrainBatch]]], dict[int, list[PretrainBatch]]]
 
 
 def pretrain(config: RunConfig) -> Path:
@@ -68,16 +69,23 @@ def open_job(config: RunConfig, world: World) -> Job:
 
 def _contrasting(config: RunConfig, sources: Sources, world: World) -> PrepareStep:
     """What comes before a step that contrasts its samples: all vectors, captions drawn by them, and what each is told."""
-    arrivals, seed, samples = Arrivals(world.device), config.training.seed, config.training.global_batch
+    arrivals, seed, sampler = Arrivals(world.device), config.training.seed, sources.training.sampler
 
-    def prepare(trained: Any, world: World, step: int, batches: list[PretrainBatch]) -> list[PretrainBatch]:
-        seeded = lambda micro: torch.manual_seed(dropout_seed(seed, step, micro, world.rank))  # noqa: E731
-        vectors = vectors_of_step(trained, world, arrivals, batches, samples, seeded)
+    def prepare(trained: Any, step: int, by_rank: dict[int, list[PretrainBatch]]) -> dict[int, list[PretrainBatch]]:
+        gathering = Gathering(config.training.global_batch, world)
+        for rank, batches in by_rank.items():
+            add_vectors(gathering, trained, arrivals, batches, partial(_seed_dropout, seed, step, rank))
+        vectors = gathering.all()
+        answers = compare(vectors)
         if config.data.batch_negatives > 0:
-            batches = with_fresh_captions(batches, vectors, sources.training.sampler)
-        return answered(batches, compare(vectors))
+            by_rank = {rank: with_fresh_captions(batches, vectors, sampler) for rank, batches in by_rank.items()}
+        return {rank: answered(batches, answers) for rank, batches in by_rank.items()}
 
     return prepare
+
+
+def _seed_dropout(seed: int, step: int, rank: int, micro: int) -> None:
+    torch.manual_seed(dropout_seed(seed, step, micro, rank))
 
 
 def _forward_flops(config: InterBertConfig, batch: PretrainBatch) -> int:

@@ -1,8 +1,9 @@
 """Image-text contrast over the global batch, against a double loop; and the captions drawn by its vectors, against counting."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from megainter.data.packed import region_rows
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
-from megainter.tasks.pretraining.batches import PretrainStream
-from megainter.tasks.pretraining.contrast import Vectors, answered, compare, compare_in_steps, vectors_of_step
+from megainter.tasks.pretraining.batches import PretrainBatch, PretrainStream
+from megainter.tasks.pretraining.contrast import Gathering, Vectors, add_vectors, answered, compare, compare_in_steps
 from megainter.tasks.pretraining.fresh import choose, with_fresh_captions
 from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sources import open_sources
@@ -102,6 +103,13 @@ def model_for(stream: PretrainStream, **changes: float) -> InterBertForPreTraini
     return InterBertForPreTraining(InterBertConfig(**sizes, **TINY, initializer_range=0.1, **changes)).train()
 
 
+def gathered(step: PretrainingStep, batches: list[PretrainBatch], seed: Callable[[int], Any]) -> Vectors:
+    """The vectors of a step of 24 samples, all of one process."""
+    gathering = Gathering(24, ALONE)
+    add_vectors(gathering, step, Arrivals(CPU), batches, seed)
+    return gathering.all()
+
+
 def test_sides_are_own_captions_and_regions_without_masks(stream: PretrainStream) -> None:
     sampler = stream.sampler
     for batch in stream[0]:
@@ -137,7 +145,7 @@ def test_micro_batches_get_the_gradient_of_the_whole_comparison_with_dropout(str
     step = PretrainingStep(model, ObjectiveWeights(0.0, 0.0, 0.0, 1.0))
     batches = stream[1]
     seed = torch.manual_seed
-    vectors = vectors_of_step(step, ALONE, Arrivals(CPU), batches, 24, seed)
+    vectors = gathered(step, batches, seed)
     losses = []
     for micro, batch in enumerate(answered(batches, compare(vectors))):
         seed(micro)
@@ -171,7 +179,7 @@ def test_micro_batches_get_the_gradient_of_the_whole_comparison_with_dropout(str
 def test_fresh_captions_are_of_the_step_and_wrong_for_their_image(stream: PretrainStream) -> None:
     sampler, batches = stream.sampler, stream[2]
     model = model_for(stream).eval()
-    vectors = vectors_of_step(PretrainingStep(model, ObjectiveWeights(itc=1.0)), ALONE, Arrivals(CPU), batches, 24, lambda micro: None)
+    vectors = gathered(PretrainingStep(model, ObjectiveWeights(itc=1.0)), batches, lambda micro: None)
     fresh = with_fresh_captions(batches, vectors, sampler)
     again = with_fresh_captions(batches, vectors, sampler)
     step_rows, shown = set(vectors.keys[:, 2].tolist()), []
