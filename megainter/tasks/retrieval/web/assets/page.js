@@ -6,10 +6,13 @@ const results = $("#results"), heading = $("#heading"), asked = $("#asked"), wel
 let about = null, current = 0, shown = null;
 const regions = new Map(); // of images by row, as they were asked for
 
+// Without control, format and direction characters, which could disguise what is shown.
+const plain = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}]/gu, "");
+
 function element(tag, className, text) {
   const made = document.createElement(tag);
   if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
+  if (text !== undefined) made.textContent = plain(text);
   return made;
 }
 
@@ -41,7 +44,7 @@ async function busy(work) {
 }
 
 function say(text, wrong = false) {
-  status.textContent = text;
+  status.textContent = plain(text);
   status.classList.toggle("wrong", wrong);
 }
 
@@ -67,7 +70,7 @@ function boxes(frame, list, labels) {
     const made = element("div", box.sure ? "box" : "box unsure");
     for (const side of ["left", "top", "width", "height"]) made.style[side] = `${box[side]}%`;
     made.style.setProperty("--colour", box.colour);
-    if (labels) made.title = box.label;
+    if (labels) made.title = plain(box.label);
     if (box.sure) made.append(element("span", `${box.top > 8 ? "above" : "inside"}${box.left > 60 ? " leftwards" : ""}`, box.label));
     frame.append(made);
   }
@@ -80,7 +83,7 @@ async function regionsOf(row) {
 
 function picture(stage, source, text) {
   const frame = element("div", "frame"), image = element("img");
-  image.alt = text;
+  image.alt = plain(text);
   image.decoding = "async";
   image.addEventListener("load", () => stage.style.setProperty("--aspect", `${image.naturalWidth / image.naturalHeight}`));
   image.addEventListener("error", () => stage.classList.add("gone"));
@@ -92,7 +95,7 @@ function picture(stage, source, text) {
 }
 
 function card(item, by) {
-  const caption = item.captions[0] ?? item.image_id;
+  const caption = plain(item.captions[0] ?? item.image_id);
   const figure = element("figure", "card"), open = element("button", "open"), stage = element("div", "stage");
   open.type = "button";
   open.setAttribute("aria-label", `Open: ${caption}`);
@@ -107,7 +110,7 @@ function card(item, by) {
 
   const words = element("figcaption"), foot = element("div", "foot"), score = element("span", "score");
   const text = element("p", "", caption);
-  text.title = item.captions.join("\n");
+  text.title = item.captions.map(plain).join("\n");
   score.append(element("b", "", String(item.rank)), ` · ${usedScore(item, by).toFixed(2)}`);
   score.title = scoreTitle(item);
   const similar = element("button", "", "Similar");
@@ -129,13 +132,13 @@ async function look(item) {
   shown = item.row;
   const frame = picture(stage, `images/${item.row}?size=large`, item.captions[0] ?? item.image_id);
   captions.replaceChildren(...item.captions.map((text) => element("p", "", text)));
-  $(".facts", viewer).textContent = [item.image_id, scoreTitle(item)].filter(Boolean).join(" · ");
+  $(".facts", viewer).textContent = [plain(item.image_id), scoreTitle(item)].filter(Boolean).join(" · ");
   viewer.showModal();
   try {
     const found = await regionsOf(item.row);
     if (shown !== item.row) return;
     boxes(frame, found.boxes, true);
-    $(".facts", viewer).textContent = [item.image_id, `${found.width} × ${found.height} pixels, ${found.boxes.length} regions`, scoreTitle(item)].filter(Boolean).join(" · ");
+    $(".facts", viewer).textContent = [plain(item.image_id), `${found.width} × ${found.height} pixels, ${found.boxes.length} regions`, scoreTitle(item)].filter(Boolean).join(" · ");
   } catch (error) {
     $(".facts", viewer).textContent = error.message;
   }
@@ -165,7 +168,7 @@ function searchSimilar(row) {
     const [answer, image] = await Promise.all([ask(`api/images/${row}/similar`), regionsOf(row)]);
     return () => {
       clear();
-      heading.textContent = `Similar to “${image.captions[0] ?? image.image_id}”`;
+      heading.textContent = `Similar to “${plain(image.captions[0] ?? image.image_id)}”`;
       heading.hidden = false;
       show(answer.similar, "cosine");
       say(`${number.format(about?.images ?? answer.similar.length)} pictures by their vectors · ${spent(answer.milliseconds)}`);
