@@ -20,7 +20,7 @@ class IndexOptions:
     output: Path
     """Folder for the index."""
     prefilter_model: Path | None = None
-    """Folder that `megainter finetune prefilter` made; default "prefilter" inside the model's folder."""
+    """Folder that `megainter finetune prefilter` made; default "prefilter" inside the model's folder, else the model's own vectors."""
     images: Path | None = None
     """Folder that the captions' image files are in; it is noted, and read for pages and by `megainter serve`."""
     weights: Path | None = None

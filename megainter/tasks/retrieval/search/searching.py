@@ -67,7 +67,7 @@ class Searcher:
         self.config: InterBertConfig = read_config(self.model_folder)
         self.vocabulary: Vocabulary = read_vocabulary(self.model_folder, self.config)
         self.store = FeatureStore(options.store or Path(facts.store))
-        prefilter = options.prefilter_model or Path(facts.prefilter)
+        prefilter = options.prefilter_model or (self.model_folder if facts.prefilter == facts.model else Path(facts.prefilter))
         self.stage: FirstStage = open_first_stage(prefilter, self.vocabulary, self.store, self.device)
         self._require_the_same()
         self.precision, self.precision_note = _precision(options)

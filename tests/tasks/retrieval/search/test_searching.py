@@ -18,6 +18,7 @@ from PIL import Image
 from megainter.data.feature_store import FeatureStore
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import UsageError
+from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval import evaluation
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.search.answers import shortened, shown_width
@@ -32,6 +33,7 @@ from preprocessing.extraction.extract import extract
 from preprocessing.images.decode import load_image
 from tests.synthetic import environment
 from tests.tasks.retrieval.search.data import CHINESE, HOSTILE, IMAGES, Gallery, write_gallery
+from tests.tasks.retrieval.test_evaluation import write_model
 
 EXACT: dict[str, Any] = {"precision": "fp32", "candidates": 60}
 
@@ -244,3 +246,21 @@ def test_the_command_prints_nothing_but_json(gallery: Gallery, index: Index) -> 
     command = [sys.executable, "-m", "megainter", "search", str(index.path), "红", "--json", "--precision", "auto", "--order", "first"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     assert len(json.loads(done.stdout)["answers"][0]["images"]) == 10
+
+
+def test_a_model_with_vectors_is_its_own_first_stage(gallery: Gallery, tmp_path: Path) -> None:
+    """Also where it was moved; scores are those of its vectors by name, and a model without vectors is no first stage."""
+    model = write_model(tmp_path / "model", gallery.pairs, itc_size=8)
+    whole = replace(gallery, model=model).index(tmp_path / "own.index", prefilter_model=None)
+    assert (whole.facts.vector_size, whole.facts.prefilter) == (8, str(model.resolve()))
+    model.rename(tmp_path / "moved")
+    there = Searcher(whole, SearchOptions(order="first", model=tmp_path / "moved", device="cpu", precision="fp32"))
+    found = there.images_of(["red and blue"], 5)[0]
+
+    loaded = InterBertForRetrieval.from_pretrained(tmp_path / "moved").eval()
+    text = loaded.encode_texts(["red and blue"])[0]
+    with FeatureStore(gallery.store) as store:
+        images = loaded.encode_images([store[whole.image_id(hit.number)] for hit in found.hits])
+    assert [hit.first for hit in found.hits] == pytest.approx((images @ text / 0.07).tolist(), rel=1e-4)
+    with pytest.raises(UsageError, match="no vectors of its own"):
+        gallery.index(tmp_path / "none.index", prefilter_model=gallery.model)
