@@ -36,8 +36,8 @@ INSIDE = "prefilter"  # where a first stage lies in the folder of its model, if 
 class Towers:
     """The dual encoder's vectors, float32 of length 1 on the CPU.
 
-    ``size`` D of them, ``scale`` from a dot product to a logit, ``most`` regions of an image that are looked at, ``digest`` of what computes
-    them.
+    ``size`` D of them, ``scale`` from a dot product to a logit, ``most`` regions of an image that are looked at, ``digest`` of what
+    computes them.
     """
 
     def __init__(self, encoder: DualEncoder, vocabulary: Vocabulary, device: torch.device, digest: str) -> None:
