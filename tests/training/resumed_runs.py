@@ -24,7 +24,16 @@ from megainter.training.checkpoint import step_name
 from megainter.training.loop import train
 from tests.synthetic import settings, write_data
 
-NOT_COMPARED = ("skipped_steps", "time", "samples_per_second", "tokens_per_second", "data_wait_share", "step_seconds")
+NOT_COMPARED = (
+    "skipped_steps",
+    "time",
+    "samples_per_second",
+    "tokens_per_second",
+    "data_wait_share",
+    "step_seconds",
+    "slowest_rank",
+    "slowest_share",
+)
 
 
 class StoppingAt:
