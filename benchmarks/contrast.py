@@ -1,7 +1,8 @@
 """``python -m benchmarks.contrast [--size base|small] [--samples N]``: what image-text contrast adds to a training step on this machine.
 
 A step as the trainer runs it (ZeRO stage 1, bf16 where the CPU computes it, one process), without contrast and with it, each in a process
-of its own, in turn: the median seconds of a step, and the largest resident memory. With contrast a step has its pass before, without
+of its own, in turn: the median seconds of a step, by the clock and of the processor (which count where others use the machine; take one thread
+then), and the largest resident memory. With contrast a step has its pass before, without
 gradients, the comparison, and both sides alone in the pass itself. Prints one JSON object.
 """
 
@@ -87,7 +88,7 @@ def planned(size: str) -> float:
 
 
 def timed(size: str, samples: int, steps: int, precision: str, contrasts: bool) -> dict[str, float]:
-    """Median seconds of a step after the first, and the process's largest resident memory in GB."""
+    """Median seconds of a step after the first, by the clock and of the processor, and the process's largest resident memory in GB."""
     weights = ObjectiveWeights(itc=1.0 if contrasts else 0.0)
     torch.manual_seed(0)
     with engine.distributed() as world:
@@ -95,10 +96,10 @@ def timed(size: str, samples: int, steps: int, precision: str, contrasts: bool) 
         training = TrainingConfig(steps=steps, global_batch=samples, micro_batch=samples)
         settings = EngineConfig(precision=precision, zero_stage=1)  # type: ignore[arg-type]
         trained = engine.build_engine(PretrainingStep(model, weights), settings, OptimizerConfig(), training, world)
-        batch, arrivals, found = make_batch(samples, 1), Arrivals(world.device), []
+        batch, arrivals, found, worked = make_batch(samples, 1), Arrivals(world.device), [], []
         batches = [with_sides(batch) if contrasts else batch]
         for _ in range(steps):
-            start, ready = time.perf_counter(), batches
+            start, busy, ready = time.perf_counter(), time.process_time(), batches
             if contrasts:
                 gathering = Gathering(samples, world)
                 add_vectors(gathering, trained, arrivals, batches, torch.manual_seed)
@@ -108,8 +109,10 @@ def timed(size: str, samples: int, steps: int, precision: str, contrasts: bool) 
             trained.backward(loss)
             trained.step()
             found.append(time.perf_counter() - start)
+            worked.append(time.process_time() - busy)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {"seconds": statistics.median(found[1:]), "gigabytes": int(peak.split()[1]) * 1024 / 1e9}
+    seconds, processor = statistics.median(found[1:]), statistics.median(worked[1:])
+    return {"seconds": seconds, "processor_seconds": processor, "gigabytes": int(peak.split()[1]) * 1024 / 1e9}
 
 
 def with_sides(batch: PretrainBatch) -> PretrainBatch:
