@@ -1,9 +1,9 @@
 """``python -m benchmarks.contrast [--size base|small] [--samples N]``: what image-text contrast adds to a training step on this machine.
 
 A step as the trainer runs it (ZeRO stage 1, bf16 where the CPU computes it, one process), without contrast and with it, each in a process
-of its own, in turn: the median seconds of a step, by the clock and of the processor (which count where others use the machine; take one thread
-then), and the largest resident memory. With contrast a step has its pass before, without
-gradients, the comparison, and both sides alone in the pass itself. Prints one JSON object.
+of its own, in turn: the median seconds of a step, by the clock and of the processor, and the largest resident memory. Where others use the
+machine the processor's count, of one thread (OMP_NUM_THREADS=1). With contrast a step has its pass before, without gradients, the
+comparison, and both sides alone in the pass itself. Prints one JSON object.
 """
 
 import argparse
