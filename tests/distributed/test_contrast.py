@@ -49,7 +49,7 @@ def test_contrast_is_reported_and_falls(reference: list[dict[str, float]]) -> No
         pytest.param(2, 2, {"model__gradient_checkpointing": "true"}, marks=pytest.mark.slow),
         pytest.param(3, 2, {}, marks=pytest.mark.slow),
         pytest.param(1, 2, {"training__micro_batch": 12}, marks=pytest.mark.slow),
-        pytest.param(1, 0, {"training__micro_tokens": 60}, marks=pytest.mark.slow),
+        pytest.param(1, 0, {"training__micro_tokens": 120}, marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_gradients_are_those_of_one_process(

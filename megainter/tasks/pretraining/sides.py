@@ -65,7 +65,8 @@ class Sides:
 
     def inputs(self, shown: PackedInputs) -> PackedInputs:
         """S texts alone and then S images alone, in one batch, where ``shown`` are the inputs of the micro-batch, as masked."""
-        features = shown.region_features.index_copy(0, self.hidden_rows, self.hidden_features.to(shown.region_features.dtype))
+        # In place, in a copy: under autocast on a CPU index_copy refuses half precision.
+        features = shown.region_features.clone().index_copy_(0, self.hidden_rows, self.hidden_features.to(shown.region_features.dtype))
         nothing = torch.zeros_like(self.text_lengths)
         return PackedInputs(
             input_ids=self.input_ids,

@@ -114,7 +114,9 @@ def test_sides_are_own_captions_and_regions_without_masks(stream: PretrainStream
     sampler = stream.sampler
     for batch in stream[0]:
         assert batch.sides is not None
-        alone = batch.sides.inputs(batch.inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            alone = batch.sides.inputs(batch.inputs)
+        assert alone.region_features.dtype == batch.inputs.region_features.dtype, "autocast leaves them as they are"
         rows = batch.sides.draws.rows
         assert batch.sides.keys[:, 2].tolist() == rows.tolist()
         captions = [[sampler.vocabulary.cls_id, *sampler.tokens[int(row)].tolist(), sampler.vocabulary.sep_id] for row in rows]
