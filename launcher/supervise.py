@@ -52,6 +52,7 @@ def run_attempt(command: list[str], environment: Mapping[str, str], folder: Path
         if deadline is not None and (requests.count > 1 or time.monotonic() > deadline):
             _end_all(child)
             return 128 + requests.number
+        _reap_adopted(child.pid)
         time.sleep(TICK)
     _clear_descendants(LEFT_OVER)
     return outcome(folder / "outcome", child.returncode, stopped=requests.count > 0)
@@ -98,6 +99,13 @@ def descendants(root: int) -> list[int]:
         found.append(pid)
         waiting += children.get(pid, [])
     return found
+
+
+def _reap_adopted(engine: int) -> None:
+    """Let go of adopted processes that have ended: the engine, which takes a dead one that nobody reaps for alive, waits 30 s for it."""
+    with contextlib.suppress(ChildProcessError, AttributeError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None and ended.si_pid != engine:
+            os.waitpid(ended.si_pid, 0)
 
 
 def _clear_descendants(patience: float) -> None:

@@ -107,6 +107,22 @@ def test_ranks_of_a_killed_engine_are_found(tmp_path: Path) -> None:
     assert not any(map(alive, ranks))
 
 
+def test_what_the_launcher_adopts_and_ends_does_not_stay_as_a_zombie(tmp_path: Path) -> None:
+    """DeepSpeed's helper waits 30 s for a rank's loader that is dead and not reaped."""
+    engine = """
+import os, subprocess, sys, time
+code = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1)']).pid)"
+orphan = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+deadline = time.monotonic() + 20
+while os.path.exists(f"/proc/{orphan}"):
+    time.sleep(0.05)
+    if time.monotonic() > deadline: sys.exit(3)
+open(os.environ["MEGAINTER_OUTCOME_FOLDER"] + "/rank-00000", "w").write("0")
+"""
+    code = DRIVER.format(engine=engine, folder=str(tmp_path / "attempt"), grace=60)
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("codes", "engine", "stopped", "expected"),
     [
