@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megainter import InterBertConfig, InterBertForPreTraining, InterBertProcessor
 from preprocessing.scenes.scenes import write_scenes
 from tests.places import ROOT
 from tests.synthetic import environment
@@ -19,6 +20,9 @@ SMALL = (
     f"{SHORT} --model.hidden_size 32 --model.num_attention_heads 4 --model.intermediate_size 32 --model.num_interaction_layers 1 "
     "--model.num_text_layers 1 --model.num_region_layers 1"
 )
+
+# What only runs leave that start from weights by name, that hang, or that leave samples out.
+OF_OTHER_RUNS = {"origin.json", "logs/hang-*", "left_out.json"}
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
@@ -47,7 +51,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             env=environment() | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"},
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    give_vectors(folder / "model", folder / "contrastive")
     return folder
+
+
+def give_vectors(model: Path, output: Path) -> None:
+    """The model's folder with vectors of texts and images, that nobody trained."""
+    config = InterBertConfig.from_pretrained(model, itc_size=8)
+    InterBertForPreTraining(config).save_pretrained(output)
+    InterBertProcessor.from_pretrained(model).save_pretrained(output)
 
 
 def test_commands_leave_what_they_promise(workplace: Path) -> None:
@@ -60,7 +72,7 @@ def test_run_folder_is_as_documented(workplace: Path) -> None:
     assert len(documented) >= 6
     for cell in documented:
         for name in cell.split("`, `"):
-            if "step_" not in name:
+            if "step_" not in name and name not in OF_OTHER_RUNS:
                 assert (workplace / "run" / name).exists(), name
 
 

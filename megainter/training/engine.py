@@ -385,17 +385,21 @@ def _is_sharded(engine: Any, world: World) -> bool:
 
 
 def _watch_spikes(engine: Any, training: TrainingConfig, world: World) -> None:
-    """Give the engine its window; ``UsageError`` where updates are to be left out for spikes and DeepSpeed decides on updates by itself."""
-    engine.spikes = SpikeWindow(training.spike_window, training.spike_sigma, world.device) if training.spike_sigma else None
-    acts = training.spike_action != "tell" and engine.spikes is not None
+    """Give the engine its window; ``UsageError`` where updates are to be left out for spikes and DeepSpeed decides on updates by itself.
+
+    The window lies on the device only where an update hangs on it: to tell of spikes, the host judges what has arrived.
+    """
+    acts = training.spike_action != "tell" and training.spike_sigma > 0
+    place = world.device if acts else torch.device("cpu")
+    engine.spikes = SpikeWindow(training.spike_window, training.spike_sigma, place) if training.spike_sigma else None
     if isinstance(engine.updates, str):
         if acts:
             raise UsageError(
                 f'training.spike_action "{training.spike_action}" needs updates that are not left to DeepSpeed, and here they are: '
                 f'{engine.updates}; give "tell"'
             )
-    else:
-        engine.updates.spikes, engine.updates.skip_spikes = engine.spikes, acts
+    elif acts:
+        engine.updates.spikes = engine.spikes
 
 
 def expect_loss(engine: Any, share: Tensor) -> None:
@@ -426,21 +430,28 @@ def restore_decisions(engine: Any, state: Mapping[str, Any]) -> None:
 
 
 def verdict(engine: Any) -> Tensor:
-    """What became of the last update, on the device: float64 [6], (1 where it was left out else 0, and what ``SpikeWindow.judge`` says).
+    """What became of the last update, on the device; the same on all ranks.
 
-    The same on all ranks.
+    float64 [6], (1 where it was left out else 0, and what ``SpikeWindow.judge`` says), where the device has judged or there is no window;
+    else float64 [3], (1 where it was left out else 0, loss, norm), for the host to judge.
     """
     left = left_out(engine)
     if engine.spikes is None:
-        judged = torch.zeros(5, dtype=torch.float64, device=engine.device)
-    elif isinstance(engine.updates, str):
-        norm = engine.get_global_grad_norm()
-        norm = norm if isinstance(norm, Tensor) else torch.full_like(engine.loss, math.nan if norm is None else float(norm))
-        judged = engine.spikes.judge(engine.loss, norm)
+        seen = torch.zeros(5, dtype=torch.float64, device=engine.device)
+    elif not isinstance(engine.updates, str) and engine.updates.spikes is not None:
+        seen = engine.updates.judged
     else:
-        judged = engine.updates.judged
-    first = left.double() if isinstance(left, Tensor) else torch.full_like(judged[0], left)
-    return torch.cat([first[None], judged])
+        seen = torch.stack([engine.loss, _last_norm(engine)]).double()
+    first = left.double() if isinstance(left, Tensor) else torch.full_like(seen[0], left)
+    return torch.cat([first[None], seen])
+
+
+def _last_norm(engine: Any) -> Tensor:
+    """The gradient norm of the last update, like the loss on the device; NaN where DeepSpeed does not give it."""
+    if not isinstance(engine.updates, str):
+        return engine.updates.norm_seen.to(engine.loss.dtype) / engine.updates.scale_seen
+    norm = engine.get_global_grad_norm()
+    return norm.to(engine.loss.dtype) if isinstance(norm, Tensor) else torch.full_like(engine.loss, math.nan if norm is None else float(norm))
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

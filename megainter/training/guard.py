@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megainter.training.arrival import Landing
+from megainter.training.spikes import SpikeWindow
 
 
 def poisoned(loss: Tensor, factor: float) -> Tensor:
@@ -44,9 +45,12 @@ class StepGuard:
 
     ``searching``: fp16 begins with a loss scale that is too large and finds the right one by leaving updates out; until the first update
     is made they do not count.
+
+    ``spikes``: the window by which the host judges losses and norms that come without a judgement, which is then the run's.
     """
 
-    def __init__(self, device: torch.device, searching: bool) -> None:
+    def __init__(self, device: torch.device, searching: bool, spikes: SpikeWindow | None = None) -> None:
+        self._spikes = spikes
         self.in_a_row, self.total, self.sound, self._searching = 0, 0, True, searching
         self._landing, self._step = Landing(device), 0
 
@@ -62,6 +66,8 @@ class StepGuard:
         return [] if known is None else self._count(self._step, known)
 
     def _count(self, step: int, known: Tensor) -> list[Verdict]:
+        if len(known) == 3 and self._spikes is not None:
+            known = torch.cat([known[:1], self._spikes.judge(known[1], known[2])])
         left_out, spike, *numbers = known.tolist()
         verdict = Verdict(step, bool(left_out), bool(spike), *numbers)
         self.sound = verdict.finite or self._searching

@@ -70,7 +70,7 @@ def _train(run: "Run", stop: StopRequest) -> Path:
     config, job, trained, world, watch = run.config, run.job, run.trained, run.world, run.watch
     with make_loader(job.batches, run.start, run.total_steps, workers=job.workers) as steps:
         arrivals, vote = Arrivals(world.device), StopVote(world.device)
-        guard = StepGuard(world.device, searching=config.engine.precision == "fp16")
+        guard = StepGuard(world.device, searching=config.engine.precision == "fp16", spikes=run.trained.spikes)
         meter, own, (tallies, counts) = Throughput(), OwnTime(world.device), _interval(run)
         repetition = Repetition(trained, config.training.verify_every, world)
         pulse = Heartbeat(run.start, run.total_steps, job.accumulation)

@@ -58,13 +58,13 @@ class Updates:
         self.on_device = self.by_kernel and not scaled  # whether a step that cannot be made is left out without the host's knowing
         self.left_out: Tensor | None = None  # float32 []: 1 where the last step was left out, else 0
         self._count: Tensor | None = None
-        self.spikes: SpikeWindow | None = None
-        self.skip_spikes = False  # whether a step that is a spike is left out
+        self.spikes: SpikeWindow | None = None  # by which a step that is a spike is left out
         self.spiked = False  # whether the host has left the last step out for that, or because it was to hold it
         self.loss: Tensor | None = None  # float32 []: that of the coming step, by which it is judged; None: it is not
         self.judged: Tensor | None = None  # what ``spikes`` says of the last step
         self.hold = False  # whether the coming step is to be left out whatever it is
         self.norm_seen: Tensor | None = None  # float32 []: the norm of the last step, times the loss scale
+        self.scale_seen = 1.0  # that loss scale
 
     def forget(self) -> None:
         """Count anew, as after a start."""
@@ -80,7 +80,8 @@ class Updates:
 
     def fits(self, norm: Tensor, loss_scale: float = 1.0) -> bool:
         """Whether a step with gradients of this norm is to be made; always True where the device leaves it out by itself."""
-        self.norm_seen, finite, spike = norm, torch.isfinite(norm), self._spike(norm / loss_scale)
+        self.norm_seen, self.scale_seen = norm, loss_scale
+        finite, spike = torch.isfinite(norm), self._spike(norm, loss_scale)
         if self.hold:
             spike = torch.ones_like(finite)
         if not self.on_device:
@@ -91,12 +92,12 @@ class Updates:
         self._count = self.left_out if self._count is None else self._count + self.left_out
         return True
 
-    def _spike(self, norm: Tensor) -> Tensor | None:
+    def _spike(self, norm: Tensor, loss_scale: float) -> Tensor | None:
         """Whether the step is to be left out as a spike, bool []; None where that is not asked."""
         if self.spikes is None or self.loss is None:
             return None
-        self.judged, self.loss = self.spikes.judge(self.loss, norm), None
-        return self.judged[0] > 0 if self.skip_spikes else None
+        self.judged, self.loss = self.spikes.judge(self.loss, norm / loss_scale), None
+        return self.judged[0] > 0
 
     def step(self, flats: Sequence[Tensor], norm: Tensor, loss_scale: float, step: Callable[[], Any]) -> None:
         """Clip the gradients of ``flats`` by the ``norm`` of all, undo their loss scale, and ``step``."""

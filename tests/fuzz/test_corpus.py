@@ -9,7 +9,7 @@ from megainter.errors import DamagedError, MegainterError
 from preprocessing.detector.restricted_pickle import load_restricted
 from preprocessing.features.formats.entry import BadEntryError, integer
 from tests.fuzz import __main__ as command
-from tests.fuzz.judging import judge
+from tests.fuzz.judging import forget_peak, judge
 from tests.fuzz.targets import TARGETS, Target, forget, in_memory
 
 QUICK = [target for target in TARGETS if not target.slow]
@@ -17,6 +17,7 @@ QUICK = [target for target in TARGETS if not target.slow]
 
 def replayed(target: Target) -> list[str]:
     """What is wrong with what the parser does with each input of its corpus."""
+    forget_peak()
     folder = in_memory(target.name)
     try:
         parse = target.open(folder)
@@ -58,6 +59,8 @@ def test_a_parser_that_breaks_its_promise_is_found(tmp_path: Path, monkeypatch: 
 
 
 def test_what_is_judged_wrong() -> None:
+    forget_peak()  # of tests before, beside which 200 MiB are nothing
+
     def raising(error: Exception) -> str:
         def parse(data: bytes) -> None:
             raise error
