@@ -115,7 +115,7 @@ class Experiment:
         outside = [kind for kind in STRIKES if kind in options.kinds]
         self.outside, self.faults, self.stretches = outside, list[Fault](), dict[int, Stretch]()
         self.flipped: set[str] = set()
-        self.began = 0.0
+        self.first: float | None = None  # when the first record was written
 
     def _tiny(self) -> list[str]:
         from tests.synthetic import settings, write_data
@@ -165,6 +165,7 @@ class Experiment:
         """Memory and descriptors of the ranks here, and whether the last fault is over."""
         records = records_of(run)
         step = records[-1]["step"] if records else 0
+        self.first = records[0]["time"] if records and self.first is None else self.first
         for rank, pid in ranks_here(run).items():
             with contextlib.suppress(OSError, IndexError):
                 memory = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -241,18 +242,20 @@ def started_at(log: str) -> list[int]:
     return [int(step) for step in re.findall(r"steps (\d+) to \d+ of", log)]
 
 
-def drift(stretches: Sequence[Stretch], least: int) -> Iterator[tuple[Stretch, float, set[int]]]:
-    """Of each stretch of ``least`` steps or more: growth of memory from its first third's end to its end, and the numbers of descriptors.
+def drift(stretches: Sequence[Stretch], least: int) -> Iterator[tuple[Stretch, float, tuple[float, float]]]:
+    """Of each stretch of ``least`` steps or more: growth of memory, and open descriptors before and after.
 
-    The first third is left out: buffers and caches find their size there.
+    Compared are the medians of the first and the last quarter of what follows its first third: buffers and caches find their size before.
+    Each batch that a loader's process has ready is a few descriptors, so that single counts vary.
     """
     for stretch in stretches:
         seen = stretch.samples[len(stretch.samples) // 3 :]
         if stretch.samples and stretch.samples[-1][0] - stretch.samples[0][0] >= least and len(seen) >= 8:
             quarter = len(seen) // 4
-            begin = statistics.median(memory for _, memory, _ in seen[:quarter])
-            end = statistics.median(memory for _, memory, _ in seen[-quarter:])
-            yield stretch, end / begin - 1, {opened for _, _, opened in seen}
+            begin, end = (
+                [statistics.median(sample[part] for sample in side) for part in (1, 2)] for side in (seen[:quarter], seen[-quarter:])
+            )
+            yield stretch, end[0] / begin[0] - 1, (begin[1], end[1])
 
 
 def report(experiment: Experiment, calm: Path | None, run: Path, inside: str) -> dict[str, Any]:
@@ -264,26 +267,35 @@ def report(experiment: Experiment, calm: Path | None, run: Path, inside: str) ->
     every = statistics.median(later["step"] - earlier["step"] for earlier, later in pairwise(records))
     restarts = [fault.again - fault.time - every * step for fault in fatal if fault.again is not None]
     attempts = [json.loads(line) for line in (run / "launch" / "attempts.jsonl").read_text().splitlines()]
-    wall = attempts[-1]["began"] + attempts[-1]["seconds"] - experiment.began
+    wall = records[-1]["time"] - (experiment.first or records[0]["time"])  # as the closed form has it: without the first start and the end
+    for fault in faults:  # one after the last step has no newer record
+        later = started_at(text_of(run))[fault.starts :]
+        fault.resumed = later[0] if fault.kind in FATAL and later else None
 
     figures: dict[str, Any] = {
         "seed": options.seed, "mtbf": options.mtbf, "ranks": experiment.ranks, "steps": options.steps, "every": options.every,
         "hang_seconds": options.hang, "faults": [asdict(fault) for fault in faults], "inside": inside,
         "attempts": [attempt["code"] for attempt in attempts], "step_seconds": step,
         "stall": statistics.mean(saves) if saves else 0.0, "restart": statistics.mean(restarts) if restarts else 0.0,
-        "lost_steps": sum(max(fault.step - (fault.resumed or 0), 0) for fault in fatal), "wall": wall,
-        "goodput": options.steps * step / wall, "same_weights": None if calm is None else digests_of(calm) == digests_of(run),
+        "lost_steps": sum(lost(asdict(fault)) for fault in faults), "wall": wall,
+        "goodput": (options.steps - records[0]["step"]) * step / wall,
+        "same_weights": None if calm is None else digests_of(calm) == digests_of(run),
     }  # fmt: skip
-    mean, interval = wall / max(len(fatal), 1), options.every * step
+    mean, interval = wall / max(len(attempts) - 1, 1), options.every * step
     known = Reliability(mtbf=mean, stall=figures["stall"], restart=figures["restart"])
     figures["first_order"] = 1 - known.stall / (interval + known.stall) - (known.restart + interval / 2) / mean if fatal else 1.0
     figures["daly"] = goodput(known, 1, interval) if fatal else interval / (interval + known.stall)
     figures["best_interval_steps"] = best_interval(known, 1) / step
     figures["stretches"] = [
-        {"rank": stretch.rank, "steps": stretch.samples[-1][0] - stretch.samples[0][0], "drift": grown, "descriptors": sorted(opened)}
+        {"rank": stretch.rank, "steps": stretch.samples[-1][0] - stretch.samples[0][0], "drift": grown, "descriptors": opened}
         for stretch, grown, opened in drift(list(experiment.stretches.values()), options.stretch)
     ]
     return figures
+
+
+def lost(fault: dict[str, Any]) -> int:
+    """Steps that were done again after it."""
+    return 0 if fault["resumed"] is None else max(fault["step"] - fault["resumed"], 0)
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -295,8 +307,8 @@ def table(figures: dict[str, Any]) -> str:
         if not times:
             continue
         back = [fault["again"] - fault["time"] for fault in struck if fault["again"] is not None]
-        lost = sum(max(fault["step"] - (fault["resumed"] or 0), 0) for fault in struck if fault["again"] is not None)
-        rows.append(f"| {kind} | {times} | {lost:,} | {f'{statistics.mean(back):.1f} ({max(back):.1f})' if back else '0'} |")
+        seconds = f"{statistics.mean(back):.1f} ({max(back):.1f})" if back else ""
+        rows.append(f"| {kind} | {times} | {sum(map(lost, struck)):,} | {seconds} |")
     text = "\n".join(rows)
     text += (
         f"\n\n{figures['steps']:,} steps of {figures['step_seconds']:.3f} s on {figures['ranks']} ranks, a checkpoint every "
@@ -309,11 +321,11 @@ def table(figures: dict[str, Any]) -> str:
     )
     if figures["stretches"]:
         worst = max(figures["stretches"], key=lambda each: abs(each["drift"]))
-        spread = max(max(each["descriptors"]) - min(each["descriptors"]) for each in figures["stretches"])
+        more = max(figures["stretches"], key=lambda each: abs(each["descriptors"][1] - each["descriptors"][0]))["descriptors"]
         longest = max(each["steps"] for each in figures["stretches"])
         text += (
             f"\n{len(figures['stretches'])} undisturbed stretches of a rank, the longest {longest:,} steps: "
-            f"memory drifts by {worst['drift']:+.2%} at most, descriptors vary by {spread}."
+            f"memory drifts by {worst['drift']:+.2%} at most, open descriptors from {more[0]:.0f} to {more[1]:.0f}."
         )
     return text
 
@@ -354,7 +366,6 @@ def main(words: list[str]) -> int:
         print(f"chaos: the run without faults, {options.steps:,} steps", flush=True)
         experiment.undisturbed(calm, inside)
     print(f"chaos: the run with faults: {', '.join(experiment.outside)} every {options.mtbf:.0f} s; inside: {inside or 'none'}", flush=True)
-    experiment.began = time.time()
     code = experiment.disturbed(run, inside)
     if code:
         print(f"chaos: the run ended with {code}; see {run.with_suffix('.log')}")

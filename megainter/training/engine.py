@@ -451,7 +451,9 @@ def _last_norm(engine: Any) -> Tensor:
     if not isinstance(engine.updates, str):
         return engine.updates.norm_seen.to(engine.loss.dtype) / engine.updates.scale_seen
     norm = engine.get_global_grad_norm()
-    return norm.to(engine.loss.dtype) if isinstance(norm, Tensor) else torch.full_like(engine.loss, math.nan if norm is None else float(norm))
+    if isinstance(norm, Tensor):
+        return norm.to(engine.loss.dtype)
+    return torch.full_like(engine.loss, math.nan if norm is None else float(norm))
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
