@@ -69,16 +69,13 @@ def settings(pairs: Path, store: Path, output: Path, **changes: object) -> list[
 NO_DROPOUT = {"model__hidden_dropout_prob": 0, "model__attention_probs_dropout_prob": 0, "model__region_hidden_dropout_prob": 0}
 
 
-def train(arguments: list[str], processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``megainter.pretrain`` in real processes: alone, or under torchrun."""
-    module = ["-m", "megainter.pretrain"]
-    launcher = (
-        []
-        if processes == 1
-        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--module", "megainter.pretrain"]
-    )
-    command = [sys.executable, *(launcher or module), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment())
+def train(arguments: list[str], processes: int = 1, timeout: float = 300, faults: str = "") -> subprocess.CompletedProcess[str]:
+    """Run ``megainter.pretrain`` in real processes: alone, or under torchrun; with ``faults`` as ``tests.faulty`` has them."""
+    worker = ["tests.faulty", "pretrain"] if faults else ["megainter.pretrain"]
+    launcher = ["-m"] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--module"]
+    command = [sys.executable, *launcher, *worker, *arguments]
+    told = environment() | {"MEGAINTER_TEST_FAULTS": faults}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=told)
 
 
 def environment() -> dict[str, str]:

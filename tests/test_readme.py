@@ -21,8 +21,8 @@ SMALL = (
     "--model.num_text_layers 1 --model.num_region_layers 1"
 )
 
-# What only runs leave that start from weights by name, that hang, or that leave samples out.
-OF_OTHER_RUNS = {"origin.json", "logs/hang-*", "left_out.json"}
+# What only runs leave that start from weights by name, that hang, that leave samples out, or that are not over.
+OF_OTHER_RUNS = {"origin.json", "logs/hang-*", "left_out.json", "watch/"}
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:

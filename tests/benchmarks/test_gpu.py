@@ -39,7 +39,7 @@ def setting(folder: Path) -> Setting:
 
 
 # Those whose toy run takes longer than some seconds; most start several processes. "throughput" has a test of its own below.
-LONG = ("throughput", "trainer", "attention", "zero", "resume", "scenes", "pointwise", "breakdown", "extraction")
+LONG = ("throughput", "trainer", "attention", "zero", "resume", "scenes", "pointwise", "breakdown", "extraction", "waits")
 
 
 @pytest.mark.parametrize("name", [pytest.param(part.name, marks=[pytest.mark.slow] * (part.name in LONG)) for part in PARTS])

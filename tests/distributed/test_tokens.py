@@ -23,6 +23,7 @@ def run(data: tuple[Path, Path], output: Path, processes: int, **changes: object
     return losses(output), done.stdout + done.stderr
 
 
+@pytest.mark.slow  # the next has other cuts too
 def test_a_step_in_one_micro_batch_has_the_same_losses_to_the_bit(data: tuple[Path, Path], tmp_path: Path) -> None:
     by_samples, _ = run(data, tmp_path / "samples", 1, training__micro_batch=16)
     by_tokens, told = run(data, tmp_path / "tokens", 1, training__micro_tokens=4096)

@@ -75,8 +75,8 @@ def test_same_seed_gives_bit_equal_losses(data: tuple[Path, Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("precision", "stage", "log_every"),
     [
-        ("fp32", 2, 4),
         ("bf16", 3, 1),
+        pytest.param("fp32", 2, 4, marks=pytest.mark.slow),
         pytest.param("bf16", 0, 1, marks=pytest.mark.slow),
         pytest.param("bf16", 1, 1, marks=pytest.mark.slow),
     ],

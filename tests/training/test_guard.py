@@ -1,7 +1,9 @@
 """Losses and gradients that are not finite: all ranks leave the update out, it is told and counted, and nothing of it is saved."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,3 +94,24 @@ def test_a_run_that_blows_up_ends_and_its_good_checkpoints_stay(processes: int, 
     assert run(1e-4, 30) == 0
     last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
     assert last["step"] == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_that_one_rank_alone_loses_is_left_out_by_both(precision: str, stage: int, tmp_path: Path) -> None:
+    pairs, store = write_data(tmp_path)
+
+    def run(name: str, faults: str) -> list[dict[str, Any]]:
+        words = settings(pairs, store, tmp_path / name, engine__precision=precision, engine__zero_stage=stage, training__steps=8)
+        done = train(words, processes=2, faults=faults)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    struck, calm = run("struck", "nan:1:3"), run("calm", "")
+    assert [record["step"] for record in struck if record["kind"] == "skipped"] == [4]
+    lost, kept = ({record["step"]: record["loss"] for record in records if record["kind"] == "train"} for records in (struck, calm))
+    assert [lost[step] for step in (1, 2, 3)] == [kept[step] for step in (1, 2, 3)]
+    assert all(math.isfinite(lost[step]) and lost[step] != kept[step] for step in (5, 6, 7, 8)), "trained on, without one update"
+    for file in (tmp_path / "struck/checkpoints").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values()), file
