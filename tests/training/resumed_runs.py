@@ -1,7 +1,7 @@
 """Tiny runs in one process, resumed from copies of their folders; prints one JSON object. Not a test's process: DeepSpeed joins one group.
 
 python -m tests.training.resumed_runs spikes FOLDER
-python -m tests.training.resumed_runs every-step FOLDER [--steps 200] [--after 20]
+python -m tests.training.resumed_runs every-step FOLDER [--first 1] [--steps 200] [--after 20]
 """
 
 import argparse
@@ -104,8 +104,8 @@ def spikes(base: Path) -> dict[str, Any]:
     return found | {"left_out": json.loads((base / "roll_back/left_out.json").read_text())["steps"], "ended": ended}
 
 
-def every_step(base: Path, steps: int, after: int) -> dict[str, Any]:
-    """Resume after each of ``steps`` steps and compare the ``after`` next records to the bit."""
+def every_step(base: Path, first: int, steps: int, after: int) -> dict[str, Any]:
+    """Resume after each step from ``first`` to ``steps`` and compare the ``after`` next records to the bit."""
     pairs, store = write_data(base)
 
     def config(folder: Path) -> RunConfig:
@@ -115,14 +115,14 @@ def every_step(base: Path, steps: int, after: int) -> dict[str, Any]:
     whole = base / "whole"
     run(config(whole))
     unlike = []
-    for step in range(1, steps + 1):
+    for step in range(first, steps + 1):
         again = copy(whole, base / "again", step)
         run(config(again), until=step + after)
         theirs, ours = records(whole, step, step + after), records(again, step, step + after)
         if theirs != ours or len(ours) != after:
             unlike.append(step)
         print(f"resumed after step {step}: {'equal' if theirs == ours else 'NOT EQUAL'}", flush=True)
-    return {"steps": steps, "after": after, "unlike": unlike}
+    return {"first": first, "steps": steps, "after": after, "unlike": unlike}
 
 
 def main() -> None:
@@ -130,13 +130,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("case", choices=("spikes", "every-step"))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--after", type=int, default=20)
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.folder.mkdir(parents=True, exist_ok=True)
     with engine.distributed():
-        found = spikes(given.folder) if given.case == "spikes" else every_step(given.folder, given.steps, given.after)
+        found = spikes(given.folder) if given.case == "spikes" else every_step(given.folder, given.first, given.steps, given.after)
     print(json.dumps(found))
 
 
