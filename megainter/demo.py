@@ -125,15 +125,13 @@ def _farewell(output: Path) -> None:
 Done in {seconds / 60:.1f} minutes of work. Of {recall["queries"]} captions of held-out scenes, {score}.
 Everything is in {output}: open {output / "index.html"} in a browser.
 
-Next, your own images. Write captions.jsonl, one line per image: {{"image": "a.jpg", "captions": ["..."]}}, then type
+To type sentences and see what is found (the page of the last command needs `pip install 'megainter[serve]'`):
 
     source {Path(sys.prefix) / "bin" / "activate"}
-    megainter prepare jsonl captions.jsonl --images IMAGES --val-share 0.05 --test-share 0.05 --output pairs.parquet
-    megainter extract --images IMAGES --output regions.store --weights DETECTOR.safetensors
-    megainter pretrain --config small --data.pairs pairs.parquet --data.store regions.store --output run
-    megainter convert zero run model
-    megainter evaluate retrieval model --pairs pairs.parquet --store regions.store --split test --output scores.json
-    megainter view --images IMAGES --pairs pairs.parquet --store regions.store --run run --retrieval scores.json --output page.html
+    cd {output}
+    megainter index model --store regions.store --pairs pairs.parquet --images images --output scenes.index
+    megainter search scenes.index "an apple and two cats"
+    megainter serve scenes.index
 
-Where the detector comes from, and recipes for more than some thousand photos, stand in README.md.
+With your own images it is the same road, from captions to that page: README.md, "Your own images".
 """)
