@@ -171,6 +171,8 @@ class TrainingConfig:
     """Steps between two records of losses and rates; progress is shown at least once a minute besides."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the weights, which is kept in the checkpoints; 0: no average."""
+    ema_warmup: bool = True
+    """true: the average reaches back over a tenth of the updates so far at most, so that a short run does not return its start."""
     max_skipped: Positive = 10
     """Updates left out in a row after which the run ends; fp16's first, while the loss scale is sought, do not count."""
     spike_sigma: Annotated[float, Field(ge=0)] = 6.0

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from megainter.config.settings import StartConfig
+from megainter.config.settings import FinetuneConfig, StartConfig
 from megainter.conversion.zero import convert
 from megainter.data.packed import PackedInputs
 from megainter.data.text.vocabulary import Vocabulary
@@ -20,19 +20,22 @@ from megainter.files import aside
 from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, forward_flops
 from megainter.model.folder import locate_model, read_config, read_vocabulary
-from megainter.training.job import Job, RunSettings
+from megainter.tasks.moved import moved, told
+from megainter.training import checkpoint
+from megainter.training.job import Job
 from megainter.training.loop import BEST, log, train
 from megainter.training.world import World
-from megainter.weights import Located
+from megainter.weights import Located, locate
 
 MODEL = "model"  # the Hugging Face folder in the run folder
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def finetune_job(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
+def finetune_job(config: FinetuneConfig, open_job: Callable[[World], Job]) -> Path:
     """Train, and write the Hugging Face folder ``<output>/model``: the best checkpoint (else the last), averaged where it was averaged.
 
-    Raises as ``training.loop.train``. Returns the folder, on every rank; rank 0 writes it.
+    A result that hardly moved from its start is warned about. Raises as ``training.loop.train``. Returns the folder, on every rank; rank 0
+    writes it.
     """
     last = train(config, open_job)
     folder = config.output / MODEL
@@ -42,7 +45,15 @@ def finetune_job(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
         with aside(folder) as partial, open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             convert(source, partial, ema=config.training.ema_decay > 0)
         log.info("the model of %s: %s", source, folder)
+        _warn_if_unmoved(config, source)
     return folder
+
+
+def _warn_if_unmoved(config: FinetuneConfig, source: Path) -> None:
+    start, saved = locate(config.model.start_from).path, checkpoint.open_checkpoint(source)
+    found = moved(start, saved, averaged=config.training.ema_decay > 0)
+    if found.hardly:
+        log.warning("%s", told(found, start, saved.step))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from megainter.process import StopRequest, folder_lock
 from megainter.training import checkpoint, engine, hangs, zero_state
 from megainter.training.arrival import Arrivals
 from megainter.training.collective import on_first_rank, summed
+from megainter.training.ema import decay_at
 from megainter.training.guard import StepGuard, Verdict, poisoned, said, told
 from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
@@ -123,7 +124,7 @@ def _train(run: "Run", stop: StopRequest) -> Path:
                 meter.add(batch.tokens(), len(batch.inputs), 3 * job.flops(trained.module.model.config, batch))
                 pulse.micro_batch(step, micro + 1)
             if not passed_over:
-                engine.average_weights(trained, config.training.ema_decay)
+                engine.average_weights(trained, decay_at(config.training, step + 1))
             profile.step()
             finished = step + 1
             meter.steps += 1

@@ -15,6 +15,7 @@ from torch import Tensor
 from megainter.errors import UsageError
 from megainter.files import read_json
 from megainter.training import checkpoint, engine, zero_state
+from megainter.training.ema import decay_at
 from megainter.training.guard import poisoned
 from megainter.training.job import Job, RunSettings, summarise
 from megainter.training.loop import counted, dropout_seed, starting_model, steps_of
@@ -143,7 +144,7 @@ def _update(
                 engine.expect_loss(trained, share)
             trained.step()
         tallies += own
-    engine.average_weights(trained, config.training.ema_decay)
+    engine.average_weights(trained, decay_at(config.training, step + 1))
     return tallies.cpu(), counts.cpu()
 
 

@@ -1,5 +1,6 @@
 """Parameter groups, per-tensor clipping and the schedule, against what they are said to be."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,12 @@ from torch import nn
 
 from megainter import InterBertConfig
 from megainter.config.reading import load_config
-from megainter.config.settings import OptimizerConfig, RunConfig, as_dict
+from megainter.config.settings import OptimizerConfig, RunConfig, TrainingConfig, as_dict
 from megainter.conversion.official_names import official_name
 from megainter.errors import UsageError
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training.clipping import clip_each
-from megainter.training.ema import EMA, update_average
+from megainter.training.ema import EMA, decay_at, update_average
 from megainter.training.optimizer import build_optimizer, describe, first_step_count, learning_rate, parameter_groups, rate_factors
 from tests.model.tiny import tiny_config
 
@@ -110,6 +111,22 @@ def test_the_average_follows_the_weights() -> None:
     update_average(optimizer, 0.75)
     assert torch.equal(optimizer.state[weights][EMA], torch.tensor([0.25, 3.5]))
     assert torch.equal(weights.detach(), torch.tensor([1.0, 2.0]))
+
+
+def test_the_average_reaches_back_over_a_tenth_of_the_run_until_its_decay_is_long_enough() -> None:
+    """Weights that are as large as their step is late tell their mean age: 0.9 n after n steps, and the usual lag once decay is reached."""
+    settings = TrainingConfig(steps=1, ema_decay=0.98)
+    average, start_share = 0.0, 1.0
+    for step in range(1, 5001):
+        decay = decay_at(settings, step)
+        assert decay <= 0.98
+        average, start_share = decay * average + (1 - decay) * step, start_share * decay
+        if step <= 400:
+            assert average == pytest.approx(0.9 * step)
+        if step == 12:
+            assert start_share < 1e-5
+    assert average == pytest.approx(5000 - 0.98 / 0.02)
+    assert {decay_at(replace(settings, ema_warmup=False), step) for step in (1, 2, 1000)} == {0.98}  # as released
 
 
 def switches(config: RunConfig) -> tuple[bool, str, str, float]:
