@@ -59,6 +59,8 @@ class DataConfig:
     """true: no masked-segment loss on mismatched captions."""
     max_missing: Probability = 0.01
     """Share of captions that may be left out because their image has no regions in the store."""
+    other_detector: bool = False
+    """true: take regions of another detector than the starting model was trained on, which is refused otherwise."""
     order: Literal["random", "blocks"] = "random"
     """Order of an epoch's samples: random, or blocks of images that lie near each other in the store, for network disks and hard disks."""
     block: Positive | None = None

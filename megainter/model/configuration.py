@@ -35,6 +35,7 @@ class InterBertConfig(PretrainedConfig):
     ``max_regions`` (without the global region) and ``max_text_tokens`` ([CLS] and [SEP] included) say what inputs the weights were
     trained on, where that is known; the model itself takes any number. ``tie_objects``: a text token that names an object of the image
     (``text_regions`` of the inputs) gets the embedding of the object's region added; without it ``text_regions`` changes nothing.
+    ``detector`` and ``region_classes``: whose regions the weights were trained on, and the names of that detector's classes, where known.
     ``itc_size``: width of the vectors that a text alone and an image alone become, for image-text contrast; 0: the model has no such head.
 
     Raises UsageError for sizes that contradict each other.
@@ -68,6 +69,8 @@ class InterBertConfig(PretrainedConfig):
         max_text_tokens: int | None = None,
         tie_objects: bool = False,
         itc_size: int = 0,
+        detector: str | None = None,
+        region_classes: list[str] | None = None,
         pad_token_id: int = 0,
         tie_word_embeddings: bool = True,
         **kwargs: Any,
@@ -96,6 +99,8 @@ class InterBertConfig(PretrainedConfig):
         self.max_text_tokens = max_text_tokens
         self.tie_objects = tie_objects
         self.itc_size = itc_size
+        self.detector = detector
+        self.region_classes = region_classes
         _check(self)
         if pad_token_id is not None:
             _require_whole("pad_token_id", pad_token_id, least=0)
@@ -124,6 +129,10 @@ def _check(config: InterBertConfig) -> None:
             _require_whole(name, getattr(config, name), least=1)
     if not isinstance(config.tie_objects, bool):
         raise UsageError(f"tie_objects is {config.tie_objects!r}; give true or false")
+    if not isinstance(config.detector, str | None):
+        raise UsageError(f"detector is {config.detector!r:.80}; give a feature store's, or null")
+    if config.region_classes is not None and not all(isinstance(name, str) for name in list(config.region_classes)):
+        raise UsageError(f"region_classes is {config.region_classes!r:.80}; give a list of names, or null")
     for name in _PROBABILITIES:
         if not isinstance(getattr(config, name), int | float) or not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} is {getattr(config, name)}; give a probability of at least 0 and below 1")

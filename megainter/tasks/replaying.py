@@ -24,7 +24,7 @@ from megainter.tasks.vcr.settings import VcrConfig
 from megainter.training.job import Job
 from megainter.training.replay import Replayed, against_metrics, replay, without_output
 
-NOT_SETTINGS = ("digests", "asked")  # of config.json
+NOT_SETTINGS = ("digests", "asked", "detector")  # of config.json
 
 
 def replay_run(run: Path, step: int, at_most: int, compare: bool, as_json: bool) -> str:

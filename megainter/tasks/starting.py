@@ -13,11 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 from megainter.config.settings import FinetuneConfig, StartConfig
 from megainter.conversion.zero import convert
+from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.packed import PackedInputs
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
 from megainter.files import aside
 from megainter.model.configuration import InterBertConfig
+from megainter.model.detector import keep_detector, require_detector
 from megainter.model.flops import BatchCounts, forward_flops
 from megainter.model.folder import locate_model, read_config, read_vocabulary
 from megainter.tasks.moved import moved, told
@@ -88,19 +90,23 @@ class Start:
 
 
 def open_start(
-    settings: StartConfig, output: Path, max_text_tokens: int | None, max_regions: int | None, feature_size: int | None
+    settings: StartConfig,
+    output: Path,
+    max_text_tokens: int | None,
+    max_regions: int | None,
+    store: FeatureStore | None,
+    other_detector: bool = False,
 ) -> Start:
     """Open ``model.start_from``, a path or weights by name. Lengths that are None stay as the model was trained with them;
-    ``feature_size`` is the store's, if any. What came by name stands in ``output``/origin.json.
+    The result is of the ``store``'s detector, where there is one. What came by name stands in ``output``/origin.json.
 
-    ``UsageError`` for a folder that is no model of ours, or does not fit the store or the lengths.
+    ``UsageError`` for a folder that is no model of ours, or does not fit the lengths or the store: its width, or its detector unless
+    ``other_detector``.
     """
     found = locate_model(settings.start_from, "model.start_from")
     folder, config = found.path, read_config(found.path)
-    if feature_size is not None and config.region_feature_size != feature_size:
-        raise UsageError(
-            f"model.start_from {folder} takes {config.region_feature_size}-d region features, the store has {feature_size}-d ones"
-        )
+    if store is not None:
+        _take_regions_of(store, config, folder, other_detector)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob"):
         if getattr(settings, name) is not None:
             setattr(config, name, getattr(settings, name))
@@ -112,6 +118,15 @@ def open_start(
     vocabulary = read_vocabulary(folder, config)
     record_start(found, output)
     return Start(folder, config, vocabulary, (folder / "vocab.txt").read_bytes())
+
+
+def _take_regions_of(store: FeatureStore, config: InterBertConfig, folder: Path, other_detector: bool) -> None:
+    size = store.schema.feature_size
+    if config.region_feature_size != size:
+        raise UsageError(f"model.start_from {folder} takes {config.region_feature_size}-d region features, the store has {size}-d ones")
+    if unknown := require_detector(config, f"model.start_from {folder}", store, "--data.other_detector true", other_detector):
+        log.info("%s", unknown)
+    keep_detector(config, store.schema)
 
 
 def record_start(found: Located, output: Path) -> None:

@@ -99,6 +99,7 @@ class Job:
     validate_every: int = 0  # steps; 0: only at the end
     best: str | None = None
     prepare_step: Callable[[Any, int, dict[int, list[Any]]], dict[int, list[Any]]] | None = None
+    detector: str | None = None  # whose regions are trained on, for the run's config.json
     files: Mapping[str, bytes] = field(default_factory=dict)  # more files for every checkpoint
 
 

@@ -202,7 +202,7 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
     engine.check_settings(config.engine, config.optimizer, config.training, world)
     job = open_job(world)
     ds_config = engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size, job.accumulation)
-    on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests), asked))
+    on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests), asked, job.detector))
     total_steps = steps_of(config, job.samples)
 
     saved = on_first_rank(lambda: _newest(config.output))

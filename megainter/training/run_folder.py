@@ -24,9 +24,9 @@ from megainter.training.job import RunSettings
 log = logging.getLogger("megainter")
 
 # A run may go on with another value of these: they change speed, duration or reporting, not what a step computes.
-FREE_SECTIONS = ("validation", "engine", "checkpoint", "hangs", "tensorboard", "output", "asked")
+FREE_SECTIONS = ("validation", "engine", "checkpoint", "hangs", "tensorboard", "output", "asked", "detector")
 FREE_KEYS = {
-    "data": ("workers",),
+    "data": ("workers", "other_detector"),
     "training": ("micro_batch", "micro_tokens", "log_every", "steps", "epochs", "profile_steps", "verify_every"),
     "model": ("gradient_checkpointing",),
 }
@@ -38,14 +38,17 @@ REMEDIES = {
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "lmdb", "numpy")
 
 
-def open_run_folder(config: RunSettings, ds_config: dict[str, Any], digests: dict[str, str], asked: Mapping[str, str]) -> None:
+def open_run_folder(
+    config: RunSettings, ds_config: dict[str, Any], digests: dict[str, str], asked: Mapping[str, str], detector: str | None = None
+) -> None:
     """Create or continue the folder (rank 0) and record settings and versions; ``UsageError`` where it holds a run of other settings.
 
-    ``asked``: settings as they were given, by ``section.key``, where ``config`` has what they came to.
+    ``asked``: settings as they were given, by ``section.key``, where ``config`` has what they came to; ``detector``: whose
+    regions are read.
     """
     folder = config.output
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    settings = as_dict(config) | {"digests": digests, "asked": dict(asked)}
+    settings = as_dict(config) | {"digests": digests, "detector": detector, "asked": dict(asked)}
     before = recorded(folder)
     if before is not None:
         changed = differences(before, settings, type(config))

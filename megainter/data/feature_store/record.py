@@ -85,6 +85,12 @@ class StoreSchema:
             raise UsageError(f"extras {self.extras!r} of a store are not names with one of {', '.join(EXTRA_DTYPES)}")
 
     @cached_property
+    def described_by(self) -> str:
+        """Whose features these are: the detector, and where another network described its regions, that one."""
+        network = self.settings.get("feature_network")
+        return self.detector if network is None else f"{self.detector}, described by {network} {self.settings['feature_network_sha256']}"
+
+    @cached_property
     def feature_bytes(self) -> int:
         """Bytes of a region's feature."""
         return self.feature_size * np.dtype(self.feature_dtype).itemsize

@@ -27,7 +27,7 @@ from megainter.tasks.classification.options import ClassificationEvaluation
 from megainter.tasks.classification.report import ClassificationReport, named_predictions, summary, write_predictions
 from megainter.tasks.classification.submission import submission_ids, write_submission
 from megainter.tasks.scoring.file import open_score_file
-from megainter.tasks.scoring.models import DTYPES, USUAL_LENGTH, choose_devices, choose_precision, load_model, scored_model
+from megainter.tasks.scoring.models import DTYPES, USUAL_LENGTH, check_store, choose_devices, choose_precision, load_model, scored_model
 from megainter.tasks.scoring.running import run
 from megainter.weights import Located
 
@@ -92,7 +92,7 @@ def _open_inputs(found: Located, options: ClassificationEvaluation) -> tuple[Enc
         raise UsageError(f"--max-text-tokens is {tokens}; give 5 to {config.max_position_embeddings}, what {model} has positions for")
 
     everything = read_examples(options.examples, options.split)
-    store = _open_store(model, config, everything, options.examples, options.store)
+    store = _open_store(model, config, everything, options.examples, options.store, options.other_detector)
     examples = everything if store is None else with_regions(everything, store, options.max_missing, options.examples, "--max-missing")
     missing = len(everything) - len(examples)
     ids = submission_ids(options.examples, everything) if options.submission is not None else []
@@ -133,7 +133,9 @@ def class_names(config: InterBertConfig) -> tuple[str, ...]:
     return tuple(names[number] for number in sorted(names))
 
 
-def _open_store(model: Path, config: InterBertConfig, examples: Examples, path: Path, store: Path | None) -> FeatureStore | None:
+def _open_store(
+    model: Path, config: InterBertConfig, examples: Examples, path: Path, store: Path | None, other_detector: bool
+) -> FeatureStore | None:
     """The store of the examples' images; ``UsageError`` where task, model, images and store do not fit each other."""
     if PROBLEM_TYPES[examples.task.problem] != config.problem_type:
         raise UsageError(f"{path} is for {examples.task.problem}, and {model} was trained for {config.problem_type}")
@@ -146,9 +148,7 @@ def _open_store(model: Path, config: InterBertConfig, examples: Examples, path: 
     if store is None:
         return None
     opened = FeatureStore(store)
-    size = opened.schema.feature_size
-    if size != config.region_feature_size:
-        raise UsageError(f"{model} takes {config.region_feature_size}-d region features, and {store} has {size}-d ones")
+    check_store(model, config, opened, other_detector)
     return opened
 
 

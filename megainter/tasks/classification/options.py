@@ -22,6 +22,8 @@ class ClassificationEvaluation:
     """Tokens of a text or pair of texts; default as in training."""
     max_regions: int | None = None
     """Regions per image; default as in training."""
+    other_detector: bool = False
+    """Take regions of another detector than the model was trained on, which is refused otherwise."""
     max_missing: float = 0.0
     """Share of examples that may be left out because an image of theirs has no regions."""
     batch: int = 64

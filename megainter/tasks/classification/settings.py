@@ -26,6 +26,8 @@ class ClassificationData:
     """Most regions of an image; none: as the model was trained."""
     max_missing: Probability = 0.01
     """Share of examples that may be left out because an image of theirs has no regions in the store."""
+    other_detector: bool = False
+    """true: take regions of another detector than the starting model was trained on, which is refused otherwise."""
     workers: NotNegative = 2
     """Loader processes of each rank; 0: the rank loads for itself."""
 

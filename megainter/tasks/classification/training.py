@@ -19,6 +19,7 @@ from megainter.data.stream.portions import Portions
 from megainter.data.tables.labelled import Examples, TaskFacts, has_examples, read_examples
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
+from megainter.model.detector import require_same_detector
 from megainter.model.interbert import InterBertForSequenceClassification
 from megainter.tasks.classification.batches import (
     ClassificationStream,
@@ -69,9 +70,7 @@ def open_task(config: ClassificationConfig) -> OpenTask:
     """Read and encode everything. ``UsageError`` where files, labels, model or settings do not fit each other."""
     data = config.data
     examples, store = _with_store(read_examples(data.examples, data.split), data.examples, data.store, data.max_missing, "data")
-    start = open_start(
-        config.model, config.output, data.max_text_tokens, data.max_regions, store.schema.feature_size if store is not None else None
-    )
+    start = open_start(config.model, config.output, data.max_text_tokens, data.max_regions, store, data.other_detector)
     if examples.images:
         start.config.max_regions = start.config.max_regions or USUAL_LENGTH
     elif data.max_regions is not None:
@@ -118,6 +117,7 @@ def task_job(
         vocabulary=task.start.vocabulary_file,
         lowercase=task.start.vocabulary.lowercase,
         digests=task.digests,
+        detector=task.start.config.detector,
         started=task.told,
         workers=config.data.workers,
         gradient_checkpointing=config.model.gradient_checkpointing,
@@ -154,9 +154,8 @@ def _validation(
         raise UsageError(f"{path} is for {what}, the training data for {examples.task.problem} with {examples.images}")
     store_path = wanted.store or config.data.store
     held_out, own = _with_store(held_out, path, store_path, config.data.max_missing, "validation")
-    if own is not None and store is not None and own.schema.feature_size != store.schema.feature_size:
-        sizes = f"{own.schema.feature_size}-d features, data.store {store.schema.feature_size}-d"
-        raise UsageError(f"validation.store {store_path} has {sizes}")
+    if own is not None and store is not None:
+        require_same_detector(store, own, "validation.store")
     return held_out, own
 
 

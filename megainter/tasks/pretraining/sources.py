@@ -21,6 +21,7 @@ from megainter.data.text.vocabulary import Vocabulary, load_vocabulary, train_vo
 from megainter.errors import UsageError
 from megainter.files import sha256_of, write_atomically
 from megainter.model.configuration import InterBertConfig
+from megainter.model.detector import keep_detector, require_detector, require_same_detector
 from megainter.tasks.pretraining.batches import PretrainStream
 from megainter.tasks.pretraining.sampling import Sampler, StreamSettings
 from megainter.training.collective import first_said, on_first_rank
@@ -222,6 +223,7 @@ def _validation(
     if settings.pairs is None and not has_split(path, settings.split):
         return None
     own = FeatureStore(settings.store) if settings.store is not None else store
+    require_same_detector(store, own, "validation.store")
     pairs = mapped_pairs(config, "validation", path, settings.split, own)
     return _stream(
         config=config, name="validation", pairs=pairs, store=own, vocabulary=vocabulary, words=words, rank=rank, world_size=world_size
@@ -229,7 +231,7 @@ def _validation(
 
 
 def check_store(config: RunConfig, store: FeatureStore) -> None:
-    """``UsageError`` where a size stated in [model], or brought by the start, is not the store's."""
+    """``UsageError`` where a size stated in [model], or a size or the detector brought by the start, is not the store's."""
     stated = {"region_feature_size": store.schema.feature_size, "num_region_classes": store.schema.num_classes}
     start = config.model.start_from
     for name, size in stated.items():
@@ -243,6 +245,9 @@ def check_store(config: RunConfig, store: FeatureStore) -> None:
             raise UsageError(
                 f"model.{name} is {given}, but the features in {config.data.store} have {size}; leave it out to take the store's"
             )
+    if start is not None:
+        # Without the fact nothing is said: a BERT has seen no regions.
+        require_detector(InterBertConfig.from_pretrained(start), start, store, "--data.other_detector true", config.data.other_detector)
 
 
 def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureStore) -> InterBertConfig:
@@ -256,7 +261,7 @@ def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureS
         if name not in ("start_from", "gradient_checkpointing", "vocab_size", "region_feature_size", "num_region_classes", "itc_size")
         and not name.startswith("_")
     ]
-    return InterBertConfig(
+    found = InterBertConfig(
         vocab_size=model.vocab_size or vocabulary_size,
         region_feature_size=store.schema.feature_size,
         num_region_classes=store.schema.num_classes,
@@ -265,3 +270,5 @@ def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureS
         itc_size=model.itc_size if config.training.itc_weight > 0 else 0,
         **{name: getattr(model, name) for name in names},
     )
+    keep_detector(found, store.schema)
+    return found

@@ -57,6 +57,7 @@ def open_job(config: RunConfig, world: World) -> Job:
         vocabulary=(config.output / "vocab.txt").read_bytes(),
         lowercase=config.data.lowercase,
         digests=sources.digests,
+        detector=architecture.detector,
         started=(captions, *lacking),
         workers=config.data.workers,
         gradient_checkpointing=config.model.gradient_checkpointing,
@@ -106,7 +107,7 @@ def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertFor
         return InterBertForPreTraining(settings)
     transformers_logging.disable_progress_bar()
     found = read_config(start)
-    for name in (*DROPOUTS, "max_regions", "max_text_tokens", "itc_size"):
+    for name in (*DROPOUTS, "max_regions", "max_text_tokens", "itc_size", "detector", "region_classes"):
         setattr(found, name, getattr(settings, name))
     started: InterBertForPreTraining = InterBertForPreTraining.from_pretrained(start, config=found)
     return started

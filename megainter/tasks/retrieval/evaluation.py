@@ -125,8 +125,9 @@ def _open_inputs(found: Located, options: RetrievalEvaluation) -> Inputs:
     max_regions = _length("--max-regions", options.max_regions, config.max_regions, model)
     max_text_tokens = _length("--max-text-tokens", options.max_text_tokens, config.max_text_tokens, model)
     store = FeatureStore(options.store)
-    vocabulary = check_model(model, config, store, max_text_tokens)
-    encoder = load_prefilter(options.prefilter_model, vocabulary, store) if options.prefilter_model is not None else None
+    vocabulary = check_model(model, config, store, max_text_tokens, options.other_detector)
+    first, other = options.prefilter_model, options.other_detector
+    encoder = load_prefilter(first, vocabulary, store, other) if first is not None else None
     if options.prefilter is not None and encoder is None and not config.itc_size:
         raise UsageError(
             f"--prefilter: {model} has no vectors of its own (pretrained with training.itc_weight above 0); give --prefilter-model, "

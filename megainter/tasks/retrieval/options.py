@@ -40,6 +40,8 @@ class RetrievalEvaluation:
     """For a large gallery: score only so many images of each caption and captions of each image, the nearest by vectors."""
     prefilter_model: Path | None = None
     """Folder that `megainter finetune prefilter` made; none: the model's own vectors, of pretraining with training.itc_weight."""
+    other_detector: bool = False
+    """Take regions of another detector than the model was trained on, which is refused otherwise."""
     max_missing: float = 0.01
     """Share of the split's images that may be left out because they have no regions; not checked where --images is given."""
     folds: int | None = None

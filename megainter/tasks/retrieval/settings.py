@@ -38,6 +38,8 @@ class RetrievalData:
     """Similar images of an image: so many, nearest by the mean of their regions' features."""
     max_missing: Probability = 0.01
     """Share of captions that may be left out because their image has no regions in the store."""
+    other_detector: bool = False
+    """true: take regions of another detector than the starting model was trained on, which is refused otherwise."""
     workers: NotNegative = 2
     """Loader processes of each rank; 0: the rank loads for itself."""
 

@@ -21,6 +21,7 @@ from megainter.data.tables.pairs import Pairs, has_split, read_pairs
 from megainter.data.text.token_table import build_token_table, open_token_table, table_key
 from megainter.errors import UsageError
 from megainter.files import aside, read_json, write_json
+from megainter.model.detector import require_same_detector
 from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval.batches import GroupSettings, RetrievalStream
@@ -57,7 +58,7 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
     """Open the starting model, captions and regions on every rank. Collective."""
     data = config.data
     store = FeatureStore(data.store)
-    start = open_start(config.model, config.output, data.max_text_tokens, data.max_regions, store.schema.feature_size)
+    start = open_start(config.model, config.output, data.max_text_tokens, data.max_regions, store, data.other_detector)
     lengths = start.config.max_text_tokens or USUAL_LENGTH, start.config.max_regions or USUAL_LENGTH
     start.config.max_text_tokens, start.config.max_regions = lengths
 
@@ -84,6 +85,7 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
         vocabulary=start.vocabulary_file,
         lowercase=start.vocabulary.lowercase,
         digests={"pairs": pairs.digest, "store": store.digest, "vocabulary": start.vocabulary.digest},
+        detector=start.config.detector,
         started=(told, _told_of(gallery, config)),
         workers=data.workers,
         gradient_checkpointing=config.model.gradient_checkpointing,
@@ -148,9 +150,7 @@ def _gallery(config: RetrievalConfig, store: FeatureStore) -> tuple[Gallery, Fea
     if wanted.pairs is None and not has_split(path, wanted.split):
         return None
     own = FeatureStore(wanted.store) if wanted.store is not None else store
-    if own.schema.feature_size != store.schema.feature_size:
-        sizes = f"{own.schema.feature_size}-d features, data.store {store.schema.feature_size}-d"
-        raise UsageError(f"validation.store {wanted.store} has {sizes}")
+    require_same_detector(store, own, "validation.store")
     available = len(read_gallery(path, own, wanted.split, None, 1).image_ids)
     return read_gallery(path, own, wanted.split, min(wanted.images, available), wanted.captions_per_image), own
 

@@ -14,6 +14,7 @@ from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import UsageError
 from megainter.files import require_own_files
 from megainter.model.configuration import InterBertConfig
+from megainter.model.detector import require_detector
 from megainter.model.folder import read_vocabulary
 from megainter.precision import AskedPrecision, Precision, automatic
 from megainter.weights import Located, locate
@@ -32,12 +33,22 @@ def scored_model(model: Path) -> Located:
     return found
 
 
-def check_model(folder: Path, config: InterBertConfig, store: FeatureStore, max_text_tokens: int) -> Vocabulary:
-    """The model's vocabulary, once model, vocabulary, store and text length are known to fit each other; ``UsageError`` if not."""
+def check_store(folder: Path, config: InterBertConfig, store: FeatureStore, other_detector: bool) -> None:
+    """``UsageError`` where the store's regions are not what the model in ``folder`` was trained on: their width, or unless
+    ``other_detector`` whose they are."""
     if config.region_feature_size != store.schema.feature_size:
         raise UsageError(
             f"{folder} takes {config.region_feature_size}-d region features, and {store.path} has {store.schema.feature_size}-d ones"
         )
+    if unknown := require_detector(config, folder, store, "--other-detector", other_detector):
+        print(unknown, flush=True)
+
+
+def check_model(
+    folder: Path, config: InterBertConfig, store: FeatureStore, max_text_tokens: int, other_detector: bool = False
+) -> Vocabulary:
+    """The model's vocabulary, once model, vocabulary, store and text length are known to fit each other; ``UsageError`` if not."""
+    check_store(folder, config, store, other_detector)
     if not 3 <= max_text_tokens <= config.max_position_embeddings:
         raise UsageError(
             f"--max-text-tokens is {max_text_tokens}; give 3 to {config.max_position_embeddings}, what {folder} has positions for"

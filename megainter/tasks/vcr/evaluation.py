@@ -88,7 +88,8 @@ def _open_inputs(found: Located, options: VcrEvaluation) -> tuple[ChoiceSource, 
     settings, trained_for, with_objects = read_facts(config, model)
     _check_objects(model, with_objects, options.objects_store)
     stores = open_stores(options.store, options.objects_store)
-    vocabulary = check_model(model, config, stores.detected, max(settings.max_answer_tokens, settings.max_rationale_tokens))
+    longest = max(settings.max_answer_tokens, settings.max_rationale_tokens)
+    vocabulary = check_model(model, config, stores.detected, longest, options.other_detector)
     asked, digest = open_questions(options.questions, options.split, stores, options.max_missing, "--max-missing")
     if trained_for not in ("joint", options.mode):
         print(f"{model} was fine-tuned for {trained_for}s alone; what it makes of {options.mode} is no more than a guess", flush=True)

@@ -25,6 +25,7 @@ from megainter.data.text.layout import PAIR_MARKS, cut_pair, marked
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
+from megainter.model.detector import require_same_detector
 
 KINDS = ("answer", "rationale")
 ANSWER, RATIONALE = range(len(KINDS))
@@ -210,11 +211,8 @@ class Stores:
 def open_stores(store: Path, objects_store: Path | None) -> Stores:
     """Open one or both; ``UsageError`` where their features are of different sizes, or of different detectors."""
     detected, given = FeatureStore(store), FeatureStore(objects_store) if objects_store is not None else None
-    if given is not None and given.schema.feature_size != detected.schema.feature_size:
-        sizes = f"{detected.schema.feature_size}-d features, {objects_store} {given.schema.feature_size}-d ones"
-        raise UsageError(f"{store} has {sizes}; extract both with one detector")
-    if given is not None and given.schema.detector != detected.schema.detector:
-        raise UsageError(f"{store} and {objects_store} were extracted with different detectors; extract both with one")
+    if given is not None:
+        require_same_detector(detected, given, "the annotated boxes' store")
     return Stores(detected, given)
 
 

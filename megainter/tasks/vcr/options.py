@@ -23,6 +23,8 @@ class VcrEvaluation:
     """What is asked: answers, rationales, or both."""
     split: str | None = None
     """Questions of this split alone; default all of the file."""
+    other_detector: bool = False
+    """Take regions of another detector than the model was trained on, which is refused otherwise."""
     max_missing: float = 0.0
     """Share of questions that may be left out because their image has no regions."""
     batch_questions: int = 16

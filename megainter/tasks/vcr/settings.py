@@ -34,6 +34,8 @@ class VcrData:
     """Most annotated regions among an image's regions; none: as many as there is room for."""
     max_missing: Probability = 0.01
     """Share of questions that may be left out because their image has no regions in a store."""
+    other_detector: bool = False
+    """true: take regions of another detector than the starting model was trained on, which is refused otherwise."""
     workers: NotNegative = 2
     """Loader processes of each rank; 0: the rank loads for itself."""
 

@@ -14,6 +14,7 @@ import torch
 from megainter.data.stream.portions import Portions
 from megainter.data.tables.questions import Questions
 from megainter.errors import UsageError
+from megainter.model.detector import require_same_detector
 from megainter.model.interbert import InterBertForMultipleChoice
 from megainter.tasks.starting import Start, finetune_job, inputs_flops, open_start
 from megainter.tasks.vcr.batches import ChoiceSource, ChoiceStream, all_items
@@ -86,6 +87,7 @@ def open_job(config: VcrConfig, world: World) -> Job:
         vocabulary=start.vocabulary_file,
         lowercase=start.vocabulary.lowercase,
         digests={"questions": digest, "vocabulary": start.vocabulary.digest, **stores.digests},
+        detector=start.config.detector,
         started=(_told(config, questions), _told_of(held_out, config)),
         workers=data.workers,
         gradient_checkpointing=config.model.gradient_checkpointing,
@@ -99,7 +101,7 @@ def _open_start(config: VcrConfig, stores: Stores) -> Start:
     """The starting model, told in its configuration how it is fine-tuned: what `evaluate vcr` reads there."""
     data = config.data
     longest = max(data.max_answer_tokens, data.max_rationale_tokens)
-    start = open_start(config.model, config.output, longest, data.max_regions, stores.detected.schema.feature_size)
+    start = open_start(config.model, config.output, longest, data.max_regions, stores.detected, data.other_detector)
     if start.config.type_vocab_size < 2:
         raise UsageError(f"model.start_from {start.folder} knows one token type; VCR's questions and answers need two")
     start.config.tie_objects = config.model.tie_objects
@@ -129,9 +131,7 @@ def _held_out(config: VcrConfig, start: Start, stores: Stores) -> ChoiceSource |
     own = stores
     if wanted.store is not None or wanted.objects_store is not None:
         own = open_stores(wanted.store or data.store, wanted.objects_store or data.objects_store)
-        if own.detected.schema.feature_size != stores.detected.schema.feature_size:
-            sizes = f"{own.detected.schema.feature_size}-d features, data.store {stores.detected.schema.feature_size}-d ones"
-            raise UsageError(f"validation.store {wanted.store} has {sizes}")
+        require_same_detector(stores.detected, own.detected, "validation.store")
     questions, _ = open_questions(path, wanted.split, own, data.max_missing)
     questions = Questions(questions.table.slice(0, wanted.samples).combine_chunks())
     require_labels(questions, MODES[data.mode], path)

@@ -49,6 +49,7 @@ class PrefilterSettings:
     max_regions: Positive
     hidden_size: Positive = 512
     vector_size: Positive = 256
+    detector: str | None = None
     format: Literal[1] = 1
 
 
@@ -139,8 +140,11 @@ def save_prefilter(folder: Path, encoder: DualEncoder) -> None:
     write_json(folder / SETTINGS, asdict(encoder.settings))
 
 
-def load_prefilter(folder: Path, vocabulary: Vocabulary, store: FeatureStore) -> DualEncoder:
-    """The encoder of a folder, for evaluation; ``UsageError`` where there is none, or it is not of this vocabulary and feature size."""
+def load_prefilter(folder: Path, vocabulary: Vocabulary, store: FeatureStore, other_detector: bool = False) -> DualEncoder:
+    """The encoder of a folder, for evaluation.
+
+    ``UsageError`` where there is none, or it is not of this vocabulary and feature size, or unless ``other_detector`` not of this detector.
+    """
     if not (folder / SETTINGS).is_file():
         raise UsageError(f"{folder} is no prefilter (it has no {SETTINGS}); `megainter finetune prefilter` makes one")
     try:
@@ -153,6 +157,9 @@ def load_prefilter(folder: Path, vocabulary: Vocabulary, store: FeatureStore) ->
     if settings.feature_size != store.schema.feature_size:
         sizes = f"{settings.feature_size}-d region features, and {store.path} has {store.schema.feature_size}-d ones"
         raise UsageError(f"{folder} takes {sizes}")
+    if settings.detector not in (None, store.schema.described_by) and not other_detector:
+        theirs = f"{settings.detector!r:.120}, and {store.path} has those of {store.schema.described_by!r:.120}"
+        raise UsageError(f"{folder} was trained on regions of {theirs}: train it on this store, or give --other-detector")
     encoder = DualEncoder(settings)
     try:
         encoder.load_state_dict(load_file(folder / WEIGHTS))

@@ -81,6 +81,7 @@ def finetune(
         feature_size=feature_store.schema.feature_size,
         max_text_tokens=max_text_tokens,
         max_regions=max_regions,
+        detector=feature_store.schema.described_by,
     )
     on = torch_device(device)
     with torch.random.fork_rng():

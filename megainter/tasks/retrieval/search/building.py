@@ -53,9 +53,9 @@ def build_index(model: Path, options: IndexOptions) -> Index:
     check_index(model, options)
     store = FeatureStore(options.store)
     config = read_config(model)
-    vocabulary = check_model(model, config, store, config.max_text_tokens or USUAL_LENGTH)
+    vocabulary = check_model(model, config, store, config.max_text_tokens or USUAL_LENGTH, options.other_detector)
     folder = first_stage_folder(model, options.prefilter_model)
-    stage = open_first_stage(folder, vocabulary, store, torch_device(options.device))
+    stage = open_first_stage(folder, vocabulary, store, torch_device(options.device), options.other_detector)
 
     # What is indexed, and from what.
     everything = read_pairs(options.pairs, options.split)

@@ -27,6 +27,8 @@ class IndexOptions:
     """Weights of the store's detector, noted for searching by photos; known by themselves where the detector comes along."""
     split: str | None = None
     """Split of the manifest to index; default all."""
+    other_detector: bool = False
+    """Take regions of another detector than the model was trained on, which is refused otherwise."""
     max_missing: float = 0.01
     """Share of captions that may be left out because their image has no regions."""
     device: str = "auto"

@@ -68,7 +68,7 @@ class Searcher:
         self.vocabulary: Vocabulary = read_vocabulary(self.model_folder, self.config)
         self.store = FeatureStore(options.store or Path(facts.store))
         prefilter = options.prefilter_model or (self.model_folder if facts.prefilter == facts.model else Path(facts.prefilter))
-        self.stage: FirstStage = open_first_stage(prefilter, self.vocabulary, self.store, self.device)
+        self.stage: FirstStage = open_first_stage(prefilter, self.vocabulary, self.store, self.device, other_detector=True)  # as indexed
         self._require_the_same()
         self.precision, self.precision_note = _precision(options)
         choose_devices(options.device, self.precision, 1, 1, 1)  # refuses what the device does not compute

@@ -16,6 +16,8 @@ from megainter.data.feature_store.record import RegionRecord
 from megainter.data.feature_store.views import RegionViews
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
+from megainter.model.configuration import InterBertConfig
+from megainter.model.detector import require_detector
 from megainter.model.folder import read_config, read_vocabulary
 from megainter.tasks.retrieval.gallery import tokenize
 from megainter.tasks.retrieval.prefilter.own import OwnVectors
@@ -73,16 +75,20 @@ def first_stage_folder(model: Path, given: Path | None) -> Path:
     return folder
 
 
-def open_first_stage(folder: Path, vocabulary: Vocabulary, store: FeatureStore, device: torch.device) -> FirstStage:
-    """The first stage of a folder; ``UsageError`` where it is none, or fits neither vocabulary nor store."""
+def open_first_stage(folder: Path, vocabulary: Vocabulary, store: FeatureStore, device: torch.device, other_detector: bool) -> FirstStage:
+    """The first stage of a folder.
+
+    ``UsageError`` where it is none, or fits neither vocabulary nor store, or unless ``other_detector`` is of another one's regions.
+    """
     if not (folder / SETTINGS).is_file() and (folder / "config.json").is_file():
-        return _own_vectors(folder, vocabulary, device)
-    return Towers(load_prefilter(folder, vocabulary, store), vocabulary, device, prefilter_digest(folder))
+        config = read_config(folder)
+        require_detector(config, folder, store, "--other-detector", other_detector)  # of one that does not say, the model has said it
+        return _own_vectors(folder, config, vocabulary, device)
+    return Towers(load_prefilter(folder, vocabulary, store, other_detector), vocabulary, device, prefilter_digest(folder))
 
 
-def _own_vectors(folder: Path, vocabulary: Vocabulary, device: torch.device) -> OwnVectors:
+def _own_vectors(folder: Path, config: InterBertConfig, vocabulary: Vocabulary, device: torch.device) -> OwnVectors:
     """The vectors of the model in ``folder``; ``UsageError`` where it has none, or is one of another vocabulary."""
-    config = read_config(folder)
     if not config.itc_size:
         raise UsageError(f"{folder} has no vectors of its own; `megainter finetune prefilter` makes a first stage")
     if read_vocabulary(folder, config).digest != vocabulary.digest:

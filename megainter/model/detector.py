@@ -1,0 +1,46 @@
+"""Whose regions a model was trained on: kept in its configuration, and compared with a store's.
+
+Two detectors may give features of one width that mean nothing alike; scores from them would be no error, and no better than chance.
+"""
+
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import StoreSchema
+from megainter.errors import UsageError
+from megainter.model.configuration import InterBertConfig
+
+
+def keep_detector(config: InterBertConfig, schema: StoreSchema) -> None:
+    """Write into a model's configuration whose regions it is trained on."""
+    config.detector, config.region_classes = schema.described_by, list(schema.class_names)
+
+
+def require_detector(config: InterBertConfig, model: object, store: FeatureStore, option: str, other: bool) -> str:
+    """What is to be said where the ``model`` does not say whose regions it was trained on; "" where it does, or ``other`` ones will do.
+
+    ``UsageError`` where the ``store`` has another detector's regions, or of other classes; by ``option`` the user says that they will do.
+    """
+    if other:
+        return ""
+    if config.detector is None:
+        return f"{model} does not say by which detector its regions were found: whether {store.path} has the same one's is not checked"
+    if store.schema.described_by != config.detector:
+        theirs = f"{config.detector!r:.120}, and {store.path} has those of {store.schema.described_by!r:.120}"
+        raise UsageError(f"{model} was trained on regions of {theirs}: {_remedy(option)}")
+    if config.region_classes is not None and list(store.schema.class_names) != config.region_classes:
+        raise UsageError(f"{model} was trained on regions of other classes than {store.path} has, by one detector: {_remedy(option)}")
+    return ""
+
+
+def require_same_detector(store: FeatureStore, other: FeatureStore, option: str) -> None:
+    """``UsageError`` where ``other``, which ``option`` names, has features of another width or another detector than ``store``."""
+    one, two = store.schema, other.schema
+    if two.feature_size != one.feature_size:
+        sizes = f"{one.feature_size}-d features, {option} {other.path} {two.feature_size}-d ones"
+        raise UsageError(f"{store.path} has {sizes}; extract both with one detector")
+    if two.described_by != one.described_by:
+        both = f"{one.described_by!r:.120} and {two.described_by!r:.120}"
+        raise UsageError(f"{store.path} and {option} {other.path} are of different detectors, {both}; extract both with one")
+
+
+def _remedy(option: str) -> str:
+    return f"extract these images with that detector's weights, or say that others will do with {option}"

@@ -1,0 +1,63 @@
+"""A model keeps whose regions it was trained on, and takes no other's unnoticed."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megainter import InterBertConfig, InterBertForPreTraining
+from megainter.conversion.hugging_face import convert_hugging_face
+from megainter.data.feature_store import FeatureStore
+from megainter.data.feature_store.record import StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
+from megainter.errors import UsageError
+from megainter.model.detector import keep_detector, require_detector, require_same_detector
+from tests.model.tiny import tiny_config
+from tests.synthetic import CLASSES, FEATURE_SIZE
+
+SCHEMA = StoreSchema(FEATURE_SIZE, len(CLASSES), CLASSES, "one")
+
+
+def store_of(path: Path, schema: StoreSchema) -> FeatureStore:
+    """A store without images."""
+    FeatureStoreWriter(path, schema).__enter__().close()
+    seal_store(path)
+    return FeatureStore(path)
+
+
+def test_another_detectors_store_is_refused_unless_the_user_says_so(tmp_path: Path) -> None:
+    config = tiny_config()
+    keep_detector(config, SCHEMA)
+    described = {"feature_network": "net", "feature_network_sha256": "ab", "feature_side": 8}
+    others = {
+        "detector": replace(SCHEMA, detector="two"),
+        "network": replace(SCHEMA, settings=described),
+        "classes": replace(SCHEMA, class_names=(*CLASSES[:-1], "pink")),
+    }
+    for name, schema in others.items():
+        store = store_of(tmp_path / name, schema)
+        with pytest.raises(UsageError, match=r"m was trained on regions of .*--other-detector"):
+            require_detector(config, "m", store, "--other-detector", other=False)
+        assert require_detector(config, "m", store, "--other-detector", other=True) == ""
+    same = store_of(tmp_path / "same", replace(SCHEMA, settings={"min_boxes": 3}))
+    assert require_detector(config, "m", same, "--other-detector", other=False) == ""
+    assert "not checked" in require_detector(tiny_config(), "old", same, "--other-detector", other=False)
+    with pytest.raises(UsageError, match=r"different detectors, 'one' and 'two'"):
+        require_same_detector(same, FeatureStore(tmp_path / "detector"), "validation.store")
+
+
+def test_the_detector_goes_with_the_weights(tmp_path: Path) -> None:
+    config = tiny_config()
+    assert "detector" not in config.to_diff_dict()  # folders of models that do not say are as they were
+    keep_detector(config, SCHEMA)
+    InterBertForPreTraining(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    convert_hugging_face(tmp_path / "model", tmp_path / "half", dtype="bf16", cased=False)
+    found = InterBertConfig.from_pretrained(tmp_path / "half")
+    assert (found.detector, found.region_classes) == ("one", list(CLASSES))
+
+
+@pytest.mark.parametrize("wrong", [{"detector": 3}, {"region_classes": [1]}])
+def test_nonsense_is_refused(wrong: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        InterBertConfig(**wrong)
