@@ -19,7 +19,7 @@ from megainter.files import read_json, renew_checksums, write_atomically, write_
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import locate_model, named, read_config, read_vocabulary
 
-SETTINGS = "processor_config.json"
+SETTINGS, SPLIT = "processor_config.json", "split_special_tokens"
 USUAL_LENGTH = 36  # tokens and regions, where nothing says what the model was trained with
 
 
@@ -28,22 +28,29 @@ class InterBertProcessor:
     """What turns texts and records into inputs.
 
     Texts are cut to ``max_text_tokens`` tokens, [CLS] and [SEP] included; of a record the first ``max_regions`` regions are taken, after
-    the global region. ``region_feature_size`` is what the model takes.
+    the global region. ``region_feature_size`` is what the model takes. "[MASK]" and the other special tokens in a text are these tokens,
+    as in transformers; with ``split_special_tokens`` they are ordinary text, as in every table of captions and every search.
     """
 
     vocabulary: Vocabulary
     region_feature_size: int
     max_text_tokens: int = USUAL_LENGTH
     max_regions: int = USUAL_LENGTH
+    split_special_tokens: bool = False
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, max_text_tokens: int | None = None, max_regions: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        max_text_tokens: int | None = None,
+        max_regions: int | None = None,
+        split_special_tokens: bool | None = None,
     ) -> "InterBertProcessor":
         """The processor of a model's folder: its vocab.txt, its casing (tokenizer_config.json), and lengths.
 
         ``folder`` may also be a repository of the Hub (``hf:OWNER/NAME``, ``weights.locate``). Lengths: those given, else what
-        ``save_pretrained`` wrote, else what the model was trained with (config.json), else 36.
+        ``save_pretrained`` wrote, else what the model was trained with (config.json), else 36; ``split_special_tokens`` likewise, else false.
         ``UsageError`` where the folder lacks one of these files, or they do not fit each other.
         """
         folder = locate_model(named(folder)).path
@@ -51,7 +58,10 @@ class InterBertProcessor:
         saved = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
         tokens = _length("max_text_tokens", 3, config.max_position_embeddings, max_text_tokens, saved, config)
         regions = _length("max_regions", 1, None, max_regions, saved, config)
-        return cls(read_vocabulary(folder, config), config.region_feature_size, tokens, regions)
+        split = saved.get(SPLIT, False) if split_special_tokens is None else split_special_tokens
+        if not isinstance(split, bool):
+            raise UsageError(f"{SPLIT} is {split!r:.80}; give true or false")
+        return cls(read_vocabulary(folder, config), config.region_feature_size, tokens, regions, split)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write vocab.txt, tokenizer_config.json and processor_config.json into a model's folder; ``from_pretrained`` reads them there."""
@@ -65,7 +75,7 @@ class InterBertProcessor:
         write_atomically(folder / "vocab.txt", "\n".join(self.vocabulary.ids) + "\n")
         write_json(stated, tokenizer)
         lengths = {"max_text_tokens": self.max_text_tokens, "max_regions": self.max_regions}
-        write_json(folder / SETTINGS, {"processor_class": type(self).__name__} | lengths)
+        write_json(folder / SETTINGS, {"processor_class": type(self).__name__, SPLIT: self.split_special_tokens} | lengths)
         renew_checksums(folder)
 
     def pack(self, texts: Sequence[str] | None, records: Sequence[RegionRecord | RegionViews] | None) -> PackedInputs:
@@ -108,7 +118,8 @@ class InterBertProcessor:
         return BatchFeature(padded)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [self.vocabulary.with_specials(ids) for ids in self.vocabulary.encode(list(texts), self.max_text_tokens - 2)]
+        found = self.vocabulary.encode(list(texts), self.max_text_tokens - 2, keep_specials=not self.split_special_tokens)
+        parts = [self.vocabulary.with_specials(ids) for ids in found]
         return torch.from_numpy(np.concatenate(parts)), torch.tensor([len(part) for part in parts])
 
     def _regions(self, records: Sequence[RegionRecord | RegionViews]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,14 +8,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from megainter import InterBertForRetrieval, InterBertProcessor
+from megainter import InterBertConfig, InterBertForPreTraining, InterBertForRetrieval, InterBertProcessor
 from megainter.data.feature_store import FeatureStore
 from megainter.data.feature_store.record import RegionRecord
-from megainter.data.tables.pairs import Pairs, read_pairs
+from megainter.data.tables.pairs import Pair, Pairs, read_pairs, write_pairs
+from megainter.data.text.token_table import build_token_table
 from megainter.errors import UsageError
 from megainter.tasks.retrieval import evaluation
+from megainter.tasks.retrieval.gallery import tokenize
 from megainter.tasks.retrieval.options import RetrievalEvaluation
+from megainter.tasks.retrieval.prefilter.own import OwnVectors
 from megainter.tasks.retrieval.report import RetrievalReport
 from tests.synthetic import FEATURE_SIZE, write_data
 from tests.tasks.retrieval.test_evaluation import write_model
@@ -121,6 +125,43 @@ def test_saved_beside_a_model_and_read_again(data: Data, tmp_path: Path) -> None
     assert json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())["model_max_length"] == 40
     model = InterBertForRetrieval.from_pretrained(tmp_path / "m")
     assert torch.equal(model.score(data.texts[:13], data.records), data.model.score(data.texts[:13], data.records, processor))
+
+
+SPELT = ["a red [MASK] and blue", "[MASK]red[SEP] x [UNK]", "[mask] red [Mask]", "[PAD][CLS]", "Red, GREEN"]
+
+
+def test_special_tokens_are_what_transformers_makes_of_them(data: Data, tmp_path: Path) -> None:
+    InterBertProcessor.from_pretrained(data.folder).save_pretrained(tmp_path)
+    data.model.config.save_pretrained(tmp_path)
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    for split in (False, True):
+        processor = InterBertProcessor.from_pretrained(tmp_path, split_special_tokens=split)
+        packed = processor.pack(SPELT, None)
+        found = [ids.tolist() for ids in packed.input_ids.split(packed.text_lengths.tolist())]
+        assert found == reference(SPELT, split_special_tokens=split)["input_ids"]
+        assert (processor.vocabulary.facts.mask_id in found[0]) == (not split)
+
+        processor.save_pretrained(tmp_path / "saved")
+        data.model.config.save_pretrained(tmp_path / "saved")
+        assert InterBertProcessor.from_pretrained(tmp_path / "saved").split_special_tokens == split
+
+
+def test_captions_and_queries_spell_no_special_tokens(data: Data, tmp_path: Path) -> None:
+    """The doors that read texts of others: the table of training, the grid of scoring, the vectors of searching."""
+    vocabulary = InterBertProcessor.from_pretrained(data.folder).vocabulary
+    facts = vocabulary.facts
+    write_pairs(tmp_path / "p.parquet", [Pair(f"p{n}", f"i{n}", f"i{n}.jpg", text, "train") for n, text in enumerate(SPELT)])
+    table = build_token_table(read_pairs(tmp_path / "p.parquet"), vocabulary, 12, tmp_path / "t.arrow", progress=False)
+    grid = tokenize(SPELT, vocabulary, 12)
+    of_grid = [ids[1:-1] for ids in np.split(grid.ids, np.cumsum(grid.lengths)[:-1])]
+    for tokens in (*(table[row] for row in range(len(SPELT))), *of_grid):
+        assert not {facts.mask_id, facts.sep_id, facts.cls_id, facts.pad_id} & set(tokens.tolist())
+
+    torch.manual_seed(0)
+    config = InterBertConfig.from_pretrained(data.folder, itc_size=8)
+    InterBertForPreTraining(config).save_pretrained(tmp_path / "m")
+    own = OwnVectors(tmp_path / "m", vocabulary, 12, 4, torch.device("cpu"))
+    assert own.processor.split_special_tokens
 
 
 def test_what_does_not_fit_is_one_line(data: Data, tmp_path: Path) -> None:

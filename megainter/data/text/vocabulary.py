@@ -6,11 +6,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megainter.data.text.layout import marked
 from megainter.errors import UsageError
@@ -54,9 +55,20 @@ class Vocabulary:
         """bool [size]: entries that begin with "##"."""
         return self.facts.is_continuation
 
-    def encode(self, captions: list[str], max_tokens: int) -> list[NDArray[np.int32]]:
-        """Token ids of each caption, int32, without [CLS] and [SEP], cut after ``max_tokens``."""
-        return [np.array(ids[:max_tokens], dtype=np.int32) for ids in encode_texts(self.tokenizer, captions)]
+    def encode(self, captions: list[str], max_tokens: int, keep_specials: bool = False) -> list[NDArray[np.int32]]:
+        """Token ids of each caption, int32, without [CLS] and [SEP], cut after ``max_tokens``.
+
+        A caption that spells "[MASK]" is ordinary text, as data must be; with ``keep_specials`` it has that token there, as transformers'
+        tokenizers do.
+        """
+        tokenizer = self._with_specials_kept if keep_specials else self.tokenizer
+        return [np.array(ids[:max_tokens], dtype=np.int32) for ids in encode_texts(tokenizer, captions)]
+
+    @cached_property
+    def _with_specials_kept(self) -> Tokenizer:
+        kept = Tokenizer.from_str(self.tokenizer.to_str())
+        kept.add_special_tokens([AddedToken(special, normalized=False) for special in SPECIALS])
+        return kept
 
     def with_specials(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
         """[CLS] ids [SEP], int64 [n + 2]."""
@@ -70,8 +82,7 @@ class Vocabulary:
 def load_vocabulary(path: Path, lowercase: bool = True) -> Vocabulary:
     """Read a ``vocab.txt`` (one entry per line, id = line number), or the one inside folder ``path``.
 
-    Text is cleaned, Chinese characters are set apart and accents dropped with lower-casing, as BERT does. A caption that spells "[MASK]" is
-    ordinary text here: it never becomes a special token. ``UsageError`` where the file, a special token or uniqueness is missing.
+    Text is cleaned, Chinese characters are set apart and accents dropped with lower-casing, as BERT does. ``UsageError`` where the file, a special token or uniqueness is missing.
     """
     path = path / "vocab.txt" if path.is_dir() else path
     entries = _read_entries(path)

@@ -32,7 +32,8 @@ class OwnVectors:
     def __init__(self, folder: Path, vocabulary: Vocabulary, max_text_tokens: int, max_regions: int, device: torch.device) -> None:
         self.model = load_model(folder, InterBertForRetrieval)
         self.model.to(device)  # type: ignore[arg-type]
-        self.processor = InterBertProcessor(vocabulary, self.model.config.region_feature_size, max_text_tokens, max_regions)
+        size = self.model.config.region_feature_size
+        self.processor = InterBertProcessor(vocabulary, size, max_text_tokens, max_regions, split_special_tokens=True)
         self.size, self.most, self.digest = self.model.config.itc_size, max_regions, model_digest(folder)
 
     @property
