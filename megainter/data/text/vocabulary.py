@@ -82,7 +82,8 @@ class Vocabulary:
 def load_vocabulary(path: Path, lowercase: bool = True) -> Vocabulary:
     """Read a ``vocab.txt`` (one entry per line, id = line number), or the one inside folder ``path``.
 
-    Text is cleaned, Chinese characters are set apart and accents dropped with lower-casing, as BERT does. ``UsageError`` where the file, a special token or uniqueness is missing.
+    Text is cleaned, Chinese characters are set apart and accents dropped with lower-casing, as BERT does.
+    ``UsageError`` where the file, a special token or uniqueness is missing.
     """
     path = path / "vocab.txt" if path.is_dir() else path
     entries = _read_entries(path)
