@@ -98,7 +98,7 @@ def test_captions_without_images(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     pairs, _ = write_data(tmp_path / "a", images=16)
     _, store = write_data(tmp_path / "b", images=8)
-    assert_one_line(train(settings(pairs, store, tmp_path / "run")), 3, "image-008", "--data.max_missing")
+    assert_one_line(train(settings(pairs, store, tmp_path / "run")), 3, "image-008", "--data.max_bad")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ COMPAT: dict[str, dict[str, Any]] = {
 SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings)} - {
     "start_from", "gradient_checkpointing", "hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob",
 }  # fmt: skip
+RENAMED = {"data.max_missing": "data.max_bad"}  # settings that had another name
 _COMPAT_OF_A_START = ("decay_groups", "start_rate")
 
 
@@ -179,7 +180,7 @@ def _explain(error: ValidationError, path: Path | None, kind: type, typed: list[
     key = next((given for given in typed if given == key or given.startswith(f"{key}.")), key)  # a whole section may be unknown
     where = "" if path is None or key in typed else f" in {path}"
     if first["type"] in unknown:
-        near = difflib.get_close_matches(key, _known_keys(kind), n=1, cutoff=0.4)
+        near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, _known_keys(kind), n=1, cutoff=0.4)
         return f"unknown setting {key}{where}" + (f"; did you mean {near[0]}?" if near else "")
     if first["type"] in ("missing", "missing_argument"):
         return f"setting {key} is missing{where}; give it {'there or ' if path is not None else ''}as --{key} VALUE"

@@ -57,8 +57,8 @@ class DataConfig:
     """Share of the mismatched captions that are drawn inside the step, the likelier the nearer to the image; needs training.itc_weight."""
     gate_msm: bool = False
     """true: no masked-segment loss on mismatched captions."""
-    max_missing: Probability = 0.01
-    """Share of captions that may be left out because their image has no regions in the store."""
+    max_bad: Probability = 0.01
+    """Share of images that may lack regions in the store, their captions left out; one may in any case, unless this is 0."""
     other_detector: bool = False
     """true: take regions of another detector than the starting model was trained on, which is refused otherwise."""
     order: Literal["random", "blocks"] = "random"

@@ -16,6 +16,7 @@ from megainter.data.integers import Int64s
 from megainter.data.tables.pairs import Pairs
 from megainter.data.tables.parquet import digest_of_kept
 from megainter.errors import TooManyBadInputsError, UsageError
+from megainter.tolerance import tolerated
 
 log = logging.getLogger("megainter")
 SAMPLE = 200  # images without regions that are looked for by other forms of their names,
@@ -68,29 +69,40 @@ def drop_missing(pairs: Pairs, store: FeatureStore) -> Pairs:
     return Pairs(pairs.table.filter(pa.array(keep)), new_numbers[pairs.image_numbers[keep]], image_ids, digest)
 
 
-def with_regions(pairs: Pairs, store: FeatureStore, limit: float, path: Path, option: str = "--data.max_missing") -> Pairs:
-    """The pairs whose images have regions; raises as ``accept_missing`` where more than ``limit`` of the captions have none."""
+def with_regions(pairs: Pairs, store: FeatureStore, limit: float, path: Path, option: str = "--data.max_bad") -> Pairs:
+    """The pairs whose images have regions; raises as ``accept_missing`` where more than ``limit`` of the images have none."""
     missing = missing_images(pairs, store)
     captions = int(missing[pairs.image_numbers].sum())
     if not captions:
         return pairs
     images = some(pairs.image_ids[int(number)] for number in np.flatnonzero(missing))
-    accept_missing(Missing("captions", captions, len(pairs), images), store, limit, path, option)
+    found = Missing("captions", captions, len(pairs), images, int(missing.sum()), len(missing))
+    accept_missing(found, store, limit, path, option)
     return drop_missing(pairs, store)
 
 
 @dataclass(frozen=True)
 class Missing:
-    """How many of ``total`` captions, examples or questions (``what``) are of images without regions; ``images``: ``some`` of these."""
+    """How many of ``total`` captions, examples or questions (``what``) are of images without regions: ``lacking`` of ``all_images``.
+
+    ``images``: ``some`` of these.
+    """
 
     what: str
     count: int
     total: int
     images: Sequence[str]
+    lacking: int
+    all_images: int
 
     def share(self) -> str:
         """The smallest share in thousandths that allows for them: rounded up, so that the advice to give it works."""
-        return f"{math.ceil(1000 * self.count / self.total) / 1000:g}"
+        return f"{math.ceil(1000 * self.lacking / self.all_images) / 1000:g}"
+
+    def told(self, path: Path, store: Path) -> str:
+        """What lacks what."""
+        of = f" ({self.lacking:,} of {self.all_images:,} images)" if self.what != "images" else ""
+        return f"{path}: {self.count:,} of {self.total:,} {self.what} are of images without regions in {store}{of}"
 
 
 def some(image_ids: Iterable[str]) -> tuple[str, ...]:
@@ -103,15 +115,16 @@ def some(image_ids: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def accept_missing(missing: Missing, store: FeatureStore, limit: float, path: Path, option: str = "--data.max_missing") -> None:
-    """Say what is left out, or raise ``TooManyBadInputsError`` where it is more than a share ``limit``, or everything.
+def accept_missing(missing: Missing, store: FeatureStore, limit: float, path: Path, option: str = "--data.max_bad") -> None:
+    """Say what is left out, or raise ``TooManyBadInputsError`` where more images than ``tolerated`` by ``limit`` lack regions, or all.
 
-    ``path`` is the file that names them, ``option`` the setting that the limit comes from. An error shows an id of each side, and by what
-    form of their names the images would meet.
+    It is images that count, as in extraction: one that could not be read there is one here, however many captions it has. ``path`` is the
+    file that names them, ``option`` the setting that the limit comes from. An error shows an id of each side, and by what form of their
+    names the images would meet.
     """
     first = f"{missing.images[0]!r:.200}"
-    told = f"{path}: {missing.count:,} of {missing.total:,} {missing.what} are of images without regions in {store.path}, first {first}"
-    if missing.count <= limit * missing.total and missing.count < missing.total:
+    told = f"{missing.told(path, store.path)}, first {first}"
+    if missing.lacking <= tolerated(limit, missing.all_images) and missing.count < missing.total:
         log.warning("%s: left out", told)
         return
     others = f" (the store has {store.ids[0]!r:.200}{' and others' if len(store) > 1 else ''})"

@@ -100,7 +100,7 @@ def finetune_prefilter(
     dropout: float = 0.2,
     max_regions: int = 36,
     max_text_tokens: int = 36,
-    max_missing: float = 0.01,
+    max_bad: float = 0.01,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -132,8 +132,8 @@ def finetune_prefilter(
         Regions per image.
     max_text_tokens
         Tokens per caption.
-    max_missing
-        Share of captions that may be left out because their image has no regions.
+    max_bad
+        Share of images that may lack regions, their captions left out; one may in any case, unless this is 0.
     seed
         Random seed of order, start and dropout.
     device
@@ -149,7 +149,7 @@ def finetune_prefilter(
     )
     finetune(
         model, pairs, store, output=output, split=split, max_regions=max_regions, max_text_tokens=max_text_tokens,
-        max_missing=max_missing, training=training, device=device,
+        max_bad=max_bad, training=training, device=device,
     )  # fmt: skip
 
 

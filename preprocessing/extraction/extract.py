@@ -30,6 +30,7 @@ from megainter.files import sha256_of
 from megainter.precision import AskedPrecision, Precision, Units, automatic
 from megainter.process import StopRequest
 from megainter.progress import Progress
+from megainter.tolerance import tolerated
 from megainter.weights import locate
 from preprocessing.detector.detector import load_detector
 from preprocessing.detector.network import Selection
@@ -284,7 +285,7 @@ def _list_failures(output: Path, failures: list[Failure]) -> None:
 def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failure], max_bad: float, changed: bool) -> Extraction:
     """Seal, unless too many failed."""
     listed = f"{len(failures):,} of {total:,} images failed, listed in {output / 'failed.tsv'}"
-    if len(failures) > max(max_bad * total, 1 if max_bad and total > 1 else 0):  # one bad file of a few is no sign of a bad collection
+    if len(failures) > tolerated(max_bad, total):
         raise TooManyBadInputsError(
             f"{listed}: more than --max-bad {max_bad:g} of them; the others are kept: repair them, or allow more, and run again"
         )

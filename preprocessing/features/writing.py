@@ -9,6 +9,7 @@ from megainter.data.feature_store.record import StoreSchema
 from megainter.data.feature_store.shard import shard_files
 from megainter.data.feature_store.writer import FeatureStoreWriter, is_sealed, seal_store
 from megainter.errors import TooManyBadInputsError
+from megainter.tolerance import tolerated
 from preprocessing.failures import write_failures
 
 SHARD_BYTES = 64 << 30  # then the next shard is begun: a file that can still be copied
@@ -47,7 +48,7 @@ def list_failures(output: Path, account: Account) -> None:
 def finish(output: Path, account: Account, max_bad: float, changed: bool) -> Imported:
     """Seal, unless too many were bad."""
     listed = f"{account.bad:,} of {account.entries:,} entries cannot be used, listed in {output / 'failed.tsv'}"
-    if account.bad > max_bad * account.entries:
+    if account.bad > tolerated(max_bad, account.entries):
         raise TooManyBadInputsError(f"{listed}: more than --max-bad {max_bad:g}; the others are kept: repair or allow more, and run again")
     if account.bad:
         print(listed, flush=True)

@@ -15,6 +15,7 @@ from megainter.data.tables.pairs import Pair, read_pairs, write_pairs
 from megainter.errors import TooManyBadInputsError
 from megainter.tasks.classification import batches
 from megainter.tasks.retrieval.gallery import read_gallery
+from megainter.tolerance import tolerated
 from tests.data.feature_store.test_reader import SCHEMA, make_record
 
 
@@ -59,7 +60,7 @@ def test_captions_that_would_meet_by_another_form_are_told_which(tmp_path: Path,
         assert str(error.value).endswith(f": run `megainter prepare` again with --store {store.path}")
         assert "\n" not in str(error.value)
     _, facts = build_pairs_index(pairs, "train", store, tmp_path / "cache", progress=False)
-    assert (facts.rows, facts.missing) == (0, [wanted.format(n) for n in numbers])
+    assert (facts.rows, facts.lacking, facts.missing) == (0, len(numbers), [wanted.format(n) for n in numbers])
 
 
 def test_of_captions_that_meet_in_part_the_others_are_looked_for(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_of_captions_that_meet_in_part_the_others_are_looked_for(tmp_path: Path)
 
 def test_captions_of_other_images_are_told_what_the_limit_would_have_to_be(tmp_path: Path) -> None:
     store, pairs = store_of(tmp_path / "s", ["a", "b"]), pairs_of(tmp_path / "p", ["a", "c", "d"])
-    with pytest.raises(TooManyBadInputsError, match=r"first 'c' \(the store has 'a' and others\); extract .* --data.max_missing 0.667$"):
+    with pytest.raises(TooManyBadInputsError, match=r"first 'c' \(the store has 'a' and others\); extract .* --data.max_bad 0.667$"):
         with_regions(read_pairs(pairs), store, 0.1, pairs)
     strangers = pairs_of(tmp_path / "q", ["x", "y"])
     with pytest.raises(TooManyBadInputsError, match=r"2 of 2 captions .*; they meet in no form of their names: extract .*--ids`\)$"):
@@ -96,3 +97,24 @@ def test_of_many_images_some_are_looked_at(tmp_path: Path) -> None:
     pairs = pairs_of(tmp_path / "p", [f"{n}" for n in np.random.default_rng(0).permutation(2 * SAMPLE)])
     with pytest.raises(TooManyBadInputsError, match=rf"by their number {SAMPLE} of {SAMPLE} images that were looked at would meet"):
         with_regions(read_pairs(pairs), store, 0.0, pairs)
+
+
+def test_one_bad_photo_of_many_captions_is_one(tmp_path: Path) -> None:
+    """What `extract` lets pass is in the way nowhere: images count, not their captions, and one is never too many unless none may be."""
+    store = store_of(tmp_path / "s", [f"{n}" for n in range(9)])
+    pairs = pairs_of(tmp_path / "p", [*(f"{n}" for n in range(9)), *["bad"] * 5])
+    facts = build_pairs_index(pairs, "train", store, tmp_path / "cache", progress=False)[1]
+    assert (facts.rows, facts.images, facts.lacking) == (9, 9, 1)
+    for limit in (0.001, 0.01, 0.2):
+        assert len(with_regions(read_pairs(pairs), store, limit, pairs)) == 9
+        assert len(read_gallery(pairs, store, None, None, None, limit).image_ids) == 9
+    with pytest.raises(TooManyBadInputsError, match=r"5 of 14 captions .* \(1 of 10 images\)"):
+        with_regions(read_pairs(pairs), store, 0.0, pairs)
+
+
+@pytest.mark.parametrize("total", [1, 2, 60, 99, 150, 1000])
+def test_what_is_tolerated_is_the_share_in_whole_ones_and_one_of_several(total: int) -> None:
+    for thousandths in (0, 1, 10, 70, 500, 1000):
+        allowed = total * thousandths // 1000  # in whole numbers
+        least = 1 if thousandths and total > 1 else 0
+        assert tolerated(thousandths / 1000, total) == max(allowed, least)

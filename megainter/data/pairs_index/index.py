@@ -37,7 +37,7 @@ from megainter.data.text.chinese import count_chinese
 from megainter.errors import DamagedError, UsageError
 from megainter.progress import Progress
 
-FACTS = 2  # counts up where other facts are noted
+FACTS = 3  # counts up where other facts are noted
 _STRINGS = ("pair_id", "caption")
 _DTYPES = {"image_numbers": "int32", "store_rows": "int32"}
 _FOOTER_END = 8  # bytes: the length of a Parquet footer and the magic after it
@@ -45,11 +45,12 @@ _FOOTER_END = 8  # bytes: the length of a Parquet footer and the magic after it
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """What is noted of the pairs: ``rows`` with regions, of ``manifest_rows`` of the split; ``missing``: some images without."""
+    """What is noted of the pairs: ``rows`` with regions, of ``manifest_rows`` of the split; ``missing``: some of the ``lacking`` images."""
 
     rows: int
     images: int
     manifest_rows: int
+    lacking: int
     missing: list[str]
     chinese_captions: int
     digest: str
@@ -151,7 +152,7 @@ def _write(manifest: Path, split: str, store: FeatureStore, writer: ArrayWriter,
     total = open_parquet(manifest).metadata.num_rows
     hashes, keep = np.empty(total, np.uint64), np.empty(total, np.bool_)  # of the rows of the split, so far ``digest.rows``
     counts, digest, images, lookup = Counter[str](), ContentDigest(PAIRS_SCHEMA.names), _Images(len(store)), store.lookup()
-    missing, chinese = list[str](), 0
+    missing, lacking, chinese = list[str](), np.empty(0, np.uint64), 0
     with Progress("reading captions", total, "captions", enabled=progress) as bar:
         for part in read_in_parts(manifest, PAIRS_SCHEMA):
             counts.update(split_counts(manifest, part))
@@ -162,9 +163,10 @@ def _write(manifest: Path, split: str, store: FeatureStore, writer: ArrayWriter,
             hashes[here] = string_hashes(_column(table, "pair_id"))
             rows = lookup.find(_column(table, "image_id"))
             keep[here] = rows >= 0
-            if len(missing) < SAMPLE and not keep[here].all():
+            if not keep[here].all():
                 without = table.column("image_id").filter(pa.array(~keep[here])).unique()
                 missing = [*some([*missing, *without[:SAMPLE].to_pylist()])]
+                lacking = np.union1d(lacking, string_hashes(without))
             chinese += _append(writer, table.filter(pa.array(keep[here])), rows[keep[here]], images)
             bar.update(len(part))
     refuse_absent_split(manifest, counts, split)
@@ -176,6 +178,7 @@ def _write(manifest: Path, split: str, store: FeatureStore, writer: ArrayWriter,
         rows=int(keep.sum()),
         images=images.count,
         manifest_rows=len(keep),
+        lacking=len(lacking),
         missing=missing,
         chinese_captions=chinese,
         digest=kept_digest,

@@ -195,13 +195,15 @@ def fixed_batches(examples: EncodedExamples, size: int) -> list[Int64s]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def with_regions(examples: Examples, store: FeatureStore, limit: float, path: Path, option: str = "--data.max_missing") -> Examples:
+def with_regions(examples: Examples, store: FeatureStore, limit: float, path: Path, option: str = "--data.max_bad") -> Examples:
     """Examples all of whose images have regions; raises as ``accept_missing`` where more than ``limit`` have not."""
     images = examples.column("images")
     missing = (store.find([image for row in images for image in row]) < 0).reshape(len(images), -1)
     lacking = missing.any(axis=1)
     if not lacking.any():
         return examples
-    without = some(images[row][place] for row, place in np.argwhere(missing).tolist())
-    accept_missing(Missing("examples", int(lacking.sum()), len(images), without), store, limit, path, option)
+    named = np.array(images, dtype=object)
+    without, everything = dict.fromkeys(named[missing]), set(named.ravel())
+    found = Missing("examples", int(lacking.sum()), len(images), some(without), len(without), len(everything))
+    accept_missing(found, store, limit, path, option)
     return examples.take(np.flatnonzero(~lacking))

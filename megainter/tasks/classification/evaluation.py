@@ -40,7 +40,7 @@ def evaluate(model: Path, options: ClassificationEvaluation) -> ClassificationRe
     """Predict every example of ``split``; figures go to ``options.output`` (JSON), predictions to ``<output>.predictions.parquet``.
 
     ``model`` is a Hugging Face folder of a classifier with its vocabulary; labels are compared with its classes by name. ``store`` has the
-    regions of the images, where there are some; examples without regions may be a share of ``max_missing``. Lengths that are None are
+    regions of the images, where there are some; a share ``max_bad`` of the images may lack them. Lengths that are None are
     those of training. ``submission``: also the file that the task's benchmark takes, of all examples or not at all. The figures are equal
     to the last digit for any number of ``processes``. Started again after a kill, the same call goes on where it was.
 
@@ -93,7 +93,7 @@ def _open_inputs(found: Located, options: ClassificationEvaluation) -> tuple[Enc
 
     everything = read_examples(options.examples, options.split)
     store = _open_store(model, config, everything, options.examples, options.store, options.other_detector)
-    examples = everything if store is None else with_regions(everything, store, options.max_missing, options.examples, "--max-missing")
+    examples = everything if store is None else with_regions(everything, store, options.max_bad, options.examples, "--max-bad")
     missing = len(everything) - len(examples)
     ids = submission_ids(options.examples, everything) if options.submission is not None else []
     if options.submission is not None and missing:
@@ -113,6 +113,8 @@ def _check(options: ClassificationEvaluation, predictions: Path) -> None:
     for option, number in (("--batch", options.batch), ("--processes", options.processes)):
         if number is not None and number < 1:
             raise UsageError(f"{option} is {number}; give at least 1")
+    if not 0 <= options.max_bad <= 1:
+        raise UsageError(f"--max-bad is {options.max_bad}; give a share, 0 to 1")
     for option, path in (("--output", options.output), ("--output's predictions", predictions), ("--submission", options.submission)):
         if path is not None:
             require_file_place(path, option)

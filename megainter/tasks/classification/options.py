@@ -24,8 +24,8 @@ class ClassificationEvaluation:
     """Regions per image; default as in training."""
     other_detector: bool = False
     """Take regions of another detector than the model was trained on, which is refused otherwise."""
-    max_missing: float = 0.0
-    """Share of examples that may be left out because an image of theirs has no regions."""
+    max_bad: float = 0.01
+    """Share of images that may lack regions, their examples left out; one may in any case, unless this is 0."""
     batch: int = 64
     """Examples per forward."""
     processes: int | None = None

@@ -24,8 +24,8 @@ class ClassificationData:
     """Longest text or pair of texts in tokens, [CLS] and [SEP] included; longer ones are cut."""
     max_regions: Positive | None = None
     """Most regions of an image; none: as the model was trained."""
-    max_missing: Probability = 0.01
-    """Share of examples that may be left out because an image of theirs has no regions in the store."""
+    max_bad: Probability = 0.01
+    """Share of images that may lack regions in the store, their examples left out; one may in any case, unless this is 0."""
     other_detector: bool = False
     """true: take regions of another detector than the starting model was trained on, which is refused otherwise."""
     workers: NotNegative = 2

@@ -69,7 +69,7 @@ class OpenTask:
 def open_task(config: ClassificationConfig) -> OpenTask:
     """Read and encode everything. ``UsageError`` where files, labels, model or settings do not fit each other."""
     data = config.data
-    examples, store = _with_store(read_examples(data.examples, data.split), data.examples, data.store, data.max_missing, "data")
+    examples, store = _with_store(read_examples(data.examples, data.split), data.examples, data.store, data.max_bad, "data")
     start = open_start(config.model, config.output, data.max_text_tokens, data.max_regions, store, data.other_detector)
     if examples.images:
         start.config.max_regions = start.config.max_regions or USUAL_LENGTH
@@ -128,7 +128,7 @@ def task_job(
 
 
 def _with_store(
-    examples: Examples, path: Path, store_path: Path | None, max_missing: float, section: str
+    examples: Examples, path: Path, store_path: Path | None, max_bad: float, section: str
 ) -> tuple[Examples, FeatureStore | None]:  # fmt: skip
     """Those examples whose images have regions, and their store; texts alone need none."""
     if not examples.images:
@@ -138,7 +138,7 @@ def _with_store(
     if store_path is None:
         raise UsageError(f"the examples of {path} have images; give their regions as {section}.store")
     store = FeatureStore(store_path)
-    return with_regions(examples, store, max_missing, path), store
+    return with_regions(examples, store, max_bad, path), store
 
 
 def _validation(
@@ -153,7 +153,7 @@ def _validation(
         what = f"{held_out.task.problem} with {held_out.images} images"
         raise UsageError(f"{path} is for {what}, the training data for {examples.task.problem} with {examples.images}")
     store_path = wanted.store or config.data.store
-    held_out, own = _with_store(held_out, path, store_path, config.data.max_missing, "validation")
+    held_out, own = _with_store(held_out, path, store_path, config.data.max_bad, "validation")
     if own is not None and store is not None:
         require_same_detector(store, own, "validation.store")
     return held_out, own

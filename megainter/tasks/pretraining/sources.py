@@ -150,13 +150,14 @@ def all_captions(pairs: Pairs) -> Iterator[str]:
 def mapped_pairs(config: RunConfig, name: str, manifest: Path, split: str, store: FeatureStore) -> Pairs:
     """The pairs of ``split`` whose images have regions, mapped from the run's cache, where rank 0 puts them first. Collective.
 
-    ``TooManyBadInputsError`` where more than ``data.max_missing`` of the captions have none.
+    ``TooManyBadInputsError`` where more than ``data.max_bad`` of the images have none.
     """
     folder = config.output / "cache" / f"pairs-{name}"
     key, facts = on_first_rank(lambda: build_pairs_index(manifest, split, store, folder))
     if facts.rows < facts.manifest_rows:
-        missing = Missing("captions", facts.manifest_rows - facts.rows, facts.manifest_rows, facts.missing)
-        accept_missing(missing, store, config.data.max_missing, manifest)
+        count, images = facts.manifest_rows - facts.rows, facts.images + facts.lacking
+        missing = Missing("captions", count, facts.manifest_rows, facts.missing, facts.lacking, images)
+        accept_missing(missing, store, config.data.max_bad, manifest)
     return open_pairs_index(folder, key, store)
 
 

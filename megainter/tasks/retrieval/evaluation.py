@@ -64,7 +64,7 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
     images its "1K" figures, from the scores of the "5K" ones.
 
     Raises ``UsageError`` for inputs that do not fit each other, ``TooManyBadInputsError`` where ``images`` is None and more than
-    ``max_missing`` of the split's images have no regions, ``NumericsError`` naming the pair for a score that is not a number.
+    ``max_bad`` of the split's images have no regions, ``NumericsError`` naming the pair for a score that is not a number.
     """
     top = options.output.with_name(f"{options.output.stem}.top.parquet")
     _check(options, top)
@@ -134,7 +134,7 @@ def _open_inputs(found: Located, options: RetrievalEvaluation) -> Inputs:
             "a folder that `megainter finetune prefilter` made"
         )
 
-    gallery = read_gallery(options.pairs, store, options.split, options.images, options.captions_per_image, options.max_missing)
+    gallery = read_gallery(options.pairs, store, options.split, options.images, options.captions_per_image, options.max_bad)
     if options.folds is not None and len(gallery.image_ids) % options.folds:
         raise UsageError(f"--folds is {options.folds}; give a number that divides the gallery's {len(gallery.image_ids):,} images")
     if gallery.missing_images:
@@ -214,8 +214,8 @@ def _check(options: RetrievalEvaluation, top: Path) -> None:
     for name, number in (numbers | {"--folds": options.folds}).items():
         if number is not None and number < 1:
             raise UsageError(f"{name} is {number}; give at least 1")
-    if not 0 <= options.max_missing <= 1:
-        raise UsageError(f"--max-missing is {options.max_missing}; give a share, 0 to 1")
+    if not 0 <= options.max_bad <= 1:
+        raise UsageError(f"--max-bad is {options.max_bad}; give a share, 0 to 1")
 
     if options.prefilter is None and options.prefilter_model is not None:
         raise UsageError("--prefilter-model is the folder of a first stage; give --prefilter (how many candidates) with it")

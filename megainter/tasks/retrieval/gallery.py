@@ -56,12 +56,14 @@ def read_gallery(
     split: str | None,
     images: int | None,
     captions_per_image: int | None,
-    max_missing: float = 1.0,
+    max_bad: float = 1.0,
+    option: str | None = None,
 ) -> Gallery:
     """The first ``images`` images of a split and the first ``captions_per_image`` captions of each, in manifest order (None: all).
 
     Images that the store lacks are left out and counted. ``UsageError`` where none is left, or fewer than ``images``;
-    ``TooManyBadInputsError`` where ``images`` is None and a share above ``max_missing`` of all is left out: the smaller gallery is easier.
+    ``TooManyBadInputsError`` where ``images`` is None and more than ``max_bad`` of all are left out: the smaller gallery is easier.
+    ``option`` is what allows for more, in its message.
     """
     for name, limit in (("--images", images), ("--captions-per-image", captions_per_image)):
         if limit is not None and limit < 1:
@@ -69,10 +71,11 @@ def read_gallery(
     everything = read_pairs(pairs, split)
     present = drop_missing(everything, store)
     count = len(everything.image_ids)
-    missing = Missing("images", count - len(present.image_ids), count, _missing_images(everything, present))
+    lacking = count - len(present.image_ids)
+    missing = Missing("images", lacking, count, _missing_images(everything, present), lacking, count)
     if missing.count and (images is None or not present.image_ids):
-        smaller = f"--images {len(present.image_ids)} or --max-missing"  # a smaller gallery is easier, so the user says that it may be
-        accept_missing(missing, store, max_missing, pairs, smaller)
+        # A smaller gallery is easier, so the user says that it may be.
+        accept_missing(missing, store, max_bad, pairs, option or f"--images {len(present.image_ids)} or --max-bad")
     if images is not None and images > len(present.image_ids):
         raise UsageError(f"{pairs} has {len(present.image_ids):,} images of split {split!r} with regions, and --images asks for {images:,}")
     numbers = present.image_numbers

@@ -42,7 +42,7 @@ class RetrievalEvaluation:
     """Folder that `megainter finetune prefilter` made; none: the model's own vectors, of pretraining with training.itc_weight."""
     other_detector: bool = False
     """Take regions of another detector than the model was trained on, which is refused otherwise."""
-    max_missing: float = 0.01
-    """Share of the split's images that may be left out because they have no regions; not checked where --images is given."""
+    max_bad: float = 0.01
+    """Share of the split's images that may lack regions; one may in any case, unless this is 0. Not checked where --images is given."""
     folds: int | None = None
     """Also give the mean recalls of so many equal parts of the gallery: 5 for COCO's "1K" figures beside its "5K" ones."""

@@ -36,8 +36,8 @@ class RetrievalData:
     """Pairs of the caption with a similar image."""
     neighbours: Positive = 99
     """Similar images of an image: so many, nearest by the mean of their regions' features."""
-    max_missing: Probability = 0.01
-    """Share of captions that may be left out because their image has no regions in the store."""
+    max_bad: Probability = 0.01
+    """Share of images that may lack regions in the store, their captions left out; one may in any case, unless this is 0."""
     other_detector: bool = False
     """true: take regions of another detector than the starting model was trained on, which is refused otherwise."""
     workers: NotNegative = 2

@@ -63,7 +63,7 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
     start.config.max_text_tokens, start.config.max_regions = lengths
 
     # What it is trained and validated on.
-    pairs = with_regions(read_pairs(data.pairs, split=data.split), store, data.max_missing, data.pairs)
+    pairs = with_regions(read_pairs(data.pairs, split=data.split), store, data.max_bad, data.pairs)
     require_two_images(pairs.image_numbers, str(data.pairs))
     stream = _stream(config, start, pairs, store, world)
     gallery = _gallery(config, store)
@@ -151,7 +151,7 @@ def _gallery(config: RetrievalConfig, store: FeatureStore) -> tuple[Gallery, Fea
         return None
     own = FeatureStore(wanted.store) if wanted.store is not None else store
     require_same_detector(store, own, "validation.store")
-    available = len(read_gallery(path, own, wanted.split, None, 1).image_ids)
+    available = len(read_gallery(path, own, wanted.split, None, 1, config.data.max_bad, "--data.max_bad").image_ids)
     return read_gallery(path, own, wanted.split, min(wanted.images, available), wanted.captions_per_image), own
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megainter.data.tables.questions import Questions
 from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
 from megainter.model.folder import model_digest, read_config
@@ -19,7 +20,7 @@ from megainter.tasks.scoring.file import open_score_file
 from megainter.tasks.scoring.models import check_model, choose_devices, choose_precision, scored_model
 from megainter.tasks.scoring.running import run
 from megainter.tasks.vcr.batches import ChoiceSource, ChoiceToMake, all_items, right_choices
-from megainter.tasks.vcr.inputs import MODES, WordPieces, open_questions, open_stores, read_facts
+from megainter.tasks.vcr.inputs import MODES, Stores, WordPieces, open_questions, open_stores, read_facts
 from megainter.tasks.vcr.options import VcrEvaluation
 from megainter.tasks.vcr.report import BOTH, CHANCE, Judged, VcrReport, accuracies, is_right, summary, write_probabilities, write_submission
 from megainter.tasks.vcr.scoring import ChoicesToScore
@@ -37,8 +38,8 @@ def evaluate(model: Path, options: VcrEvaluation) -> VcrReport:
     answer is not known. ``processes``: None takes one per GPU, or as many cores as the work is worth; the figures are bit-equal for any
     number. An interrupted run goes on where it was.
 
-    Raises ``UsageError`` for what cannot be used as given, ``TooManyBadInputsError`` where more than ``max_missing`` of the questions have
-    no regions, ``LockedError`` where another process writes the same output, ``NumericsError`` where a probability is not a number.
+    Raises ``UsageError`` for what cannot be used as given, ``TooManyBadInputsError`` where more than ``max_bad`` of the images have no
+    regions (any, for a ``submission``), ``LockedError`` where another process writes the same output, ``NumericsError`` where a probability is not a number.
     """
     probabilities = options.output.with_name(f"{options.output.stem}.probabilities.parquet")
     _check(options, probabilities)
@@ -90,7 +91,7 @@ def _open_inputs(found: Located, options: VcrEvaluation) -> tuple[ChoiceSource, 
     stores = open_stores(options.store, options.objects_store)
     longest = max(settings.max_answer_tokens, settings.max_rationale_tokens)
     vocabulary = check_model(model, config, stores.detected, longest, options.other_detector)
-    asked, digest = open_questions(options.questions, options.split, stores, options.max_missing, "--max-missing")
+    asked, digest = _questions(options, stores)
     if trained_for not in ("joint", options.mode):
         print(f"{model} was fine-tuned for {trained_for}s alone; what it makes of {options.mode} is no more than a guess", flush=True)
     facts: dict[str, Any] = {
@@ -103,12 +104,18 @@ def _open_inputs(found: Located, options: VcrEvaluation) -> tuple[ChoiceSource, 
     return ChoiceSource(asked, stores, WordPieces.of(asked, vocabulary), settings, ASKED[options.mode]), facts
 
 
+def _questions(options: VcrEvaluation, stores: Stores) -> tuple[Questions, str]:
+    """As ``open_questions``; the leaderboard's file is of all questions or none."""
+    limit, option = (options.max_bad, "--max-bad") if options.submission is None else (0.0, "--max-bad, and no --submission:")
+    return open_questions(options.questions, options.split, stores, limit, option)
+
+
 def _check(options: VcrEvaluation, probabilities: Path) -> None:
     for option, number in (("--batch-questions", options.batch_questions), ("--processes", options.processes)):
         if number is not None and number < 1:
             raise UsageError(f"{option} is {number}; give at least 1")
-    if not 0 <= options.max_missing <= 1:
-        raise UsageError(f"--max-missing is {options.max_missing}; give a share, 0 to 1")
+    if not 0 <= options.max_bad <= 1:
+        raise UsageError(f"--max-bad is {options.max_bad}; give a share, 0 to 1")
     if options.submission is not None and options.mode != BOTH:
         raise UsageError(f"--submission needs answers and rationales, and --mode is {options.mode}; leave --mode out")
     for option, path in (("--output", options.output), ("--output's table", probabilities), ("--submission", options.submission)):

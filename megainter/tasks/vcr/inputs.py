@@ -221,20 +221,18 @@ def has_questions(path: Path, split: str) -> bool:
     return split in pc.unique(read_questions(path).table.column("split")).to_pylist()
 
 
-def open_questions(
-    path: Path, split: str | None, stores: Stores, max_missing: float, option: str = "--data.max_missing"
-) -> tuple[Questions, str]:
+def open_questions(path: Path, split: str | None, stores: Stores, max_bad: float, option: str = "--data.max_bad") -> tuple[Questions, str]:
     """The questions whose images have regions in all stores, and the digest of what was read (also of those left out).
 
     ``UsageError`` for two questions of one id and for annotated boxes that are not the question's objects;
-    ``TooManyBadInputsError`` where more than ``max_missing`` of the questions have no regions.
+    ``TooManyBadInputsError`` where more than ``max_bad`` of their images have no regions.
     """
     questions = read_questions(path, split)
     ids = questions.table.column("question_id")
     if pc.count_distinct(ids).as_py() != len(ids):
         raise UsageError(f"{path}: two questions of split {split!r} have one id; a question's scores are joined by its id")
     digest = _digest(questions.table)
-    present = _with_regions(questions, stores, max_missing, path, option)
+    present = _with_regions(questions, stores, max_bad, path, option)
     _check_objects(present, stores, path)
     return present, digest
 
@@ -254,7 +252,8 @@ def _with_regions(questions: Questions, stores: Stores, limit: float, path: Path
         missing = store.find(images) < 0
         present &= ~missing
         if missing.any():
-            lacking = Missing("questions", int(missing.sum()), len(images), some(images[row] for row in np.flatnonzero(missing)))
+            without = dict.fromkeys(images[row] for row in np.flatnonzero(missing))
+            lacking = Missing("questions", int(missing.sum()), len(images), some(without), len(without), len(set(images)))
             accept_missing(lacking, store, limit, path, option)
     return Questions(questions.table.filter(pa.array(present)).combine_chunks()) if not present.all() else questions
 

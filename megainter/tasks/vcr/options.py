@@ -25,8 +25,8 @@ class VcrEvaluation:
     """Questions of this split alone; default all of the file."""
     other_detector: bool = False
     """Take regions of another detector than the model was trained on, which is refused otherwise."""
-    max_missing: float = 0.0
-    """Share of questions that may be left out because their image has no regions."""
+    max_bad: float = 0.01
+    """Share of images that may lack regions, their questions left out; one may in any case, unless this is 0."""
     batch_questions: int = 16
     """Choices to make per forward: each is four texts with an image."""
     processes: int | None = None

@@ -32,8 +32,8 @@ class VcrData:
     """Most regions of an image, without the global region; annotated ones come before the detector's."""
     max_objects: Positive | None = None
     """Most annotated regions among an image's regions; none: as many as there is room for."""
-    max_missing: Probability = 0.01
-    """Share of questions that may be left out because their image has no regions in a store."""
+    max_bad: Probability = 0.01
+    """Share of images that may lack regions in a store, their questions left out; one may in any case, unless this is 0."""
     other_detector: bool = False
     """true: take regions of another detector than the starting model was trained on, which is refused otherwise."""
     workers: NotNegative = 2

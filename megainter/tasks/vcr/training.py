@@ -65,7 +65,7 @@ def open_job(config: VcrConfig, world: World) -> Job:
     start = _open_start(config, stores)
 
     # What it is trained and validated on.
-    questions, digest = open_questions(data.questions, data.split, stores, data.max_missing)
+    questions, digest = open_questions(data.questions, data.split, stores, data.max_bad)
     require_labels(questions, kinds, data.questions)
     examples = _examples(config, start, questions, stores)
     portions = Portions(config.training.seed, config.training.global_batch, config.training.micro_batch, config.training.micro_tokens)
@@ -132,7 +132,7 @@ def _held_out(config: VcrConfig, start: Start, stores: Stores) -> ChoiceSource |
     if wanted.store is not None or wanted.objects_store is not None:
         own = open_stores(wanted.store or data.store, wanted.objects_store or data.objects_store)
         require_same_detector(stores.detected, own.detected, "validation.store")
-    questions, _ = open_questions(path, wanted.split, own, data.max_missing)
+    questions, _ = open_questions(path, wanted.split, own, data.max_bad)
     questions = Questions(questions.table.slice(0, wanted.samples).combine_chunks())
     require_labels(questions, MODES[data.mode], path)
     return _examples(config, start, questions, own)

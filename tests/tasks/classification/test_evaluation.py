@@ -301,11 +301,11 @@ def test_what_does_not_fit_is_refused(data: tuple[Path, Path, Path], tmp_path: P
     with pytest.raises(
         TooManyBadInputsError, match=r"1 of 2 examples are of images without regions .* first 'nowhere' \(the store has 'image-"
     ):
-        evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None)
-    assert evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None, max_missing=0.5).missing_examples == 1
+        evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None, max_bad=0)
+    assert evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None).missing_examples == 1
     write_examples(tmp_path / "missing.parquet", rows[1:], read_examples(questions).task)
     with pytest.raises(TooManyBadInputsError, match=r"1 of 1 examples .* \(the store has 'image-\d+' and others\); they meet in no form"):
-        evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None, max_missing=1)
+        evaluate(model, tmp_path / "missing.parquet", store, output=output, split=None, max_bad=1)
 
 
 def test_scores_that_are_no_numbers_are_named(tmp_path: Path) -> None:

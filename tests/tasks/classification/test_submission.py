@@ -128,9 +128,9 @@ def test_questions_of_vqa_s_test_are_kept_without_answers_and_answered(tmp_path:
     fewer = store_of(tmp_path / "fewer", write_data(tmp_path / "more")[1], images[1:])
     (tmp_path / "x.json").write_text("an earlier one")
     with pytest.raises(TooManyBadInputsError, match="1 of 4 examples"):
-        evaluate(model, tmp_path / "test.parquet", fewer, **options)
+        evaluate(model, tmp_path / "test.parquet", fewer, **options, max_bad=0)
     with pytest.raises(UsageError, match="--submission needs all 4 examples, and 1 have no regions"):
-        evaluate(model, tmp_path / "test.parquet", fewer, **options, max_missing=0.5)
+        evaluate(model, tmp_path / "test.parquet", fewer, **options)
     assert (tmp_path / "x.json").read_text() == "an earlier one"
 
 

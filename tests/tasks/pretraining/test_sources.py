@@ -56,7 +56,7 @@ def test_captions_without_regions_are_left_out_up_to_the_limit(data: tuple[Path,
         kept = with_regions(pairs, store, 0.1, data[0])
         assert 0 < len(kept) < len(pairs)
         assert set(kept.image_ids) == set(pairs.image_ids) & set(store.ids)
-        with pytest.raises(TooManyBadInputsError, match=r"--data.max_missing 0\.\d+"):
+        with pytest.raises(TooManyBadInputsError, match=r"--data.max_bad 0\.\d+"):
             with_regions(pairs, store, 0.01, data[0])
 
 

@@ -227,13 +227,13 @@ def test_a_score_that_is_not_a_number_names_the_pair(broken: tuple[Path, Path, P
 def test_images_without_regions_are_left_out_and_counted(
     data: tuple[Path, Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [Pair(f"{image}#0", image, f"{image}.jpg", "red and blue") for image in ("image-001", "elsewhere", "image-002")]
+    rows = [Pair(f"{image}#0", image, f"{image}.jpg", "red and blue") for image in ("image-001", "elsewhere", "image-002", "nowhere")]
     write_pairs(tmp_path / "pairs.parquet", rows)
-    with pytest.raises(TooManyBadInputsError, match=r"1 of 3 images .* --images 2 or --max-missing 0.334$"):
-        evaluate(data[0], tmp_path / "pairs.parquet", data[2], output=tmp_path / "out.json", split=None, max_missing=0.3)
-    report = evaluate(data[0], tmp_path / "pairs.parquet", data[2], output=tmp_path / "out.json", split=None, max_missing=0.34)
-    assert (report.images, report.captions, report.missing_images) == (2, 2, 1)
-    assert "1 of 3 images are of images without regions" in caplog.text
+    with pytest.raises(TooManyBadInputsError, match=r"2 of 4 images .* --images 2 or --max-bad 0.5$"):
+        evaluate(data[0], tmp_path / "pairs.parquet", data[2], output=tmp_path / "out.json", split=None, max_bad=0.3)
+    report = evaluate(data[0], tmp_path / "pairs.parquet", data[2], output=tmp_path / "out.json", split=None, max_bad=0.5)
+    assert (report.images, report.captions, report.missing_images) == (2, 2, 2)
+    assert "2 of 4 images are of images without regions" in caplog.text
     assert caplog.text.rstrip().endswith("first 'elsewhere': left out")
 
 

@@ -222,7 +222,7 @@ def test_models_and_stores_that_do_not_belong_together(files: VcrFiles, start: P
         (start, {}, "was not fine-tuned for VCR"),
         (run / "model", {}, "was trained with annotated boxes"),
         (run / "model", {"objects_store": files.objects_store, "batch_questions": 0}, "--batch-questions is 0"),
-        (run / "model", {"objects_store": files.objects_store, "max_missing": 2}, "--max-missing is 2"),
+        (run / "model", {"objects_store": files.objects_store, "max_bad": 2}, "--max-bad is 2"),
         (run / "model", {"objects_store": files.objects_store, "submission": tmp_path / "x", "mode": "answer"}, "--submission needs"),
     ]
     for model, options, words in cases:

@@ -51,7 +51,7 @@ def finetune(
     split: str = "train",
     max_regions: int = 36,
     max_text_tokens: int = 36,
-    max_missing: float = 0.01,
+    max_bad: float = 0.01,
     training: PrefilterTraining | None = None,
     device: str = "auto",
 ) -> Path:
@@ -68,7 +68,7 @@ def finetune(
     config = read_config(model)
     vocabulary = read_vocabulary(model, config)
     feature_store = FeatureStore(store)
-    captions = with_regions(read_pairs(pairs, split=split), feature_store, max_missing, pairs, "--max-missing")
+    captions = with_regions(read_pairs(pairs, split=split), feature_store, max_bad, pairs, "--max-bad")
     require_two_images(captions.image_numbers, str(pairs))
     tokens = tokenize(captions.table.column("caption").to_pylist(), vocabulary, max_text_tokens)
     words = read_words(model, vocabulary.size)

@@ -47,7 +47,7 @@ def build_index(model: Path, options: IndexOptions) -> Index:
     """Write the index ``options.output`` for a model's folder, and open it.
 
     An index that is there and was made from the same is kept. Raises ``UsageError`` for inputs that do not fit each other and for an output
-    that holds something else, ``TooManyBadInputsError`` where more than ``max_missing`` of the captions are of images without regions,
+    that holds something else, ``TooManyBadInputsError`` where more than ``max_bad`` of the images have no regions,
     ``LockedError`` where another process writes the same index, ``NoSpaceError``.
     """
     check_index(model, options)
@@ -59,7 +59,7 @@ def build_index(model: Path, options: IndexOptions) -> Index:
 
     # What is indexed, and from what.
     everything = read_pairs(options.pairs, options.split)
-    pairs = with_regions(everything, store, options.max_missing, options.pairs, "--max-missing")
+    pairs = with_regions(everything, store, options.max_bad, options.pairs, "--max-bad")
     rows = _rows(pairs, store)
     facts = _facts(model, folder, options, store, pairs, stage, missing=len(everything) - len(pairs))
     if (there := _already(options.output, facts)) is not None:

@@ -20,8 +20,8 @@ def check_index(model: Path, options: IndexOptions) -> None:
     require_there(options.images, "--images")
     if options.weights is not None:
         check_name(options.weights, "detector", "--weights")
-    if not 0 <= options.max_missing <= 1:
-        raise UsageError(f"--max-missing is {options.max_missing}; give a share, 0 to 1")
+    if not 0 <= options.max_bad <= 1:
+        raise UsageError(f"--max-bad is {options.max_bad}; give a share, 0 to 1")
     output = options.output
     if output.exists() and not (output / DESCRIPTION).is_file() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"--output {output} is there and is no index; name a new folder")

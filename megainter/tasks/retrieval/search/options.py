@@ -29,8 +29,8 @@ class IndexOptions:
     """Split of the manifest to index; default all."""
     other_detector: bool = False
     """Take regions of another detector than the model was trained on, which is refused otherwise."""
-    max_missing: float = 0.01
-    """Share of captions that may be left out because their image has no regions."""
+    max_bad: float = 0.01
+    """Share of images that may lack regions, their captions left out; one may in any case, unless this is 0."""
     device: str = "auto"
     """Torch device; "auto" takes CUDA where there is one."""
 

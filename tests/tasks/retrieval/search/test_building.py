@@ -1,5 +1,6 @@
 """The index: what it holds, that a stopped run goes on to the same bytes, and what is refused."""
 
+import math
 import os
 import shutil
 import signal
@@ -132,12 +133,14 @@ def test_the_same_again_is_complete_and_something_else_is_refused(
 def test_images_without_regions_are_counted_by_the_one_rule(gallery: Gallery, tmp_path: Path) -> None:
     rows = [Pair(**row) for row in read_pairs(gallery.pairs).table.to_pylist()]
     more = tmp_path / "pairs.parquet"
-    write_pairs(more, [*rows, *(Pair(f"x#{i}", "not-there", "not-there.jpg", "red", "val") for i in range(2))])
-    with pytest.raises(TooManyBadInputsError, match=rf"2 of {len(rows) + 2} captions .*'not-there'.*--max-missing 0.042"):
+    write_pairs(more, [*rows, *(Pair(f"x#{i}", f"not-there-{i % 2}", f"not-there-{i % 2}.jpg", "red", "val") for i in range(3))])
+    share = math.ceil(1000 * 2 / (IMAGES + 2)) / 1000
+    told = rf"3 of {len(rows) + 3} captions .*\(2 of {IMAGES + 2} images\).*'not-there-0'.*--max-bad {share:g}"
+    with pytest.raises(TooManyBadInputsError, match=told):
         gallery.index(tmp_path / "index", pairs=more)
-    index = gallery.index(tmp_path / "index", pairs=more, max_missing=0.042)
-    assert (index.facts.missing, index.facts.image_count) == (2, IMAGES)
-    assert "not-there" not in index.image_ids.to_pylist()
+    index = gallery.index(tmp_path / "index", pairs=more, max_bad=share)
+    assert (index.facts.missing, index.facts.image_count) == (3, IMAGES)
+    assert not {"not-there-0", "not-there-1"} & set(index.image_ids.to_pylist())
 
 
 def test_the_first_stage_inside_the_model_is_found(gallery: Gallery, tmp_path: Path) -> None:
