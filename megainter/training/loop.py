@@ -59,6 +59,8 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
     stop = StopRequest()
     with ExitStack() as stack:
         run = _open(stack, config, open_job)
+        if run.start >= run.total_steps:
+            return _already_finished(run)
         while True:
             try:
                 return _train(run, stop)
@@ -167,6 +169,17 @@ def _train(run: "Run", stop: StopRequest) -> Path:
             raise StoppedEarly(f"stopped at step {finished:,} of {run.total_steps:,} on request; run the same command to go on")
         log.info("finished: %s", config.output / "checkpoints" / checkpoint.step_name(finished))
     return config.output / "checkpoints" / checkpoint.step_name(finished)
+
+
+def _already_finished(run: "Run") -> Path:
+    """Say that there is nothing to do, and what would be; the last checkpoint's folder."""
+    if run.metrics is not None:
+        run.metrics.close()
+    last = run.config.output / "checkpoints" / checkpoint.step_name(run.start)
+    length = "steps" if run.config.training.steps is not None else "epochs"
+    more = f"a larger training.{length} goes on from there, with the learning rate of a run that long; another --output begins anew"
+    log.info("already finished: %s, %d of %d steps; %s", last, run.start, run.total_steps, more)
+    return last
 
 
 @dataclass(frozen=True)

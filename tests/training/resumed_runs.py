@@ -80,7 +80,7 @@ def copy(whole: Path, folder: Path, step: int) -> Path:
 
 
 def spikes(base: Path) -> dict[str, Any]:
-    """Runs that leave spikes out, and that go back for them; resumed in between, and made anew with what they passed over."""
+    """Runs that leave spikes out, and that go back for them; resumed in between, at the end, and made anew with what they passed over."""
     pairs, store = write_data(base)
 
     def config(name: str, action: str, every: int, **more: object) -> RunConfig:
@@ -91,6 +91,10 @@ def spikes(base: Path) -> dict[str, Any]:
     run(config("skip", "skip", 1))
     copy(base / "skip", base / "resumed", 13)
     run(config("resumed", "skip", 1))
+    log = base / "resumed/logs/train.log"
+    before = log.read_text()
+    run(config("resumed", "skip", 1))
+    again = log.read_text().removeprefix(before)
     run(config("roll_back", "roll_back", 5))
     (base / "anew").mkdir()
     shutil.copy(base / "roll_back/left_out.json", base / "anew")
@@ -101,7 +105,7 @@ def spikes(base: Path) -> dict[str, Any]:
     except NumericsError as error:
         ended = str(error)
     found: dict[str, Any] = {name: records(base / name) for name in ("skip", "resumed", "roll_back", "anew")}
-    return found | {"left_out": json.loads((base / "roll_back/left_out.json").read_text())["steps"], "ended": ended}
+    return found | {"left_out": json.loads((base / "roll_back/left_out.json").read_text())["steps"], "ended": ended, "again": again}
 
 
 def every_step(base: Path, first: int, steps: int, after: int) -> dict[str, Any]:

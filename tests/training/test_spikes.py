@@ -126,6 +126,13 @@ def test_a_resumed_run_leaves_out_the_same_steps_to_the_bit(found: dict[str, Any
 
 
 @pytest.mark.slow
+def test_a_finished_run_started_again_says_so_and_does_nothing(found: dict[str, Any]) -> None:
+    said = found["again"].strip().splitlines()[-1]
+    assert "already finished: " in said
+    assert "step_0000024, 24 of 24 steps; a larger training.steps goes on" in said
+
+
+@pytest.mark.slow
 def test_a_run_goes_back_for_a_spike_as_if_its_batch_had_never_been(found: dict[str, Any]) -> None:
     passed_over = [(entry["step"], entry["rolled_back_to"]) for entry in found["left_out"]]
     assert len(passed_over) >= 2

@@ -39,7 +39,8 @@ def evaluate(model: Path, options: VcrEvaluation) -> VcrReport:
     number. An interrupted run goes on where it was.
 
     Raises ``UsageError`` for what cannot be used as given, ``TooManyBadInputsError`` where more than ``max_bad`` of the images have no
-    regions (any, for a ``submission``), ``LockedError`` where another process writes the same output, ``NumericsError`` where a probability is not a number.
+    regions (any, for a ``submission``), ``LockedError`` where another process writes the same output, ``NumericsError`` where a probability
+    is not a number.
     """
     probabilities = options.output.with_name(f"{options.output.stem}.probabilities.parquet")
     _check(options, probabilities)
