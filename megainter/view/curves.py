@@ -12,10 +12,12 @@ from megainter.errors import UsageError
 from megainter.training.metrics import read_metrics
 from megainter.view.pictures import data_uri
 
-OBJECTIVES = {
+# Of pretraining by name and colour; what else a run trains or measures is drawn in the others, by the name that its records have.
+KNOWN = {
     "msm": ("masked segments", "#3b6fd4"), "mrm": ("masked regions", "#d9692b"), "itm": ("matching", "#1f9d57"),
     "itc": ("contrast", "#8e5bc4"),
 }  # fmt: skip
+COLOURS = ("#1f9d57", "#3b6fd4", "#d9692b", "#8e5bc4", "#2aa3b5", "#c2467c", "#8a7a2c", "#6a6f7a")
 INK = "#808a99"  # readable on light and on dark
 SMOOTHED_POINTS = 40  # from so many points on, a running mean is drawn over the raw line
 
@@ -27,18 +29,63 @@ def draw_curves(metrics: Path) -> dict[str, str]:
     training, validation = read_metrics(metrics, "train"), read_metrics(metrics, "validation")
     if not training:
         raise UsageError(f"{metrics} has no training records yet; look again after some steps")
+    buffer = io.BytesIO()
+    figure_of(training, validation).savefig(buffer, format="png", dpi=150)
+    return {"picture": data_uri(buffer.getvalue(), "image/png"), "note": _note(training, validation)}
+
+
+def figure_of(training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
+    """On the left the losses of whatever the records say is trained.
+
+    On the right the figures of validation, else the shares of right predictions in training; nothing where there is neither.
+    """
+    objectives = [key.removesuffix("_loss") for key in _keys(training) if key.endswith("_loss")] or ["loss"]
+    figures = _figures(validation)
+    measured, keys = (validation, figures) if figures else (training, [f"{objective}_accuracy" for objective in objectives])
+
     figure = Figure(figsize=(12, 3.6), layout="constrained", facecolor="none")
     losses, accuracies = figure.subplots(1, 2)
-    trained = {key: look for key, look in OBJECTIVES.items() if any(f"{key}_loss" in record for record in training)}
-    for key, (name, colour) in trained.items():
-        _line(losses, training, f"{key}_loss", name, colour)
-        _dots(losses, validation, f"{key}_loss", "none", colour, None)
-        _dots(accuracies, validation, f"{key}_accuracy", "-", colour, name)
-    _dress(losses, "loss (line: training, dots: validation)", None)
-    _dress(accuracies, "validation accuracy", 1.0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return {"picture": data_uri(buffer.getvalue(), "image/png"), "note": _note(training, validation)}
+    for place, objective in enumerate(objectives):
+        name, colour = _look(objective, place)
+        _line(losses, training, _loss_key(objective), name, colour)
+        _dots(losses, validation, _loss_key(objective if len(objectives) > 1 else None), "none", colour, None)
+    for place, key in enumerate(keys):
+        name, colour = _look(key.removesuffix("_accuracy"), place)
+        _dots(accuracies, measured, key, "-", colour, name)
+
+    _dress(losses, "loss (line: training, dots: validation)", 0, None)
+    _dress(accuracies, "validation" if figures else "accuracy in training", *_bounds(measured, keys))
+    if not accuracies.get_legend_handles_labels()[0]:
+        accuracies.remove()
+    return figure
+
+
+def _keys(records: list[dict[str, Any]]) -> list[str]:
+    """What any of the records has a number of, in the order in which it comes."""
+    numbers = (key for record in records for key, value in record.items() if isinstance(value, int | float))
+    return list(dict.fromkeys(numbers))
+
+
+def _figures(validation: list[dict[str, Any]]) -> list[str]:
+    """What validation measured beside losses: the larger the better."""
+    return [key for key in _keys(validation) if key not in ("step", "time") and not key.endswith(("loss", "error"))]
+
+
+def _loss_key(objective: str | None) -> str:
+    """Where the records have an objective's loss: under its name; that of the only one as "loss"."""
+    return f"{objective}_loss" if objective not in (None, "loss") else "loss"
+
+
+def _look(key: str, place: int) -> tuple[str, str]:
+    """Name and colour of what is number ``place`` in its chart."""
+    words = key.replace("_r_at_", " R@").replace("_", " ")
+    return KNOWN.get(key, (words, COLOURS[place % len(COLOURS)]))
+
+
+def _bounds(records: list[dict[str, Any]], keys: list[str]) -> tuple[float | None, float | None]:
+    """Lower and upper end of the axis: 0 and 1 for shares, none for what is also below or above (correlations)."""
+    values = [value for key in keys for value in _column(records, key)[1]]
+    return (0.0, 1.0) if all(0 <= value <= 1 for value in values) else (None, None)
 
 
 def _line(axes: Axes, records: list[dict[str, Any]], key: str, name: str, colour: str) -> None:
@@ -63,10 +110,10 @@ def _column(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[fl
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _dress(axes: Axes, title: str, top: float | None) -> None:
+def _dress(axes: Axes, title: str, bottom: float | None, top: float | None) -> None:
     axes.set_title(title, color=INK, fontsize=11)
     axes.set_xlabel("step", color=INK)
-    axes.set_ylim(0, top)
+    axes.set_ylim(bottom, top)
     axes.tick_params(colors=INK)
     axes.set_facecolor("none")
     axes.grid(color=INK, alpha=0.25)
@@ -82,11 +129,7 @@ def _note(training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> s
     parts = [f"{last['step']:,} steps"]
     if "samples_per_second" in last:
         parts.append(f"{np.median([record['samples_per_second'] for record in training]):,.0f} samples/s")
-    if validation:
-        found = [
-            f"{name} {validation[-1][f'{key}_accuracy']:.1%}"
-            for key, (name, _) in OBJECTIVES.items()
-            if f"{key}_accuracy" in validation[-1]
-        ]
-        parts.append("last validation accuracies: " + ", ".join(found))
+    measured = _figures(validation)
+    if found := [f"{_look(key.removesuffix('_accuracy'), 0)[0]} {validation[-1][key]:.3f}" for key in measured if key in validation[-1]]:
+        parts.append("last validation: " + ", ".join(found))
     return " · ".join(parts)

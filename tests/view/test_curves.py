@@ -1,0 +1,70 @@
+"""The curves are those that the run has, whatever it trained."""
+
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from megainter.view.curves import figure_of
+
+Records = list[dict[str, Any]]
+
+
+def run_of(losses: list[str], measured: dict[str, float]) -> tuple[Records, Records]:
+    """Training of some objectives over ten steps, and two validations, the second of twice the first."""
+    training: Records = [
+        {"kind": "train", "step": step, "time": 1.0, "loss": 2.0 / step, "step_seconds": 0.1}
+        | {f"{name}_loss": number + 1.0 / step for number, name in enumerate(losses)}
+        | {f"{name}_accuracy": 0.5 for name in losses}
+        for step in range(1, 11)
+    ]
+    validation: Records = [
+        {"kind": "validation", "step": step, "time": 1.0} | {key: value * step / 5 for key, value in measured.items()} for step in (5, 10)
+    ]
+    return training, validation if measured else []
+
+
+def drawn(figure: Figure, chart: int) -> dict[str, list[float]]:
+    """Named curves of a chart."""
+    return {
+        str(line.get_label()): [float(value) for value in line.get_ydata()]
+        for line in figure.axes[chart].get_lines()
+        if not str(line.get_label()).startswith("_")
+    }
+
+
+RUNS = {
+    "retrieval": (["matching"], {"text_to_image_r_at_1": 0.1, "image_to_text_r_at_10": 0.2}, ["text to image R@1", "image to text R@10"]),
+    "vcr": (["answer", "rationale"], {"answer_accuracy": 0.3, "both_accuracy": 0.1}, ["answer", "both"]),
+    "classification": (["label"], {"accuracy": 0.4, "matthews": -0.2, "loss": 0.7}, ["accuracy", "matthews"]),
+    "pretraining": (["msm", "mrm", "itm"], {"msm_loss": 0.5, "msm_accuracy": 0.2, "itm_accuracy": 0.3}, ["masked segments", "matching"]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_any_task_has_its_losses_and_what_was_measured(name: str) -> None:
+    losses, measured, names = RUNS[name]
+    training, validation = run_of(losses, measured)
+    figure = figure_of(training, validation)
+    left, right = drawn(figure, 0), drawn(figure, 1)
+    assert len(left) == len(losses)
+    for (_, values), loss in zip(left.items(), losses, strict=True):
+        assert values == [record[f"{loss}_loss"] for record in training]
+    assert list(right) == names
+    shown = [key for key in measured if not key.endswith("loss")]
+    assert list(right.values()) == [pytest.approx([measured[key], 2 * measured[key]]) for key in shown]
+    lowest, highest = figure.axes[1].get_ylim()
+    assert all(lowest <= value <= highest for values in right.values() for value in values)
+    dots = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 2]
+    assert len(dots) == sum(key.endswith("loss") for key in measured)
+
+
+def test_without_validation_training_is_shown() -> None:
+    training, _ = run_of(["matching"], {})
+    figure = figure_of(training, [])
+    assert drawn(figure, 1) == {"matching": [0.5] * 10}
+    assert figure.axes[1].get_title() == "accuracy in training"
+    bare = [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "train", "step": 2, "loss": 1.0}]
+    figure = figure_of(bare, [])
+    assert drawn(figure, 0) == {"loss": [2.0, 1.0]}
+    assert len(figure.axes) == 1  # no empty chart
