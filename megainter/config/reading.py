@@ -23,6 +23,13 @@ COMPAT: dict[str, dict[str, Any]] = {
 SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings)} - {
     "start_from", "gradient_checkpointing", "hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob",
 }  # fmt: skip
+# Settings that only recipes of one verb have.
+TELLTALES = {
+    "pretrain": {"data.masking", "data.vocabulary_size", "data.mismatch_probability", "model.hidden_size", "training.itm_weight"},
+    "finetune retrieval": {"data.neighbours", "data.random_captions", "data.hard_captions", "validation.images"},
+    "finetune vcr": {"data.questions"},
+    "finetune classification": {"data.examples"},
+}
 RENAMED = {"data.max_missing": "data.max_bad"}  # settings that had another name
 _COMPAT_OF_A_START = ("decay_groups", "start_rate")
 
@@ -51,9 +58,33 @@ def read_settings(kind: type[Config], path: Path | None, overrides: Sequence[str
     try:
         config = TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
+        _refuse_another_verbs(path, kind)
         raise UsageError(_explain(error, path, kind, [key for key, _ in given])) from None
     _check_shared(config)
     return config
+
+
+def _refuse_another_verbs(path: Path | None, kind: type) -> None:
+    """``UsageError`` with the right command where a recipe, which could not be read as one of this ``kind``, is another verb's."""
+    verb, wanted = verb_of(path) if path is not None else None, getattr(kind, "verb", None)
+    if path is None or verb in (None, wanted):
+        return
+    name = path.stem if path == find_recipe(Path(path.stem)) else path
+    others = ", ".join(shipped_recipes(wanted)) if wanted is not None else ""
+    raise UsageError(f"recipe {name} is for `megainter {verb} --config {name}`; here give one of `{wanted}` ({others}, or your own)")
+
+
+def verb_of(path: Path) -> str | None:
+    """The verb (such as "finetune vcr") that a recipe is for: by the command that it opens with, else by its settings; None: any."""
+    opening = _opening(path)
+    by_command = next((verb for verb in TELLTALES if f"{verb} --config" in opening), None)
+    settings = _read_toml(path)
+    known = {f"{section}.{key}" for section, values in settings.items() if isinstance(values, dict) for key in values}
+    return by_command or next((verb for verb, keys in TELLTALES.items() if known & keys), None)
+
+
+def _opening(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].replace("megainter.", "")
 
 
 def path_settings(kind: type) -> set[str]:
@@ -76,7 +107,7 @@ def find_recipe(path: Path) -> Path:
 def shipped_recipes(verb: str = "pretrain") -> list[str]:
     """Names of the recipes that come with megainter for a verb (such as "finetune retrieval"): each opens with its command."""
     found = (Path(__file__).parents[1] / "recipes").glob("*.toml")
-    return sorted(path.stem for path in found if verb in path.read_text(encoding="utf-8").partition("\n")[0].replace("megainter.", ""))
+    return sorted(path.stem for path in found if verb in _opening(path))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ the current folder, as in a shell.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -294,6 +294,7 @@ class HangConfig:
 class RunConfig:
     """A whole pretraining run."""
 
+    verb: ClassVar[str] = "pretrain"
     output: Path
     """Run folder; the same command goes on with the run in it."""
     data: DataConfig

@@ -20,6 +20,7 @@ from megainter.conversion.ours import has_our_names, plan_ours
 from megainter.conversion.vocabulary import NO_VOCABULARY, find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
 from megainter.files import require_own_files
+from megainter.kinds import instead
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint
@@ -122,7 +123,7 @@ def find_checkpoint(run: Path) -> checkpoint.Checkpoint:
         raise UsageError(f"{run} {'is a file' if run.exists() else 'does not exist'}; give a run folder or one of its checkpoints")
     saved = checkpoint.newest(run / "checkpoints", lambda text: print(f"warning: {text}"))
     if saved is None:
-        raise UsageError(f"{run} has no checkpoints; give a run folder or one of its checkpoints")
+        raise UsageError(f"{run} has no checkpoints; give a run folder or one of its checkpoints{instead(run)}")
     return saved
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from megainter.data.text.vocabulary import Vocabulary, load_vocabulary
 from megainter.errors import UsageError
 from megainter.files import read_json, require_checksums, require_own_files, sha256_of
+from megainter.kinds import instead, kind_of, model_of
 from megainter.model.configuration import InterBertConfig
 from megainter.weights import Located, check_name, is_repository, locate
 
@@ -35,11 +36,12 @@ def read_config(folder: Path) -> InterBertConfig:
     ``DamagedError`` where the folder has checksums and one of its files is not as it was written.
     """
     check_name(folder)
-    trained = (folder / "checkpoints").is_dir() or any(folder.glob("weights-*.safetensors"))
-    if trained and not any(folder.glob("model*.safetensors")):
-        raise UsageError(f"{folder} is a training run; `megainter convert zero {folder} MODEL` writes the folder MODEL to give here")
+    if remedy := model_of(folder):
+        raise UsageError(f"{folder} is {kind_of(folder)}; {remedy}")
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} is no Hugging Face folder (it has no config.json); `megainter convert zero` writes one")
+        raise UsageError(
+            f"{folder} is no Hugging Face folder (it has no config.json); `megainter convert zero` writes one{instead(folder)}"
+        )
     require_own_files(folder)
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type") if isinstance(settings, dict) else None

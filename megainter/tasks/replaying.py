@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from megainter.config.settings import RunConfig
 from megainter.errors import UsageError
 from megainter.files import read_json
+from megainter.kinds import instead, task_of
 from megainter.tasks.classification import training as classification
 from megainter.tasks.classification.settings import ClassificationConfig
 from megainter.tasks.pretraining import training as pretraining
@@ -46,13 +47,18 @@ def replay_run(run: Path, step: int, at_most: int, compare: bool, as_json: bool)
 def _task(run: Path) -> tuple[Any, Callable[..., Job]]:
     """The kind of configuration of the run, and what opens its data."""
     if not (run / "config.json").is_file():
-        raise UsageError(f"{run} is no run folder: it has no config.json")
-    data = read_json(run / "config.json").get("data", {})
-    if "questions" in data:
-        return VcrConfig, vcr.open_job
-    if "examples" in data:
-        return ClassificationConfig, classification.open_job
-    return (RetrievalConfig, retrieval.open_job) if "objective" in data else (RunConfig, pretraining.open_job)
+        raise UsageError(f"{run} is no run folder: it has no config.json{instead(run)}")
+    settings = read_json(run / "config.json")
+    if not isinstance(settings, dict) or "training" not in settings:
+        raise UsageError(f"{run} is no run folder: its config.json has no settings of training{instead(run)}")
+    match task_of(settings):
+        case "vcr":
+            return VcrConfig, vcr.open_job
+        case "classification":
+            return ClassificationConfig, classification.open_job
+        case "retrieval":
+            return RetrievalConfig, retrieval.open_job
+    return RunConfig, pretraining.open_job
 
 
 def _told(found: Replayed, verdict: str | None) -> str:

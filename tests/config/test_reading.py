@@ -8,7 +8,7 @@ import pytest
 
 from megainter.config.help import describe_settings
 from megainter.config.portions import accumulation_steps
-from megainter.config.reading import load_config, read_settings
+from megainter.config.reading import load_config, read_settings, verb_of
 from megainter.config.settings import ModelSettings, RunConfig, as_dict
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
@@ -85,6 +85,26 @@ def test_broken_recipe_is_named(content: str, word: str, tmp_path: Path) -> None
     with pytest.raises(UsageError, match=word) as caught:
         load_config(recipe, GOOD)
     assert str(recipe) in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_another_verb_is_told_with_the_right_command(recipe: Path, tmp_path: Path) -> None:
+    verb = verb_of(recipe)
+    own = tmp_path / "own.toml"
+    own.write_text("\n".join(line for line in recipe.read_text().splitlines() if not line.startswith("#")))
+    for kind in (RunConfig, *TASKS.values()):
+        if kind.verb == verb:
+            read_settings(kind, Path(recipe.stem))
+            continue
+        with pytest.raises(UsageError, match=rf"`megainter {verb} --config {recipe.stem}`; here give one of `{kind.verb}`"):
+            read_settings(kind, Path(recipe.stem))
+        with pytest.raises(UsageError, match=rf"`megainter {verb} --config {own}`"):  # by its settings alone
+            read_settings(kind, own)
+
+
+def test_a_setting_under_its_earlier_name_is_told_the_new_one() -> None:
+    with pytest.raises(UsageError, match=r"unknown setting data\.max_missing; did you mean data\.max_bad\?"):
+        load_config(None, [*GOOD, "--data.max_missing", "0.1"])
 
 
 def test_a_mistake_is_where_it_was_made(tmp_path: Path) -> None:

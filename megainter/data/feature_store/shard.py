@@ -29,6 +29,7 @@ from megainter.data.feature_store.lock import WriterLock
 from megainter.data.feature_store.record import AGAIN
 from megainter.errors import DamagedError, UsageError
 from megainter.files import checksum_of, read_json
+from megainter.kinds import instead
 
 FORMAT = {"format": "megainter feature store", "version": 1}
 CHECKSUM = "checksum"  # of store.json, in itself
@@ -63,9 +64,9 @@ def shard_files(store: Path) -> list[Path]:
 def read_store_json(store: Path) -> dict[str, Any]:
     """The description of a store; ``UsageError`` where ``store`` is none or is of another version."""
     if not store.is_dir():
-        raise UsageError(f"{store} does not exist or is not a folder; `megainter extract` writes feature stores")
+        raise UsageError(f"{store} does not exist or is not a folder; `megainter extract` writes feature stores{instead(store)}")
     if not (store / "store.json").is_file():
-        raise UsageError(f"{store} is not a feature store: it has no store.json")
+        raise UsageError(f"{store} is not a feature store: it has no store.json{instead(store)}")
     description = read_json(store / "store.json")
     if not isinstance(description, dict) or {name: description.get(name) for name in FORMAT} != FORMAT:
         raise UsageError(f"{store / 'store.json'} is not a feature store of version {FORMAT['version']}")

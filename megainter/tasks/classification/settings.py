@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -53,6 +53,8 @@ class ClassificationValidation:
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ClassificationConfig(FinetuneConfig):
     """A whole fine-tuning run."""
+
+    verb: ClassVar[str] = "finetune classification"
 
     data: ClassificationData
     validation: ClassificationValidation = dataclasses.field(default_factory=ClassificationValidation)

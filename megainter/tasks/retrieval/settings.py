@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -65,6 +65,8 @@ class RetrievalValidation:
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class RetrievalConfig(FinetuneConfig):
     """A whole fine-tuning run."""
+
+    verb: ClassVar[str] = "finetune retrieval"
 
     data: RetrievalData
     validation: RetrievalValidation = dataclasses.field(default_factory=RetrievalValidation)

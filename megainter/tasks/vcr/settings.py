@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -79,6 +79,8 @@ class VcrValidation:
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class VcrConfig(FinetuneConfig):
     """A whole fine-tuning run."""
+
+    verb: ClassVar[str] = "finetune vcr"
 
     data: VcrData
     training: VcrTraining

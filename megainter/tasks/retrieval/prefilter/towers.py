@@ -30,6 +30,7 @@ from megainter.data.packed import region_rows
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import NumericsError, UsageError
 from megainter.files import apply_umask, aside, read_json, sha256_of, write_json
+from megainter.kinds import instead
 from megainter.progress import Progress
 from megainter.tasks.retrieval.gallery import Tokens
 
@@ -146,7 +147,7 @@ def load_prefilter(folder: Path, vocabulary: Vocabulary, store: FeatureStore, ot
     ``UsageError`` where there is none, or it is not of this vocabulary and feature size, or unless ``other_detector`` not of this detector.
     """
     if not (folder / SETTINGS).is_file():
-        raise UsageError(f"{folder} is no prefilter (it has no {SETTINGS}); `megainter finetune prefilter` makes one")
+        raise UsageError(f"{folder} is no prefilter (it has no {SETTINGS}); `megainter finetune prefilter` makes one{instead(folder)}")
     try:
         settings = TypeAdapter(PrefilterSettings).validate_python(read_json(folder / SETTINGS))
     except ValidationError as error:

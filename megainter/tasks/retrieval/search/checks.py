@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megainter.errors import UsageError
 from megainter.files import require_file_place
+from megainter.kinds import instead
 from megainter.tasks.retrieval.search.options import IndexOptions, SearchOptions
 from megainter.weights import check_name, require_there
 
@@ -58,7 +59,7 @@ def is_unicode(text: str) -> bool:
 def require_index(path: Path) -> None:
     """``UsageError`` where there is no index."""
     if not (path / DESCRIPTION).is_file():
-        raise UsageError(f"{path} is no index (it has no {DESCRIPTION}); `megainter index` writes one")
+        raise UsageError(f"{path} is no index (it has no {DESCRIPTION}); `megainter index` writes one{instead(path)}")
 
 
 def check_options(options: SearchOptions) -> None:
