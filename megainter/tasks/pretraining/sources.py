@@ -24,6 +24,7 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.detector import keep_detector, require_detector, require_same_detector
 from megainter.tasks.pretraining.batches import PretrainStream
 from megainter.tasks.pretraining.sampling import Sampler, StreamSettings
+from megainter.tasks.pretraining.targets import hardly_varied
 from megainter.training.collective import first_said, on_first_rank
 
 BLOCK = 4096  # samples, some hundred megabytes of records
@@ -51,6 +52,8 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
     store = FeatureStore(data.store)
     check_store(config, store)
     pairs = mapped_pairs(config, "train", data.pairs, data.split, store)
+    if rank == 0:
+        _tell_of_one_class(config, store)
 
     # What reads the captions, and what wrong ones are drawn from.
     vocabulary_path = on_first_rank(lambda: place_vocabulary(data, pairs, config.output))
@@ -93,6 +96,13 @@ def open_sources(config: RunConfig, rank: int, world_size: int) -> Sources:
         samples=len(pairs),
         digests=digests,
     )
+
+
+def _tell_of_one_class(config: RunConfig, store: FeatureStore) -> None:
+    """A warning where masked regions are judged by classes and there is hardly more than one."""
+    judged = config.training.mrm_weight > 0 and config.model.region_objective == "class"
+    if judged and (told := hardly_varied(store)):
+        log.warning("%s", told)
 
 
 def verify_together(stores: list[FeatureStore]) -> None:

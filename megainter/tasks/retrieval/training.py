@@ -20,13 +20,12 @@ from megainter.data.stream.negatives import require_two_images
 from megainter.data.tables.pairs import Pairs, has_split, read_pairs
 from megainter.data.text.token_table import build_token_table, open_token_table, table_key
 from megainter.errors import UsageError
-from megainter.files import aside, read_json, write_json
 from megainter.model.detector import require_same_detector
 from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval.batches import GroupSettings, RetrievalStream
 from megainter.tasks.retrieval.gallery import Gallery, Tokens, read_gallery, tokenize
-from megainter.tasks.retrieval.neighbours import mean_features, nearest_images
+from megainter.tasks.retrieval.neighbours import NEIGHBOURS, build_neighbours, open_neighbours
 from megainter.tasks.retrieval.objective import RetrievalStep
 from megainter.tasks.retrieval.ranking import image_to_text, rank_scores, text_to_image
 from megainter.tasks.retrieval.settings import RetrievalConfig
@@ -34,7 +33,6 @@ from megainter.tasks.scoring.models import USUAL_LENGTH
 from megainter.tasks.starting import Start, finetune_job, inputs_flops, open_start
 from megainter.training.collective import on_first_rank, summed
 from megainter.training.job import Job
-from megainter.training.loop import log
 from megainter.training.world import World
 
 PAIRS_AT_ONCE = 256  # in validation
@@ -124,24 +122,8 @@ def _stream(config: RetrievalConfig, start: Start, pairs: Pairs, store: FeatureS
 
 def _neighbours(config: RetrievalConfig, pairs: Pairs, store: FeatureStore, max_regions: int) -> NDArray[np.int32]:
     """Similar images of every image, found once by rank 0 and kept in the run folder. Collective."""
-    folder = config.output / "cache"
-    path, key_path = folder / "neighbours.npy", folder / "neighbours.json"
-    key = {"pairs": pairs.digest, "store": store.digest, "max_regions": max_regions, "count": config.data.neighbours}
-
-    def find() -> None:
-        if path.exists() and key_path.exists() and read_json(key_path) == key:
-            return
-        key_path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        log.info("looking for similar images of %s images", f"{len(pairs.image_ids):,}")
-        nearest = nearest_images(mean_features(store, pairs.image_ids, max_regions), config.data.neighbours)
-        with aside(path) as partial, open(partial, "wb") as file:
-            np.save(file, nearest, allow_pickle=False)
-        write_json(key_path, key)
-
-    on_first_rank(find)
-    found: NDArray[np.int32] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return found
+    folder = config.output / "cache" / NEIGHBOURS
+    return open_neighbours(folder, on_first_rank(lambda: build_neighbours(pairs, store, max_regions, config.data.neighbours, folder)))
 
 
 def _gallery(config: RetrievalConfig, store: FeatureStore) -> tuple[Gallery, FeatureStore] | None:

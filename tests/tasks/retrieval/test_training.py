@@ -22,7 +22,7 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval import evaluation
 from megainter.tasks.retrieval.batches import GroupSettings, RetrievalStream
-from megainter.tasks.retrieval.neighbours import mean_features, nearest_images
+from megainter.tasks.retrieval.neighbours import build_neighbours, mean_features, nearest_images, open_neighbours
 from megainter.tasks.retrieval.objective import RetrievalStep
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.report import RetrievalReport
@@ -131,6 +131,28 @@ def test_nearest_images_against_brute_force() -> None:
         distances[number] = np.inf
         assert number not in found[number]
         assert np.allclose(np.sort(distances)[:5], distances[found[number]], atol=1e-5)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "description", "nothing"])
+def test_similar_images_that_were_harmed_are_found_anew(harm: str, tmp_path: Path) -> None:
+    manifest, path = write_data(tmp_path, images=20)
+    pairs, store, folder = read_pairs(manifest), FeatureStore(path), tmp_path / "cache" / "neighbours"
+    expected = nearest_images(mean_features(store, pairs.image_ids, 5), 4)
+    key = build_neighbours(pairs, store, 5, 4, folder)
+    made = (folder / "neighbours").stat().st_mtime_ns
+    content = bytearray((folder / "neighbours").read_bytes())
+    content[5] ^= 1
+    if harm == "flip":
+        (folder / "neighbours").write_bytes(content)
+    elif harm == "cut":
+        (folder / "neighbours").write_bytes(content[:-4])
+    elif harm == "description":
+        (folder / "index.json").write_text((folder / "index.json").read_text().replace('"each": 4', '"each": 2'))
+    assert build_neighbours(pairs, store, 5, 4, folder) == key
+    assert np.array_equal(open_neighbours(folder, key), expected)
+    assert (made == (folder / "neighbours").stat().st_mtime_ns) == (harm == "nothing")
+    assert build_neighbours(pairs, store, 5, 3, folder) != key  # of another number of them
+    assert open_neighbours(folder, build_neighbours(pairs, store, 5, 3, folder)).shape == (20, 3)
 
 
 def finetune(arguments: list[object], processes: int = 1) -> subprocess.CompletedProcess[str]:
