@@ -9,12 +9,12 @@ from megainter.tasks.retrieval.search.options import IndexOptions
 
 
 def index(model: Path, /, *, options: Annotated[IndexOptions, Parameter(name="*")]) -> None:
-    """Compute the vectors of all images and captions once, for `megainter search` and `megainter serve`. The same command resumes.
+    """Compute the vectors of all images and their captions, if any, once, for `megainter search` and `serve`. The same command resumes.
 
     Parameters
     ----------
     model
-        Hugging Face folder with its vocabulary.
+        Hugging Face folder with its vocabulary, or hf:OWNER/NAME[@REVISION] of the Hub.
     """
     from megainter.process import raise_on_signals
     from megainter.tasks.retrieval.search.checks import check_index

@@ -60,7 +60,8 @@ def table(answer: dict[str, Any]) -> str:
     if "images" in answer:
         lines += _lines(answer["images"])
     else:
-        lines += ["captions", *_lines(answer["captions"]), "similar images", *_lines(answer["similar"])]
+        lines += ["captions", *_lines(answer["captions"])] if answer["captions"] else []
+        lines += ["similar images", *_lines(answer["similar"])]
     spent = answer["milliseconds"]
     parts = ", ".join(f"{name.replace('_', ' ')} {value:,.1f}" for name, value in spent.items())
     return "\n".join([*lines, f"{sum(spent.values()):,.1f} ms: {parts}"])

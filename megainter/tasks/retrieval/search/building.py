@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.mapped import DESCRIPTION, ArrayWriter, note_facts
 from megainter.data.matching import rows_in_store, with_regions
-from megainter.data.tables.pairs import Pairs, read_pairs
+from megainter.data.tables.pairs import PAIRS_SCHEMA, Pairs, read_pairs
 from megainter.devices import torch_device
 from megainter.errors import UsageError
 from megainter.files import remove
@@ -27,7 +27,8 @@ from megainter.tasks.retrieval.search.index import DTYPES, KEY, STRINGS, Index, 
 from megainter.tasks.retrieval.search.options import IndexOptions
 from megainter.tasks.retrieval.search.vectors import FirstStage, first_stage_folder, open_first_stage
 from megainter.tasks.scoring.file import ScoreFile, open_score_file
-from megainter.tasks.scoring.models import USUAL_LENGTH, check_model
+from megainter.tasks.scoring.models import USUAL_LENGTH, check_model, scored_model
+from megainter.weights import Located
 
 COPIED_AT_ONCE = 65_536  # rows of vectors from the working file to the index
 PLACES = ("images", "weights")  # facts that say where something lies, and change no vector
@@ -44,24 +45,24 @@ class Rows:
 
 
 def build_index(model: Path, options: IndexOptions) -> Index:
-    """Write the index ``options.output`` for a model's folder, and open it.
+    """Write the index ``options.output`` for a model's folder, or one by name, and open it.
 
     An index that is there and was made from the same is kept. Raises ``UsageError`` for inputs that do not fit each other and for an output
     that holds something else, ``TooManyBadInputsError`` where more than ``max_bad`` of the images have no regions,
     ``LockedError`` where another process writes the same index, ``NoSpaceError``.
     """
     check_index(model, options)
-    store = FeatureStore(options.store)
+    found = scored_model(model)
+    model, store = found.path, FeatureStore(options.store)
     config = read_config(model)
     vocabulary = check_model(model, config, store, config.max_text_tokens or USUAL_LENGTH, options.other_detector)
     folder = first_stage_folder(model, options.prefilter_model)
     stage = open_first_stage(folder, vocabulary, store, torch_device(options.device), options.other_detector)
 
     # What is indexed, and from what.
-    everything = read_pairs(options.pairs, options.split)
-    pairs = with_regions(everything, store, options.max_bad, options.pairs, "--max-bad")
+    pairs, missing = _pairs(options, store)
     rows = _rows(pairs, store)
-    facts = _facts(model, folder, options, store, pairs, stage, missing=len(everything) - len(pairs))
+    facts = _facts(found, folder, options, store, pairs, stage, missing)
     if (there := _already(options.output, facts)) is not None:
         print(f"{options.output}: complete before", flush=True)
         return there
@@ -74,6 +75,15 @@ def build_index(model: Path, options: IndexOptions) -> Index:
     index = open_index(options.output)
     print(summary(index), flush=True)
     return index
+
+
+def _pairs(options: IndexOptions, store: FeatureStore) -> tuple[Pairs, int]:
+    """The captions whose images have regions, and how many have not; without a table none, of all images."""
+    if options.pairs is None:
+        return Pairs(PAIRS_SCHEMA.empty_table(), np.zeros(0, np.int32), list(store.ids), ""), 0
+    everything = read_pairs(options.pairs, options.split)
+    pairs = with_regions(everything, store, options.max_bad, options.pairs, "--max-bad")
+    return pairs, len(everything) - len(pairs)
 
 
 def summary(index: Index) -> str:
@@ -92,18 +102,20 @@ def _rows(pairs: Pairs, store: FeatureStore) -> Rows:
 
 
 def _facts(
-    model: Path, prefilter: Path, options: IndexOptions, store: FeatureStore, pairs: Pairs, stage: FirstStage, missing: int
+    found: Located, prefilter: Path, options: IndexOptions, store: FeatureStore, pairs: Pairs, stage: FirstStage, missing: int
 ) -> IndexFacts:
+    # A model by name is noted by it: the cache may be emptied, and the name finds the same one again.
+    model = found.name if found.digests else str(found.path.resolve())
     return IndexFacts(
-        model=str(model.resolve()),
-        model_digest=model_digest(model),
-        prefilter=str(prefilter.resolve()),
+        model=model,
+        model_digest=model_digest(found.path),
+        prefilter=model if prefilter == found.path else str(prefilter.resolve()),
         prefilter_digest=stage.digest,
         store=str(options.store.resolve()),
         store_digest=store.digest,
         detector=store.schema.detector,
-        pairs=str(options.pairs.resolve()),
-        pairs_digest=pairs.digest,
+        pairs=str(options.pairs.resolve()) if options.pairs is not None else None,
+        pairs_digest=pairs.digest if options.pairs is not None else None,
         split=options.split,
         image_count=len(pairs.image_ids),
         caption_count=len(pairs),
@@ -175,10 +187,18 @@ def _publish(output: Path, facts: IndexFacts, rows: Rows, file: ScoreFile) -> No
         writer.append("image_of_caption", image_of_caption)
         writer.append("caption_starts", np.searchsorted(image_of_caption, np.arange(images + 1)))
 
-        first_rows = pa.array(rows.captions[np.searchsorted(image_of_caption, np.arange(images))])
-        columns = {"image_ids": pa.array(pairs.image_ids), "files": pairs.table.column("image").take(first_rows)}
+        columns = {"image_ids": pa.array(pairs.image_ids), "files": _files(rows, image_of_caption)}
         columns |= {f"{name}s": pairs.table.column(name).take(rows.captions) for name in ("pair_id", "caption")}
         for name, column in columns.items():
             for part in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
                 writer.append_strings(name, part)
         writer.publish(KEY, asdict(facts))
+
+
+def _files(rows: Rows, image_of_caption: NDArray[np.int32]) -> pa.Array | pa.ChunkedArray:
+    """Each image's file as its first caption's row says; "" without captions."""
+    images = len(rows.order)
+    if not len(rows.captions):
+        return pa.array([""] * images)
+    first_rows = rows.captions[np.searchsorted(image_of_caption, np.arange(images))]
+    return rows.pairs.table.column("image").take(pa.array(first_rows))

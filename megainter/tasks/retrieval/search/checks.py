@@ -15,8 +15,11 @@ MOST_SHOWN = 1000
 
 def check_index(model: Path, options: IndexOptions) -> None:
     """``UsageError`` for paths that are not there, an output that is something else, and numbers that cannot be."""
-    for what, path in (("model", model), ("--store", options.store), ("--pairs", options.pairs)):
+    check_name(model, option="MODEL")
+    for what, path in (("--store", options.store), ("--pairs", options.pairs)):
         require_there(path, what)
+    if options.split is not None and options.pairs is None:
+        raise UsageError(f"--split {options.split} is one of a table of captions; give --pairs, or leave it out")
     require_there(options.prefilter_model, "--prefilter-model")
     require_there(options.images, "--images")
     if options.weights is not None:
@@ -68,7 +71,9 @@ def check_options(options: SearchOptions) -> None:
         raise UsageError(f"--candidates is {options.candidates}; give 1 to {MOST_CANDIDATES:,}")
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"--threads is {options.threads}; give at least 1")
-    for name in ("model", "prefilter_model", "store", "images"):
+    if options.model is not None:
+        check_name(options.model, option="--model")
+    for name in ("prefilter_model", "store", "images"):
         require_there(getattr(options, name), f"--{name.replace('_', '-')}")
     if options.weights is not None:
         check_name(options.weights, "detector", "--weights")

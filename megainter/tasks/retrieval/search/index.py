@@ -32,8 +32,8 @@ class IndexFacts:
     """What an index was made from, as its index.json says.
 
     Paths are absolute, digests those of what lay there; ``detector`` is the fingerprint that the store names. ``missing`` captions were
-    left out because their images have no regions. ``images`` and ``weights``: where pictures and the detector's weights are, if that was
-    said.
+    left out because their images have no regions. Without ``pairs`` all images of the store are there, and no captions. ``images`` and
+    ``weights``: where pictures and the detector's weights are, if that was said.
     """
 
     model: str
@@ -43,8 +43,8 @@ class IndexFacts:
     store: str
     store_digest: str
     detector: str
-    pairs: str
-    pairs_digest: str
+    pairs: str | None
+    pairs_digest: str | None
     split: str | None
     image_count: int
     caption_count: int
@@ -75,7 +75,7 @@ class Index:
         return str(self.image_ids[row].as_py())
 
     def file(self, row: int) -> str:
-        """Path of an image below the images folder."""
+        """Path of an image below the images folder; "" where there are no captions, whose table would say (``pictures.ImageFiles``)."""
         return str(self.files[row].as_py())
 
     def caption(self, number: int) -> str:

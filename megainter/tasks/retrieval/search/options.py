@@ -15,14 +15,14 @@ class IndexOptions:
 
     store: Path
     """Feature store of the images."""
-    pairs: Path
-    """Captions of the images: what `megainter prepare` wrote."""
     output: Path
     """Folder for the index."""
+    pairs: Path | None = None
+    """Captions of the images: what `megainter prepare` wrote; default none, and all images of the store are indexed."""
     prefilter_model: Path | None = None
     """Folder that `megainter finetune prefilter` made; default "prefilter" inside the model's folder, else the model's own vectors."""
     images: Path | None = None
-    """Folder that the captions' image files are in; it is noted, and read for pages and by `megainter serve`."""
+    """Folder that the image files are in; it is noted, and read for pages and by `megainter serve`."""
     weights: Path | None = None
     """Weights of the store's detector, noted for searching by photos; known by themselves where the detector comes along."""
     split: str | None = None
@@ -51,7 +51,7 @@ class SearchOptions:
     threads: int | None = None
     """Threads on a CPU; default all cores but one. Two on two busy cores take longer than one."""
     model: Path | None = None
-    """The index's model, where it was moved."""
+    """The index's model, where it was moved; hf:OWNER/NAME[@REVISION] does as well."""
     prefilter_model: Path | None = None
     """Its first stage, where it was moved."""
     store: Path | None = None

@@ -10,6 +10,7 @@ from megainter.tasks.retrieval.search.options import SearchOptions
 from megainter.tasks.retrieval.search.searching import Searcher
 from megainter.view.pages import plain, write_template
 from megainter.view.pictures import region_boxes, thumbnail
+from preprocessing.images.listing import list_images
 
 LARGE = 480  # pixels of a picture's longer side
 SCORES = {"both_stages": "both", "second_stage": "second", "first_stage": "first", "cosine": "cosine"}
@@ -26,11 +27,30 @@ def images_folder(index: Index, options: SearchOptions) -> Path:
     return folder
 
 
+class ImageFiles:
+    """Where the image files of an index lie below their ``folder``: as the table of captions said, else as the folder has them."""
+
+    def __init__(self, index: Index, folder: Path) -> None:
+        """``UsageError`` where there is no such table, and no file of the folder has the id of an image."""
+        self.index, self.folder = index, folder
+        self._by_id: dict[str, str] | None = None
+        if index.facts.pairs is None:
+            self._by_id = {item.image_id: item.path for item in list_images(folder).items if item.part is None}
+            if not any(image_id in self._by_id for image_id in index.image_ids.to_pylist()):
+                first = f"{index.image_id(0)!r:.80}"
+                raise UsageError(f"no file in {folder} has the id of an image of the index, such as {first}; give its folder by --images")
+
+    def of(self, row: int) -> str:
+        """Path of an image's file below the folder; of one that the folder has not, its id."""
+        image_id = self.index.image_id(row)
+        return self.index.file(row) if self._by_id is None else self._by_id.get(image_id, image_id)
+
+
 class Pictures:
     """Pictures of an index's images, from their folder."""
 
     def __init__(self, searcher: Searcher, folder: Path) -> None:
-        self.searcher, self.index, self.folder = searcher, searcher.index, folder
+        self.searcher, self.index, self.files = searcher, searcher.index, ImageFiles(searcher.index, folder)
         self.names = tuple(plain(name) for name in searcher.store.schema.class_names)
 
     def write_page(self, output: Path, answers: list[dict[str, Any]], photo: Path | None) -> None:
@@ -56,7 +76,7 @@ class Pictures:
 
     def _item(self, item: dict[str, Any]) -> dict[str, Any]:
         row = item["row"]
-        picture = thumbnail(inside(self.folder, self.index.file(row)), LARGE)
+        picture = thumbnail(inside(self.files.folder, self.files.of(row)), LARGE)
         boxes = region_boxes(self.searcher.record(row), self.names)
         caption = plain((item["captions"] or [""])[0])
         return {

@@ -31,6 +31,7 @@ from megainter.tasks.retrieval.search.options import Order, SearchOptions
 from megainter.tasks.retrieval.search.photo import PhotoReader
 from megainter.tasks.retrieval.search.vectors import FirstStage, open_first_stage
 from megainter.tasks.scoring.models import choose_devices
+from megainter.weights import locate
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Searcher:
         self.index, self.options = index, options
         facts = index.facts
         self.device = torch_device(options.device)
-        self.model_folder = options.model or Path(facts.model)
+        self.model_folder = locate(options.model or facts.model, option="the model").path
         self.config: InterBertConfig = read_config(self.model_folder)
         self.vocabulary: Vocabulary = read_vocabulary(self.model_folder, self.config)
         self.store = FeatureStore(options.store or Path(facts.store))
@@ -109,7 +110,9 @@ class Searcher:
         return self._ordered(numbers, firsts, top, order, look, (start, encoded, found))
 
     def captions_of(self, image: RegionRecord | RegionViews, top: int, order: Order | None = None) -> Found:
-        """The ``top`` best captions for one image."""
+        """The ``top`` best captions for one image; none where the index has none."""
+        if not self.index.facts.caption_count:
+            return Found([], 0.0, 0.0, 0.0)
         start = time.monotonic()
         query = self.stage.encode_images([image])
         encoded = time.monotonic()

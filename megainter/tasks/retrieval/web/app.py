@@ -146,7 +146,7 @@ class Service:
 def examples(searcher: Searcher, count: int = 6, longest: int = 60) -> list[dict[str, Any]]:
     """Short captions spread over the index, to begin with, and the rows of their images."""
     index, found = searcher.index, dict[str, int]()
-    for part in range(4 * count):
+    for part in range(4 * count if index.facts.caption_count else 0):
         place = int(index.facts.caption_count * (part + 0.5) / (4 * count))
         text = plain(index.caption(place))
         if 0 < len(text) <= longest and len(found) < count:

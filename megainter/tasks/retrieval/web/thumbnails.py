@@ -5,6 +5,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from megainter.tasks.retrieval.search.index import Index
+from megainter.tasks.retrieval.search.pictures import ImageFiles
 from megainter.view.pictures import small_jpeg
 from preprocessing.images.decode import confined, load_image
 
@@ -16,7 +17,7 @@ class Thumbnails:
     """JPEGs of an index's images; those asked for of late are kept. For several threads."""
 
     def __init__(self, index: Index, folder: Path) -> None:
-        self.index, self.folder = index, folder
+        self.files = ImageFiles(index, folder)
         self._kept: OrderedDict[tuple[int, str], bytes] = OrderedDict()
         self._bytes, self._lock = 0, threading.Lock()
 
@@ -27,7 +28,7 @@ class Thumbnails:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        made = small_jpeg(load_image(confined(self.folder, self.index.file(row)), draft=True), SIZES[size])
+        made = small_jpeg(load_image(confined(self.files.folder, self.files.of(row)), draft=True), SIZES[size])
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = made

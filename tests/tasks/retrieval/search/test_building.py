@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
+from huggingface_hub import constants
 
 from megainter.data.feature_store import FeatureStore
 from megainter.data.mapped import note_facts, open_arrays
@@ -22,8 +23,11 @@ from megainter.model.folder import read_config, read_vocabulary
 from megainter.tasks.retrieval.gallery import read_gallery, tokenize
 from megainter.tasks.retrieval.prefilter.towers import caption_vectors, image_vectors, load_prefilter
 from megainter.tasks.retrieval.search import building
+from megainter.tasks.retrieval.search.checks import check_index
 from megainter.tasks.retrieval.search.index import KEY, open_index
-from megainter.tasks.retrieval.search.options import IndexOptions
+from megainter.tasks.retrieval.search.options import IndexOptions, SearchOptions
+from megainter.tasks.retrieval.search.searching import Searcher
+from tests.hub import COMMIT, Hub, serve
 from tests.synthetic import environment
 from tests.tasks.retrieval.search.data import CAPTIONS, IMAGES, Gallery, captions_of, write_gallery
 
@@ -150,6 +154,27 @@ def test_the_first_stage_inside_the_model_is_found(gallery: Gallery, tmp_path: P
         building.build_index(model, options)
     shutil.copytree(gallery.prefilter, model / "prefilter")
     assert building.build_index(model, options).facts.prefilter == str(model / "prefilter")
+
+
+def test_a_model_by_its_name_is_indexed_and_found_again_by_it(gallery: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {path.name: path.read_bytes() for path in gallery.model.iterdir() if path.is_file()}
+    with serve(Hub(files={"team/interbert": files})) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        options = IndexOptions(
+            store=gallery.store, pairs=gallery.pairs, prefilter_model=gallery.prefilter, output=tmp_path / "index", images=gallery.images
+        )
+        check_index(Path("hf:team/interbert"), options)
+        index = building.build_index(Path("hf:team/interbert"), options)
+        assert index.facts.model == f"hf:team/interbert@{COMMIT}"
+        assert index.facts.model_digest == gallery.index(tmp_path / "plain").facts.model_digest
+        searcher = Searcher(index, SearchOptions(precision="fp32"))
+        assert len(searcher.images_of(["red"], 3)[0].hits) == 3
+        moved = SearchOptions(precision="fp32", model=Path("hf:team/interbert"))
+        assert Searcher(index, moved).model_folder == searcher.model_folder
+    with pytest.raises(UsageError, match="MODEL hf:team is no name of the Hub"):
+        check_index(Path("hf:team"), options)
 
 
 def test_what_is_no_whole_index_is_refused(gallery: Gallery, tmp_path: Path) -> None:

@@ -21,12 +21,14 @@ from megainter.errors import UsageError
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval import evaluation
 from megainter.tasks.retrieval.options import RetrievalEvaluation
-from megainter.tasks.retrieval.search.answers import shortened, shown_width
+from megainter.tasks.retrieval.search.answers import captions_answer, shortened, shown_width, table
 from megainter.tasks.retrieval.search.command import run_search
 from megainter.tasks.retrieval.search.index import Index
 from megainter.tasks.retrieval.search.options import SearchOptions
 from megainter.tasks.retrieval.search.photo import PhotoReader, detector_weights
+from megainter.tasks.retrieval.search.pictures import ImageFiles
 from megainter.tasks.retrieval.search.searching import Searcher
+from megainter.tasks.retrieval.web.app import examples
 from megainter.weights import ORIGIN, packaged_weights
 from preprocessing.detector.detector import load_detector, save_detector
 from preprocessing.extraction.extract import extract
@@ -127,6 +129,36 @@ def test_similar_images_are_nearest_by_cosine(searcher: Searcher, index: Index) 
     assert found.hits[0].first == pytest.approx(1, abs=1e-5)
     others = searcher.similar_to_row(5, 4)
     assert [hit.number for hit in others.hits] == [n for n in np.argsort(-cosines[5]) if n != 5][:4]
+
+
+def test_photos_without_captions_are_found_as_with_them(
+    gallery: Gallery, index: Index, searcher: Searcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = gallery.index(tmp_path / "bare", pairs=None)
+    assert (bare.facts.image_count, bare.facts.caption_count, bare.facts.pairs) == (IMAGES, 0, None)
+    assert gallery.index(tmp_path / "bare", pairs=None).facts == bare.facts  # complete before
+    rows = [bare.image_ids.to_pylist().index(image_id) for image_id in index.image_ids.to_pylist()]
+    np.testing.assert_allclose(bare.image_vectors[rows], index.image_vectors, atol=1e-6)
+
+    without, text = Searcher(bare, SearchOptions(**EXACT)), index.caption(3)
+    theirs, ours = searcher.images_of([text], 6)[0].hits, without.images_of([text], 6)[0].hits
+    assert [bare.image_id(hit.number) for hit in ours] == [index.image_id(hit.number) for hit in theirs]
+    assert [hit.both for hit in ours] == pytest.approx([hit.both for hit in theirs], abs=1e-5)
+    found = captions_answer("photo", without.captions_of(without.record(2), 3), without.similar_to(without.record(2), 3), bare)
+    assert (found["captions"], len(found["similar"])) == ([], 3)
+    assert "captions" not in table(found).split()
+    assert examples(without) == []
+
+    files = ImageFiles(bare, gallery.images)
+    assert [files.of(row) for row in rows] == [index.file(row) for row in range(IMAGES)]
+    options = SearchOptions(**EXACT)
+    run_search(bare.path, (text,), options, image=None, top=4, as_json=False, page=tmp_path / "page.html")
+    assert "0 captions" in capsys.readouterr().err
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 4
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere" / "another.png")
+    with pytest.raises(UsageError, match=r"no file in .*elsewhere has the id of an image .*--images"):
+        ImageFiles(bare, tmp_path / "elsewhere")
 
 
 def test_words_that_the_model_does_not_know_are_told(searcher: Searcher) -> None:
