@@ -22,7 +22,7 @@ def require_detector(config: InterBertConfig, model: object, store: FeatureStore
     if other:
         return ""
     if config.detector is None:
-        return f"{model} does not say by which detector its regions were found: whether {store.path} has the same one's is not checked"
+        return f"{model} names no detector that its regions were found by: whether {store.path} has the same one's is not checked"
     if store.schema.described_by != config.detector:
         theirs = f"{config.detector!r:.120}, and {store.path} has those of {store.schema.described_by!r:.120}"
         raise UsageError(f"{model} was trained on regions of {theirs}: {_remedy(option)}")

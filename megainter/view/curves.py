@@ -130,6 +130,12 @@ def _note(training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> s
     if "samples_per_second" in last:
         parts.append(f"{np.median([record['samples_per_second'] for record in training]):,.0f} samples/s")
     measured = _figures(validation)
-    if found := [f"{_look(key.removesuffix('_accuracy'), 0)[0]} {validation[-1][key]:.3f}" for key in measured if key in validation[-1]]:
+    if found := [
+        f"{_look(key.removesuffix('_accuracy'), 0)[0]} {_shown(validation[-1][key])}" for key in measured if key in validation[-1]
+    ]:
         parts.append("last validation: " + ", ".join(found))
     return " · ".join(parts)
+
+
+def _shown(value: float) -> str:
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3f}"
