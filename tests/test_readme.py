@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megainter import InterBertConfig, InterBertForPreTraining, InterBertProcessor
 from preprocessing.scenes.scenes import write_scenes
 from tests.places import ROOT
 from tests.synthetic import environment
+from tests.tasks.retrieval.web.server import started
 
 # The shipped recipes are for real runs: a test keeps their settings and makes the model small and the run short.
 SHORT = "--training.steps 2 --training.global_batch 8 --training.micro_batch 4 --data.workers 0 --engine.precision fp32"
@@ -51,20 +51,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             env=environment() | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"},
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    give_vectors(folder / "model", folder / "contrastive")
     return folder
 
 
-def give_vectors(model: Path, output: Path) -> None:
-    """The model's folder with vectors of texts and images, that nobody trained."""
-    config = InterBertConfig.from_pretrained(model, itc_size=8)
-    InterBertForPreTraining(config).save_pretrained(output)
-    InterBertProcessor.from_pretrained(model).save_pretrained(output)
-
-
 def test_commands_leave_what_they_promise(workplace: Path) -> None:
-    for name in ("pairs.parquet", "regions.store/store.json", "run/metrics.jsonl", "model/model.safetensors", "scores.json", "page.html"):
+    files = ("pairs.parquet", "regions.store/store.json", "run/metrics.jsonl", "model/model.safetensors", "scores.json", "page.html")
+    for name in (*files, "photos.index/index.json"):
         assert (workplace / name).exists(), name
+
+
+def test_the_road_ends_in_a_page_that_answers(workplace: Path) -> None:
+    with started(workplace / "photos.index") as (_, client, _):
+        assert client.get("/").status == 200
+        assert client.get("/api/search?q=two%20apples").status == 200
 
 
 def test_run_folder_is_as_documented(workplace: Path) -> None:

@@ -3,7 +3,10 @@
 import asyncio
 import http.client
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,7 @@ from megainter.tasks.retrieval.search.options import ServeOptions
 from megainter.tasks.retrieval.search.searching import Searcher
 from megainter.tasks.retrieval.web.app import create_app
 from megainter.tasks.retrieval.web.serving import server_settings
+from tests.synthetic import environment
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,21 @@ def running(searcher: Searcher, folder: Path, **serving: Any) -> Iterator[Client
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
+
+
+@contextmanager
+def started(index: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], Client, list[str]]]:
+    """``megainter serve`` as a process, a client of it, and the lines that it printed until it listened."""
+    command = [sys.executable, "-m", "megainter", "serve", str(index), "--port", "0", *words]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            lines = list[str]()
+            for line in process.stdout:
+                lines.append(line)
+                if found := re.search(r":(\d+)/ \(Ctrl-C stops\)", line):
+                    yield process, Client(int(found[1])), lines
+                    return
+            raise AssertionError(lines)
+        finally:
+            process.kill()

@@ -1,19 +1,13 @@
 """The verb as a real process: it answers where it says, and a signal lets requests under way end."""
 
-import re
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.synthetic import environment
 from tests.tasks.retrieval.search.data import Gallery, write_photo_gallery
-from tests.tasks.retrieval.web.server import Client
+from tests.tasks.retrieval.web.server import started
 
 pytestmark = pytest.mark.slow
 
@@ -21,24 +15,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
     return write_photo_gallery(tmp_path_factory.mktemp("gallery"))
-
-
-@contextmanager
-def started(index: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], Client, list[str]]]:
-    """The process, a client of it, and the lines that it printed until it listened."""
-    command = [sys.executable, "-m", "megainter", "serve", str(index), "--port", "0", *words]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            lines = list[str]()
-            for line in process.stdout:
-                lines.append(line)
-                if found := re.search(r":(\d+)/ \(Ctrl-C stops\)", line):
-                    yield process, Client(int(found[1])), lines
-                    return
-            raise AssertionError(lines)
-        finally:
-            process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
