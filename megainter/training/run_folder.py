@@ -18,6 +18,7 @@ from megainter.config.reading import path_settings
 from megainter.config.settings import RunConfig, as_dict, section_defaults
 from megainter.errors import LockedError, UsageError
 from megainter.files import read_json, write_json
+from megainter.kinds import task_of
 from megainter.process import folder_lock
 from megainter.training.job import RunSettings
 
@@ -51,6 +52,8 @@ def open_run_folder(
     settings = as_dict(config) | {"digests": digests, "detector": detector, "asked": dict(asked)}
     before = recorded(folder)
     if before is not None:
+        if (task := task_of(before)) != task_of(settings):
+            raise UsageError(f"{folder} holds a run of another kind ({task}); name another output folder")
         changed = differences(before, settings, type(config))
         if changed:
             raise UsageError(

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megainter.config.reading import load_config
+from megainter.config.reading import load_config, read_settings
 from megainter.config.settings import as_dict
 from megainter.errors import UsageError
+from megainter.files import write_json
 from megainter.process import folder_lock
-from megainter.training.run_folder import commit_of, differences, free_changes, removed_where_nothing_began
+from megainter.tasks.retrieval.settings import RetrievalConfig
+from megainter.training.run_folder import commit_of, differences, free_changes, open_run_folder, removed_where_nothing_began
 
 GIVEN = ["--output", "run", "--data.pairs", "p", "--data.store", "s", "--training.steps", "10"]
 
@@ -43,6 +45,15 @@ def test_what_a_run_may_go_on_with_otherwise_is_told() -> None:
     new = settings("--engine.precision", "fp32", "--training.micro_batch", "8")
     told = ["engine.precision: bf16 -> fp32", "training.micro_batch: 64 -> 8", "training.micro_tokens: 16384 -> None"]
     assert free_changes(old, new) == told
+
+
+def test_the_folder_of_a_fine_tuning_run_is_told_as_such(tmp_path: Path) -> None:
+    tuned = [*GIVEN, "--model.start_from", "m", "--output", str(tmp_path)]
+    write_json(tmp_path / "config.json", as_dict(read_settings(RetrievalConfig, None, tuned)))
+    (tmp_path / "checkpoints" / "step_0000001").mkdir(parents=True)
+    config = load_config(Path("base"), [*GIVEN, "--output", str(tmp_path)])
+    with pytest.raises(UsageError, match=r"holds a run of another kind \(retrieval\); name another output folder"):
+        open_run_folder(config, {}, {}, {})
 
 
 def start_with_a_mistake(folder: Path) -> None:
