@@ -51,7 +51,7 @@ def test_killed_training_leaves_no_rank_behind(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_killed_again_and_again_finishes_and_scores(tmp_path: Path) -> None:
-    """SIGKILL at random moments (seeded), each time the same command; then R@1 of at least 0.30 among 100."""
+    """SIGKILL at random moments (seeded), each time the same command; then R@1 of at least 0.70 among 100."""
     moments = random.Random(5)
     for _ in range(6):
         child = start(tmp_path)
@@ -64,7 +64,7 @@ def test_demo_killed_again_and_again_finishes_and_scores(tmp_path: Path) -> None
     child = start(tmp_path)
     assert child.wait(timeout=1800) == 0, (tmp_path / "log").read_text()
     assert all((tmp_path / "stages" / name).stat().st_mtime_ns == moment for name, moment in records.items())
-    assert recall_at_1(tmp_path) >= 0.30
+    assert recall_at_1(tmp_path) >= 0.70
     assert (tmp_path / "index.html").exists()
 
 
@@ -122,5 +122,5 @@ def wait_until(condition: object, seconds: float) -> bool:
 
 
 def recall_at_1(output: Path) -> float:
-    """Text-to-image R@1 of the demo's evaluation."""
-    return json.loads((output / "retrieval.json").read_text())["text_to_image"]["r_at_1"]
+    """Text-to-image R@1 of the demo's evaluation, of both stages together."""
+    return json.loads((output / "retrieval.json").read_text())["both_stages"]["text_to_image"]["r_at_1"]
