@@ -29,8 +29,8 @@ from megainter.config.settings import EngineConfig, OptimizerConfig, TrainingCon
 from megainter.data.integers import Int64s
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
+from megainter.tasks.contrast import Gathering, add_vectors, answered, compare
 from megainter.tasks.pretraining.batches import PretrainBatch
-from megainter.tasks.pretraining.contrast import Gathering, add_vectors, answered, compare
 from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sampling import Draws
 from megainter.tasks.pretraining.sides import Sides

@@ -96,9 +96,11 @@ def open_start(
     max_regions: int | None,
     store: FeatureStore | None,
     other_detector: bool = False,
+    vectors: bool = False,
 ) -> Start:
     """Open ``model.start_from``, a path or weights by name. Lengths that are None stay as the model was trained with them;
-    The result is of the ``store``'s detector, where there is one. What came by name stands in ``output``/origin.json.
+    The result is of the ``store``'s detector, where there is one. What came by name stands in ``output``/origin.json. The head of
+    image-text contrast is left behind where the task does not train ``vectors``, since its changes would spoil them.
 
     ``UsageError`` for a folder that is no model of ours, or does not fit the lengths or the store: its width, or its detector unless
     ``other_detector``.
@@ -110,7 +112,7 @@ def open_start(
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob"):
         if getattr(settings, name) is not None:
             setattr(config, name, getattr(settings, name))
-    config.itc_size = 0  # vectors of a text or image alone are pretraining's: no task trains them further, and its changes would spoil them
+    config.itc_size = config.itc_size if vectors else 0
     config.max_text_tokens = max_text_tokens or config.max_text_tokens
     config.max_regions = max_regions or config.max_regions
     if config.max_text_tokens is not None and config.max_text_tokens > config.max_position_embeddings:

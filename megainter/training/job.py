@@ -72,6 +72,10 @@ class Job:
     batch: they see all of it before its first backward. It runs on every rank and may be collective. ``by_rank`` are the micro-batches
     that this process runs: its own, or where one process does again what several did, those of all ranks.
 
+    ``renew(engine, step)`` makes what batches hang on beside (seed, step, rank, world size), such as lists of candidates, from the weights:
+    before step 0, before each step that ``renew_every`` divides (0: before no other), and before the first step of a run that goes on. It
+    runs on every rank and may be collective.
+
     ``started`` are lines for the log: what is trained on what. ``sample_ids(step)`` names all samples of a
     global step, in the order of the sequence, for whoever must look at them; ``shown(step)`` says of each what it shows, and
     ``places(step)`` which of them each of this rank's micro-batches has, in its order. The step module's
@@ -100,6 +104,8 @@ class Job:
     best: str | None = None
     prepare_step: Callable[[Any, int, dict[int, list[Any]]], dict[int, list[Any]]] | None = None
     detector: str | None = None  # whose regions are trained on, for the run's config.json
+    renew: Callable[[Any, int], None] | None = None
+    renew_every: int = 0
     files: Mapping[str, bytes] = field(default_factory=dict)  # more files for every checkpoint
 
 

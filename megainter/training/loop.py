@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from megainter import kernels
 from megainter.config.portions import check_portions
-from megainter.data.stream.loader import make_loader
 from megainter.errors import NoSpaceError, NumericsError, StoppedEarly
 from megainter.files import as_json
 from megainter.model.configuration import InterBertConfig
@@ -33,6 +32,7 @@ from megainter.training.optimizer import describe, learning_rate
 from megainter.training.passed_over import pass_over, read_passed_over
 from megainter.training.precision import with_precision
 from megainter.training.profile import StepProfile
+from megainter.training.renewing import Steps
 from megainter.training.run_folder import open_run_folder, removed_where_nothing_began, start_log
 from megainter.training.saving import Outcome, Saver, Target
 from megainter.training.stopping import StopVote
@@ -71,7 +71,7 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
 def _train(run: "Run", stop: StopRequest) -> Path:
     """The steps of a run that is open, as ``train``; ``_RollBackError`` on all ranks where it is to go on from a checkpoint."""
     config, job, trained, world, watch = run.config, run.job, run.trained, run.world, run.watch
-    with make_loader(job.batches, run.start, run.total_steps, workers=job.workers) as steps:
+    with Steps(job, trained, run.start, run.total_steps, watch) as steps:
         arrivals, vote = Arrivals(world.device), StopVote(world.device)
         guard = StepGuard(world.device, searching=config.engine.precision == "fp16", spikes=run.trained.spikes)
         meter, own, (tallies, counts) = Throughput(), OwnTime(world.device), _interval(run)
@@ -83,6 +83,8 @@ def _train(run: "Run", stop: StopRequest) -> Path:
         finished = run.start
         for step in range(run.start, run.total_steps):
             # The step's micro-batches, made ahead by the loader.
+            if steps.renew(step):
+                meter.reset()
             watch.at(hangs.DATA, step)
             waiting = time.perf_counter()
             batches = next(steps)

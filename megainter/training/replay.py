@@ -23,6 +23,7 @@ from megainter.training.metrics import read_metrics
 from megainter.training.optimizer import learning_rate
 from megainter.training.passed_over import read_passed_over
 from megainter.training.precision import with_precision
+from megainter.training.renewing import FOLDER
 from megainter.training.world import World
 
 COMPARED = 1e-6  # relative, between what one process and what several add up
@@ -97,8 +98,10 @@ def replay(config: RunSettings, open_job: Callable[[RunSettings, World], Job], r
         trained = _open(config, jobs, saved, world)
         begun = saved.step if saved is not None else 0
         for earlier in range(begun, step - 1):
+            _renew(jobs, trained, earlier, begun)
             if earlier + 1 not in passed_over:
                 _update(config, jobs, trained, earlier, total)
+        _renew(jobs, trained, step - 1, begun)
         values, samples = _judge(config, jobs, trained, step - 1, total)
     return Replayed(step, begun, ranks, values, samples)
 
@@ -117,6 +120,13 @@ def _open(config: RunSettings, jobs: list[Job], saved: checkpoint.Checkpoint | N
             zero_state.restore_state(trained, read, saved.state["updates"])
         engine.restore_decisions(trained, saved.state)
     return trained
+
+
+def _renew(jobs: list[Job], trained: Any, step: int, begun: int) -> None:
+    """What batches hang on beside the step, where a run that goes on at ``begun`` makes it (``Job.renew``)."""
+    for job in jobs:
+        if job.renew is not None and (step == begun or (job.renew_every and step % job.renew_every == 0)):
+            job.renew(trained, step)
 
 
 def _update(
@@ -183,7 +193,10 @@ def against_metrics(found: Replayed, run: Path) -> str:
 
 
 def without_output(config: RunSettings, folder: Path, run: Path) -> RunSettings:
-    """The settings of ``run`` with ``folder`` in the place of its folder, which sees the run's checkpoints."""
+    """The settings of ``run`` with ``folder`` in the place of its folder, which sees the run's checkpoints and what they go on with."""
     (folder / "checkpoints").symlink_to((run / "checkpoints").resolve())
+    (folder / FOLDER).mkdir()
+    for made in (run / FOLDER).glob("step_*"):  # one by one, so that new ones do not go there
+        (folder / FOLDER / made.name).symlink_to(made.resolve())
     changed: RunSettings = replace(config, output=folder)  # type: ignore[type-var]
     return changed

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from megainter.data.integers import Int64s
+from megainter.tasks.contrast import Vectors, excluded, scale_of
 from megainter.tasks.pretraining.batches import PretrainBatch, with_captions
-from megainter.tasks.pretraining.contrast import Vectors, excluded, scale_of
 from megainter.tasks.pretraining.sampling import Sampler
 from megainter.transfers import sent
 

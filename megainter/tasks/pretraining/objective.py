@@ -1,7 +1,7 @@
 """The pretraining objectives of one micro-batch, normalised by counts over the global batch.
 
 Paper section 3 (masked segment modeling, masked region modeling, image-text matching), and where it is asked for image-text contrast, whose
-losses and gradients come from a comparison over the global batch (``contrast.py``). The losses are sums divided by the
+losses and gradients come from a comparison over the global batch (``tasks/contrast.py``). The losses are sums divided by the
 number of masked tokens, scored regions and samples of the whole global batch, so that the gradient depends neither on the
 number of ranks nor on the number of micro-batches.
 """
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from megainter import kernels
 from megainter.model.interbert import InterBertForPreTraining, PackedLosses
+from megainter.tasks.contrast import CONTRAST, contrast_sums
 from megainter.tasks.pretraining.batches import PretrainBatch
 from megainter.transfers import Constants
 
 OBJECTIVES = ("msm", "mrm", "itm")
-CONTRAST = "itc"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class PretrainingStep(nn.Module):
             return self.model.vectors_packed(batch.sides.inputs(batch.inputs))
 
         # First, so that after the same seed dropout falls on the vectors as it does without counts.
-        contrast = self._contrast(batch) if self._contrasts else []
+        contrast = contrast_sums(self.model, batch) if self._contrasts else []
         if each:
             return self._each(batch)
         assert counts is not None  # but for the above
@@ -76,21 +76,6 @@ class PretrainingStep(nn.Module):
         loss = (self._weights.on(sums.device) * sums / counts).sum()
         right = torch.cat([self._correct(made, batch), *contrast[1:]])
         return loss, torch.stack([sums.detach(), right * float(batch.counted)])
-
-    def _contrast(self, batch: PretrainBatch) -> list[Tensor]:
-        """The contrast's loss sum of the samples, float32 [], and how many are right, [1]; zeros where nothing was compared.
-
-        The sum's value is what the comparison over the global batch said; its gradient is that of the whole comparison by these samples'
-        vectors, of which all others see theirs as constants (GradCache, arXiv 2101.06983).
-        """
-        assert batch.sides is not None
-        answers = batch.sides.answers
-        if answers is None:  # validation compares for itself
-            nothing = batch.inputs.region_features.new_zeros(1, dtype=torch.float32)
-            return [nothing[0], nothing]
-        texts, regions, scale = self.model.vectors_packed(batch.sides.inputs(batch.inputs))
-        pulled = (texts * answers.text_gradient).sum() + (regions * answers.region_gradient).sum() + (scale * answers.scale_gradient).sum()
-        return [answers.losses.sum() + (pulled - pulled.detach()), answers.right.sum()[None]]
 
     def _each(self, batch: PretrainBatch) -> Tensor:
         """Loss sums of each sample, fp32 [S, K]; their dropout is that of ``forward``, as the heads have none."""

@@ -1,7 +1,7 @@
 """What image-text contrast compares: each sample's own caption and its image's regions, without masks and each alone.
 
 Shape letters: S samples of a micro-batch, Nt tokens of their own captions, Nr regions (global ones included), Z of these that masking
-changed, F width of a feature, D width of a vector.
+changed, F width of a feature.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,24 +12,8 @@ from torch import Tensor
 
 from megainter.data.integers import Int64s
 from megainter.data.packed import PackedInputs
+from megainter.tasks.contrast import Answers
 from megainter.tasks.pretraining.sampling import Draws, OwnCaptions
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the comparison over the global batch said of the samples of a micro-batch: ``losses`` and ``right`` float32 [S], the mean of
-    both directions; and the gradient of the sum of all losses, ``text_gradient`` and ``region_gradient`` float32 [S, D] by the samples'
-    vectors, ``scale_gradient`` [1] their share of that by the logarithm of the scale."""
-
-    losses: Tensor
-    right: Tensor
-    text_gradient: Tensor
-    region_gradient: Tensor
-    scale_gradient: Tensor
-
-    def to(self, device: torch.device | str) -> "Answers":
-        """The same on ``device``."""
-        return Answers(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)

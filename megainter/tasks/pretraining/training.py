@@ -1,6 +1,5 @@
 """Pretraining as a job of the training loop: its objectives on captions and regions."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,16 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.flops import BatchCounts, alone_flops, forward_flops
 from megainter.model.folder import read_config
 from megainter.model.interbert import InterBertForPreTraining
+from megainter.tasks.contrast import Gathering, PrepareStep, compare_in_steps, contrasting
 from megainter.tasks.pretraining.batches import PretrainBatch, validation_batches
-from megainter.tasks.pretraining.contrast import Gathering, add_vectors, answered, compare, compare_in_steps
 from megainter.tasks.pretraining.fresh import with_fresh_captions
 from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sources import Sources, model_configuration, open_sources
 from megainter.tasks.pretraining.starting import DROPOUTS, with_start
-from megainter.training.arrival import Arrivals
 from megainter.training.collective import summed
 from megainter.training.job import Job, summarise
-from megainter.training.loop import counted, dropout_seed, train
+from megainter.training.loop import counted, train
 from megainter.training.world import World
-
-PrepareStep = Callable[[Any, int, dict[int, list[PretrainBatch]]], dict[int, list[PretrainBatch]]]
 
 
 def pretrain(config: RunConfig) -> Path:
@@ -69,24 +65,9 @@ def open_job(config: RunConfig, world: World) -> Job:
 
 
 def _contrasting(config: RunConfig, sources: Sources, world: World) -> PrepareStep:
-    """What comes before a step that contrasts its samples: all vectors, captions drawn by them, and what each is told."""
-    arrivals, seed, sampler = Arrivals(world.device), config.training.seed, sources.training.sampler
-
-    def prepare(trained: Any, step: int, by_rank: dict[int, list[PretrainBatch]]) -> dict[int, list[PretrainBatch]]:
-        gathering = Gathering(config.training.global_batch, world)
-        for rank, batches in by_rank.items():
-            add_vectors(gathering, trained, arrivals, batches, partial(_seed_dropout, seed, step, rank))
-        vectors = gathering.all()
-        answers = compare(vectors)
-        if config.data.batch_negatives > 0:
-            by_rank = {rank: with_fresh_captions(batches, vectors, sampler) for rank, batches in by_rank.items()}
-        return {rank: answered(batches, answers) for rank, batches in by_rank.items()}
-
-    return prepare
-
-
-def _seed_dropout(seed: int, step: int, rank: int, micro: int) -> None:
-    torch.manual_seed(dropout_seed(seed, step, micro, rank))
+    sampler = sources.training.sampler
+    redraw = partial(with_fresh_captions, sampler=sampler) if config.data.batch_negatives > 0 else None
+    return contrasting(config.training.global_batch, config.training.seed, world, redraw)
 
 
 def _forward_flops(config: InterBertConfig, batch: PretrainBatch) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megainter.config.settings import STRICT, FinetuneConfig, NotNegative, Positive, Probability
+from megainter.config.settings import STRICT, FinetuneConfig, NotNegative, Positive, Probability, StartConfig, TrainingConfig
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -31,11 +31,21 @@ class RetrievalData:
     random_images: NotNegative = 1
     """Pairs of the caption with any other image."""
     hard_captions: NotNegative = 1
-    """Pairs of the own image with a caption of a similar image."""
+    """Pairs of the own image with a caption that is hard for it (data.hard_from)."""
     hard_images: NotNegative = 0
-    """Pairs of the caption with a similar image."""
+    """Pairs of the caption with an image that is hard for it."""
+    hard_from: Literal["features", "first_stage"] = "features"
+    """What is hard: captions and images of images with similar features (the released code), or what a first stage lets through."""
+    hard_share: Probability = 1.0
+    """Share of the hard pairs that are hard; the rest of them is random."""
     neighbours: Positive = 99
-    """Similar images of an image: so many, nearest by the mean of their regions' features."""
+    """Similar images of an image, for data.hard_from "features": so many, nearest by the mean of their regions' features."""
+    candidates: Positive = 50
+    """Captions of an image and images of a caption, for data.hard_from "first_stage": so many, the nearest wrong ones by vectors."""
+    renew_steps: NotNegative = 500
+    """Steps after which they are chosen anew by the model's own vectors; 0: those of the start stay."""
+    prefilter_model: Path | None = None
+    """Folder that `megainter finetune prefilter` made, whose vectors choose candidates; none: the model's own, with training.itc_weight."""
     max_bad: Probability = 0.01
     """Share of images that may lack regions in the store, their captions left out; one may in any case, unless this is 0."""
     other_detector: bool = False
@@ -62,6 +72,22 @@ class RetrievalValidation:
     """Steps between two validations; 0: only at the end."""
 
 
+@dataclass(frozen=True, config=STRICT)
+class RetrievalTraining(TrainingConfig):
+    """How long and in what portions, exactly one of ``steps`` and ``epochs``; and whether vectors are trained."""
+
+    itc_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the image-text contrast loss over all captions of a step; none: 1 where the start has vectors, else 0, no vectors."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class RetrievalStart(StartConfig):
+    """The model that fine-tuning starts from, and what of it may be changed; none: as the model has it."""
+
+    itc_size: Positive = 256
+    """Width of the vectors of a text alone and an image alone, where training.itc_weight asks for them and the start has none."""
+
+
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class RetrievalConfig(FinetuneConfig):
     """A whole fine-tuning run."""
@@ -69,4 +95,6 @@ class RetrievalConfig(FinetuneConfig):
     verb: ClassVar[str] = "finetune retrieval"
 
     data: RetrievalData
+    training: RetrievalTraining
+    model: RetrievalStart
     validation: RetrievalValidation = dataclasses.field(default_factory=RetrievalValidation)

@@ -20,11 +20,15 @@ from megainter.data.stream.negatives import require_two_images
 from megainter.data.tables.pairs import Pairs, has_split, read_pairs
 from megainter.data.text.token_table import build_token_table, open_token_table, table_key
 from megainter.errors import UsageError
+from megainter.model.configuration import InterBertConfig
 from megainter.model.detector import require_same_detector
+from megainter.model.flops import alone_flops
 from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, score_grid
 from megainter.model.interbert import InterBertForRetrieval
-from megainter.tasks.retrieval.batches import GroupSettings, RetrievalStream
+from megainter.tasks.contrast import CONTRAST, contrasting
+from megainter.tasks.retrieval.batches import GroupSettings, RetrievalBatch, RetrievalStream
 from megainter.tasks.retrieval.gallery import Gallery, Tokens, read_gallery, tokenize
+from megainter.tasks.retrieval.negatives import open_towers, renewal_of
 from megainter.tasks.retrieval.neighbours import NEIGHBOURS, build_neighbours, open_neighbours
 from megainter.tasks.retrieval.objective import RetrievalStep
 from megainter.tasks.retrieval.ranking import image_to_text, rank_scores, text_to_image
@@ -45,18 +49,31 @@ def finetune(config: RetrievalConfig) -> Path:
     return finetune_job(config, lambda world: open_job(config, world))
 
 
-def group_settings(config: RetrievalConfig) -> GroupSettings:
-    """The pairs beside a caption's own, and the portions of a step."""
+def group_settings(config: RetrievalConfig, contrast: bool = False) -> GroupSettings:
+    """The pairs beside a caption's own, the portions of a step, and whether there is contrast."""
     data, training = config.data, config.training
-    numbers = (data.random_captions, data.random_images, data.hard_captions, data.hard_images)
-    return GroupSettings(training.seed, training.global_batch, training.micro_batch, *numbers, training.micro_tokens)
+    return GroupSettings(
+        seed=training.seed,
+        global_batch=training.global_batch,
+        micro_batch=training.micro_batch,
+        random_captions=data.random_captions,
+        random_images=data.random_images,
+        hard_captions=data.hard_captions,
+        hard_images=data.hard_images,
+        micro_tokens=training.micro_tokens,
+        contrast=contrast,
+        hard_share=data.hard_share,
+        from_candidates=data.hard_from == "first_stage",
+    )
 
 
 def open_job(config: RetrievalConfig, world: World) -> Job:
     """Open the starting model, captions and regions on every rank. Collective."""
     data = config.data
     store = FeatureStore(data.store)
-    start = open_start(config.model, config.output, data.max_text_tokens, data.max_regions, store, data.other_detector)
+    start = open_start(config.model, config.output, data.max_text_tokens, data.max_regions, store, data.other_detector, vectors=True)
+    contrast, fresh = _contrast_weight(config, start), r"(?!)" if start.config.itc_size else "itc_head"
+    start.config.itc_size = (start.config.itc_size or config.model.itc_size) if contrast else 0
     lengths = start.config.max_text_tokens or USUAL_LENGTH, start.config.max_regions or USUAL_LENGTH
     start.config.max_text_tokens, start.config.max_regions = lengths
 
@@ -65,24 +82,27 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
     require_two_images(pairs.image_numbers, str(data.pairs))
     stream = _stream(config, start, pairs, store, world)
     gallery = _gallery(config, store)
+    towers = open_towers(config, start, store, world)
+    renewal = renewal_of(config, stream, towers)
 
-    group = group_settings(config).group
+    group, weights = stream.settings.group, (1.0, *([contrast] if contrast else []))
     told = f"{len(pairs):,} captions of {len(pairs.image_ids):,} images, {group} pairs for each caption ({data.objective})"
     return Job(
-        objectives=(data.objective,),
-        weights=(1.0,),
+        objectives=(data.objective, CONTRAST)[: len(weights)],
+        weights=weights,
         batches=stream,
         accumulation=stream.steps.accumulation,
         samples=len(pairs),
         sample_ids=stream.sample_ids,
         places=stream.places,
         shown=stream.shown,
-        build_model=lambda saved: start.build(InterBertForRetrieval, saved),
-        build_step=RetrievalStep,
-        flops=lambda config, batch: inputs_flops(config, batch.inputs),
+        build_model=lambda saved: start.build(InterBertForRetrieval, saved, fresh),
+        build_step=lambda model: RetrievalStep(model, weights),
+        flops=_forward_flops,
         vocabulary=start.vocabulary_file,
         lowercase=start.vocabulary.lowercase,
-        digests={"pairs": pairs.digest, "store": store.digest, "vocabulary": start.vocabulary.digest},
+        digests={"pairs": pairs.digest, "store": store.digest, "vocabulary": start.vocabulary.digest}
+        | ({"prefilter": towers.digest} if towers is not None else {}),
         detector=start.config.detector,
         started=(told, _told_of(gallery, config)),
         workers=data.workers,
@@ -90,13 +110,29 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
         validate=_validation(start, gallery) if gallery is not None else None,
         validate_every=config.validation.every_steps,
         best="text_to_image_r_at_1" if gallery is not None else None,
+        prepare_step=contrasting(config.training.global_batch, config.training.seed, world) if contrast else None,
+        renew=renewal,
+        renew_every=renewal.every if renewal is not None else 0,
     )
+
+
+def _contrast_weight(config: RetrievalConfig, start: Start) -> float:
+    """As the settings say, else 1 for a model that has vectors, whose fine-tuning would spoil them without."""
+    given = config.training.itc_weight
+    return given if given is not None else float(start.config.itc_size > 0)
+
+
+def _forward_flops(config: InterBertConfig, batch: RetrievalBatch) -> int:
+    """The pass of pairs, and with contrast that of both sides alone; the one before it, without gradients, does not count."""
+    pairs, sides = inputs_flops(config, batch.inputs), batch.sides
+    return pairs if sides is None else pairs + alone_flops(config, sides.text_lengths, sides.region_lengths)
 
 
 def _stream(config: RetrievalConfig, start: Start, pairs: Pairs, store: FeatureStore, world: World) -> RetrievalStream:
     assert start.config.max_text_tokens is not None
     assert start.config.max_regions is not None
-    max_tokens, max_regions, settings = start.config.max_text_tokens, start.config.max_regions, group_settings(config)
+    max_tokens, max_regions = start.config.max_text_tokens, start.config.max_regions
+    settings = group_settings(config, contrast=start.config.itc_size > 0)
     path = config.output / "cache" / "tokens-train.arrow"
 
     def build() -> None:

@@ -15,8 +15,8 @@ from megainter.data.packed import region_rows
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining
+from megainter.tasks.contrast import Gathering, Vectors, add_vectors, answered, compare, compare_in_steps
 from megainter.tasks.pretraining.batches import PretrainBatch, PretrainStream
-from megainter.tasks.pretraining.contrast import Gathering, Vectors, add_vectors, answered, compare, compare_in_steps
 from megainter.tasks.pretraining.fresh import choose, with_fresh_captions
 from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sources import open_sources

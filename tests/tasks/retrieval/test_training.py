@@ -2,14 +2,15 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from megainter.config.reading import read_settings
@@ -20,6 +21,7 @@ from megainter.data.text.vocabulary import load_vocabulary, train_vocabulary
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForRetrieval
+from megainter.tasks.contrast import Gathering, add_vectors, answered, compare
 from megainter.tasks.retrieval import evaluation
 from megainter.tasks.retrieval.batches import GroupSettings, RetrievalStream
 from megainter.tasks.retrieval.neighbours import build_neighbours, mean_features, nearest_images, open_neighbours
@@ -28,8 +30,11 @@ from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.report import RetrievalReport
 from megainter.tasks.retrieval.settings import RetrievalConfig
 from megainter.tasks.retrieval.training import finetune as run_retrieval
+from megainter.training.arrival import Arrivals
 from megainter.training.metrics import read_metrics
-from tests.synthetic import FEATURE_SIZE, TINY, settings, train, write_data
+from megainter.training.world import World
+from tests.synthetic import FEATURE_SIZE, TINY, write_data
+from tests.tasks.retrieval.tuning import CONTRAST, Data, arguments, finetune, pretrained
 
 KINDS = {"random_captions": 1, "random_images": 2, "hard_captions": 2, "hard_images": 1}
 
@@ -47,8 +52,8 @@ def stream_of(tmp_path_factory: pytest.TempPathFactory):
     tokens = build_token_table(pairs, vocabulary, 12, folder / "tokens.arrow", progress=False)
     neighbours = nearest_images(mean_features(store, pairs.image_ids, 5), 7)
 
-    def make(rank: int = 0, world: int = 1, listwise: bool = False, **kinds: int) -> RetrievalStream:
-        grouping = GroupSettings(3, 24, 24 // world, **(KINDS | kinds))
+    def make(rank: int = 0, world: int = 1, listwise: bool = False, micro: int | None = None, **kinds: int) -> RetrievalStream:
+        grouping = GroupSettings(3, 24, micro or 24 // world, **(KINDS | kinds))
         return RetrievalStream(pairs, store, tokens, vocabulary.facts, grouping, 5, listwise, neighbours, rank, world)
 
     return make
@@ -121,6 +126,65 @@ def test_loss_is_the_cross_entropy_of_the_definition(stream_of, listwise: bool) 
     assert tallies[1, 0] == right
 
 
+def itc_model(**changes: float) -> InterBertForRetrieval:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "region_feature_size": FEATURE_SIZE, "num_region_classes": 8, "itc_size": 12, "initializer_range": 0.1}
+    return InterBertForRetrieval(InterBertConfig(**sizes, **TINY, **changes))
+
+
+def test_sides_of_a_batch_are_its_captions_alone_and_their_images_alone(stream_of) -> None:
+    stream, model = stream_of(contrast=True, micro=8), itc_model().eval()
+    own = stream.groups(0)
+    for batch in stream[0]:
+        assert batch.sides is not None
+        assert batch.counts() == (8 * batch.group, 8)
+        rows = own.captions[batch.sides.places, 0]
+        texts, regions, _ = model.vectors_packed(batch.sides.inputs(batch.inputs))
+        for place, row in enumerate(rows.tolist()):
+            pair = stream.pack(stream.pairs.image_numbers[[row]].astype(np.int64), np.array([row]))
+            text, region = (half for half in (pair.input_ids, pair.region_features))
+            nothing = torch.zeros(1, dtype=torch.int64)
+            alone = replace(pair, region_features=region[:0], region_locations=pair.region_locations[:0], region_lengths=nothing)
+            picture = replace(pair, input_ids=text[:0], token_type_ids=text[:0], text_lengths=nothing)
+            torch.testing.assert_close(texts[place], model.vectors_packed(alone)[0][0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(regions[place], model.vectors_packed(picture)[1][0], atol=1e-5, rtol=1e-4)
+            assert batch.sides.keys[place].tolist()[::2] == [stream.pairs.image_numbers[row], row]
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """A group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def test_micro_batches_together_have_the_gradient_of_contrast_over_the_whole_step(stream_of, alone: World) -> None:
+    """Against automatic differentiation of one large batch: the loss of a double loop over captions that are rivals."""
+    batches, weights = stream_of(contrast=True, micro=8)[0], (1.0, 0.5)
+    model = itc_model().eval()
+    step, gathering = RetrievalStep(model, weights), Gathering(24, alone)
+    add_vectors(gathering, step, Arrivals(alone.device), batches, lambda micro: None)
+    counts = torch.tensor([batch.counts() for batch in batches]).sum(0).float()
+    parts = [step(batch, counts) for batch in answered(batches, compare(gathering.all()))]
+    loss = torch.stack([share for share, _ in parts]).sum()
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    texts, regions, scale = (torch.cat(part) for part in zip(*(model.vectors_packed(b.sides.inputs(b.inputs)) for b in batches)))
+    keys, judged = torch.cat([b.sides.keys for b in batches]), [RetrievalStep(model)(b, counts[:1])[0] for b in batches]
+    contrast = torch.zeros(())
+    for i in range(24):
+        rivals = [j for j in range(24) if j == i or (keys[j, 0] != keys[i, 0] and keys[j, 1] != keys[i, 1])]
+        for asking, answering in ((texts, regions), (regions, texts)):
+            logits = scale[0].exp() * answering[rivals] @ asking[i]
+            contrast = contrast + (logits.logsumexp(0) - logits[rivals.index(i)]) / 48
+    expected = sum(judged) + 0.5 * contrast
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, list(model.parameters()), allow_unused=True), strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
 def test_nearest_images_against_brute_force() -> None:
     rng = np.random.default_rng(0)
     features = rng.standard_normal((50, 6)).astype(np.float32)
@@ -155,38 +219,14 @@ def test_similar_images_that_were_harmed_are_found_anew(harm: str, tmp_path: Pat
     assert open_neighbours(folder, build_neighbours(pairs, store, 5, 3, folder)).shape == (20, 3)
 
 
-def finetune(arguments: list[object], processes: int = 1) -> subprocess.CompletedProcess[str]:
-    alone = ["megainter.finetune"]
-    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--module", "megainter.finetune"]
-    command = [sys.executable, "-m", *map(str, alone if processes == 1 else several), "retrieval", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("start")
     pairs, store = write_data(folder, images=48)
-    done = train(settings(pairs, store, folder / "run", training__steps=30, training__log_every=30))
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "-m", "megainter", "convert", "zero", folder / "run", folder / "model"], check=False)
-    assert done.returncode == 0
-    return folder / "model", pairs, store
+    return pretrained(folder, pairs, store, training__steps=30)
 
 
-def arguments(start: tuple[Path, Path, Path], output: Path, **changes: object) -> list[object]:
-    model, pairs, store = start
-    values = {
-        "output": output, "data.pairs": pairs, "data.store": store, "model.start_from": model, "data.workers": 0,
-        "training.steps": 24, "training.global_batch": 16, "training.micro_batch": 8, "training.log_every": 8, "training.ema_decay": 0.5,
-        "validation.every_steps": 8, "optimizer.learning_rate": 0.002, "engine.precision": "fp32", "engine.zero_stage": 1,
-        "checkpoint.every_steps": 8, "tensorboard": "false", "model.hidden_dropout_prob": 0, "model.region_hidden_dropout_prob": 0,
-        "model.attention_probs_dropout_prob": 0,
-    }  # fmt: skip
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [text for key, value in values.items() for text in (f"--{key}", value)]
-
-
-def test_runs_agree_over_processes_and_the_folder_scores_as_validated(start: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_runs_agree_over_processes_and_the_folder_scores_as_validated(start: Data, tmp_path: Path) -> None:
     alone = finetune(arguments(start, tmp_path / "one"))
     assert alone.returncode == 0, alone.stderr
     both = finetune(arguments(start, tmp_path / "two", engine__zero_stage=3), processes=2)
@@ -206,7 +246,7 @@ def test_runs_agree_over_processes_and_the_folder_scores_as_validated(start: tup
     assert state["validation"]["text_to_image_r_at_1"] == best
 
 
-def test_a_stopped_run_goes_on_bit_equal(start: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_bit_equal(start: Data, tmp_path: Path) -> None:
     changes = {"validation__every_steps": 0, "training__ema_decay": 0.9999}  # the average's window grows with the run
     whole = finetune(arguments(start, tmp_path / "whole", **changes))
     assert whole.returncode == 0, whole.stderr
@@ -222,11 +262,60 @@ def test_a_stopped_run_goes_on_bit_equal(start: tuple[Path, Path, Path], tmp_pat
         assert first == second, name
 
 
-def test_mistakes_end_in_one_line(start: tuple[Path, Path, Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def seeing_start(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """A model that was pretrained with contrast."""
+    folder = tmp_path_factory.mktemp("seeing")
+    pairs, store = write_data(folder, images=48)
+    return pretrained(folder, pairs, store, **CONTRAST)
+
+
+@pytest.mark.slow
+def test_vectors_are_trained_further_alike_over_processes_and_stages(seeing_start: Data, tmp_path: Path) -> None:
+    runs = {"one": (1, 1), "two": (2, 3), "three": (3, 2)}
+    for name, (processes, stage) in runs.items():
+        given = {"engine__zero_stage": stage, "training__micro_batch": 2, "training__global_batch": 12, "training__log_every": 1}
+        done = finetune(arguments(seeing_start, tmp_path / name, **given), processes)
+        assert done.returncode == 0, done.stderr
+    one, *others = (read_metrics(tmp_path / name / "metrics.jsonl", "train") for name in runs)
+    for other in others:
+        for name in ("matching_loss", "itc_loss", "itc_accuracy"):
+            assert [record[name] for record in one] == pytest.approx([record[name] for record in other], abs=1e-4), name
+    falls = [record["itc_loss"] for record in one]
+    assert np.mean(falls[-6:]) < np.mean(falls[:6])
+    assert one[0]["loss"] == pytest.approx(one[0]["matching_loss"] + one[0]["itc_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_tuned_folder_is_its_own_first_stage(seeing_start: Data, tmp_path: Path) -> None:
+    before = InterBertForRetrieval.from_pretrained(seeing_start[0]).itc_head
+    for name, weight in (("kept", "none"), ("left", 0)):
+        done = finetune(arguments(seeing_start, tmp_path / name, training__itc_weight=weight))
+        assert done.returncode == 0, done.stderr
+    model = InterBertForRetrieval.from_pretrained(tmp_path / "kept" / "model")
+    assert model.config.itc_size == 12
+    assert not torch.equal(model.itc_head.text.weight, before.text.weight)
+    report = evaluate(tmp_path / "kept" / "model", *seeing_start[1:], output=tmp_path / "s.json", split="val", prefilter=10, processes=1)
+    assert report.prefilter is not None
+    assert report.prefilter.model_digest == report.model_digest
+    assert InterBertForRetrieval.from_pretrained(tmp_path / "left" / "model").itc_head is None
+
+
+@pytest.mark.slow
+def test_a_start_without_vectors_gets_fresh_ones_where_they_are_asked_for(start: Data, tmp_path: Path) -> None:
+    done = finetune(arguments(start, tmp_path / "run", training__itc_weight=0.5, model__itc_size=8, training__log_every=1))
+    assert done.returncode == 0, done.stderr
+    record = read_metrics(tmp_path / "run" / "metrics.jsonl", "train")[0]
+    assert record["loss"] == pytest.approx(record["matching_loss"] + 0.5 * record["itc_loss"], rel=1e-6)
+    assert InterBertForRetrieval.from_pretrained(tmp_path / "run" / "model").itc_head.text.weight.shape[0] == 8
+
+
+def test_mistakes_end_in_one_line(start: Data, tmp_path: Path) -> None:
     nothing = {"data__random_captions": 0, "data__random_images": 0, "data__hard_captions": 0}
     for changes, words in (
         (nothing, "its own pair alone"),
         ({"data__objective": "pairwise"}, "objective"),
+        ({"data__hard_from": "first_stage"}, r"data\.prefilter_model"),
         ({"data__random_imags": 1}, "did you mean data.random_images"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -10,7 +10,8 @@ Shape letters: N samples of the global batch, in the order of the sequence, B a 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megainter.model.heads import LARGEST_SCALE
-from megainter.tasks.pretraining.batches import PretrainBatch
-from megainter.tasks.pretraining.sides import Answers
 from megainter.training.arrival import Arrivals
+from megainter.training.loop import dropout_seed
 from megainter.training.world import World
 from megainter.transfers import sent
 
+CONTRAST = "itc"  # name of the objective
 BLOCK = 1024  # captions or images that are compared with all others at once
+Batch = TypeVar("Batch")  # a micro-batch whose ``sides`` have places, keys and answers
+PrepareStep = Callable[[Any, int, dict[int, list[Any]]], dict[int, list[Any]]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the comparison over the global batch said of the samples of a micro-batch: ``losses`` and ``right`` float32 [S], the mean of
+    both directions; and the gradient of the sum of all losses, ``text_gradient`` and ``region_gradient`` float32 [S, D] by the samples'
+    vectors, ``scale_gradient`` [1] their share of that by the logarithm of the scale."""
+
+    losses: Tensor
+    right: Tensor
+    text_gradient: Tensor
+    region_gradient: Tensor
+    scale_gradient: Tensor
+
+    def to(self, device: torch.device | str) -> "Answers":
+        """The same on ``device``."""
+        return Answers(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -73,10 +93,11 @@ def compare(vectors: Vectors, block: int = BLOCK) -> Answers:
     return Answers(losses, right, texts.grad, regions.grad, log_scale.grad)
 
 
+Redraw = Callable[[list[Any], Vectors], list[Any]]
+
+
 @torch.no_grad()
-def add_vectors(
-    gathering: "Gathering", trained: Any, arrivals: Arrivals, batches: Sequence[PretrainBatch], seed: Callable[[int], Any]
-) -> None:
+def add_vectors(gathering: "Gathering", trained: Any, arrivals: Arrivals, batches: Sequence[Any], seed: Callable[[int], Any]) -> None:
     """Add the vectors of a rank's micro-batches of a step, by a pass without gradients.
 
     ``seed(micro)`` seeds dropout as for the micro-batch's own pass, so that its vectors are these, to the bit.
@@ -123,12 +144,37 @@ def compare_in_steps(vectors: Vectors, samples: int) -> Tensor:
     return sums
 
 
-def answered(batches: Sequence[PretrainBatch], answers: Answers) -> list[PretrainBatch]:
+def contrasting(samples: int, seed: int, world: World, redraw: Redraw | None = None) -> PrepareStep:
+    """What comes before a step that contrasts its ``samples`` (``Job.prepare_step``): all vectors, and what each sample is told.
+
+    ``seed`` is the run's: dropout falls on the vectors as it will in the step. ``redraw(batches, vectors)`` gives a rank's micro-batches
+    with other pairs, drawn by the vectors.
+    """
+    arrivals = Arrivals(world.device)
+
+    def prepare(trained: Any, step: int, by_rank: dict[int, list[Any]]) -> dict[int, list[Any]]:
+        gathering = Gathering(samples, world)
+        for rank, batches in by_rank.items():
+            add_vectors(gathering, trained, arrivals, batches, partial(_seed_dropout, seed, step, rank))
+        vectors = gathering.all()
+        answers = compare(vectors)
+        if redraw is not None:
+            by_rank = {rank: redraw(batches, vectors) for rank, batches in by_rank.items()}
+        return {rank: answered(batches, answers) for rank, batches in by_rank.items()}
+
+    return prepare
+
+
+def _seed_dropout(seed: int, step: int, rank: int, micro: int) -> None:
+    torch.manual_seed(dropout_seed(seed, step, micro, rank))
+
+
+def answered(batches: Sequence[Batch], answers: Answers) -> list[Batch]:
     """This rank's micro-batches with what the comparison said of their samples."""
     return [_answered(batch, answers) for batch in batches]
 
 
-def _answered(batch: PretrainBatch, answers: Answers) -> PretrainBatch:
+def _answered(batch: Any, answers: Answers) -> Any:
     assert batch.sides is not None
     places = sent(batch.sides.places, answers.losses.device)
     share = len(batch.sides.places) / len(answers.losses)  # of the scale's gradient: micro-batches of all ranks add up to it
@@ -140,3 +186,18 @@ def _answered(batch: PretrainBatch, answers: Answers) -> PretrainBatch:
         scale_gradient=answers.scale_gradient * share,
     )
     return replace(batch, sides=replace(batch.sides, answers=own))
+
+
+def contrast_sums(model: Any, batch: Any) -> list[Tensor]:
+    """The contrast's loss sum of a micro-batch's samples, float32 [], and how many are right, [1]; zeros where nothing was compared.
+
+    The sum's value is what the comparison over the global batch said; its gradient is that of the whole comparison by these samples'
+    vectors, of which all others see theirs as constants (GradCache, arXiv 2101.06983). ``model`` gives them by ``vectors_packed``.
+    """
+    answers = batch.sides.answers
+    if answers is None:  # validation compares for itself
+        nothing = batch.inputs.region_features.new_zeros(1, dtype=torch.float32)
+        return [nothing[0], nothing]
+    texts, regions, scale = model.vectors_packed(batch.sides.inputs(batch.inputs))
+    pulled = (texts * answers.text_gradient).sum() + (regions * answers.region_gradient).sum() + (scale * answers.scale_gradient).sum()
+    return [answers.losses.sum() + (pulled - pulled.detach()), answers.right.sum()[None]]
