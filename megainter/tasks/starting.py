@@ -33,11 +33,11 @@ MODEL = "model"  # the Hugging Face folder in the run folder
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def finetune_job(config: FinetuneConfig, open_job: Callable[[World], Job]) -> Path:
+def finetune_job(config: FinetuneConfig, open_job: Callable[[World], Job], complete: Callable[[Path], None] | None = None) -> Path:
     """Train, and write the Hugging Face folder ``<output>/model``: the best checkpoint (else the last), averaged where it was averaged.
 
-    A result that hardly moved from its start is warned about. Raises as ``training.loop.train``. Returns the folder, on every rank; rank 0
-    writes it.
+    ``complete(folder)`` adds to it what the task learns at the end, before the folder is in its place. A result that hardly moved from its
+    start is warned about. Raises as ``training.loop.train``. Returns the folder, on every rank; rank 0 writes it.
     """
     last = train(config, open_job)
     folder = config.output / MODEL
@@ -46,6 +46,8 @@ def finetune_job(config: FinetuneConfig, open_job: Callable[[World], Job]) -> Pa
         source = next((path for path in sorted(best.glob("step_*"), reverse=True)), last)
         with aside(folder) as partial, open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             convert(source, partial, ema=config.training.ema_decay > 0)
+            if complete is not None:
+                complete(partial)
         log.info("the model of %s: %s", source, folder)
         _warn_if_unmoved(config, source)
     return folder

@@ -22,6 +22,7 @@ from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
 from megainter.model.folder import model_digest, read_config
 from megainter.precision import Precision
+from megainter.tasks.retrieval.both import sum_of
 from megainter.tasks.retrieval.gallery import Gallery, read_gallery, tokenize
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.pairs import CandidatesToScore, PairsToScore, pairs_to_score
@@ -69,12 +70,12 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
     top = options.output.with_name(f"{options.output.stem}.top.parquet")
     _check(options, top)
     found = scored_model(model)
-    inputs = _open_inputs(found, options)
+    inputs = open_inputs(found, options)
     choose_devices(options.device, inputs.precision, options.processes, 1, 1)  # refuses before long work
 
     # The pairs to score: all, or those that a first stage chooses.
     gallery, everything = inputs.gallery, inputs.job
-    stage, chosen = _first_stage(model, inputs, options) if options.prefilter is not None else (None, None)
+    stage, chosen = choose_candidates_of(inputs, options) if options.prefilter is not None else (None, None)
     job = everything if chosen is None else CandidatesToScore(everything, chosen.keys)
     shape = (len(gallery.image_ids), len(gallery.rows)) if chosen is None else (len(chosen.keys), 1)
     devices = choose_devices(options.device, inputs.precision, options.processes, shape[0] * shape[1], len(job))
@@ -99,7 +100,7 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
             top=top.name,
             scores=str(options.scores) if options.scores is not None else None,
             prefilter=stage,
-            both_stages=None if stage is None or chosen is None else _both_stages(file.scores[:, 0], gallery, chosen, stage.scale),
+            both_stages=None if stage is None or chosen is None else _both_stages(file.scores[:, 0], inputs, chosen, stage),
             folds=None if options.folds is None else mean_over_folds(file.scores, gallery.image_of_caption, options.folds),
         )
         write_json(options.output, asdict(report))
@@ -120,7 +121,8 @@ class Inputs:
     facts: dict[str, Any]
 
 
-def _open_inputs(found: Located, options: RetrievalEvaluation) -> Inputs:
+def open_inputs(found: Located, options: RetrievalEvaluation) -> Inputs:
+    """Open model, store, gallery and a separate first stage; ``UsageError`` where they do not fit each other."""
     model, config = found.path, read_config(found.path)
     max_regions = _length("--max-regions", options.max_regions, config.max_regions, model)
     max_text_tokens = _length("--max-text-tokens", options.max_text_tokens, config.max_text_tokens, model)
@@ -152,15 +154,15 @@ def _open_inputs(found: Located, options: RetrievalEvaluation) -> Inputs:
     return Inputs(gallery=gallery, job=job, store=store, vocabulary=vocabulary, encoder=encoder, precision=precision, facts=facts)
 
 
-def _first_stage(model: Path, inputs: Inputs, options: RetrievalEvaluation) -> tuple[FirstStage, Candidates]:
+def choose_candidates_of(inputs: Inputs, options: RetrievalEvaluation) -> tuple[FirstStage, Candidates]:
     """Choose the candidates of every query, and see how well that went."""
     assert options.prefilter is not None
-    start, gallery, device = time.monotonic(), inputs.gallery, torch_device(options.device)
+    start, gallery, device, model = time.monotonic(), inputs.gallery, torch_device(options.device), inputs.job.model
     if options.prefilter_model is None:
         own = OwnVectors(model, inputs.vocabulary, inputs.facts["max_text_tokens"], inputs.facts["max_regions"], device)
         made = own.encode_texts(gallery.texts()), own.images_of(inputs.store, gallery.image_ids)
         captions, images = (torch.from_numpy(vectors).to(device) for vectors in made)
-        folder, digest, scale = model, own.digest, own.scale
+        folder, digest, scale = inputs.facts["model"], own.digest, own.scale
     else:
         assert inputs.encoder is not None  # as it was opened with the rest
         encoder = inputs.encoder.to(device)
@@ -187,11 +189,15 @@ def _first_stage(model: Path, inputs: Inputs, options: RetrievalEvaluation) -> t
     return stage, chosen
 
 
-def _both_stages(scores_P: NDArray[np.float32], gallery: Gallery, chosen: Candidates, scale: float) -> BothStages:
-    of_captions = chosen.scores_of_captions(scores_P) + np.float32(scale) * chosen.images.scores
-    of_images = chosen.scores_of_images(scores_P) + np.float32(scale) * chosen.captions.scores
-    ranks = rank_candidates(chosen, gallery.image_of_caption, of_captions, of_images)
-    return BothStages(text_to_image(ranks), image_to_text(ranks, gallery.image_of_caption))
+def _both_stages(scores_P: NDArray[np.float32], inputs: Inputs, chosen: Candidates, stage: FirstStage) -> BothStages:
+    both, told = sum_of(inputs.job.model, stage.model_digest)
+    if told is not None:
+        print(told, flush=True)
+    of_captions = both.of(chosen.scores_of_captions(scores_P), np.float32(stage.scale) * chosen.images.scores)
+    of_images = both.of(chosen.scores_of_images(scores_P), np.float32(stage.scale) * chosen.captions.scores)
+    image_of_caption = inputs.gallery.image_of_caption
+    ranks = rank_candidates(chosen, image_of_caption, of_captions, of_images)
+    return BothStages(both.weight, both.temperature, text_to_image(ranks), image_to_text(ranks, image_of_caption))
 
 
 def _ranks(scores: NDArray[np.float32], gallery: Gallery, chosen: Candidates | None) -> Ranks:

@@ -46,8 +46,11 @@ class FirstStage:
 
 @dataclass(frozen=True)
 class BothStages:
-    """Recalls where candidates are ranked by the sum of InterBERT's log-odds and the dual encoder's logit."""
+    """Recalls where candidates are ranked by the sum of InterBERT's log-odds and the first stage's logit times ``weight``, over
+    ``temperature``: as the model learned it (``both.py``), else both 1."""
 
+    weight: float
+    temperature: float
     text_to_image: Recall
     image_to_text: Recall
 
@@ -100,7 +103,8 @@ def summary(report: RetrievalReport) -> str:
         lines.append(f"first stage: {first.candidates:,} candidates each, {share:.1%} of all pairs; the right one is among them: {found}")
         lines.append(f"first stage alone: {_both_ways(first)}")
     if report.both_stages is not None:
-        lines.append(f"both stages together: {_both_ways(report.both_stages)}")
+        counts = "" if report.both_stages.weight == 1 else f" (the first counts {report.both_stages.weight:.3g} to 1)"
+        lines.append(f"both stages together{counts}: {_both_ways(report.both_stages)}")
     if report.folds is not None:
         ways = (("text to image", report.folds.text_to_image), ("image to text", report.folds.image_to_text))
         means = "; ".join(f"{name} " + ", ".join(f"R@{k} {way[f'r_at_{k}']:.1%}" for k in RECALL_AT) for name, way in ways)

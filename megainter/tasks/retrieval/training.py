@@ -28,6 +28,7 @@ from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.contrast import CONTRAST, contrasting
 from megainter.tasks.retrieval.batches import GroupSettings, RetrievalBatch, RetrievalStream
 from megainter.tasks.retrieval.gallery import Gallery, Tokens, read_gallery, tokenize
+from megainter.tasks.retrieval.learning import learn_both
 from megainter.tasks.retrieval.negatives import open_towers, renewal_of
 from megainter.tasks.retrieval.neighbours import NEIGHBOURS, build_neighbours, open_neighbours
 from megainter.tasks.retrieval.objective import RetrievalStep
@@ -46,7 +47,14 @@ def finetune(config: RetrievalConfig) -> Path:
     """Fine-tune as ``config`` says, alone or as one rank of any launcher; returns the folder of the result (``tasks.starting``)."""
     if group_settings(config).group < 2:
         raise UsageError("all four numbers of pairs in [data] are 0: with its own pair alone a caption teaches nothing")
-    return finetune_job(config, lambda world: open_job(config, world))
+    return finetune_job(config, lambda world: open_job(config, world), lambda model: _complete(model, config))
+
+
+def _complete(model: Path, config: RetrievalConfig) -> None:
+    """Let the model in this folder learn how much each stage counts, where there is a gallery to learn it on."""
+    held_out = _gallery(config, FeatureStore(config.data.store))
+    if held_out is not None:
+        learn_both(model, config, len(held_out[0].image_ids))
 
 
 def group_settings(config: RetrievalConfig, contrast: bool = False) -> GroupSettings:

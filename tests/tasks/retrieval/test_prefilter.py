@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from megainter.data.feature_store import FeatureStore
 from megainter.data.tables.pairs import read_pairs
 from megainter.errors import UsageError
+from megainter.files import write_json
 from megainter.model.folder import read_config, read_vocabulary
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval import evaluation
+from megainter.tasks.retrieval.both import FILE, Learned
 from megainter.tasks.retrieval.gallery import read_gallery, tokenize
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.pairs import CandidateScorer
@@ -280,6 +283,22 @@ def test_a_model_with_vectors_is_its_own_first_stage(tmp_path: Path) -> None:
     assert report.prefilter.pairs == len(chosen.keys) == len(scored(tmp_path / "scores.parquet"))
     assert report.both_stages is not None
     assert report.prefilter.scale == pytest.approx(1 / 0.07, rel=1e-6)
+    assert (report.both_stages.weight, report.both_stages.temperature) == (1, 1)
+
+    # What it learned of both stages is used for their sum.
+    facts = Learned(0.25, 3.0, report.model_digest, "pairs", "val", 10, 20, KEEP)
+    write_json(folder / FILE, asdict(facts))
+    again = evaluate(folder, pairs, path, output=tmp_path / "again.json", split="train", prefilter=KEEP)
+    assert again.both_stages is not None
+    assert (again.both_stages.weight, again.both_stages.temperature) == (0.25, 3)
+    by_pair, numbers = scored(tmp_path / "scores.parquet"), np.arange(len(gallery.rows))
+    ids = [gallery.pairs.pair_id(int(row)) for row in gallery.rows]
+    second = np.array([[by_pair[ids[c], gallery.image_ids[i]] for i in chosen.images.numbers[c]] for c in numbers])
+    total = second + 0.25 / 0.07 * chosen.images.scores
+    right = chosen.images.numbers == gallery.image_of_caption[:, None]
+    ahead = (total > np.where(right, total, np.inf).min(1, keepdims=True)).sum(1)
+    assert again.both_stages.text_to_image.r_at_1 == ((ahead == 0) & right.any(1)).mean()
+    assert again.text_to_image == report.text_to_image
 
 
 def test_options_that_cannot_be_are_one_clear_line(data: tuple[Path, Path, Path], trained: Path, tmp_path: Path) -> None:

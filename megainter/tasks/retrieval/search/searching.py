@@ -1,6 +1,7 @@
 """Searching an index: what is nearest by vectors, then a close look at the first of them.
 
-Scores are those of `megainter evaluate retrieval`: of the first stage the logit, of the second the log-odds, and their sum.
+Scores are those of `megainter evaluate retrieval`: of the first stage the logit, of the second the log-odds, and their sum as the model
+learned it (``retrieval/both.py``).
 """
 
 import os
@@ -23,6 +24,7 @@ from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import model_digest, read_config, read_vocabulary
 from megainter.precision import Precision, automatic
+from megainter.tasks.retrieval.both import Sum, sum_of
 from megainter.tasks.retrieval.prefilter.candidates import nearest
 from megainter.tasks.retrieval.search.checks import check_options
 from megainter.tasks.retrieval.search.closely import CloseLook
@@ -71,6 +73,7 @@ class Searcher:
         prefilter = options.prefilter_model or (self.model_folder if facts.prefilter == facts.model else Path(facts.prefilter))
         self.stage: FirstStage = open_first_stage(prefilter, self.vocabulary, self.store, self.device, other_detector=True)  # as indexed
         self._require_the_same()
+        self.both: Sum = sum_of(self.model_folder, self.stage.digest)[0]
         self.precision, self.precision_note = _precision(options)
         choose_devices(options.device, self.precision, 1, 1, 1)  # refuses what the device does not compute
         self._image_vectors, self._caption_vectors = (self._on_device(vectors) for vectors in (index.image_vectors, index.caption_vectors))
@@ -153,7 +156,9 @@ class Searcher:
         pictures, image_S = np.unique(rows, return_inverse=True)
         dots = (self.stage.encode_texts(distinct)[text_S] * self.index.image_vectors[rows]).sum(1)
         seconds = self.look.score(distinct, self.regions(pictures, self.look.most), text_S, image_S)
-        return [_hit(int(row), first, second) for row, first, second in zip(rows, self._logits(dots), seconds, strict=True)]
+        firsts = self._logits(dots)
+        scores = zip(rows, firsts, seconds, self.both.of(seconds, firsts), strict=True)
+        return [Hit(int(row), float(first), float(second), float(both)) for row, first, second, both in scores]
 
     def unknown(self, text: str) -> bool:
         """Whether the model's vocabulary has nothing of a text."""
@@ -196,12 +201,15 @@ class Searcher:
         seconds = look().reshape(numbers.shape) if order != "first" else None
         start, encoded, found = times
         spent = 1e3 * (encoded - start), 1e3 * (found - encoded), 1e3 * (time.monotonic() - found) if seconds is not None else 0.0
-        values = firsts if seconds is None else seconds if order == "second" else seconds + firsts
+        both = self.both.of(seconds, firsts) if seconds is not None else None
+        values = firsts if seconds is None or both is None else seconds if order == "second" else both
         best = np.argsort(-values, axis=1, kind="stable")[:, :top]
-        return [
-            Found([_hit(int(numbers[q, i]), firsts[q, i], None if seconds is None else seconds[q, i]) for i in best[q]], *spent)
-            for q in range(len(numbers))
-        ]
+
+        def hit(place: tuple[int, int]) -> Hit:
+            looked = (float(seconds[place]), float(both[place])) if seconds is not None and both is not None else (None, None)
+            return Hit(int(numbers[place]), float(firsts[place]), *looked)
+
+        return [Found([hit((q, int(i))) for i in best[q]], *spent) for q in range(len(numbers))]
 
     def _require_the_same(self) -> None:
         """``UsageError`` where model, first stage or store are others than those the index was made with."""
@@ -219,10 +227,6 @@ class Searcher:
 def take_threads(options: SearchOptions) -> None:
     """Give PyTorch the threads that searching may use, in all of this process."""
     torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) - 1))
-
-
-def _hit(number: int, first: np.float32, second: np.float32 | None) -> Hit:
-    return Hit(number, float(first), None, None) if second is None else Hit(number, float(first), float(second), float(first + second))
 
 
 def _precision(options: SearchOptions) -> tuple[Precision, str]:

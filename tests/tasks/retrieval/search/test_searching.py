@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from PIL import Image
 from megainter.data.feature_store import FeatureStore
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import UsageError
+from megainter.files import write_json
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval import evaluation
+from megainter.tasks.retrieval.both import FILE, Learned
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.search.answers import captions_answer, shortened, shown_width, table
 from megainter.tasks.retrieval.search.command import run_search
@@ -221,6 +223,23 @@ def test_another_model_store_or_first_stage_is_refused(gallery: Gallery, index: 
         Searcher(index, SearchOptions(model=model))
     moved = shutil.copytree(gallery.model, tmp_path / "moved")
     assert Searcher(index, SearchOptions(model=moved)).model_folder == moved
+
+
+def test_both_stages_count_as_the_model_learned(gallery: Gallery, index: Index, tmp_path: Path) -> None:
+    model = shutil.copytree(gallery.model, tmp_path / "model")
+    learned = Learned(0.25, 2.0, index.facts.prefilter_digest, index.facts.pairs_digest, None, 5, 5, 5)
+    write_json(model / FILE, asdict(learned))
+    query, before = index.caption(8), Searcher(index, SearchOptions(**EXACT))
+    after = Searcher(index, SearchOptions(**EXACT, model=model))
+    plain, found = ({hit.number: hit for hit in one.images_of([query], 20)[0].hits} for one in (before, after))
+    assert plain.keys() == found.keys()
+    for number, hit in found.items():
+        assert hit.both == pytest.approx((hit.second + 0.25 * hit.first) / 2, rel=1e-5)
+        assert (hit.first, hit.second) == pytest.approx((plain[number].first, plain[number].second), rel=1e-5)
+    assert [hit.both for hit in found.values()] == sorted((hit.both for hit in found.values()), reverse=True)
+    rows = np.array(list(found))
+    pairs = after.pair_scores([query] * len(rows), rows)
+    assert [hit.both for hit in pairs] == pytest.approx([hit.both for hit in found.values()], rel=1e-4)
 
 
 def test_json_table_and_page(gallery: Gallery, index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

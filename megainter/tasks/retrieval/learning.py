@@ -1,0 +1,68 @@
+"""The end of fine-tuning for retrieval: how much each stage counts is learned on the validation gallery (``both.py``)."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megainter.files import renew_checksums, write_json
+from megainter.model.folder import read_config
+from megainter.tasks.retrieval.both import FILE, Learned, fit
+from megainter.tasks.retrieval.evaluation import choose_candidates_of, open_inputs
+from megainter.tasks.retrieval.options import RetrievalEvaluation
+from megainter.tasks.retrieval.pairs import CandidatesToScore
+from megainter.tasks.retrieval.settings import RetrievalConfig
+from megainter.tasks.scoring.models import choose_devices
+from megainter.tasks.scoring.processes import score_chunks
+from megainter.training.loop import log
+from megainter.weights import Located
+
+
+def learn_both(model: Path, config: RetrievalConfig, images: int) -> None:
+    """Write ``both_stages.json`` into the model's folder, by the first ``images`` images of the validation split, in this process.
+
+    Nothing is written where the model has no first stage, neither vectors of its own nor ``data.prefilter_model``, nor where that finds
+    nothing right.
+    """
+    data, validation = config.data, config.validation
+    if data.prefilter_model is None and not read_config(model).itc_size:
+        return
+    asked = RetrievalEvaluation(
+        pairs=validation.pairs or data.pairs,
+        store=validation.store or data.store,
+        output=model / FILE,
+        split=validation.split,
+        images=images,
+        captions_per_image=validation.captions_per_image,
+        prefilter=data.candidates,
+        prefilter_model=data.prefilter_model,
+    )
+
+    # Candidates and their log-odds, as an evaluation has them.
+    inputs = open_inputs(Located(model, str(model)), asked)
+    stage, chosen = choose_candidates_of(inputs, asked)
+    job = CandidatesToScore(inputs.job, chosen.keys)
+    devices = choose_devices("auto", inputs.precision, 1 if torch.cuda.is_available() else None, len(chosen.keys), len(job))
+    scores = np.empty(len(chosen.keys), np.float32)
+    for chunk, found in score_chunks(job, list(range(len(job))), devices):
+        scores[job.places(chunk)] = found[:, 0]
+
+    # What they teach.
+    learned = fit(chosen, inputs.gallery.image_of_caption, scores, stage.scale)
+    if learned is None:
+        log.warning("the first stage has no right answer among its candidates: how much it counts beside the second stays 1")
+        return
+    facts = Learned(
+        weight=learned.weight,
+        temperature=learned.temperature,
+        first_stage=stage.model_digest,
+        pairs_digest=inputs.gallery.pairs.digest,
+        split=validation.split,
+        images=images,
+        captions=len(inputs.gallery.rows),
+        candidates=data.candidates,
+    )
+    write_json(model / FILE, asdict(facts))
+    renew_checksums(model)
+    log.info("the first stage counts %.3f beside the second's 1, at a temperature of %.3f", learned.weight, learned.temperature)
