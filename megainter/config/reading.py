@@ -257,12 +257,25 @@ def _check_without_contrast(config: RunConfig) -> None:
         raise UsageError("model.itc_size is the width of the vectors of contrast; give training.itc_weight above 0, or leave it out")
 
 
+def _check_recall(config: RunConfig) -> None:
+    validation = config.validation
+    if validation.best_by is not None and not validation.images:
+        raise UsageError(f"validation.best_by {validation.best_by} is measured on a gallery; give validation.images, such as 200")
+    if config.training.itc_weight > 0:
+        return
+    if validation.best_by not in (None, "text_to_image_r_at_1"):
+        raise UsageError(f"validation.best_by {validation.best_by} needs vectors; give training.itc_weight above 0")
+    if validation.candidates is not None:
+        raise UsageError("validation.candidates are chosen by vectors; give training.itc_weight above 0, or leave it out")
+
+
 def _check(config: RunConfig) -> None:
     training, model = config.training, config.model
     if training.msm_weight == training.mrm_weight == training.itm_weight == training.itc_weight == 0:
         raise UsageError("all objective weights are 0: nothing would be learned")
     if training.itc_weight == 0:
         _check_without_contrast(config)
+    _check_recall(config)
     for heads in ("num_attention_heads", "num_region_attention_heads"):
         if model.start_from is None and model.hidden_size % getattr(model, heads):
             raise UsageError(f"model.hidden_size {model.hidden_size} is not divisible by model.{heads} {getattr(model, heads)}")

@@ -19,6 +19,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # what stand
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+RecallName = Literal["text_to_image_r_at_1", "vectors_text_to_image_r_at_1", "both_text_to_image_r_at_1"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -81,6 +82,14 @@ class ValidationConfig:
     """Split of the captions to validate on; without captions of this split there is no validation."""
     samples: Positive = 1000
     """Samples that each validation measures, the same every time."""
+    images: NotNegative = 0
+    """Images of a gallery, the first of the split, that captions are looked for in at each validation; 0: no recall is measured."""
+    captions_per_image: Positive = 1
+    """Captions of each image of the gallery that are looked for."""
+    candidates: Annotated[int, Field(ge=10)] | None = None
+    """Images of a caption and captions of an image that matching looks at, the nearest by the model's own vectors; none: all pairs."""
+    best_by: RecallName | None = None
+    """Figure by which the best checkpoint is kept in best/: that of matching, of the vectors, or of the sum of both; none: none is."""
     every_steps: NotNegative = 500
     """Steps between two validations; 0: only at the end."""
 

@@ -99,3 +99,28 @@ class PackedInputs:
 
     def __len__(self) -> int:
         return len(self.text_lengths)
+
+
+def texts_alone(ids: torch.Tensor, lengths: torch.Tensor, feature_size: int) -> PackedInputs:
+    """T texts without images: ``ids`` int64 [Nt], [CLS] text [SEP] end to end, ``lengths`` int64 [T]."""
+    return PackedInputs(
+        input_ids=ids,
+        token_type_ids=torch.zeros_like(ids),
+        text_lengths=lengths,
+        region_features=torch.zeros(0, feature_size, dtype=torch.float16),
+        region_locations=torch.zeros(0, 5),
+        region_lengths=torch.zeros_like(lengths),
+    )
+
+
+def images_alone(features: torch.Tensor, locations: torch.Tensor, lengths: torch.Tensor) -> PackedInputs:
+    """I images without texts, as ``region_rows`` gives them."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return PackedInputs(
+        input_ids=nothing,
+        token_type_ids=nothing,
+        text_lengths=torch.zeros_like(lengths),
+        region_features=features,
+        region_locations=locations,
+        region_lengths=lengths,
+    )

@@ -499,7 +499,7 @@ def _keep_best(run: Run, finished: int, values: dict[str, float]) -> None:
     if not math.isfinite(values[figure]):
         log.error("the best checkpoint is left as it is: %s at step %d is %s", figure.replace("_", " "), finished, values[figure])
         return
-    if known is not None and known.step < finished and known.state["validation"][figure] >= values[figure]:
+    if known is not None and known.step < finished and known.state["validation"].get(figure, -math.inf) >= values[figure]:
         return
     log.info("best %s so far: %.4f, to be kept in %s", figure.replace("_", " "), values[figure], root)
     _publish(run, finished, root, 1, 0, {"validation": values})

@@ -19,6 +19,7 @@ KNOWN = {
 }  # fmt: skip
 COLOURS = ("#1f9d57", "#3b6fd4", "#d9692b", "#8e5bc4", "#2aa3b5", "#c2467c", "#8a7a2c", "#6a6f7a")
 INK = "#808a99"  # readable on light and on dark
+FEW = 6  # recalls of one order, both ways, are drawn together
 SMOOTHED_POINTS = 40  # from so many points on, a running mean is drawn over the raw line
 
 
@@ -37,14 +38,15 @@ def draw_curves(metrics: Path) -> dict[str, str]:
 def figure_of(training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
     """On the left the losses of whatever the records say is trained.
 
-    On the right the figures of validation, else the shares of right predictions in training; nothing where there is neither.
+    Beside them the figures of validation, else the shares of right predictions in training; nothing where there is neither. Where recalls
+    are many, or among other figures, those of the first place have a chart of their own.
     """
     objectives = [key.removesuffix("_loss") for key in _keys(training) if key.endswith("_loss")] or ["loss"]
-    figures = _figures(validation)
+    figures, recalls = _figures(validation)
     measured, keys = (validation, figures) if figures else (training, [f"{objective}_accuracy" for objective in objectives])
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained", facecolor="none")
-    losses, accuracies = figure.subplots(1, 2)
+    figure = Figure(figsize=(18 if recalls else 12, 3.6), layout="constrained", facecolor="none")
+    losses, accuracies, *rest = figure.subplots(1, 3 if recalls else 2)
     for place, objective in enumerate(objectives):
         name, colour = _look(objective, place)
         _line(losses, training, _loss_key(objective), name, colour)
@@ -55,6 +57,11 @@ def figure_of(training: list[dict[str, Any]], validation: list[dict[str, Any]]) 
 
     _dress(losses, "loss (line: training, dots: validation)", 0, None)
     _dress(accuracies, "validation" if figures else "accuracy in training", *_bounds(measured, keys))
+    for axes in rest:
+        for place, key in enumerate(recalls):
+            name, colour = _look(key, place)
+            _dots(axes, validation, key, "-", colour, name)
+        _dress(axes, "recall on the validation gallery", 0, 1)
     if not accuracies.get_legend_handles_labels()[0]:
         accuracies.remove()
     return figure
@@ -66,9 +73,12 @@ def _keys(records: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(numbers))
 
 
-def _figures(validation: list[dict[str, Any]]) -> list[str]:
-    """What validation measured beside losses: the larger the better."""
-    return [key for key in _keys(validation) if key not in ("step", "time") and not key.endswith(("loss", "error"))]
+def _figures(validation: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """What validation measured beside losses, the larger the better; and where recalls are many, or not alone, those at 1 apart."""
+    figures = [key for key in _keys(validation) if key not in ("step", "time") and not key.endswith(("loss", "error"))]
+    others = [key for key in figures if "_r_at_" not in key]
+    few = len(figures) - len(others) <= FEW and not others
+    return (figures, []) if few or len(others) == len(figures) else (others, [key for key in figures if key.endswith("_r_at_1")])
 
 
 def _loss_key(objective: str | None) -> str:
@@ -129,7 +139,8 @@ def _note(training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> s
     parts = [f"{last['step']:,} steps"]
     if "samples_per_second" in last:
         parts.append(f"{np.median([record['samples_per_second'] for record in training]):,.0f} samples/s")
-    measured = _figures(validation)
+    figures, recalls = _figures(validation)
+    measured = figures + recalls
     if found := [
         f"{_look(key.removesuffix('_accuracy'), 0)[0]} {_shown(validation[-1][key])}" for key in measured if key in validation[-1]
     ]:

@@ -17,6 +17,7 @@ from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.tables.pairs import Pair, write_pairs
 from megainter.errors import UsageError
+from megainter.view.curves import draw_curves
 from megainter.view.page import plain, spread, write_page
 from megainter.view.pictures import region_boxes, thumbnail
 
@@ -212,3 +213,16 @@ def test_thumbnails_have_nothing_of_the_file_but_its_pixels(tmp_path: Path) -> N
     assert b"do not tell" in (tmp_path / "a.jpg").read_bytes()
     assert b"do not tell" not in content
     assert Image.open(io.BytesIO(content)).size == (20, 15)
+
+
+def test_recalls_of_validations_have_axes_and_a_note_of_their_own(run: dict[str, Path]) -> None:
+    plain = draw_curves(run["metrics"])
+    with open(run["metrics"], "a", encoding="utf-8") as file:
+        for step, recall in ((30, 0.25), (59, 0.5)):
+            found = {"text_to_image_r_at_1": recall, "vectors_text_to_image_r_at_1": recall / 2, "vectors_image_to_text_r_at_1": 0.1}
+            file.write(json.dumps({"kind": "validation", "step": step, "msm_accuracy": 0.5, **found}) + "\n")
+    found = draw_curves(run["metrics"])
+    sizes = [Image.open(io.BytesIO(base64.b64decode(one["picture"].partition(",")[2]))).width for one in (plain, found)]
+    assert sizes[1] > 1.4 * sizes[0]
+    assert "last R@1, text to image: matching 50.0%, vectors 25.0%" in found["note"]
+    assert "R@1" not in plain["note"]

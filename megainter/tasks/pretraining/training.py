@@ -18,6 +18,7 @@ from megainter.tasks.pretraining.fresh import with_fresh_captions
 from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sources import Sources, model_configuration, open_sources
 from megainter.tasks.pretraining.starting import DROPOUTS, with_start
+from megainter.tasks.retrieval.recall import HeldOut, open_held_out, recall_figures
 from megainter.training.collective import summed
 from megainter.training.job import Job, summarise
 from megainter.training.loop import counted, train
@@ -37,7 +38,8 @@ def open_job(config: RunConfig, world: World) -> Job:
     training = config.training
     weights = ObjectiveWeights(training.msm_weight, training.mrm_weight, training.itm_weight, training.itc_weight)
     captions = f"{sources.samples:,} captions, {len(sources.store):,} images with regions, vocabulary of {sources.vocabulary.size}"
-    lacking = () if sources.validation is not None else (f"no captions of split {config.validation.split!r}: no validation",)
+    held_out, validates = _held_out(config, sources), sources.validation is not None
+    lacking = () if validates else (f"no captions of split {config.validation.split!r}: no validation",)
     job = Job(
         objectives=weights.objectives,
         weights=weights.values,
@@ -57,8 +59,9 @@ def open_job(config: RunConfig, world: World) -> Job:
         started=(captions, *lacking),
         workers=config.data.workers,
         gradient_checkpointing=config.model.gradient_checkpointing,
-        validate=(lambda trained, world: _validate(config, sources, job, trained, world)) if sources.validation is not None else None,
+        validate=(lambda trained, world: _validate(config, sources, held_out, job, trained, world)) if validates else None,
         validate_every=config.validation.every_steps,
+        best=config.validation.best_by if held_out is not None else None,
         prepare_step=_contrasting(config, sources, world) if training.itc_weight > 0 else None,
     )
     return job
@@ -94,8 +97,19 @@ def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertFor
     return started
 
 
-def _validate(config: RunConfig, sources: Sources, job: Job, trained: Any, world: World) -> dict[str, float]:
-    """The losses and accuracies on the fixed validation samples, each counted once over all ranks.
+def _held_out(config: RunConfig, sources: Sources) -> HeldOut | None:
+    """The gallery that recall is measured on; None where it is not asked for, or the split has no captions."""
+    wanted = config.validation
+    if not wanted.images or sources.validation is None:
+        return None
+    return open_held_out(
+        wanted.pairs or config.data.pairs, sources.validation.sampler.store, wanted.split, wanted.images, wanted.captions_per_image,
+        sources.vocabulary, config.data.max_text_tokens, config.data.max_regions, config.data.max_bad,
+    )  # fmt: skip
+
+
+def _validate(config: RunConfig, sources: Sources, held_out: HeldOut | None, job: Job, trained: Any, world: World) -> dict[str, float]:
+    """The losses and accuracies on the fixed validation samples, each counted once over all ranks; and recall on the gallery.
 
     Contrast compares as many of them at a time as a training step does, the first ones, the next ones, and so on.
     """
@@ -114,4 +128,5 @@ def _validate(config: RunConfig, sources: Sources, job: Job, trained: Any, world
     tallies = summed(tallies)
     if contrasts:
         tallies[:, -1] = compare_in_steps(gathering.all(), config.training.global_batch)
-    return summarise(job, tallies, summed(counts.to(world.device)))
+    figures = summarise(job, tallies, summed(counts.to(world.device)))
+    return figures if held_out is None else figures | recall_figures(trained, held_out, config.validation.candidates, world)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.integers import Int64s
-from megainter.data.packed import PackedInputs, region_rows
+from megainter.data.packed import PackedInputs, images_alone, region_rows, texts_alone
 from megainter.data.stream.negatives import negative_rows, same_text, text_keys
 from megainter.data.stream.order import Purpose, permuted, uniform
 from megainter.data.stream.steps import GlobalSteps, shuffled
@@ -300,20 +300,13 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
             region_lengths=lengths[places],
         )
 
-    def pack_alone(self, captions: Int64s, images: Int64s) -> PackedInputs:
-        """Caption rows [T] each alone, or image numbers [I] each alone; the other is empty."""
-        ids, text_lengths = self._texts(captions)
-        size = self.store.schema.feature_size
-        nothing = torch.zeros(0, size, dtype=torch.float16), torch.zeros(0, 5), torch.zeros(len(captions), dtype=torch.int64)
-        features, locations, region_lengths = self._regions(images) if len(images) else nothing
-        return PackedInputs(
-            input_ids=ids,
-            token_type_ids=torch.zeros_like(ids),
-            text_lengths=text_lengths if len(captions) else torch.zeros(len(images), dtype=torch.int64),
-            region_features=features,
-            region_locations=locations,
-            region_lengths=region_lengths,
-        )
+    def texts_alone(self, captions: Int64s) -> PackedInputs:
+        """Caption rows [T], each alone."""
+        return texts_alone(*self._texts(captions), self.store.schema.feature_size)
+
+    def images_alone(self, images: Int64s) -> PackedInputs:
+        """Image numbers [I], each alone."""
+        return images_alone(*self._regions(images))
 
     def _regions(self, images: Int64s) -> tuple[Tensor, Tensor, Tensor]:
         return region_rows(self.store.views([self.pairs.image_ids[i] for i in images], self.max_regions), self.max_regions)
@@ -322,7 +315,7 @@ class RetrievalStream(Dataset[list[RetrievalBatch]]):
         """[CLS] caption [SEP] of each, end to end, and their lengths."""
         marks = self.vocabulary.cls_id, self.vocabulary.sep_id
         ids = [marked(self.tokens[row].astype(np.int64), None, *marks) for row in captions.tolist()]
-        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *ids])), torch.tensor([len(one) for one in ids], dtype=torch.int64)
+        return torch.from_numpy(np.concatenate(ids)), torch.tensor([len(one) for one in ids], dtype=torch.int64)
 
 
 def _rows_of(lengths: Int64s, places: Int64s) -> Tensor:

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.tables.pairs import has_split
 from megainter.files import renew_checksums, write_json
 from megainter.model.folder import read_config
 from megainter.tasks.retrieval.both import FILE, Learned, fit
 from megainter.tasks.retrieval.evaluation import choose_candidates_of, open_inputs
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.pairs import CandidatesToScore
+from megainter.tasks.retrieval.recall import available_images
 from megainter.tasks.retrieval.settings import RetrievalConfig
 from megainter.tasks.scoring.models import choose_devices
 from megainter.tasks.scoring.processes import score_chunks
@@ -19,18 +22,20 @@ from megainter.training.loop import log
 from megainter.weights import Located
 
 
-def learn_both(model: Path, config: RetrievalConfig, images: int) -> None:
-    """Write ``both_stages.json`` into the model's folder, by the first ``images`` images of the validation split, in this process.
+def learn_both(model: Path, config: RetrievalConfig) -> None:
+    """Write ``both_stages.json`` into the model's folder, by the gallery that the run was validated on, in this process.
 
-    Nothing is written where the model has no first stage, neither vectors of its own nor ``data.prefilter_model``, nor where that finds
-    nothing right.
+    Nothing is written where there is none, where the model has no first stage, neither vectors of its own nor ``data.prefilter_model``,
+    and where that finds nothing right.
     """
     data, validation = config.data, config.validation
-    if data.prefilter_model is None and not read_config(model).itc_size:
+    pairs, store = validation.pairs or data.pairs, validation.store or data.store
+    if (data.prefilter_model is None and not read_config(model).itc_size) or not has_split(pairs, validation.split):
         return
+    images = min(validation.images, available_images(pairs, FeatureStore(store), validation.split, data.max_bad))
     asked = RetrievalEvaluation(
-        pairs=validation.pairs or data.pairs,
-        store=validation.store or data.store,
+        pairs=pairs,
+        store=store,
         output=model / FILE,
         split=validation.split,
         images=images,

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from megainter.data.feature_store.reader import FeatureStore
-from megainter.data.integers import Int64s
 from megainter.errors import UsageError
 from megainter.files import aside, remove
 from megainter.tasks.retrieval.batches import RetrievalStream, WrongCandidates
 from megainter.tasks.retrieval.prefilter.candidates import Nearest, nearest
 from megainter.tasks.retrieval.prefilter.towers import image_vectors, load_prefilter, prefilter_digest
+from megainter.tasks.retrieval.recall import vectors_alone
 from megainter.tasks.retrieval.search.vectors import Towers
 from megainter.tasks.retrieval.settings import RetrievalConfig
 from megainter.tasks.starting import Start
@@ -33,8 +32,6 @@ from megainter.training.collective import on_first_rank
 from megainter.training.loop import log
 from megainter.training.renewing import FOLDER
 from megainter.training.world import World
-
-AT_ONCE = 128  # captions or images of a forward
 
 
 def wrong_candidates(captions_CD: Tensor, images_ID: Tensor, image_numbers: NDArray[np.integer], keep: int) -> WrongCandidates:
@@ -57,37 +54,13 @@ def _without(found: Nearest, own: NDArray[np.bool_], keep: int) -> NDArray[np.in
     return np.take_along_axis(found.numbers, order, axis=1)
 
 
-@torch.no_grad()
 def own_vectors(trained: Any, stream: RetrievalStream) -> tuple[Tensor, Tensor]:
-    """Vectors float32 [C, D] and [I, D] of all captions and images of ``stream``, by the model as it is. Collective; equal on all ranks.
-
-    Ranks share out the work, and all of them run as many forwards (at ZeRO stage 3 they gather weights together).
-    """
-    model, device = trained.module.model, trained.device
-    was_training = model.training
-    model.eval()
-    made = []
-    for side, lengths in enumerate((stream.tokens.lengths[np.arange(len(stream.tokens))], stream.region_counts)):
-        vectors = torch.zeros(len(lengths), model.config.itc_size, device=device)
-        for numbers, counts in _turns(lengths):
-            inputs = stream.pack_alone(*((numbers, numbers[:0]) if side == 0 else (numbers[:0], numbers)))
-            found = model.vectors_packed(inputs.to(device))[side]
-            if counts:
-                vectors[torch.from_numpy(numbers).to(device)] = found.float()
-        dist.all_reduce(vectors)  # every row is one rank's, and zero in all others
-        made.append(vectors)
-    model.train(was_training)
-    return made[0], made[1]
-
-
-def _turns(lengths: NDArray[np.integer]) -> list[tuple[Int64s, bool]]:
-    """This process's numbers for each forward, those of like length together; some repeat, which does not count, where others have more."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    order = np.argsort(lengths, kind="stable").astype(np.int64)
-    blocks = [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
-    turns = -(-len(blocks) // ranks)
-    mine = blocks[rank::ranks]
-    return [(block, True) for block in mine] + [(order[:1], False)] * (turns - len(mine))
+    """Vectors float32 [C, D] and [I, D] of all captions and images of ``stream``, by the model as it is. Collective; equal on all ranks."""
+    trained.eval()
+    captions_CD, _ = vectors_alone(trained, stream.tokens.lengths[np.arange(len(stream.tokens))], stream.texts_alone, side=0)
+    images_ID, _ = vectors_alone(trained, stream.region_counts, stream.images_alone, side=1)
+    trained.train()
+    return captions_CD, images_ID
 
 
 def tower_vectors(towers: Towers, stream: RetrievalStream) -> tuple[Tensor, Tensor]:

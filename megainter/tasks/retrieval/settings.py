@@ -7,7 +7,16 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megainter.config.settings import STRICT, FinetuneConfig, NotNegative, Positive, Probability, StartConfig, TrainingConfig
+from megainter.config.settings import (
+    STRICT,
+    FinetuneConfig,
+    NotNegative,
+    Positive,
+    Probability,
+    RecallName,
+    StartConfig,
+    TrainingConfig,
+)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -68,6 +77,10 @@ class RetrievalValidation:
     """Images of the gallery, the first of the split; all where there are fewer."""
     captions_per_image: Positive = 1
     """Captions of each image that are looked for."""
+    candidates: Annotated[int, Field(ge=10)] | None = None
+    """Images of a caption and captions of an image that matching looks at, the nearest by the model's own vectors; none: all pairs."""
+    best_by: RecallName = "text_to_image_r_at_1"
+    """Figure by which best/ is chosen: that of matching, of the model's own vectors, or of the sum of both."""
     every_steps: NotNegative = 500
     """Steps between two validations; 0: only at the end."""
 
