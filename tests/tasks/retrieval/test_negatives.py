@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,19 @@ def test_a_stopped_run_goes_on_with_its_candidates_bit_equal(
     for name in ("weights", "exp_avg", "ema"):
         first, second = (next(folder.glob(f"{name}-*")).read_bytes() for folder in last)
         assert first == second, name
+
+
+@pytest.mark.slow
+def test_a_step_is_done_again_with_the_candidates_it_had(seeing_start: Data, tmp_path: Path) -> None:
+    """From step 16 on, between two renewals, over the one at 21; the run's folder stays as it is."""
+    run = tmp_path / "run"
+    done = finetune(arguments(seeing_start, run, **HARD, validation__every_steps=0, training__ema_decay=0))
+    assert done.returncode == 0, done.stderr
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    command = [sys.executable, "-m", "megainter", "replay", run, "--step", "23", "--against", "metrics"]
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "the losses are the recorded ones, to the bit" in again.stdout, again.stdout + again.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 @pytest.mark.slow
