@@ -23,7 +23,7 @@ from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.recall import HeldOut, open_held_out, recall_figures
 from megainter.training.metrics import read_metrics
 from megainter.training.world import World
-from tests.synthetic import settings, train, write_data
+from tests.synthetic import NO_DROPOUT, settings, train, write_data
 from tests.tasks.retrieval.test_evaluation import write_model
 from tests.tasks.retrieval.test_ranking import brute_force
 from tests.tasks.retrieval.tuning import Data, arguments, finetune
@@ -111,7 +111,7 @@ CONTRAST = {"training__itc_weight": 1, "model__itc_size": 12, "validation__candi
 def test_pretraining_measures_recall_and_keeps_the_best(tmp_path: Path) -> None:
     """Alike on one process and on two at ZeRO stage 3; and what stands in the metrics is what evaluation finds of the best checkpoint."""
     pairs, store = write_data(tmp_path, images=56)
-    given = GALLERY | CONTRAST | {"validation__best_by": "both_text_to_image_r_at_1"}
+    given = GALLERY | CONTRAST | NO_DROPOUT | {"validation__best_by": "both_text_to_image_r_at_1"}
     for name, processes, stage in (("one", 1, 1), ("two", 2, 3)):
         done = train(settings(pairs, store, tmp_path / name, engine__zero_stage=stage, **given), processes)
         assert done.returncode == 0, done.stderr
