@@ -224,5 +224,5 @@ def test_recalls_of_validations_have_axes_and_a_note_of_their_own(run: dict[str,
     found = draw_curves(run["metrics"])
     sizes = [Image.open(io.BytesIO(base64.b64decode(one["picture"].partition(",")[2]))).width for one in (plain, found)]
     assert sizes[1] > 1.4 * sizes[0]
-    assert "last R@1, text to image: matching 50.0%, vectors 25.0%" in found["note"]
+    assert "text to image R@1 50.0%, vectors text to image R@1 25.0%" in found["note"]
     assert "R@1" not in plain["note"]
