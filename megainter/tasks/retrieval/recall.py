@@ -23,7 +23,7 @@ from megainter.model.grid import EmbeddedRows, embed_captions, embed_images, sco
 from megainter.tasks.contrast import scale_of
 from megainter.tasks.retrieval.both import Sum
 from megainter.tasks.retrieval.gallery import Gallery, Tokens, read_gallery, tokenize
-from megainter.tasks.retrieval.prefilter.candidates import Candidates, choose_candidates, rank_candidates
+from megainter.tasks.retrieval.prefilter.candidates import Candidates, candidates_among, rank_candidates
 from megainter.tasks.retrieval.ranking import RECALL_AT, Ranks, image_to_text, rank_scores, text_to_image
 from megainter.training.collective import summed
 from megainter.training.world import World
@@ -89,7 +89,7 @@ def recall_figures(trained: Any, held_out: HeldOut, candidates: int | None, worl
         )
 
     # By matching among them.
-    chosen = choose_candidates(captions_CD, images_ID, candidates)
+    chosen = candidates_among(captions_CD, images_ID, candidates)
     wanted = np.zeros(logits_IC.size, np.bool_)
     wanted[chosen.keys] = True
     scores_P = gallery_scores(model, held_out, world, wanted.reshape(logits_IC.shape)).ravel()[chosen.keys]

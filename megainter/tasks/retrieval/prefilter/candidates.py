@@ -50,11 +50,16 @@ class Candidates:
 
 
 def choose_candidates(captions_CD: torch.Tensor, images_ID: torch.Tensor, keep: int) -> Candidates:
+    """``candidates_among`` with progress, for a large gallery."""
+    with Progress("choosing candidates", len(captions_CD) + len(images_ID), "queries") as progress:
+        return candidates_among(captions_CD, images_ID, keep, progress)
+
+
+def candidates_among(captions_CD: torch.Tensor, images_ID: torch.Tensor, keep: int, progress: Progress | None = None) -> Candidates:
     """The ``keep`` nearest images of every caption and captions of every image (all of fewer), and the union of these pairs."""
     captions, images = len(captions_CD), len(images_ID)
-    with Progress("choosing candidates", captions + images, "queries") as progress:
-        images_of = nearest(captions_CD, images_ID, keep, progress)
-        captions_of = nearest(images_ID, captions_CD, keep, progress)
+    images_of = nearest(captions_CD, images_ID, keep, progress)
+    captions_of = nearest(images_ID, captions_CD, keep, progress)
     by_caption = images_of.numbers.astype(np.int64) * captions + np.arange(captions)[:, None]
     by_image = np.arange(images)[:, None] * captions + captions_of.numbers.astype(np.int64)
     return Candidates(images_of, captions_of, np.unique(np.concatenate([by_caption.ravel(), by_image.ravel()])))
