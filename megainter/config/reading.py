@@ -26,7 +26,7 @@ SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings)} -
 # Settings that only recipes of one verb have.
 TELLTALES = {
     "pretrain": {"data.masking", "data.vocabulary_size", "data.mismatch_probability", "model.hidden_size", "training.itm_weight"},
-    "finetune retrieval": {"data.neighbours", "data.random_captions", "data.hard_captions", "validation.images"},
+    "finetune retrieval": {"data.neighbours", "data.random_captions", "data.hard_captions"},
     "finetune vcr": {"data.questions"},
     "finetune classification": {"data.examples"},
 }

@@ -5,20 +5,26 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from megainter.config.reading import read_settings
 from megainter.data.feature_store import FeatureStore
 from megainter.data.tables.pairs import read_pairs
 from megainter.data.text.token_table import build_token_table
 from megainter.data.text.vocabulary import load_vocabulary, train_vocabulary
+from megainter.errors import UsageError
+from megainter.model.configuration import InterBertConfig
 from megainter.tasks.retrieval.batches import GroupSettings, RetrievalStream, WrongCandidates
-from megainter.tasks.retrieval.negatives import wrong_candidates
+from megainter.tasks.retrieval.negatives import open_towers, wrong_candidates
 from megainter.tasks.retrieval.prefilter.training import PrefilterTraining
 from megainter.tasks.retrieval.prefilter.training import finetune as train_prefilter
+from megainter.tasks.retrieval.settings import RetrievalConfig
 from megainter.training.metrics import read_metrics
+from megainter.training.world import World
 from tests.synthetic import write_data
 from tests.tasks.retrieval.tuning import CONTRAST, Data, arguments, finetune, pretrained
 
@@ -173,3 +179,10 @@ def test_a_light_first_stage_gives_candidates_that_stay(seeing_start: Data, tmp_
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "run" / "candidates").iterdir()] == ["step_0000000"]
     assert "prefilter" in json.loads((tmp_path / "run" / "config.json").read_text())["digests"]
+
+
+def test_candidates_without_vectors_are_refused(stream: RetrievalStream, tmp_path: Path) -> None:
+    given = arguments((tmp_path, tmp_path, tmp_path), tmp_path / "run", **HARD)
+    start = SimpleNamespace(config=InterBertConfig(itc_size=0))
+    with pytest.raises(UsageError, match=r"give data\.prefilter_model, .* or training\.itc_weight above 0"):
+        open_towers(read_settings(RetrievalConfig, None, list(map(str, given))), start, stream.store, World(0, 1, torch.device("cpu")))

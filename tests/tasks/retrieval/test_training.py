@@ -315,7 +315,6 @@ def test_mistakes_end_in_one_line(start: Data, tmp_path: Path) -> None:
     for changes, words in (
         (nothing, "its own pair alone"),
         ({"data__objective": "pairwise"}, "objective"),
-        ({"data__hard_from": "first_stage"}, r"data\.prefilter_model"),
         ({"data__random_imags": 1}, "did you mean data.random_images"),
     ):
         with pytest.raises(UsageError, match=words):
