@@ -72,8 +72,8 @@ class Facts:
         return self.here.get(name, {"error": "the probe gave no answer", "code": 1})
 
 
-def preflight(config: RunConfig, settings: LaunchSettings, dry_run_step: bool = True) -> None:
-    """Run all checks, printing each as it is done; ``PreflightFailedError`` at the end where some failed."""
+def preflight(config: RunConfig, settings: LaunchSettings, dry_run_step: bool = True) -> list[Check]:
+    """Run all checks, printing each as it is done."""
     hosts = hosts_of(settings)
     folder = (settings.output / "preflight").resolve()
     shutil.rmtree(folder, ignore_errors=True)
@@ -81,14 +81,19 @@ def preflight(config: RunConfig, settings: LaunchSettings, dry_run_step: bool = 
     job = job_of(settings, hosts, folder)
     reachable = answering(hosts)
     facts = Facts(config=config, settings=settings, hosts=hosts, job=job, folder=folder, answers=_ask_all(reachable, settings, job))
-    failed = []
+    done = []
     try:
         for number, check in enumerate(_checks(facts, reachable, dry_run_step), start=1):
             _print(number, check)
-            failed += [] if check.passed else [check]
+            done.append(check)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if failed:
+    return done
+
+
+def require_passed(checks: list[Check]) -> None:
+    """``PreflightFailedError`` where some failed."""
+    if failed := [check for check in checks if not check.passed]:
         raise PreflightFailedError(failed)
 
 

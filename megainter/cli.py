@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from cyclopts import App, Argument, CycloptsError, MissingArgumentError
 
@@ -18,6 +19,7 @@ from megainter.verbs.extract import extract
 from megainter.verbs.features import features_app
 from megainter.verbs.finetune import finetune_app
 from megainter.verbs.index import index
+from megainter.verbs.init import init
 from megainter.verbs.launch import launch
 from megainter.verbs.plan import plan
 from megainter.verbs.preflight import preflight
@@ -46,6 +48,7 @@ app.command(prepare_app)
 app.command(extract)
 app.command(detector_app)
 app.command(features_app)
+app.command(init)
 app.command(pretrain, help_flags=[])
 app.command(finetune_app)
 app.command(launch)
@@ -58,6 +61,24 @@ app.command(index)
 app.command(search)
 app.command(serve)
 app.command(view)
+
+
+@app.command(name="--install-completion")
+def install_completion(*, shell: Literal["bash", "zsh", "fish", "powershell"] | None = None) -> None:
+    """Install completion of verbs and options for your shell, and have its startup file load it.
+
+    Parameters
+    ----------
+    shell
+        The shell, where it cannot be told by itself.
+    """
+    from cyclopts.completion.detect import ShellDetectionError
+
+    try:
+        path = app.install_completion(shell=shell, add_to_startup=True)
+    except ShellDetectionError:
+        raise UsageError("which shell this is cannot be told; give --shell bash, zsh, fish or powershell") from None
+    print(f"{path}: installed; open a new shell, or load the file in this one")
 
 
 def main(tokens: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: quick help, and for every mistake one line and the documented exit code."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -161,3 +162,25 @@ def test_two_runs_in_one_folder_at_once(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_missing_is_named_with_the_page_that_explains_it(words: str, said: str) -> None:
     assert_one_line(run(*words.split()), 2, said)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not here to complete anything")
+def test_a_shell_completes_verbs_and_options_once_that_is_installed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megainter", "--install-completion", "--shell", "bash"]
+    own = {**environment(), "HOME": str(tmp_path)}
+    own.pop("XDG_DATA_HOME", None)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
+    file = Path(done.stdout.partition(":")[0])
+    assert str(file) in (tmp_path / ".bashrc").read_text()
+
+    def offered(*words: str) -> set[str]:
+        place = len(words) - 1
+        script = f"""source {file}; COMP_WORDS=({" ".join(map(repr, words))}); COMP_CWORD={place}
+            function=$(complete -p megainter | sed 's/.*-F \\([^ ]*\\).*/\\1/'); $function megainter {words[-1]!r} {words[-2]!r}
+            printf '%s\\n' "${{COMPREPLY[@]}}" """
+        shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=own)
+        return set(shown.stdout.split())
+
+    assert offered("megainter", "pre") == {"prepare", "pretrain", "preflight"}
+    assert {"--images", "--output"} <= offered("megainter", "extract", "--")
+    assert {"retrieval", "vcr"} <= offered("megainter", "evaluate", "")

@@ -1,6 +1,7 @@
 """A plan as text: the table of layouts, and what the recommended one means."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from launcher.planning.device_memory import checkpoint_bytes
@@ -15,8 +16,11 @@ from megainter.files import write_json
 GIB = 2**30
 
 
-def tell(options: PlanSettings, overrides: Sequence[str]) -> None:
-    """Print the plan of a recipe under ``overrides``, and write the files that are asked for."""
+def tell(options: PlanSettings, overrides: Sequence[str]) -> dict[str, Any]:
+    """Print the plan of a recipe under ``overrides``, write the files that are asked for; all figures as JSON types.
+
+    ``layouts`` has every layout, bytes and seconds; the rest is of the recommended one.
+    """
     run = load_config(options.config, overrides)
     cluster = Cluster(device(options.gpu), options.per_node, options.network * 1e9, efficiency=options.efficiency)
     regions = options.regions if options.regions is not None else run.data.max_regions + 1
@@ -48,6 +52,7 @@ def tell(options: PlanSettings, overrides: Sequence[str]) -> None:
         draw_curve(rows, f"goodput of {options.config}, MTBF {options.mtbf_hours:,.0f} h a device", options.simulate)
     if options.report is not None:
         write_json(options.report, figures | {"goodput_curve": rows})
+    return figures | {"goodput_curve": rows, "layouts": [asdict(layout) for layout in layouts]}
 
 
 def _print_table(options: list[Choice]) -> None:

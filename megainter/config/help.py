@@ -24,18 +24,23 @@ def describe_settings(kind: type = RunConfig) -> str:
 
 
 def _described(field: dataclasses.Field, name: str, owner: Any) -> list[str]:
-    owners = (base for base in owner.__mro__ if field.name in vars(base).get("__annotations__", {}))  # only there is it documented
-    meaning = next(owners).__pydantic_fields__[field.name].description
-    return [f"  --{name} {_type_name(field.type)}{_default_of(field)}", f"      {meaning}"]
+    return [f"  --{name} {type_name(field.type)}{_default_of(field)}", f"      {meaning_of(field.name, owner)}"]
 
 
-def _type_name(kind: Any) -> str:
+def meaning_of(name: str, owner: Any) -> str:
+    """What stands under a setting of the section ``owner``."""
+    owners = (base for base in owner.__mro__ if name in vars(base).get("__annotations__", {}))  # only there is it documented
+    return str(next(owners).__pydantic_fields__[name].description)
+
+
+def type_name(kind: Any) -> str:
+    """A setting's type, for people: INT, PATH, a|b."""
     if get_origin(kind) is Annotated:
-        return _type_name(get_args(kind)[0])
+        return type_name(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return "|".join(str(value) for value in get_args(kind))
     if get_args(kind):
-        return "|".join(_type_name(part) for part in get_args(kind) if part is not type(None))
+        return "|".join(type_name(part) for part in get_args(kind) if part is not type(None))
     return {"Path": "PATH", "str": "TEXT", "bool": "true|false"}.get(kind.__name__, kind.__name__.upper())
 
 

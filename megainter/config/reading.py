@@ -1,9 +1,11 @@
 """A run's settings from a recipe and the command line, strictly: unknown keys are errors with the nearest name."""
 
+import copy
 import dataclasses
 import difflib
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -46,22 +48,44 @@ def read_settings(kind: type[Config], path: Path | None, overrides: Sequence[str
 
     Raises ``UsageError`` with one line for a missing file, broken TOML, an unknown key, a wrong type or a contradiction.
     """
+    stated = read_stated(path, overrides)
+    try:
+        config = TypeAdapter(kind).validate_python(stated.settings)
+    except ValidationError as error:
+        _refuse_another_verbs(stated.path, kind)
+        raise UsageError(_explain(error, stated.path, kind, list(stated.typed))) from None
+    _check_shared(config)
+    return config
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What is stated before defaults fill the rest: the recipe's file with its content, names that were typed, and both together.
+
+    What one way of saying something takes the place of is not in ``settings`` any more, and what ``optimizer.compat`` stands for is.
+    """
+
+    path: Path | None
+    recipe: dict[str, Any]
+    typed: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+def read_stated(path: Path | None, overrides: Sequence[str]) -> Stated:
+    """A recipe with ``--section.key value`` tokens over it; ``UsageError`` as ``read_settings``, which also judges the values."""
     path = find_recipe(path) if path is not None else None
-    settings = _read_toml(path) if path is not None else {}
+    recipe = _read_toml(path) if path is not None else {}
     given = _pairs(overrides)
-    _let_length_replace(settings, [key for key, _ in given])
-    _let_portion_replace(settings, [key for key, _ in given])
+    typed = tuple(key for key, _ in given)
+
+    settings = copy.deepcopy(recipe)
+    _let_length_replace(settings, list(typed))
+    _let_portion_replace(settings, list(typed))
     _let_start_replace(settings, given)
     for key, value in given:
         _assign(settings, key, value)
     _spell_out_compat(settings)
-    try:
-        config = TypeAdapter(kind).validate_python(settings)
-    except ValidationError as error:
-        _refuse_another_verbs(path, kind)
-        raise UsageError(_explain(error, path, kind, [key for key, _ in given])) from None
-    _check_shared(config)
-    return config
+    return Stated(path, recipe, typed, settings)
 
 
 def _refuse_another_verbs(path: Path | None, kind: type) -> None:

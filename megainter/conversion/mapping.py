@@ -4,6 +4,7 @@ import re
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,10 +176,21 @@ def fresh_tensor(name: str, shape: tuple[int, ...], config: InterBertConfig, see
     return LazyTensor(shape, torch.float32, draw)
 
 
+def table_of(plan: Plan) -> dict[str, Any]:
+    """What ``print_table`` says, as JSON types: rows of grouped names with how many tensors each stands for."""
+    taken = [{"from": theirs, "to": ours, "tensors": count} for theirs, ours, count in _grouped_taken(plan)]
+    others = {"newly_initialised": plan.fresh, "missing": plan.missing, "left_over": plan.left_over, "not_understood": plan.unknown}
+    rows = {title: [{"name": name, "tensors": count} for name, count in grouped(names)] for title, names in others.items()}
+    return {"parameters": plan.parameters, "taken": taken, **rows, "notes": list(plan.notes)}
+
+
+def _grouped_taken(plan: Plan) -> list[tuple[str, str, int]]:
+    return _grouped_pairs((origin.name, name) for name, origin in plan.taken.items())
+
+
 def print_table(plan: Plan) -> None:
     """Say what is taken, newly initialised, missing and left over, names grouped, and every choice that was made."""
-    pairs = [(origin.name, name) for name, origin in plan.taken.items()]
-    _print_rows("taken", [(f"{theirs} -> {ours}", count) for theirs, ours, count in _grouped_pairs(pairs)])
+    _print_rows("taken", [(f"{theirs} -> {ours}", count) for theirs, ours, count in _grouped_taken(plan)])
     _print_rows("newly initialised", grouped(plan.fresh))
     _print_rows("missing", grouped(plan.missing))
     _print_rows("left over", grouped(plan.left_over))

@@ -162,7 +162,7 @@ def compare(tensors: Mapping[str, LazyTensor], plan: Plan, folder: Path) -> str:
     return f"verified: all logits equal to those of the official forward within {worst:.1e} of the largest"
 
 
-def to_official(source: Path, destination: Path, *, verify: bool = False) -> None:
+def to_official(source: Path, destination: Path, *, verify: bool = False) -> Plan:
     """Write a folder of ours as an official ``.bin``, the tied decoder included, and its JSON beside it (``NAME.json``).
 
     fp32 tensors arrive bit-equal. ``UsageError`` where files exist or the source is not a pretraining folder of ours.
@@ -190,6 +190,7 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Non
             print(reread(partial, {name: LazyTensor.of(tensor) for name, tensor in state.items()}, torch.float32))
         write_json(settings, official_settings(config))
     print(f"{source} -> {destination}: {len(state)} tensors, and its settings in {settings.name}")
+    return plan
 
 
 def official_state(tensors: Mapping[str, Tensor], config: InterBertConfig) -> "OrderedDict[str, Tensor]":

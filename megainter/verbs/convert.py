@@ -1,12 +1,16 @@
 """`megainter convert`: checkpoints in and out."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from megainter.errors import UsageError
+from megainter.verbs.as_json import lines_aside, print_object
 from megainter.weights import Kind, check_name, require_there
+
+if TYPE_CHECKING:
+    from megainter.conversion.mapping import Plan
 
 AllowPartial = Annotated[bool, Parameter(name="--allow-partial", negative="--strict")]
 convert_app = App(name="convert", help="Convert checkpoints: ours, InterBERT's, BERT's, DeepSpeed's.")
@@ -19,6 +23,13 @@ def require_source(src: Path, dst: Path, *files: tuple[str, Path | None], kind: 
         require_there(path, option)
     if dst.exists():
         raise UsageError(f"{dst} exists; give a new name or remove it")
+
+
+def _print_plan(asked: bool, src: Path, dst: Path, plan: "Plan") -> None:
+    from megainter.conversion.mapping import table_of
+
+    if asked:
+        print_object({"source": src, "destination": dst, **table_of(plan)})
 
 
 @convert_app.command(name="official")
@@ -36,6 +47,7 @@ def convert_official(
     cased: bool | None = None,
     allow_partial: AllowPartial = False,
     verify: bool = False,
+    json: bool = False,
 ) -> None:
     """Turn a released InterBERT checkpoint into a Hugging Face folder, or back.
 
@@ -64,17 +76,23 @@ def convert_official(
         Convert what fits: what is missing begins anew. Default: strict, an incomplete checkpoint ends with exit code 4 and writes nothing.
     verify
         Run source and result on the same input and compare.
+    json
+        Print one JSON object for scripts: the table of what was taken, drawn anew and left over, with the notes.
     """
     require_source(src, dst, ("--config", config), ("--vocabulary", vocabulary))
     from megainter.conversion import official
 
     if to == "official":
-        official.to_official(src, dst, verify=verify)
+        with lines_aside(json):
+            plan = official.to_official(src, dst, verify=verify)
+        _print_plan(json, src, dst, plan)
         return
     choices = {"fusion": fusion, "region_objective": region_objective, "num_interaction_layers": interaction_layers}
-    official.convert_official(
-        src, dst, config_file=config, choices=choices, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify
-    )
+    with lines_aside(json):
+        plan = official.convert_official(
+            src, dst, config_file=config, choices=choices, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify
+        )
+    _print_plan(json, src, dst, plan)
 
 
 @convert_app.command(name="bert")
@@ -99,6 +117,7 @@ def convert_bert(
     cased: bool | None = None,
     allow_partial: AllowPartial = False,
     verify: bool = False,
+    json: bool = False,
 ) -> None:
     """Start an InterBERT from a BERT of any size and language, or from a UNITER.
 
@@ -140,6 +159,8 @@ def convert_bert(
         Convert what fits: what is missing begins anew. Default: strict, an incomplete checkpoint ends with exit code 4 and writes nothing.
     verify
         Run BERT and the result on the same text and compare.
+    json
+        Print one JSON object for scripts: the table of what was taken, drawn anew and left over, with the notes.
     """
     require_source(src, dst, ("--config", config), ("--vocabulary", vocabulary), ("--store", store))
     from megainter.conversion import bert
@@ -149,7 +170,11 @@ def convert_bert(
         num_region_attention_heads=num_region_attention_heads, pooler_size=pooler_size, fusion=fusion, region_objective=region_objective,
         seed=seed, **bert.region_sizes(store, region_feature_size, num_region_classes),
     )  # fmt: skip
-    bert.convert_bert(src, dst, start, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify)
+    with lines_aside(json):
+        plan = bert.convert_bert(
+            src, dst, start, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify
+        )
+    _print_plan(json, src, dst, plan)
 
 
 @convert_app.command(name="zero")
@@ -164,6 +189,7 @@ def convert_zero(
     cased: bool | None = None,
     allow_partial: AllowPartial = False,
     verify: bool = False,
+    json: bool = False,
 ) -> None:
     """Export a training run to a Hugging Face folder, in fp32.
 
@@ -186,12 +212,18 @@ def convert_zero(
         Convert what fits: what is missing begins anew. Default: strict, an incomplete checkpoint ends with exit code 4 and writes nothing.
     verify
         Read the written folder again and compare every tensor.
+    json
+        Print one JSON object for scripts: the table of what was taken, drawn anew and left over, with the notes.
     """
     for path, option in ((run, "RUN"), (config, "--config"), (vocabulary, "--vocabulary")):
         require_there(path, option)
     from megainter.conversion.zero import convert
 
-    convert(run, dst, ema=ema, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify)
+    with lines_aside(json):
+        plan = convert(
+            run, dst, ema=ema, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify
+        )
+    _print_plan(json, run, dst, plan)
 
 
 @convert_app.command(name="hf")
@@ -210,6 +242,7 @@ def convert_hf(
     seed: int = 0,
     allow_partial: AllowPartial = False,
     verify: bool = False,
+    json: bool = False,
 ) -> None:
     """Change a folder of ours: dtype, vocabulary, heads.
 
@@ -240,18 +273,22 @@ def convert_hf(
         Convert what fits: what is missing begins anew. Default: strict, an incomplete folder ends with exit code 4 and writes nothing.
     verify
         Read the written folder again and compare every tensor.
+    json
+        Print one JSON object for scripts: the table of what was taken, drawn anew and left over, with the notes.
     """
     require_source(src, dst, ("--config", config), ("--vocabulary", vocabulary))
     from megainter.conversion.hugging_face import convert_hugging_face
 
-    convert_hugging_face(
-        src, dst, dtype=dtype, resize_vocabulary=resize_vocabulary, vocabulary=vocabulary, cased=cased, head=head,
-        num_labels=num_labels, config_file=config, seed=seed, allow_partial=allow_partial, verify=verify,
-    )  # fmt: skip
+    with lines_aside(json):
+        plan = convert_hugging_face(
+            src, dst, dtype=dtype, resize_vocabulary=resize_vocabulary, vocabulary=vocabulary, cased=cased, head=head,
+            num_labels=num_labels, config_file=config, seed=seed, allow_partial=allow_partial, verify=verify,
+        )  # fmt: skip
+    _print_plan(json, src, dst, plan)
 
 
 @convert_app.command(name="detector")
-def convert_detector(src: Path, dst: Path, /, *, class_names: Path | None = None) -> None:
+def convert_detector(src: Path, dst: Path, /, *, class_names: Path | None = None, json: bool = False) -> None:
     """Turn detector weights of any known kind into one safetensors file of ours, and list what was taken and left over.
 
     Parameters
@@ -263,8 +300,14 @@ def convert_detector(src: Path, dst: Path, /, *, class_names: Path | None = None
         File to write; must not exist.
     class_names
         Text file, one class name per line without the background. Default: objects_vocab.txt beside SRC, else "class 1", "class 2", ...
+    json
+        Print one JSON object for scripts: the table of what was taken by part of the network, and what was left over.
     """
     require_source(src, dst, ("--class-names", class_names), kind="detector")
     from preprocessing.detector.convert import convert_detector as convert
+    from preprocessing.detector.convert import taken
 
-    convert(src, dst, class_names)
+    with lines_aside(json):
+        weights = convert(src, dst, class_names)
+    if json:
+        print_object({"source": src, "destination": dst, "origin": weights.origin, "taken": taken(weights), "left_over": weights.left_over})

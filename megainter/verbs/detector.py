@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from megainter.verbs.as_json import lines_aside, print_object
 from megainter.weights import check_name, require_there
 from preprocessing.detector.settings import DetectorRun, DetectorTraining
 
@@ -26,7 +27,7 @@ def train(*, run: Annotated[DetectorRun, Parameter(name="*")], training: Annotat
 
 
 @detector_app.command
-def check(*, weights: Path, image: Path, regions: Path | None = None, device: str = "cpu") -> None:
+def check(*, weights: Path, image: Path, regions: Path | None = None, device: str = "cpu", json: bool = False) -> None:
     """Compare what a detector says of a known photo with what it should say: swapped colours, classes in another order.
 
     Exit code 4 where something is swapped; the line says what.
@@ -41,10 +42,19 @@ def check(*, weights: Path, image: Path, regions: Path | None = None, device: st
         LXMERT TSV file with a row of the photo, from the same weights.
     device
         Torch device: cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one.
+    json
+        Print one JSON object for scripts: the figures, and what is wrong.
     """
     check_name(weights, "detector", "--weights")
     for option, path in (("--image", image), ("--regions", regions)):
         require_there(path, option)
     from preprocessing.detector.check import check as run_check
+    from preprocessing.detector.check import facts, require_right
 
-    run_check(weights, image, regions, device)
+    with lines_aside(json):
+        finding = run_check(weights, image, regions, device)
+    if json:
+        print_object({"weights": weights, "image": image, **facts(finding)})
+    require_right(weights, finding)
+    if not json:
+        print("colours and classes are as they should be")

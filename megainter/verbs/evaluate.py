@@ -8,6 +8,7 @@ from cyclopts import App, Parameter
 from megainter.tasks.classification.options import ClassificationEvaluation
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.vcr.options import VcrEvaluation
+from megainter.verbs.as_json import lines_aside, print_object
 from megainter.weights import check_name, require_there
 
 evaluate_app = App(name="evaluate", help="Measure a model on a task.")
@@ -21,38 +22,48 @@ def require_inputs(model: Path, *paths: tuple[str, Path | None]) -> None:
 
 
 @evaluate_app.command(name="retrieval")
-def evaluate_retrieval(model: Path, /, *, options: Annotated[RetrievalEvaluation, Parameter(name="*")]) -> None:
+def evaluate_retrieval(model: Path, /, *, options: Annotated[RetrievalEvaluation, Parameter(name="*")], json: bool = False) -> None:
     """Image-text retrieval both ways: every caption against every image of the gallery, or against chosen ones.
 
     Parameters
     ----------
     model
         Hugging Face folder with its vocabulary, or hf:OWNER/NAME[@REVISION] of the Hub.
+    json
+        Print the report, as it is written to --output, on standard output in place of the summary.
     """
     require_inputs(model, ("--pairs", options.pairs), ("--store", options.store), ("--prefilter-model", options.prefilter_model))
     from megainter.tasks.retrieval.evaluation import evaluate
 
-    evaluate(model, options)
+    with lines_aside(json):
+        report = evaluate(model, options)
+    if json:
+        print_object(report)
 
 
 @evaluate_app.command(name="vcr")
-def evaluate_vcr(model: Path, /, *, options: Annotated[VcrEvaluation, Parameter(name="*")]) -> None:
+def evaluate_vcr(model: Path, /, *, options: Annotated[VcrEvaluation, Parameter(name="*")], json: bool = False) -> None:
     """VCR: answers, rationales given the right answer, and both right.
 
     Parameters
     ----------
     model
         Folder that `megainter finetune vcr` made, or hf:OWNER/NAME[@REVISION] of the Hub.
+    json
+        Print the report, as it is written to --output, on standard output in place of the summary.
     """
     require_inputs(model, ("--questions", options.questions), ("--store", options.store), ("--objects-store", options.objects_store))
     from megainter.tasks.vcr.evaluation import evaluate
 
-    evaluate(model, options)
+    with lines_aside(json):
+        report = evaluate(model, options)
+    if json:
+        print_object(report)
 
 
 @evaluate_app.command(name="classification")
 def evaluate_classification(
-    model: Path, /, *, options: Annotated[ClassificationEvaluation, Parameter(name="*")]
+    model: Path, /, *, options: Annotated[ClassificationEvaluation, Parameter(name="*")], json: bool = False
 ) -> None:  # fmt: skip
     """Classification and regression of texts, alone or about images: figures where labels are public, predictions in any case.
 
@@ -60,8 +71,13 @@ def evaluate_classification(
     ----------
     model
         Folder that `megainter finetune classification` made, or hf:OWNER/NAME[@REVISION] of the Hub.
+    json
+        Print the report, as it is written to --output, on standard output in place of the summary.
     """
     require_inputs(model, ("--examples", options.examples), ("--store", options.store))
     from megainter.tasks.classification.evaluation import evaluate
 
-    evaluate(model, options)
+    with lines_aside(json):
+        report = evaluate(model, options)
+    if json:
+        print_object(report)

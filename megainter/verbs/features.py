@@ -6,12 +6,13 @@ from typing import Literal
 from cyclopts import App
 
 from megainter.process import raise_on_signals
+from megainter.verbs.as_json import lines_aside, print_object
 
 features_app = App(name="features", help="Show, check, merge, import and export feature stores.")
 
 
 @features_app.command(name="show")
-def show(store: Path, /, *, image: str | None = None) -> None:
+def show(store: Path, /, *, image: str | None = None, json: bool = False) -> None:
     """Print what a feature store holds, or one of its records.
 
     Parameters
@@ -20,24 +21,37 @@ def show(store: Path, /, *, image: str | None = None) -> None:
         Feature store.
     image
         Print the regions of the image with this id instead.
+    json
+        Print one JSON object for scripts instead of lines.
     """
-    from preprocessing.features.show import describe_record, describe_store
+    from preprocessing.features.show import describe_record, describe_store, record_facts, store_facts
 
+    if json:
+        print_object(store_facts(store) if image is None else record_facts(store, image))
+        return
     print(describe_store(store) if image is None else describe_record(store, image))
 
 
 @features_app.command(name="check")
-def check(store: Path, /) -> None:
+def check(store: Path, /, *, json: bool = False) -> None:
     """Verify every record of a feature store; exit code 4 where one is wrong.
 
     Parameters
     ----------
     store
         Feature store.
+    json
+        Print one JSON object for scripts: how many records there are, and which are wrong.
     """
-    from preprocessing.features.show import check_store
+    from preprocessing.features.show import check_store, require_whole
 
-    print(f"{store}: all {check_store(store):,} records are as they were written")
+    with lines_aside(json):
+        checked = check_store(store)
+    if json:
+        print_object({"store": store, "records": checked.records, "wrong": checked.wrong})
+    require_whole(store, checked)
+    if not json:
+        print(f"{store}: all {checked.records:,} records are as they were written")
 
 
 @features_app.command(name="merge")

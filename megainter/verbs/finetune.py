@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from megainter.errors import UsageError
-from megainter.verbs.pretrain import require_paths, split_config
+from megainter.verbs.pretrain import PRINT_CONFIG, PRINTING, require_paths, split_config, take_flag
 from megainter.weights import check_name, require_there
 
 if TYPE_CHECKING:
     from megainter.config.settings import FinetuneConfig
 
+TASKS = ("retrieval", "vcr", "classification")  # that take a recipe
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
 finetune_app = App(name="finetune", help="Fine-tune a pretrained model on a task.")
@@ -157,12 +158,13 @@ def configuration(words: Sequence[str]) -> "FinetuneConfig":
     """The settings of ``finetune`` with these words: a task, and what is set; ``UsageError`` where they are wrong."""
     from megainter.config.reading import read_settings
 
-    kind = _kind_of(words[0] if words else "")
+    kind = kind_of(words[0] if words else "")
     settings = finetune_app.parse_args(words, exit_on_error=False, print_error=False)[1].args
     return read_settings(kind, *split_config(settings))
 
 
-def _kind_of(task: str) -> "type[FinetuneConfig]":
+def kind_of(task: str) -> "type[FinetuneConfig]":
+    """The settings of a task; ``UsageError`` where it is none."""
     match task:
         case "retrieval":
             from megainter.tasks.retrieval.settings import RetrievalConfig
@@ -176,22 +178,27 @@ def _kind_of(task: str) -> "type[FinetuneConfig]":
             from megainter.tasks.classification.settings import ClassificationConfig
 
             return ClassificationConfig
-    raise UsageError(f"finetune {task!a} is not a task; choose retrieval, vcr or classification")
+    raise UsageError(f"finetune {task!a} is not a task; choose {', '.join(TASKS)}")
 
 
 def read_task_settings(task: str, settings: Sequence[str]) -> Any:
-    """The task's configuration that the settings give; None where they ask for help, which is printed."""
+    """The task's configuration that the settings give; None where they ask for help or for the configuration, which is printed."""
     from megainter.config.help import describe_settings
     from megainter.config.reading import read_settings, shipped_recipes
+    from megainter.config.resolved import resolved_settings
 
-    kind = _kind_of(task)
+    kind = kind_of(task)
     if not settings or {"--help", "-h"} & set(settings):
         usage = f"usage: megainter finetune {task} --config RECIPE [--section.key value ...]"
         recipes = f"RECIPE is a TOML file, or one of those that come along: {', '.join(shipped_recipes(f'finetune {task}'))}."
         changes = "--section.key value changes a setting of the recipe; the same command resumes."
-        print(f"{usage}\n\n{recipes} {changes}\n\n{describe_settings(kind)}")
+        print(f"{usage}\n\n{recipes} {changes}\n{PRINTING}\n\n{describe_settings(kind)}")
         return None
-    recipe, overrides = split_config(settings)
+    asked, rest = take_flag(PRINT_CONFIG, settings)
+    recipe, overrides = split_config(rest)
     config = read_settings(kind, recipe, overrides)
+    if asked:
+        print(resolved_settings(config, recipe, overrides))
+        return None
     require_paths(config)
     return config

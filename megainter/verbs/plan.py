@@ -5,11 +5,13 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from launcher.planning.settings import PlanSettings
+from megainter.verbs.as_json import lines_aside, print_object
 
 
 def plan(
     *settings: Annotated[str, Parameter(allow_leading_hyphen=True)],
     options: Annotated[PlanSettings, Parameter(name="*")],
+    json: bool = False,
 ) -> None:
     """What a recipe needs on N devices: memory by part, step time, days, goodput; recommends ZeRO stage and micro-batch.
 
@@ -19,7 +21,12 @@ def plan(
     ----------
     settings
         Settings laid over the recipe, such as --training.global_batch 4096.
+    json
+        Print one JSON object for scripts, with every layout and all figures.
     """
     from launcher.planning.report import tell
 
-    tell(options, settings)
+    with lines_aside(json):
+        figures = tell(options, settings)
+    if json:
+        print_object(figures)

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from megainter.verbs.as_json import lines_aside, print_object
+
 
 def preflight(
     *settings: Annotated[str, Parameter(allow_leading_hyphen=True)],
@@ -17,6 +19,7 @@ def preflight(
     master_addr: str | None = None,
     env: list[str] | None = None,
     steps: bool = True,
+    json: bool = False,
 ) -> None:
     """Check settings, hosts, versions, devices, data, memory, disk, network and three steps before a long pretraining run.
 
@@ -45,27 +48,31 @@ def preflight(
         NAME=VALUE for every rank; may be repeated.
     steps
         Also run three steps of the run itself.
+    json
+        Print one JSON object for scripts: every check, whether it passed, what was found and what to do.
     """
     from launcher.launch import LaunchSettings
     from launcher.preflight import preflight as check
+    from launcher.preflight import require_passed
     from megainter.config.reading import load_config
     from megainter.verbs.pretrain import split_config
 
     config = load_config(*split_config(settings))
-    check(
-        config,
-        LaunchSettings(
-            arguments=settings,
-            training=config.training,
-            output=config.output,
-            hostfile=hostfile,
-            include=include,
-            exclude=exclude,
-            processes=processes,
-            engine=engine,
-            remote_shell=remote_shell,
-            master=master_addr,
-            environment=tuple(env or ()),
-        ),
-        dry_run_step=steps,
+    asked = LaunchSettings(
+        arguments=settings,
+        training=config.training,
+        output=config.output,
+        hostfile=hostfile,
+        include=include,
+        exclude=exclude,
+        processes=processes,
+        engine=engine,
+        remote_shell=remote_shell,
+        master=master_addr,
+        environment=tuple(env or ()),
     )
+    with lines_aside(json):
+        checks = check(config, asked, dry_run_step=steps)
+    if json:
+        print_object({"passed": all(each.passed for each in checks), "checks": checks})
+    require_passed(checks)

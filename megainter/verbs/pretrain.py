@@ -9,6 +9,9 @@ from cyclopts import Parameter
 from megainter.errors import UsageError
 from megainter.weights import check_name, require_there
 
+PRINT_CONFIG = "--print-config"  # a flag among settings, which all take a value
+PRINTING = f"{PRINT_CONFIG} prints what recipe and command line come to, each value with its origin, and trains nothing."
+
 
 def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
     """Pretrain on captions and a feature store: --config RECIPE.toml [--section.key value ...].
@@ -18,15 +21,21 @@ def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
     Parameters
     ----------
     settings
-        --config RECIPE.toml, and settings laid over it, such as --training.steps 1000.
+        --config RECIPE.toml, and settings laid over it, such as --training.steps 1000; with --print-config the result
+        is printed, and nothing trained.
     """
     if not settings or {"--help", "-h"} & set(settings):
         _explain_settings()
         return
     from megainter.config.reading import load_config
+    from megainter.config.resolved import resolved_settings
 
-    recipe, overrides = split_config(settings)
+    asked, rest = take_flag(PRINT_CONFIG, settings)
+    recipe, overrides = split_config(rest)
     config = load_config(recipe, overrides)
+    if asked:
+        print(resolved_settings(config, recipe, overrides))
+        return
     require_paths(config)
     from megainter.tasks.pretraining.training import pretrain as train
 
@@ -44,6 +53,11 @@ def require_paths(config: Any) -> None:
             check_name(path, option=name)
         else:
             require_there(path, name)
+
+
+def take_flag(flag: str, tokens: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether a flag stands among the settings, and the settings without it."""
+    return flag in tokens, [token for token in tokens if token != flag]
 
 
 def split_config(tokens: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -68,4 +82,5 @@ def _explain_settings() -> None:
 
     usage = "usage: megainter pretrain --config RECIPE [--section.key value ...]"
     recipes = f"RECIPE is a TOML file, or one of those that come along: {', '.join(shipped_recipes())}."
-    print(f"{usage}\n\n{recipes} --section.key value changes a setting of the recipe; the same command resumes.\n\n{describe_settings()}")
+    changes = "--section.key value changes a setting of the recipe; the same command resumes."
+    print(f"{usage}\n\n{recipes} {changes}\n{PRINTING}\n\n{describe_settings()}")

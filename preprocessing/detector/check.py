@@ -9,6 +9,7 @@ the class with the largest share of all proposals. Exit code 0: as it should be;
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,13 @@ def problems(finding: Finding) -> list[str]:
     return found
 
 
+def facts(finding: Finding) -> dict[str, Any]:
+    """A finding and what is wrong, as JSON types."""
+    colours = {"measured": finding.what[0], "as_fed": finding.colours[0], "swapped": finding.colours[1]}
+    classes = {"measured": finding.what[1], **{f"shifted_{shift}": value for shift, value in finding.classes.items()}}
+    return {"colours": colours, "classes": classes, "compared": finding.compared, "problems": problems(finding)}
+
+
 @torch.inference_mode()
 def _seen(detector: Detector, image: Image.Image, boxes: np.ndarray | None = None) -> Regions:
     """What the network says of the given boxes, in the image's pixels, or of its own proposals."""
@@ -101,13 +109,17 @@ def read_reference(path: Path, image_id: str, feature_size: int) -> Reference:
     raise UsageError(f"{path} has no row of the photo {image_id!r} (the file's name without its suffix)")
 
 
-def check(weights: Path, image: Path, regions: Path | None, device: str) -> None:
-    """Print how well the detector fits the photo; ``DamagedError`` naming what is swapped."""
+def check(weights: Path, image: Path, regions: Path | None, device: str) -> Finding:
+    """Print how well the detector fits the photo."""
     detector = load_detector(weights, device)
     reference = None if regions is None else read_reference(regions, image.stem, detector.config.feature_size)
     finding = examine(detector, load_image(image), reference)
     print(f"{finding.what[0]}: {finding.colours[0]:.4f} as fed, {finding.colours[1]:.4f} with colours swapped")
     print(f"{finding.what[1]}: " + "; ".join(f"{value:.4f} {SHIFTS[shift]}" for shift, value in finding.classes.items()))
+    return finding
+
+
+def require_right(weights: Path, finding: Finding) -> None:
+    """``DamagedError`` naming what is swapped."""
     if found := problems(finding):
         raise DamagedError(f"{weights}: {'; '.join(found)}")
-    print("colours and classes are as they should be")

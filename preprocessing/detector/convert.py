@@ -30,15 +30,23 @@ def convert_detector(source: Path, destination: Path, class_names: Path | None =
     return weights
 
 
+def taken(weights: Weights) -> dict[str, dict[str, int]]:
+    """Tensors and numbers that were taken, by part of the network."""
+    parts: dict[str, dict[str, int]] = {}
+    for name, value in weights.state.items():
+        part = parts.setdefault(_part(name), {"tensors": 0, "numbers": 0})
+        part["tensors"] += 1
+        part["numbers"] += value.numel()
+    return parts
+
+
 def table(weights: Weights) -> str:
     """What was taken by part of the network, and what was left over."""
-    parts: dict[str, list[int]] = {}
-    for name, value in weights.state.items():
-        parts.setdefault(_part(name), []).append(value.numel())
-    rows = [(part, f"{len(sizes):,}", f"{sum(sizes):,}") for part, sizes in parts.items()]
-    sizes = [size for part in parts.values() for size in part]
-    rows = [("part", "tensors", "numbers"), *rows, ("taken", f"{len(sizes):,}", f"{sum(sizes):,}")]
-    lines = [f"{part:<{max(len(row[0]) for row in rows)}}  {count:>7}  {numbers:>12}" for part, count, numbers in rows]
+    parts = taken(weights)
+    rows = [(part, f"{each['tensors']:,}", f"{each['numbers']:,}") for part, each in parts.items()]
+    tensors, numbers = (sum(each[name] for each in parts.values()) for name in ("tensors", "numbers"))
+    rows = [("part", "tensors", "numbers"), *rows, ("taken", f"{tensors:,}", f"{numbers:,}")]
+    lines = [f"{part:<{max(len(row[0]) for row in rows)}}  {count:>7}  {size:>12}" for part, count, size in rows]
     counters = sum(name.endswith("num_batches_tracked") for name in weights.left_over)
     others = [name for name in weights.left_over if not name.endswith("num_batches_tracked")]
     left = f"{counters} step counters of normalisation layers" + "".join(f", {name}" for name in others[:20])

@@ -1,6 +1,8 @@
 """`megainter features show, check`: what a feature store holds, and whether it is as it was written."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +48,17 @@ def _histogram(counts: np.ndarray) -> list[str]:
     return lines
 
 
+def store_facts(path: Path) -> dict[str, Any]:
+    """What ``describe_store`` tells, as JSON types: shards by name with their bytes, images by how many regions they have."""
+    with FeatureStore(path, allow_partial=True) as store:
+        counts, schema = store.region_counts(store.ids), store.schema
+        numbers, images = np.unique(counts, return_counts=True)
+        facts = {"store": str(path), "sealed": store.sealed, "images": len(store), "regions": int(counts.sum()), "digest": store.digest}
+        shards = {str(name): int(size) for name, size in store.shard_sizes().items()}
+    spread = {str(number): count for number, count in zip(numbers.tolist(), images.tolist(), strict=True)}
+    return facts | {"schema": asdict(schema), "shards": shards, "images_by_region_count": spread}
+
+
 def describe_record(path: Path, image_id: str) -> str:
     """One record: size, and of each region its box, likeliest class and extras, in lines."""
     with FeatureStore(path, allow_partial=True) as store:
@@ -58,6 +71,20 @@ def describe_record(path: Path, image_id: str) -> str:
     return "\n".join(lines + [_region_line(record, schema, row) for row in range(len(record))])
 
 
+def record_facts(path: Path, image_id: str) -> dict[str, Any]:
+    """What ``describe_record`` tells, as JSON types; boxes in pixels."""
+    with FeatureStore(path, allow_partial=True) as store:
+        record, schema = store[image_id], store.schema
+    facts = {"image_id": image_id, "width": record.width, "height": record.height, "feature_dtype": record.features.dtype.name}
+    return facts | {"regions": [_region_facts(record, schema, row) for row in range(len(record))]}
+
+
+def _region_facts(record: RegionRecord, schema: StoreSchema, row: int) -> dict[str, Any]:
+    best = int(record.class_probs[row].argmax())
+    facts = {"box": record.boxes[row].tolist(), "class": schema.class_names[best], "probability": float(record.class_probs[row, best])}
+    return facts | {name: value[row].item() for name, value in record.extras.items()}
+
+
 def _region_line(record: RegionRecord, schema: StoreSchema, row: int) -> str:
     best = int(record.class_probs[row].argmax())
     box = ", ".join(f"{value:.1f}" for value in record.boxes[row])
@@ -65,19 +92,31 @@ def _region_line(record: RegionRecord, schema: StoreSchema, row: int) -> str:
     return f"  {row:>3}  [{box}]  {schema.class_names[best]} {record.class_probs[row, best]:.3f}{extras}"
 
 
-def check_store(path: Path) -> int:
-    """Read and verify every record; returns how many there are. ``DamagedError`` after naming what is wrong with which image."""
-    wrong = 0
+@dataclass(frozen=True)
+class Checked:
+    """How many records a store has, and what is wrong with which: a line each."""
+
+    records: int
+    wrong: tuple[str, ...]
+
+
+def check_store(path: Path) -> Checked:
+    """Read and verify every record, printing what is wrong with which image as it is found."""
+    wrong = []
     with FeatureStore(path) as store, Progress("check", len(store), "images") as progress:
         for image_id in store.in_storage_order():
             if problem := _problem(store, image_id):
-                wrong += 1
+                wrong.append(problem)
                 print(problem, flush=True)
             progress.update()
-        total = len(store)
-    if wrong:
+        return Checked(len(store), tuple(wrong))
+
+
+def require_whole(path: Path, checked: Checked) -> None:
+    """``DamagedError`` where a record is wrong; what and which, ``check_store`` said."""
+    if checked.wrong:
+        wrong, total = len(checked.wrong), checked.records
         raise DamagedError(f"{wrong:,} of {total:,} records of {path} are wrong; delete the shards named above and {AGAIN}")
-    return total
 
 
 def _problem(store: FeatureStore, image_id: str) -> str:

@@ -1,5 +1,7 @@
 """Preflight: each check by itself, and the whole list for real on this machine."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,12 +69,17 @@ def test_what_is_missing_is_crossed_and_decides_the_exit_code(tmp_path: Path) ->
     """A misspelt DeepSpeed setting and no data: the rest of the list is still checked."""
     (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
     arguments = settings(tmp_path / "no.parquet", tmp_path / "no.store", tmp_path / "run", engine__deepspeed=tmp_path / "ds.json")
-    done = run(arguments, "--processes", "1", "--engine", "torchrun", "--no-steps")
+    done = run(arguments, "--processes", "1", "--engine", "torchrun", "--no-steps", "--json")
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "\u2717 settings and DeepSpeed configuration" in done.stdout
-    assert "did you mean 'gradient_clipping'" in done.stdout or "gradient_cliping" in done.stdout
-    assert "\u2717 data: " in done.stdout
-    assert "\u2713 all-reduce: 1 ranks" in done.stdout
+    assert "\u2717 settings and DeepSpeed configuration" in done.stderr
+    assert "did you mean 'gradient_clipping'" in done.stderr or "gradient_cliping" in done.stderr
+    assert "\u2717 data: " in done.stderr
+    assert "\u2713 all-reduce: 1 ranks" in done.stderr
+    told = json.loads(done.stdout)
+    assert not told["passed"]
+    assert {check["name"]: check["passed"] for check in told["checks"]} | {"data": False, "all-reduce": True} == {
+        line.split(maxsplit=2)[2].partition(":")[0]: "\u2713" in line for line in done.stderr.splitlines() if re.match(r" ?\d+ .", line)
+    }
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "preflight").exists()
 

@@ -1,6 +1,7 @@
 """The Visual Genome detector's rules against plain loops and formulas, and the network as a ``Detector``; the selftest."""
 
 import base64
+import json
 import math
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from megainter.errors import DamagedError, UsageError
-from preprocessing.detector.check import check, examine, problems, read_reference
+from megainter.verbs.detector import detector_app
+from preprocessing.detector.check import examine, problems, read_reference
 from preprocessing.detector.detector import Detector, Precision, build_detector
 from preprocessing.detector.network import Input
 from preprocessing.detector.visual_genome import DIALECTS, VgConfig
@@ -295,16 +297,24 @@ def test_without_a_reference_the_background_s_place_tells(shift: int) -> None:
     assert max(finding.classes, key=lambda key: finding.classes[key]) == -shift
 
 
+def words(folder: Path, weights: str) -> list[str]:
+    """The options of `megainter detector check`."""
+    return ["--weights", str(folder / weights), "--image", str(folder / "photo.png"), "--regions", str(folder / "rows.tsv")]
+
+
 def test_the_check_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = picture(12, 160, 120)
     image.save(tmp_path / "photo.png")
     write_reference(tmp_path / "rows.tsv", make(), image)
     torch.save(small_state(), tmp_path / "weights.pth")
     torch.save({**small_state(), "backbone.stem.conv1.weight": small_state()["backbone.stem.conv1.weight"].flip(1)}, tmp_path / "wrong.pth")
-    check(tmp_path / "weights.pth", tmp_path / "photo.png", tmp_path / "rows.tsv", "cpu")
+    detector_app(["check", *words(tmp_path, "weights.pth")], result_action="return_value")
     assert "as they should be" in capsys.readouterr().out
     with pytest.raises(DamagedError, match="colours are swapped"):
-        check(tmp_path / "wrong.pth", tmp_path / "photo.png", tmp_path / "rows.tsv", "cpu")
+        detector_app(["check", *words(tmp_path, "wrong.pth"), "--json"], result_action="return_value")
+    told = json.loads(capsys.readouterr().out)
+    assert told["colours"]["swapped"] > told["colours"]["as_fed"]
+    assert len(told["problems"]) == 1
     with pytest.raises(UsageError, match="no row of the photo"):
         read_reference(tmp_path / "rows.tsv", "other", 256)
     with pytest.raises(UsageError, match="features of 256 numbers"):

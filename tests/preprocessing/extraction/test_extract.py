@@ -27,7 +27,7 @@ from preprocessing.detector import load_detector
 from preprocessing.detector.detector import DetectorConfig, build_model, save_detector
 from preprocessing.extraction.extract import Extraction, _batches, _check_disk, _devices, _source, extract
 from preprocessing.extraction.worker import Failure, Task, decoded, extractor, store_batch
-from preprocessing.features.show import check_store
+from preprocessing.features.show import check_store, require_whole
 from preprocessing.images.listing import ImageList, list_images
 from tests.places import ROOT
 
@@ -237,14 +237,14 @@ def test_a_damaged_record_is_named_and_made_anew_by_the_way_that_the_message_tel
     with FeatureStore(store) as damaged, pytest.raises(DamagedError, match=told):
         damaged["0003"]
     with pytest.raises(DamagedError, match=r"1 of 150 records of .* are wrong; delete the shards named above"):
-        check_store(store)
+        require_whole(store, check_store(store))
 
     shard.unlink()
     with pytest.raises(DamagedError, match=f"{shard} is missing; restore it, or run the same extraction or import again"):
         FeatureStore(store)
     options = {"workers": 1, "min_boxes": 3, "max_boxes": 9, "precision": "fp32"}
     assert extract(folder / "images", store, folder / "detector.safetensors", **options) == finished
-    assert check_store(store) == IMAGES
+    assert check_store(store).records == IMAGES
 
 
 def test_a_damaged_index_is_written_anew_by_the_same_command(folder: Path, finished: Extraction, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_damaged_index_is_written_anew_by_the_same_command(folder: Path, finis
         FeatureStore(store)
     options = {"workers": 1, "min_boxes": 3, "max_boxes": 9, "precision": "fp32"}
     assert extract(folder / "images", store, folder / "detector.safetensors", **options) == finished
-    assert check_store(store) == IMAGES
+    assert check_store(store).records == IMAGES
 
 
 def test_too_many_bad_images_keep_the_good_ones_unsealed(folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from preprocessing.features.exporting import export_features
 from preprocessing.features.formats import parquet
 from preprocessing.features.importing import import_features
 from preprocessing.features.merging import merge_stores
-from preprocessing.features.show import check_store, describe_record, describe_store
+from preprocessing.features.show import check_store, describe_record, describe_store, require_whole
 from tests.foreign import Image, b64, failures, make_image
 from tests.places import ROOT
 
@@ -184,12 +184,12 @@ def damage(store: FeatureStore, image_id: str) -> None:
 
 def test_check_names_every_record_that_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = make_store(tmp_path / "s", range(12))
-    assert check_store(store.path) == 12
+    assert check_store(store.path).records == 12
     for image_id in ("004", "009"):
         damage(store, image_id)
     capsys.readouterr()
     with pytest.raises(DamagedError, match="2 of 12 records of"):
-        check_store(store.path)
+        require_whole(store.path, check_store(store.path))
     said = capsys.readouterr().out
     assert [line.split("'")[1] for line in said.splitlines() if "checksum" in line] == ["004", "009"]
 
@@ -267,7 +267,7 @@ def test_show_describes_an_unfinished_store(tmp_path: Path) -> None:
     FeatureStoreWriter(tmp_path / "s", schema).close()
     assert "0 images, 0 regions (not sealed: incomplete)" in describe_store(tmp_path / "s")
     with pytest.raises(DamagedError, match="incomplete"):
-        check_store(tmp_path / "s")
+        require_whole(tmp_path / "s", check_store(tmp_path / "s"))
 
 
 def test_two_imports_into_one_store_do_not_meet(tmp_path: Path) -> None:
