@@ -17,7 +17,9 @@ COPY megainter megainter
 COPY preprocessing preprocessing
 COPY launcher launcher
 COPY ds_configs ds_configs
-RUN pip install --no-cache-dir --constraint constraints.txt '.[mpi]'
+# Without the checkout's history the version is told: --build-arg VERSION=1.2.3
+ARG VERSION=0.1.0.dev0
+RUN SETUPTOOLS_SCM_PRETEND_VERSION_FOR_MEGAINTER="$VERSION" pip install --no-cache-dir --constraint constraints.txt '.[mpi]'
 
 # The PyPI package called apex is another program: this is NVIDIA's, at a fixed commit.
 ARG APEX=0

@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from megainter.model.configuration import InterBertConfig as InterBertConfig
     from megainter.model.interbert import (
         InterBertForMultipleChoice as InterBertForMultipleChoice,
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     )
     from megainter.model.processor import InterBertProcessor as InterBertProcessor
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "InterBertConfig": "megainter.model.configuration",
     "InterBertModel": "megainter.model.interbert",
@@ -40,9 +40,21 @@ __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'megainter' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def _version() -> str:
+    """The installed distribution's version, which its tag gave it; a checkout that nobody installed has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("megainter")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:
