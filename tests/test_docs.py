@@ -18,7 +18,7 @@ from megainter.cli import app
 from megainter.config.reading import load_config
 from megainter.errors import UsageError
 from megainter.verbs.finetune import configuration
-from megainter.verbs.pretrain import split_config
+from megainter.verbs.pretrain import PRINT_CONFIG, split_config
 from tests.places import ROOT
 
 OURS = ("megainter", "preprocessing", "launcher", "benchmarks", "tests", "examples")
@@ -193,7 +193,7 @@ def parse_verb(words: list[str]) -> None:
     if "--help" in words:
         return
 
-    given = [word for word in words if word != "..."]
+    given = [word for word in words if word not in ("...", PRINT_CONFIG)]
     more = LEFT_OUT if "..." in words else []
     match given:
         case ["pretrain", *settings]:
@@ -231,13 +231,13 @@ def unknown(words: list[str]) -> list[str]:
     names = {name for argument in arguments for name in argument.names}
     settings = any(argument.parameter.allow_leading_hyphen for argument in arguments)
     options = [word.partition("=")[0] for word in rest[:end] if re.match(r"--[a-z]", word)]
-    taken = {*names, "--help", "--version"}
+    taken = {*names, *group, "--version"}  # a group has commands that look like options
     return [f"no option {option}" for option in options if option not in taken and not (settings and is_setting(option))]
 
 
 def is_setting(option: str) -> bool:
     """Whether this is the form of a setting; whether there is such a one is told by the configuration that is read."""
-    return "." in option or option in ("--config", "--output", "--tensorboard")
+    return "." in option or option in ("--config", "--output", "--tensorboard", PRINT_CONFIG)
 
 
 def test_the_map_of_the_house_is_complete() -> None:
