@@ -144,6 +144,7 @@ def commands(page: Path) -> Iterator[str]:
     blocks = [block for language, block in FENCE.findall(text) if language in ("", "sh")]
     indented = [line[4:] for line in FENCE.sub("", text).splitlines() if line.startswith("    ")]
     for line in "\n".join([*blocks, *indented]).replace("\\\n", " ").splitlines():
+        line = re.sub(r" > [\w.-]+$", "", line)  # what the shell does with the output
         line = re.sub(r"^\s*(?:do |\$ )?(?:[A-Z_0-9]+=\S+ )*", "", line)
         if re.match(r"(?:megainter|deepspeed|torchrun|mpirun|srun|docker run|make|python3?) ", line):
             yield line
@@ -231,7 +232,7 @@ def unknown(words: list[str]) -> list[str]:
     names = {name for argument in arguments for name in argument.names}
     settings = any(argument.parameter.allow_leading_hyphen for argument in arguments)
     options = [word.partition("=")[0] for word in rest[:end] if re.match(r"--[a-z]", word)]
-    taken = {*names, *group, "--version"}  # a group has commands that look like options
+    taken = {*names, *group, "--help", "--version"}  # a group has commands that look like options
     return [f"no option {option}" for option in options if option not in taken and not (settings and is_setting(option))]
 
 
