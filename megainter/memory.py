@@ -1,7 +1,9 @@
-"""How this process holds memory on the CPU."""
+"""How this process holds memory on the CPU, and how much there is."""
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -23,3 +25,12 @@ def keep_freed_memory() -> bool:
     except AttributeError:  # another C library
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, KEEP_UP_TO) and mallopt(M_TOP_PAD, GROW_BY))
+
+
+def available_memory() -> int:
+    """Bytes that a new process could take: Linux's MemAvailable, elsewhere the free pages."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -19,6 +19,7 @@ from typing import Any
 from megainter.config.reading import load_config
 from megainter.config.settings import RunConfig
 from megainter.errors import MegainterError
+from megainter.memory import available_memory
 from megainter.verbs.pretrain import split_config
 
 MARK = "megainter-probe: "
@@ -61,21 +62,11 @@ def _devices(config: RunConfig) -> dict[str, Any]:
 
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     memory = [torch.cuda.get_device_properties(number).total_memory for number in range(len(names))]
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     units = [units_of(torch.device("cuda", number)) for number in range(len(names))] or [units_of(torch.device("cpu"))]
     return {
-        "host": socket.gethostname(), "names": names, "memory": memory, "host_memory_free": _available(host), "cores": os.cpu_count(),
+        "host": socket.gethostname(), "names": names, "memory": memory, "host_memory_free": available_memory(), "cores": os.cpu_count(),
         "units": [{"name": each.name, "computes": sorted(each.computes)} for each in units],
     }  # fmt: skip
-
-
-def _available(fallback: int) -> int:
-    """Bytes that a new process could take (Linux's MemAvailable)."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return fallback
 
 
 def _data(config: RunConfig) -> dict[str, Any]:

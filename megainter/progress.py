@@ -8,6 +8,22 @@ from typing import Self
 from tqdm import tqdm
 
 
+def shown_seconds(seconds: float) -> str:
+    """A short time with the digits that it deserves: 3.27 ms, 0.42 s, 13.1 s."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def shown_time(seconds: float) -> str:
+    """A long time in the unit that one plans in: 40 s, 7 min, 2.5 h, 3.1 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
 class Progress:
     """Counts finished units of ``total`` and shows rate and ETA: a tqdm bar on a terminal, else a line every ``interval`` seconds."""
 
@@ -38,7 +54,11 @@ class Progress:
     def _line(self, note: str) -> str:
         remaining = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
         eta = f"{remaining / 60:.1f} min left" if remaining < float("inf") else "time left unknown"
-        return f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:.1f}/s, {eta}" + (f", {note}" if note else "")
+        return f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {self._pace()}, {eta}" + (f", {note}" if note else "")
+
+    def _pace(self) -> str:
+        """Units per second; of slow ones the seconds that each takes."""
+        return f"{self.rate:.1f}/s" if self.rate >= 1 or self.rate <= 0 else f"{shown_seconds(1 / self.rate)} each"
 
     def __enter__(self) -> Self:
         return self
@@ -48,4 +68,4 @@ class Progress:
             self.bar.close()
         elif self.enabled and kind is None:
             seconds = time.monotonic() - self.start
-            print(f"{self.label}: {self.done:,}/{self.total:,} {self.unit} in {seconds:.0f} s, {self.rate:.1f}/s", flush=True)
+            print(f"{self.label}: {self.done:,}/{self.total:,} {self.unit} in {seconds:.0f} s, {self._pace()}", flush=True)

@@ -52,7 +52,7 @@ def extract(
     workers
         Processes; default one per core or GPU.
     batch_size
-        Images per forward, of equal size.
+        Images per pass, of equal size; on a CPU at most 8, and of a heavy detector 1, so that a stop loses little.
     min_size
         Shorter image side in pixels for the detector; default the detector's own.
     max_size

@@ -31,6 +31,8 @@ __all__ = [
     "save_detector", "to_input",
 ]  # fmt: skip
 _FORMATS: Mapping[type, str] = MappingProxyType({DetectorConfig: FORMAT, VgConfig: VG_FORMAT, PhotoConfig: PHOTO_FORMAT})
+AT_ONCE_ON_A_CPU = 8  # images per pass of a light network: more gain nothing there, and what is not finished is lost in a stop
+LIGHT = ("tiny", "efficientnet_lite0")  # backbones that see an image in a fraction of a second on a CPU core; the others take seconds
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,6 +67,16 @@ class Detector:
     def config(self) -> Any:
         """``DetectorConfig``, ``VgConfig`` or ``PhotoConfig``."""
         return self.network.config
+
+    @property
+    def is_light(self) -> bool:
+        """Whether a CPU core sees an image in a fraction of a second, and not in several."""
+        return isinstance(self.config, PhotoConfig) or getattr(self.config, "backbone", "") in LIGHT
+
+    @property
+    def at_once_on_a_cpu(self) -> int:
+        """Images per pass on a CPU: one of a heavy network, which gains nothing from more, so that each is finished by itself."""
+        return AT_ONCE_ON_A_CPU if self.is_light else 1
 
     def schema(self) -> StoreSchema:
         """What a feature store of this detector's records declares."""

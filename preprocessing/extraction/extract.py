@@ -2,8 +2,9 @@
 
 This process reads image headers, hands out batches of equally sized images and watches the workers (`crew`, `worker`): child
 processes, or the other ranks of an MPI job (`mpi`).
-A batch depends only on the list of images, never on which worker takes it or on earlier interruptions, and is stored whole or not at
-all; so a run that was killed and taken up again ends with the same store, to the digest, as one that was not.
+A batch is what a detector sees in one pass. It depends only on the list of images, never on which worker takes it or on earlier
+interruptions, and is stored whole or not at all; so a run that was killed and taken up again ends with the same store, to the digest, as
+one that was not.
 """
 
 import os
@@ -32,10 +33,10 @@ from megainter.process import StopRequest
 from megainter.progress import Progress
 from megainter.tolerance import tolerated
 from megainter.weights import locate
-from preprocessing.detector.detector import load_detector
+from preprocessing.detector.detector import Detector, load_detector
 from preprocessing.detector.network import Selection
 from preprocessing.extraction.changed import note, seen, states, told
-from preprocessing.extraction.crew import Worker, end, feed, receive, start_child, with_news
+from preprocessing.extraction.crew import Expectation, Worker, end, feed, receive, start_child, with_news
 from preprocessing.extraction.worker import Failure, Task, WorkerSetup
 from preprocessing.failures import write_failures
 from preprocessing.images.decode import DRAFT_PIXELS, UnreadableImageError, confined, image_size, silence_pillow
@@ -125,6 +126,7 @@ def extract(
                 print(told(changed), file=sys.stderr, flush=True)
         total = len(source.items)
         left = sum(item.image_id not in done for item in source.items)
+        batch_size = _images_per_pass(detector, device, batch_size)
         devices = _devices(device, workers, -(-left // batch_size))
         devices += [device or "cuda"] * min(len(ranks), max(0, -(-left // batch_size) - 1))
         jobs = [
@@ -227,6 +229,12 @@ def _devices(device: str | None, workers: int | None, batches: int) -> list[str]
     return [names[number % len(names)] for number in range(min(wanted, batches))]
 
 
+def _images_per_pass(detector: Detector, device: str | None, asked: int) -> int:
+    """Of a GPU as many as were asked for; on a CPU fewer, for what is in work at a stop is lost."""
+    on_cpu = all(each.type == "cpu" for each in devices_named(device))
+    return min(asked, detector.at_once_on_a_cpu) if on_cpu else asked
+
+
 def _batches(source: ImageList, given: dict[str, ImageBoxes], done: set[str], batch_size: int) -> Iterator[list[Task]]:
     """Batches of equally sized images, without what is done. Where batches begin does not depend on what is done."""
     window = WINDOW_BATCHES * batch_size
@@ -265,11 +273,13 @@ def _run(
                 workers.append(rank)
             for job in jobs[: len(jobs) - len(helpers)]:
                 workers.append(start_child(job))
+            expectation = Expectation(total - done, workers)
+            print(f"extract: {total - done:,} of {total:,} images to do; {expectation.crew} load the detector", flush=True)
             while not all(worker.closed for worker in workers):
                 for worker in workers:
                     feed(worker, batches)
                 for worker in with_news(workers):
-                    done += receive(worker, failures, progress)
+                    done += receive(worker, failures, progress, expectation)
                 if stop.asked:
                     raise StoppedEarly(f"stopped at {done:,} of {total:,} images; run the same command to go on")
         finally:

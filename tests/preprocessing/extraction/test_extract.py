@@ -1,6 +1,7 @@
 """Extraction by real processes with a tiny real detector: kills, signals, bad images, other settings; the same store in the end."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,9 +24,12 @@ from megainter.data.feature_store.shard import count_records
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, stored_ids
 from megainter.data.tables.boxes import ImageBoxes, write_boxes
 from megainter.errors import DamagedError, LockedError, MegainterError, StoppedEarly, TooManyBadInputsError, UsageError
+from megainter.progress import Progress
 from preprocessing.detector import load_detector
-from preprocessing.detector.detector import DetectorConfig, build_model, save_detector
-from preprocessing.extraction.extract import Extraction, _batches, _check_disk, _devices, _source, extract
+from preprocessing.detector.detector import Detector, DetectorConfig, build_model, save_detector
+from preprocessing.detector.torchvision_models import TorchvisionDetection
+from preprocessing.extraction.crew import Expectation, Worker, receive
+from preprocessing.extraction.extract import Extraction, _batches, _check_disk, _devices, _images_per_pass, _source, extract
 from preprocessing.extraction.worker import Failure, Task, decoded, extractor, store_batch
 from preprocessing.features.show import check_store, require_whole
 from preprocessing.images.listing import ImageList, list_images
@@ -155,6 +159,70 @@ def test_sigterm_keeps_what_is_finished_and_says_how_to_go_on(folder: Path, fini
     assert 0 < kept < IMAGES
     with pytest.raises(MegainterError, match=f"incomplete: {kept} records"):
         FeatureStore(store)
+
+
+@pytest.mark.slow  # a detector that takes its time
+def test_a_heavy_detector_tells_its_pace_and_keeps_each_finished_image_whatever_the_batch(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 40)
+    config = DetectorConfig(("__background__", "thing"), min_size=480, max_size=640)
+    save_detector(tmp_path / "detector.safetensors", config, build_model(config))
+    files = ["--images", tmp_path / "images", "--output", tmp_path / "store", "--weights", tmp_path / "detector.safetensors"]
+    command = [sys.executable, "-m", "megainter", "extract", *map(str, files), "--batch-size", "64", "--workers", "2", "--device", "cpu"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_records(tmp_path / "store", process)
+        process.terminate()
+        asked = time.monotonic()
+        told, error = process.communicate(timeout=30)
+    assert process.returncode == 75, error
+    assert time.monotonic() - asked < 10
+    assert re.search(r"^extract: 40 of 40 images to do; 2 processes load the detector$", told, re.M)
+    assert re.search(r"^extract: the first took [\d.]+ m?s each; 40 by 2 processes take about \d+ (s|min)$", told, re.M)
+    assert 1 <= len(stored_ids(tmp_path / "store")) < 40
+    assert "stopped at" in error
+
+
+@pytest.mark.slow  # the start of one more run of two processes
+def test_ctrl_c_while_the_workers_start_is_one_line(folder: Path, tmp_path: Path) -> None:
+    files = ["--images", folder / "images", "--output", tmp_path / "store", "--weights", folder / "detector.safetensors"]
+    command = [sys.executable, "-m", "megainter", "extract", *map(str, files), "--workers", "2"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().endswith("load the detector\n"):
+            assert process.poll() is None
+        time.sleep(0.5)  # amid their imports
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert len(error.splitlines()) == 1
+    assert "run the same command to go on" in error
+
+
+def test_a_pass_on_a_cpu_has_few_images_and_of_a_heavy_network_one(folder: Path) -> None:
+    light, heavy = load_detector(folder / "detector.safetensors"), DetectorConfig(("__background__", "thing"))
+    model = torch.nn.Module()  # the passes depend on the configuration alone
+    large = Detector(TorchvisionDetection(heavy, model, "cpu"), "0" * 16)
+    assert [_images_per_pass(light, "cpu", asked) for asked in (1, 8, 64)] == [1, 8, 8]
+    assert [_images_per_pass(large, "cpu", asked) for asked in (1, 8, 64)] == [1, 1, 1]
+
+
+def test_the_first_batch_says_how_long_all_take(capsys: pytest.CaptureFixture[str]) -> None:
+    class Link:
+        def __init__(self, *messages: object) -> None:
+            self.messages = list(messages)
+
+        def recv(self) -> object:
+            return self.messages.pop(0)
+
+    task = Task("a", "a.jpg", (64, 64))
+    unreadable = Failure("a", "a.jpg", "no image")
+    link = Link(("done", 1, [unreadable], 0.1), ("done", 2, [], 26.0), ("done", 2, [], 30.0))
+    worker = Worker("one", link, batches=[[task], [task] * 2, [task] * 2])  # type: ignore[arg-type]
+    expectation, failures = Expectation(60, [worker, worker]), list[Failure]()
+    with Progress("extract", 60, "images", enabled=False) as progress:
+        assert [receive(worker, failures, progress, expectation) for _ in range(3)] == [1, 2, 2]
+    assert failures == [unreadable]
+    assert capsys.readouterr().out == "extract: the first took 13.0 s each; 60 by 2 processes take about 6 min\n"
 
 
 @pytest.mark.slow  # the start of one more run of two processes
