@@ -49,7 +49,7 @@ def stages_of(output: Path) -> list[Stage]:
     images, pairs, store, run = output / "images", output / "pairs.parquet", output / "regions.store", output / "run"
     model, scores, page = output / "model", output / "retrieval.json", output / "index.html"
     weights = Path(str(files("preprocessing") / "assets" / "demo_detector.safetensors"))
-    prepare = ["jsonl", output / "captions.jsonl", "--images", images, "--output", pairs]
+    prepare = ["jsonl", output / "captions.jsonl", "--images", images, "--output", pairs, "--replace"]
     boxes = ["--min-boxes", 3, "--max-boxes", 12, "--workers", PROCESSES]
     extract = ["--images", images, "--output", store, "--weights", weights, *boxes]
     pretrain = ["--module", "megainter.pretrain", "--config", "demo", "--output", run, "--data.pairs", pairs, "--data.store", store]

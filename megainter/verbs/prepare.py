@@ -20,7 +20,7 @@ def prepare(
     output: Path,
     images: Path | None = None,
     split: str | None = None,
-    captions: str | None = None,
+    captions: Annotated[str | None, Parameter(name=["--captions", "--caption-field"])] = None,
     image_field: str | None = None,
     split_field: str | None = None,
     id_field: str | None = None,
@@ -31,6 +31,9 @@ def prepare(
     test_share: float = 0.0,
     seed: int = 0,
     max_bad: float = 0.01,
+    encoding: str | None = None,
+    similar_names: bool = False,
+    replace: bool = False,
 ) -> None:
     """Turn captions into a pairs manifest (Parquet).
 
@@ -49,9 +52,10 @@ def prepare(
     split
         Keep captions of this split, and give it to those whose source names none.
     captions
-        Field or column that holds the captions (jsonl, csv, parquet), where it is not "caption" or "captions".
+        Field or column that holds the captions (jsonl, csv, parquet), where it is not "captions", "caption", "text" or "title".
     image_field
-        Field or column that holds the image's path (jsonl, csv, parquet), where it is not "image".
+        Field or column that holds the image's path (jsonl, csv, parquet), where it is not "image", "file", "file_name", "filename" or
+        "filepath".
     split_field
         Field or column that holds the split (jsonl, csv, parquet), where it is not "split".
     id_field
@@ -74,6 +78,12 @@ def prepare(
         Random seed of the draw by --val-share and --test-share.
     max_bad
         Share of unusable captions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
+    encoding
+        Encoding of a text file (jsonl, csv) that is not UTF-8, such as cp1252 (Excel in the West), gb18030 or utf-16.
+    similar_names
+        Take the one image whose name differs from the path in upper and lower case, backslashes or Unicode form alone.
+    replace
+        Put the new table in the place of another that is at --output. Without it a table that differs stays, and exit code 2 says so.
     """
     from preprocessing.prepare.captions import prepare as prepare_captions
     from preprocessing.prepare.reading import Fields
@@ -82,7 +92,8 @@ def prepare(
     fields = Fields(captions, image_field, split_field, id_field, image_names)
     shares = Shares(val_share, test_share, seed) if val_share or test_share else None
     prepare_captions(
-        source, src, output, images=images, split=split, shares=shares, fields=fields, ids=ids, store=store, max_bad=max_bad
+        source, src, output, images=images, split=split, shares=shares, fields=fields, ids=ids, store=store, max_bad=max_bad,
+        encoding=encoding, similar_names=similar_names, replace_table=replace,
     )  # fmt: skip
 
 
@@ -100,6 +111,9 @@ def boxes(
     test_share: float = 0.0,
     seed: int = 0,
     max_bad: float = 0.01,
+    encoding: str | None = None,
+    similar_names: bool = False,
+    replace: bool = False,
 ) -> None:
     """Turn labelled boxes into a manifest of boxes (Parquet), to train a detector on or to extract features at.
 
@@ -125,12 +139,21 @@ def boxes(
         Random seed of the draw by --val-share and --test-share.
     max_bad
         Share of unusable boxes above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
+    encoding
+        Encoding of a text file (jsonl) that is not UTF-8, such as cp1252 (Excel in the West), gb18030 or utf-16.
+    similar_names
+        Take the one image whose name differs from the path in upper and lower case, backslashes or Unicode form alone.
+    replace
+        Put the new table in the place of another that is at --output. Without it a table that differs stays, and exit code 2 says so.
     """
     from preprocessing.prepare.boxes import prepare_boxes
     from preprocessing.prepare.splits import Shares
 
     shares = Shares(val_share, test_share, seed) if val_share or test_share else None
-    prepare_boxes(src, output, source=source, images=images, split=split, shares=shares, ids=ids, max_bad=max_bad)
+    prepare_boxes(
+        src, output, source=source, images=images, split=split, shares=shares, ids=ids, max_bad=max_bad,
+        encoding=encoding, similar_names=similar_names, replace_table=replace,
+    )  # fmt: skip
 
 
 @prepare_app.command
@@ -144,6 +167,7 @@ def vcr(
     split: str | None = None,
     store: Path | None = None,
     max_bad: float = 0.01,
+    replace: bool = False,
 ) -> None:
     """Turn VCR's train.jsonl, val.jsonl or test.jsonl into a table of questions (Parquet).
 
@@ -164,10 +188,13 @@ def vcr(
         number.
     max_bad
         Share of unusable questions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
+    replace
+        Put the new tables in the place of others that are at --output and --boxes. Without it one that differs stays, and exit code 2
+        says so.
     """
     from preprocessing.prepare.questions import prepare_vcr
 
-    prepare_vcr(src, output, images=images, boxes=boxes, split=split, store=store, max_bad=max_bad)
+    prepare_vcr(src, output, images=images, boxes=boxes, split=split, store=store, max_bad=max_bad, replace_tables=replace)
 
 
 @prepare_app.command
@@ -192,6 +219,8 @@ def examples(
     test_share: float = 0.0,
     seed: int = 0,
     max_bad: float = 0.01,
+    encoding: str | None = None,
+    replace: bool = False,
 ) -> None:
     """Turn labelled texts, or texts about images, into a table of examples (Parquet) for `finetune classification`.
 
@@ -239,6 +268,10 @@ def examples(
         Random seed of the draw by --val-share and --test-share.
     max_bad
         Share of unusable examples above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
+    encoding
+        Encoding of a text file (GLUE's tasks, tsv) that is not UTF-8, such as cp1252 (Excel in the West), gb18030 or utf-16.
+    replace
+        Put the new table in the place of another that is at --output. Without it a table that differs stays, and exit code 2 says so.
     """
     from megainter.errors import UsageError
     from preprocessing.prepare.labelled import Columns, Options, prepare_examples
@@ -251,11 +284,24 @@ def examples(
     images = ImageOptions(tuple(annotations or ()), image_names, targets, least)
     shares = Shares(val_share, test_share, seed) if val_share or test_share else None
     options = Options(columns, regression, images)
-    prepare_examples(source, sources, output, options=options, split=split, shares=shares, store=store, max_bad=max_bad)
+    prepare_examples(
+        source, sources, output, options=options, split=split, shares=shares, store=store, max_bad=max_bad,
+        encoding=encoding, replace_table=replace,
+    )  # fmt: skip
 
 
 @prepare_app.command
-def negatives(pairs: Path, /, *, output: Path, split: str = "train", top: int = 30, below: float = 0.5, threads: int | None = None) -> None:
+def negatives(
+    pairs: Path,
+    /,
+    *,
+    output: Path,
+    split: str = "train",
+    top: int = 30,
+    below: float = 0.5,
+    threads: int | None = None,
+    replace: bool = False,
+) -> None:
     """Find hard negatives for image-text matching: for each caption the most similar ones of other images, by TF-IDF.
 
     Parameters
@@ -272,9 +318,12 @@ def negatives(pairs: Path, /, *, output: Path, split: str = "train", top: int = 
         Cosine similarity that a hard negative stays below.
     threads
         Threads that compare (default: one per core).
+    replace
+        Put the new table in the place of another that is at --output. Without it a table that differs stays, and exit code 2 says so.
     """
     import os
 
     from preprocessing.prepare.hard_negatives import mine
 
-    mine(pairs, output, split=split, top=top, below=below, threads=threads or len(os.sched_getaffinity(0)))
+    threads = threads or len(os.sched_getaffinity(0))
+    mine(pairs, output, split=split, top=top, below=below, threads=threads, replace_table=replace)

@@ -20,7 +20,8 @@ from megainter.data.tables.parquet import SPLITS, check_relative
 from megainter.errors import UsageError
 from megainter.files import read_json
 from preprocessing.prepare.caption_sources.annotations import coco_paths
-from preprocessing.prepare.captions import Finder, finder
+from preprocessing.prepare.finding import Finder
+from preprocessing.prepare.kinds import BOXES, refuse_another_kind
 from preprocessing.prepare.reading import (
     NOT_ITS_FORM,
     Reading,
@@ -35,7 +36,7 @@ from preprocessing.prepare.reading import (
     text,
     texts,
 )
-from preprocessing.prepare.report import MALFORMED, MISSING_IMAGE, OTHER_SPLIT, Report, checked, publish, refuse_overwriting
+from preprocessing.prepare.report import MALFORMED, OTHER_SPLIT, Report, checked, publish, refuse_overwriting
 from preprocessing.prepare.splits import Shares, Splitting
 
 CROWD, EMPTY = "box around a crowd", "box without area"
@@ -78,6 +79,9 @@ def prepare_boxes(
     shares: Shares | None = None,
     ids: str | None = None,
     max_bad: float = 0.01,
+    encoding: str | None = None,
+    similar_names: bool = False,
+    replace_table: bool = True,
 ) -> Report:
     """Write the manifest of boxes ``output`` from ``src``, print a report and write it to ``output``.report.json.
 
@@ -87,20 +91,24 @@ def prepare_boxes(
     not in the image.
 
     Raises ``UsageError`` (missing file, another format, an image that comes twice, nothing kept) and ``TooManyBadInputsError`` where more
-    than ``max_bad`` of the boxes, and more than one line, are malformed or without image; then no manifest is written, the report is.
+    than ``max_bad`` of the boxes, and more than one line, are malformed or without image; then nothing is written. ``encoding``,
+    ``similar_names`` and ``replace_table`` as for captions.
     """
     if not src.is_file():
         raise UsageError(f"{src} does not exist or is not a file")
-    splitting, find = Splitting(split, shares), finder(images)
+    splitting, find = Splitting(split, shares), Finder(images, similar_names)
     refuse_overwriting(output, src)
-    reading: Reading[Labelled] = _coco(src) if source == "coco" else read_lines(src, _line)
+    refuse_another_kind(src, "json" if source == "coco" else source, BOXES)
+    if encoding is not None and source == "coco":
+        raise UsageError("COCO's JSON is always UTF-8; --encoding is for --format jsonl")
+    reading: Reading[Labelled] = _coco(src) if source == "coco" else read_lines(src, _line, encoding, asks_encoding=True)
     rename = renamer(ids) if ids is not None else str
     report, items = Report(place=reading.place), shown(reading, "boxes")
     cut = list[str]()
     rows = _rows(src, items, report, find, splitting, cut, rename)
-    write_boxes(output, checked(rows, report, src, output, max_bad, "boxes"))
+    write_boxes(output, checked(rows, report, src, output, max_bad, "boxes"), replace_table)
     notes = [f"note: {len(cut):,} boxes were cut at the image's edge, first of image {cut[0]}"] if cut else []
-    publish(report, src, output, "boxes", *notes, *splitting.notes(report))
+    publish(report, src, output, "boxes", *notes, *find.notes(), *splitting.notes(report))
     return report
 
 
@@ -123,7 +131,8 @@ def _rows(
         elif not splitting.keeps(item.image.split):
             report.drop(OTHER_SPLIT, f"{item.where}: {item.image.split}", max(1, len(item.image.boxes)))
         elif (path := find(item.paths)) is None:
-            report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r:.80}", max(1, len(item.image.boxes)))
+            reason, words = find.missing(item.paths)
+            report.drop(reason, f"{item.where}: {words}", max(1, len(item.image.boxes)))
         else:
             try:
                 image_id = rename(item.image.image_id or os.path.splitext(path)[0])

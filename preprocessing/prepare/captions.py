@@ -4,9 +4,8 @@ import os
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -18,18 +17,24 @@ from megainter.data.image_ids import match, renamer
 from megainter.data.tables.pairs import DuplicatePairError, Pair, write_pairs
 from megainter.data.tables.parquet import SPLITS, check_relative
 from megainter.errors import UsageError
-from megainter.files import inside
+from preprocessing.prepare import kinds
 from preprocessing.prepare.caption_sources import addresses, annotations, tables
+from preprocessing.prepare.finding import Finder
+from preprocessing.prepare.kinds import CAPTIONS, refuse_another_kind
 from preprocessing.prepare.reading import Fields, Item, Items, Reading, Unusable, refuse_fields, shown
-from preprocessing.prepare.report import BLANK, MALFORMED, MISSING_IMAGE, OTHER_SPLIT, Report, checked, publish, refuse_overwriting
+from preprocessing.prepare.report import BLANK, MALFORMED, OTHER_SPLIT, Report, checked, publish, refuse_overwriting
 from preprocessing.prepare.splits import Shares, Splitting
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 COLUMNS = ("captions", "image", "split", "pair_id")
+# What a user may name of each source that is no Parquet.
+NAMED: Mapping[str, Sequence[str]] = {"jsonl": COLUMNS, "csv": COLUMNS, "conceptual-captions": ("image_names",), "sbu": ("image_names",)}
+
+# What a file of each source is, as far as its first bytes tell.
+WANTED: Mapping[str, kinds.Kind] = {"jsonl": "jsonl", "csv": "csv", "parquet": "parquet", "coco": "json", "visual-genome": "json"}
 
 Kind = Literal["coco", "flickr30k", "conceptual-captions", "sbu", "visual-genome", "jsonl", "csv", "parquet"]
-Finder = Callable[[tuple[str, ...]], str | None]
 
 
 def prepare(
@@ -44,33 +49,37 @@ def prepare(
     ids: str | None = None,
     store: Path | None = None,
     max_bad: float = 0.01,
+    encoding: str | None = None,
+    similar_names: bool = False,
+    replace_table: bool = True,
 ) -> Report:
     """Write the manifest ``output`` from the captions ``src``, print a report and write it to ``output``.report.json.
 
     ``images``: drop captions whose image is not in that folder; images that stand in the table are written there. ``split``: keep only
     captions of that split; those that name none are given it. ``shares``: for captions without splits. ``fields``: names that the source
     uses instead of the usual ones. ``ids``: how an image's id is made of the usual one (``image_ids.renamer``). ``store``: give images the
-    ids that this feature store has them under, whatever form of their name that is.
+    ids that this feature store has them under, whatever form of their name that is. ``encoding`` of a jsonl or csv that is not UTF-8.
+    ``similar_names``: as ``finding.Finder``. Without ``replace_table`` another table that is at ``output`` stays.
 
     Raises ``UsageError`` (missing file, another format, pair ids that come twice, nothing kept, an ``output`` that is the source or
     something else than a manifest) and ``TooManyBadInputsError`` where more than ``max_bad`` of the captions, and more than one line, are
-    malformed or without image; then no manifest is written, the report is.
+    malformed or without image; then nothing is written.
     """
     splitting = Splitting(split, shares)
     refuse_overwriting(output, src, *(src.glob("*.parquet") if src.is_dir() else ()))
-    reading = _open(source, src, fields or Fields(), images)
-    find = finder(images)
+    reading = _open(source, src, fields or Fields(), images, encoding)
+    find = Finder(images, similar_names)
     report, lines = Report(place=reading.place), array("Q")
     items = shown(reading, "captions")
     pairs = checked(_pairs(items, report, lines, find, splitting, renamer(ids) if ids else str), report, src, output, max_bad, "captions")
     notes = list[str]()
     try:
-        write_pairs(output, pairs if store is None else _matched(list(pairs), store, notes))
+        write_pairs(output, pairs if store is None else _matched(list(pairs), store, notes), replace_table)
     except DuplicatePairError as error:
         first, second = (f"{reading.place} {lines[row]}" for row in (error.first, error.second))
         raise UsageError(_twice(src, error.pair_id, first, second)) from None
     report.images = pc.count_distinct(pq.read_table(output, columns=["image_id"]).column("image_id")).as_py()
-    publish(report, src, output, "captions", *reading.notes(), *notes, *splitting.notes(report))
+    publish(report, src, output, "captions", *reading.notes(), *notes, *find.notes(), *splitting.notes(report))
     return report
 
 
@@ -100,20 +109,25 @@ def _twice(src: Path, pair_id: str, first: str, second: str) -> str:
     )
 
 
-def _open(source: str, src: Path, fields: Fields, images: Path | None) -> Reading[Item]:
+def _open(source: str, src: Path, fields: Fields, images: Path | None, encoding: str | None) -> Reading[Item]:
     """The captions of ``src`` in any of the formats; images that stand in it are written to the folder ``images``."""
     tabular = source == "parquet" or (source in ("conceptual-captions", "sbu") and tables.is_download(src))
     if not (src.is_file() or (src.is_dir() and (tabular or source == "sbu"))):
         raise UsageError(f"{src} does not exist or is not a file")
+    if encoding is not None and source not in ("jsonl", "csv"):
+        raise UsageError(f"{source} is always UTF-8; --encoding is for jsonl and csv")
+    if not tabular:
+        refuse_fields(source, fields, *NAMED.get(source, ()))
+    if src.is_file() and (wanted := WANTED.get("parquet" if tabular else source)):
+        refuse_another_kind(src, wanted, CAPTIONS)
     if tabular:
         return tables.table_of_parquet(src, fields, images)
-    if source in ("jsonl", "csv"):
-        refuse_fields(source, fields, *COLUMNS)
-        return annotations.jsonl(src, fields) if source == "jsonl" else tables.table_of_csv(src, fields)
+    if source == "jsonl":
+        return annotations.jsonl(src, fields, encoding)
+    if source == "csv":
+        return tables.table_of_csv(src, fields, encoding)
     if source in ("conceptual-captions", "sbu"):
-        refuse_fields(source, fields, "image_names")
         return addresses.conceptual_captions(src, fields) if source == "conceptual-captions" else addresses.sbu(src, fields)
-    refuse_fields(source, fields)
     if source == "visual-genome":
         return annotations.visual_genome(src)
     return annotations.coco(src) if source == "coco" else annotations.flickr30k(src)
@@ -137,7 +151,8 @@ def _pairs(
         elif not splitting.keeps(item.split):
             report.drop(OTHER_SPLIT, f"{item.where}: {item.split}", len(item.captions))
         elif (path := find(item.paths)) is None:
-            report.drop(MISSING_IMAGE, f"{item.where}: {item.paths[0]!r:.80}", len(item.captions))
+            reason, words = find.missing(item.paths)
+            report.drop(reason, f"{item.where}: {words}", len(item.captions))
         else:
             try:
                 image_id = rename(item.image_id or os.path.splitext(path)[0])
@@ -169,24 +184,3 @@ def _problem(item: Item) -> str | None:
         if reason := check_relative(path):
             return f"image {path!r:.80} {reason}"
     return None if item.split in SPLITS else f"split {item.split!r:.80} is not train, val or test"
-
-
-def finder(folder: Path | None) -> Finder:
-    """Which of an image's paths to take: the one that is there, or the first where no folder was given. ``UsageError`` for no folder."""
-    if folder is None:
-        return lambda paths: os.path.normpath(paths[0])
-    if not folder.is_dir():
-        raise UsageError(f"images folder {folder} does not exist or is not a folder")
-
-    @lru_cache(maxsize=65536)  # captions of one image stand near each other
-    def find(paths: tuple[str, ...]) -> str | None:
-        return next((os.path.normpath(path) for path in paths if _is_file(folder, path)), None)
-
-    return find
-
-
-def _is_file(folder: Path, path: str) -> bool:
-    try:
-        return inside(folder, path).is_file()
-    except (UsageError, OSError):
-        return False

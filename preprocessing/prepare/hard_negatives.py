@@ -47,10 +47,20 @@ class Mined:
     frequent: int
 
 
-def mine(path: Path, output: Path, *, split: str | None = "train", top: int = TOP, below: float = BELOW, threads: int = 1) -> Mined:
+def mine(
+    path: Path,
+    output: Path,
+    *,
+    split: str | None = "train",
+    top: int = TOP,
+    below: float = BELOW,
+    threads: int = 1,
+    replace_table: bool = True,
+) -> Mined:
     """Find the hard negatives of the pairs in ``path`` (of one split, or of all where None) and write them to ``output``.
 
-    Captions that read the same (``plain_text``) are no negatives of one another, however high ``below`` is.
+    Captions that read the same (``plain_text``) are no negatives of one another, however high ``below`` is. Without
+    ``replace_table`` others that are there stay.
     Raises ``UsageError`` for pairs that cannot be read, of one image only, or without words.
     """
     if top < 1 or not 0 < below <= 1 or threads < 1:
@@ -68,7 +78,7 @@ def mine(path: Path, output: Path, *, split: str | None = "train", top: int = TO
                 progress.update(len(lengths))
                 yield lengths, rows
 
-    write_hard_negatives(output, counted(), facts)
+    write_hard_negatives(output, counted(), facts, replace_table)
     lengths = np.concatenate(counts)
     mined = Mined(len(pairs), int((lengths == 0).sum()), int(lengths.sum()), vectors.shape[1], frequent)
     print(f"{path} -> {output}", *_lines(mined, top), sep="\n  ", flush=True)

@@ -12,7 +12,7 @@ from preprocessing.prepare import coco, labelled_images
 from preprocessing.prepare.captions import names_in_store, normalise
 from preprocessing.prepare.delimited import shown_names
 from preprocessing.prepare.labelled_images import NO_LABEL, to_predict
-from preprocessing.prepare.reading import Reading, Unusable, read_lines, shown, split_name
+from preprocessing.prepare.reading import Reading, Unusable, read_lines, shown, split_name, text_encoding
 from preprocessing.prepare.report import Report, checked, publish, refuse_overwriting
 from preprocessing.prepare.splits import Shares, Splitting
 
@@ -76,11 +76,14 @@ def prepare_examples(
     shares: Shares | None = None,
     store: Path | None = None,
     max_bad: float = 0.01,
+    encoding: str | None = None,
+    replace_table: bool = True,
 ) -> Report:
     """Write the examples of one or several files to ``output``, print a report and write it to ``output``.report.json.
 
     A file's split is in its name (train, dev, test1), or in a column of a tsv; ``split`` keeps only that one, and is given to what names
     none; ``shares`` draws them by the example's id. ``store``: the feature store whose ids the examples' images are to have.
+    ``encoding`` of tables with tabs that are not UTF-8. Without ``replace_table`` another table that is at ``output`` stays.
 
     Raises ``UsageError`` (missing file, another format, nothing kept, an id that repeats) and ``TooManyBadInputsError`` where more than
     ``max_bad`` of the examples, and more than one line, cannot be used.
@@ -92,7 +95,7 @@ def prepare_examples(
         if not src.is_file():
             raise UsageError(f"{src} does not exist or is not a file")
     refuse_overwriting(output, *sources, *options.images.annotations)
-    readings = [(src, reading) for src, reading in zip(sources, _open(source, sources, options))]
+    readings = [(src, reading) for src, reading in zip(sources, _open(source, sources, options, encoding))]
     report = Report(place="entry" if source == "vqa" else "line")
     kept = list(checked(_kept(readings, report, splitting), report, sources[0], output, max_bad, "examples"))
     notes = list[str]()
@@ -102,7 +105,7 @@ def prepare_examples(
     task = _task(source, kept, options)
     if task.problem != "regression" and not task.classes:
         notes.append("note: no example has a label, nor is there a class: this table is for predictions by a model that knows its classes")
-    write_examples(output, kept, task)
+    write_examples(output, kept, task, replace_table)
     publish(report, sources[0], output, "examples", *notes, *splitting.notes(report))
     return report
 
@@ -114,15 +117,17 @@ def _matched(examples: list[Example], store: Path, notes: list[str]) -> list[Exa
     return [replace(example, images=tuple(names.get(image, image) for image in example.images)) for example in examples]
 
 
-def _open(source: str, sources: Sequence[Path], options: Options) -> list[Reading[tuple[int, Example]]]:
+def _open(source: str, sources: Sequence[Path], options: Options, encoding: str | None) -> list[Reading[tuple[int, Example]]]:
     """A reading of each file."""
     if source in ("vqa", "nlvr2", "snli-ve"):
+        if encoding is not None:
+            raise UsageError(f"{source} is always UTF-8; --encoding is for tables with tabs")
         return labelled_images.open_files(source, sources, options.images, split_of)
     if options.images != labelled_images.ImageOptions():
         raise UsageError(f"{source} has no images; leave out what is for vqa, nlvr2 and snli-ve")
     if (options.columns is None) == (source == "tsv"):
         raise UsageError("tsv needs --text, and no other source takes it: its columns are known")
-    return [_table(source, src, _layout(source, options)) for src in sources]
+    return [_table(source, src, _layout(source, options), encoding) for src in sources]
 
 
 def _layout(source: str, options: Options) -> Layout:
@@ -175,20 +180,20 @@ def split_of(src: Path) -> str:
     return split_name(found[1]) if found else coco.split_of(src.name)
 
 
-def _table(source: str, src: Path, layout: Layout) -> Reading[tuple[int, Example]]:
+def _table(source: str, src: Path, layout: Layout, encoding: str | None = None) -> Reading[tuple[int, Example]]:
     """A file of tab-separated lines without quoting, under a header line (CoLA's training files have none)."""
-    header, has_header = _header(source, src)
+    header, has_header = _header(source, src, encoding)
     split, places = split_of(src), {name: column for column, name in enumerate(header)}
     _refuse_missing(src, layout, header, split)
     parse = _parser(source, src, layout, header, places, split)
-    reading = read_lines(src, lambda number, line: None if has_header and number == 1 else (number, parse(number, line)))
+    reading = read_lines(src, lambda number, line: None if has_header and number == 1 else (number, parse(number, line)), encoding, True)
     return Reading((item for item in reading.items if item is not None), reading.total, reading.unit, reading.position)
 
 
-def _header(source: str, src: Path) -> tuple[list[str], bool]:
+def _header(source: str, src: Path, encoding: str | None) -> tuple[list[str], bool]:
     """Names of the columns, and whether they stand in the file."""
-    with open(src, "rb") as file:
-        first = file.readline().decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+    with open(src, encoding=text_encoding(src, encoding), errors="replace", newline="") as file:
+        first = file.readline().rstrip("\r\n").split("\t")
     if source == "cola" and "sentence" not in first:
         if len(first) != len(COLA_COLUMNS):
             raise UsageError(f"{src} is not a file of CoLA: its first line has {len(first)} columns, not {len(COLA_COLUMNS)}")

@@ -29,11 +29,13 @@ def prepare_vcr(
     split: str | None = None,
     store: Path | None = None,
     max_bad: float = 0.01,
+    replace_tables: bool = True,
 ) -> Report:
     """Write the questions of ``src`` (train.jsonl, val.jsonl or test.jsonl) to ``output``, and a report beside it.
 
     ``images`` (vcr1images): drop questions whose image or metadata is not there. ``boxes``: a manifest of the annotated boxes of those
-    images, in the order of the questions' objects. ``store``: the feature store whose ids the images are to have, in both.
+    images, in the order of the questions' objects. ``store``: the feature store whose ids the images are to have, in both. Without
+    ``replace_tables`` others that are there stay.
 
     Raises ``UsageError`` (missing file, unknown split, nothing kept, no image in the store) and ``TooManyBadInputsError`` where more than
     ``max_bad`` of the questions, and more than one, cannot be used.
@@ -57,9 +59,11 @@ def prepare_vcr(
         questions = iter([*questions])  # to the last one, so that all images are known
         names, told = names_in_store(sources, store)
         notes.append(told)
-    write_questions(output, (replace(question, image_id=names.get(question.image_id, question.image_id)) for question in questions))
+    written = (replace(question, image_id=names.get(question.image_id, question.image_id)) for question in questions)
+    write_questions(output, written, replace_tables)
     if boxes is not None and images is not None:
-        write_boxes(boxes, _boxes(images, {names.get(image_id, image_id): paths for image_id, paths in sources.items()}, split))
+        paths_of = {names.get(image_id, image_id): paths for image_id, paths in sources.items()}
+        write_boxes(boxes, _boxes(images, paths_of, split), replace_tables)
     report.images = len(sources)
     publish(report, src, output, "questions", *notes)
     return report

@@ -1,12 +1,15 @@
 """What every caption source gives: items, or why there is none; and how fields of one record become an item."""
 
+import codecs
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 
 from megainter.errors import UsageError
 from megainter.progress import Progress
@@ -14,6 +17,11 @@ from preprocessing.prepare import coco
 from preprocessing.prepare.delimited import shown_names
 from preprocessing.prepare.report import MALFORMED
 
+UTF8 = "utf-8-sig"  # with a byte order mark or without
+NOT_UTF8 = "not UTF-8"
+# Names that fields and columns usually have, the first that is there.
+IMAGE_NAMES = ("image", "file", "file_name", "filename", "filepath")
+CAPTION_NAMES = ("captions", "caption", "text", "title")
 NOT_DOWNLOADED, SHARED_NAME = "not downloaded", "file name shared by several addresses"
 # What parsers of an entry raise where it holds something else than they look for, in itself or as a number of too many digits.
 NOT_ITS_FORM = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -88,24 +96,69 @@ def shown(reading: Reading[Entry], label: str) -> Iterator[Entry | Unusable]:
         progress.update(reading.total - progress.done)
 
 
-def read_lines(src: Path, parse: Callable[[int, str], Entry]) -> Reading[Entry]:
-    """``parse(number, line)`` of a text file's lines, read as they are needed; empty lines are passed over."""
-    file = open(src, "rb")  # noqa: SIM115 (closed by the generator)
-    return Reading(decoded(file, parse), src.stat().st_size, "bytes", file.tell)
+def read_lines(
+    src: Path, parse: Callable[[int, str], Entry], encoding: str | None = None, asks_encoding: bool = False
+) -> Reading[Entry]:  # fmt: skip
+    """``parse(number, line)`` of a text file's lines, read as they are needed; empty lines are passed over.
+
+    ``encoding`` as for ``text_encoding``. Where the command takes one (``asks_encoding``), a line that is not UTF-8 says so.
+    """
+    found = text_encoding(src, encoding)
+    raw = open(src, "rb")  # noqa: SIM115 (closed by the generator)
+    lines = TextIOWrapper(raw, found, "surrogateescape" if found == UTF8 else "strict", newline="\n")
+    return Reading(_parsed_lines(src, lines, parse, asks_encoding), src.stat().st_size, "bytes", raw.tell)
 
 
-def decoded(file: Any, parse: Callable[[int, str], Entry]) -> Iterator[Entry | Unusable]:
-    """What ``parse`` makes of each line of a binary file, or an ``Unusable``; closes the file."""
+def _parsed_lines(src: Path, file: TextIO, parse: Callable[[int, str], Entry], asks_encoding: bool) -> Iterator[Entry | Unusable]:
+    """What ``parse`` makes of each line, or an ``Unusable``; closes the file."""
     with file:
-        for number, raw in enumerate(file, 1):
+        for number, line in enumerate(decodable(src, file), 1):
+            if is_broken(line):
+                yield Unusable(number, not_utf8(line) if asks_encoding else NOT_UTF8)
+                continue
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 if line.strip():
-                    yield parse(number, line)
-            except UnicodeDecodeError:
-                yield Unusable(number, "not UTF-8")
+                    yield parse(number, line.rstrip("\r\n"))
             except NOT_ITS_FORM as error:
                 yield Unusable(number, _reason(error))
+
+
+def text_encoding(src: Path, asked: str | None) -> str:
+    """The encoding of a text file: the one ``asked`` for, UTF-16 where the first bytes are its mark, else UTF-8, with or without mark.
+
+    ``UsageError`` for one that Python does not know.
+    """
+    if asked is None:
+        with open(src, "rb") as file:
+            return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else UTF8
+    try:
+        "".encode(asked).decode(asked)
+        return UTF8 if codecs.lookup(asked).name in ("utf-8", "ascii") else asked
+    except (LookupError, ValueError):
+        raise UsageError(f"--encoding {asked!r:.80} is not known: give one such as utf-8, utf-16, cp1252, gb18030 or shift_jis") from None
+
+
+def decodable(src: Path, lines: Iterable[str]) -> Iterator[str]:
+    """``lines``; ``UsageError`` where one cannot be decoded."""
+    try:
+        yield from lines
+    except UnicodeError as error:
+        raise UsageError(f"{src} is not in the encoding that was named or that its first bytes tell: {error}") from None
+
+
+def is_broken(text: str) -> bool:
+    """Whether ``text`` holds bytes that were not UTF-8 (``surrogateescape``)."""
+    return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def not_utf8(text: str) -> str:
+    """What is wrong with a broken line, and the encoding that it may have: a Chinese one where it reads as Chinese, else Windows's."""
+    raw = text.encode("utf-8", "surrogateescape")
+    try:
+        chinese = any("\u4e00" <= character <= "\u9fff" for character in raw.decode("gb2312"))  # whose characters are two bytes, both high
+    except UnicodeDecodeError:
+        chinese = False
+    return f"{NOT_UTF8}; perhaps --encoding {'gb18030' if chinese else 'cp1252'}"
 
 
 def read_entries(entries: list[Any], parse: Callable[[int, dict[str, Any]], Item]) -> Reading[Item]:
@@ -160,7 +213,9 @@ def texts(value: dict[str, Any], name: str) -> list[str]:
 
 def record_item(number: int, value: dict[str, Any], fields: Fields, place: str = "line") -> Item:
     """An item of one record with named fields: a line of JSON, a row of CSV or Parquet."""
-    name = fields.captions or ("captions" if "captions" in value else "caption")
+    if fields.captions is None or fields.image is None:
+        fields = named(tuple(value), fields)
+    name = fields.captions or "caption"
     if name not in value:
         raise ValueError(f"no field {name!r:.80}; there are {shown_names(value, quoted=True)}")
     image_id = _optional(value, "image_id")
@@ -179,6 +234,26 @@ def record_item(number: int, value: dict[str, Any], fields: Fields, place: str =
         image_id=image_id,
         split=split,
     )
+
+
+@lru_cache(maxsize=256)  # records of one file have the same names, nearly all
+def named(names: tuple[str, ...], fields: Fields) -> Fields:
+    """``fields`` with the names that are not given found among ``names``, where they are there."""
+    return replace(
+        fields,
+        captions=fields.captions or usual_name(names, CAPTION_NAMES),
+        image=fields.image or usual_name(names, IMAGE_NAMES),
+        split=fields.split or usual_name(names, ("split",)),
+        pair_id=fields.pair_id or usual_name(names, ("pair_id",)),
+    )
+
+
+def usual_name(names: Collection[str], usual: Sequence[str]) -> str | None:
+    """The first of the ``usual`` names that is among ``names``, as it is written there: Caption, FILE, with blanks around."""
+    if exact := next((name for name in usual if name in names), None):
+        return exact
+    plain = {name.strip().casefold(): name for name in names}
+    return next((plain[name] for name in usual if name in plain), None)
 
 
 def _optional(value: dict[str, Any], name: str) -> str | None:

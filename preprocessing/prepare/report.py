@@ -10,7 +10,9 @@ from megainter.files import write_json
 
 MALFORMED, MISSING_IMAGE, MISSING_METADATA = "malformed", "image file missing", "metadata file missing"
 BLANK, OTHER_SPLIT = "blank caption", "another split"
-BAD = (MALFORMED, MISSING_IMAGE, MISSING_METADATA)  # faults of the data; what is left out for another reason was asked for, or is usual
+MISNAMED = "image file named a little otherwise"
+# Faults of the data; what is left out for another reason was asked for, or is usual.
+BAD = (MALFORMED, MISSING_IMAGE, MISNAMED, MISSING_METADATA)
 EXAMPLES_KEPT, EXAMPLE_LENGTH = 20, 300  # per reason; in characters, whatever a file holds
 Row = TypeVar("Row")
 
@@ -69,20 +71,18 @@ class Report:
 def checked(rows: Iterator[Row], report: Report, src: Path, output: Path, max_bad: float, what: str) -> Iterator[Row]:
     """Passes rows on; at the end, with the counts known and nothing published, refuses what may not become a table.
 
-    Raises ``UsageError`` where nothing was kept and ``TooManyBadInputsError`` where ``report`` is too bad; then the report is written.
+    Raises ``UsageError`` where nothing was kept and ``TooManyBadInputsError`` where ``report`` is too bad; then nothing is written.
     """
     yield from rows
     too_bad = report.too_bad(max_bad)
     if report.kept and not too_bad:
         return
-    path = report_path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(report))
     why = "; ".join(report.lines(what)[1:]) or "it holds none"
     if not too_bad:
         raise UsageError(f"{src}: no {what} are left: {why}")
     raise TooManyBadInputsError(
-        f"{src}: {report.bad():,} of {report.total():,} {what} cannot be used, more than --max-bad {max_bad:g}: {why}; see {path}"
+        f"{src}: {report.bad():,} of {report.total():,} {what} cannot be used, more than --max-bad {max_bad:g}: {why}; "
+        f"--max-bad 1 keeps the others, and {report_path(output).name} then has more examples"
     )
 
 

@@ -50,14 +50,17 @@ class HardNegatives:
         return len(self.offsets) - 1
 
 
-def write_hard_negatives(path: Path, lists: Iterable[tuple[NDArray[np.int32], NDArray[np.int32]]], facts: dict[str, Any]) -> None:
+def write_hard_negatives(
+    path: Path, lists: Iterable[tuple[NDArray[np.int32], NDArray[np.int32]]], facts: dict[str, Any], replace: bool = True
+) -> None:
     """Write lists of rows as they come, atomically, as ``(counts, rows)``: int32 [captions of the part] and [their sum].
 
-    ``facts`` become the file's metadata; ``facts["pairs_digest"]`` is the digest of the pairs that the rows are rows of.
+    ``facts`` become the file's metadata; ``facts["pairs_digest"]`` is the digest of the pairs that the rows are rows of; ``replace`` as
+    in ``parquet.parquet_aside``.
     """
     schema = HARD_SCHEMA.with_metadata({"megainter": json.dumps(facts)})
     batches = (pa.record_batch([_as_lists(counts, rows)], schema=schema) for counts, rows in lists)
-    with parquet_aside(path, schema) as partial:
+    with parquet_aside(path, schema, replace) as partial:
         write_batches(partial, schema, batches)
 
 

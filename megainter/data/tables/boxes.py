@@ -59,8 +59,11 @@ def read_boxes(path: Path, split: str | None = None) -> list[ImageBoxes]:
     return images
 
 
-def write_boxes(path: Path, rows: Iterable[ImageBoxes]) -> int:
-    """Write images with boxes as they come, atomically, and return how many. ``UsageError`` for a bad box."""
+def write_boxes(path: Path, rows: Iterable[ImageBoxes], replace: bool = True) -> int:
+    """Write images with boxes as they come, atomically, and return how many. ``UsageError`` for a bad box.
+
+    ``replace`` as in ``parquet.parquet_aside``.
+    """
     count = 0
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -72,7 +75,7 @@ def write_boxes(path: Path, rows: Iterable[ImageBoxes]) -> int:
             count += len(images)
             yield record_batch(path, columns, BOXES_SCHEMA)
 
-    with parquet_aside(path, BOXES_SCHEMA) as partial:
+    with parquet_aside(path, BOXES_SCHEMA, replace) as partial:
         write_batches(partial, BOXES_SCHEMA, batches())
     return count
 

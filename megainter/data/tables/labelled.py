@@ -108,8 +108,8 @@ class Examples:
         return Examples(table, self.task, self.images, _digest(table, self.task))
 
 
-def write_examples(path: Path, rows: Iterable[Example], task: TaskFacts) -> int:
-    """Write examples as they come, atomically, and return how many.
+def write_examples(path: Path, rows: Iterable[Example], task: TaskFacts, replace: bool = True) -> int:
+    """Write examples as they come, atomically, and return how many; ``replace`` as in ``parquet.parquet_aside``.
 
     ``UsageError`` for one that cannot be read back, or an id that repeats.
     """
@@ -130,7 +130,7 @@ def write_examples(path: Path, rows: Iterable[Example], task: TaskFacts) -> int:
             columns = [[getattr(example, name) for example in examples] for name in schema.names]
             yield record_batch(path, columns, EXAMPLES_SCHEMA)
 
-    with parquet_aside(path, EXAMPLES_SCHEMA) as partial:
+    with parquet_aside(path, EXAMPLES_SCHEMA, replace) as partial:
         write_batches(partial, schema, batches())
     return count
 

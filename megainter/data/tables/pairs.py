@@ -126,8 +126,8 @@ def _group_has(file: pq.ParquetFile, group: int, split: str) -> bool:
     return bool(pc.any(pc.equal(values, split)).as_py())
 
 
-def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
-    """Write pairs as they come, atomically, and return how many.
+def write_pairs(path: Path, rows: Iterable[Pair], replace: bool = True) -> int:
+    """Write pairs as they come, atomically, and return how many; ``replace`` as in ``parquet.parquet_aside``.
 
     ``DuplicatePairError`` where a pair id comes twice, ``UsageError`` where an image id has two paths or a row cannot be read back.
     """
@@ -139,7 +139,7 @@ def write_pairs(path: Path, rows: Iterable[Pair]) -> int:
             columns = [[getattr(row, name) for row in rows_of_group] for name in PAIRS_SCHEMA.names]
             yield record_batch(path, columns, PAIRS_SCHEMA)
 
-    with parquet_aside(path, PAIRS_SCHEMA) as partial:
+    with parquet_aside(path, PAIRS_SCHEMA, replace) as partial:
         write_batches(partial, PAIRS_SCHEMA, batches())
         _refuse_repeated_hashes(path, partial, np.frombuffer(hashes, np.uint64))
         images = pq.read_table(partial, columns=["image_id", "image"])

@@ -1,5 +1,6 @@
 """Parquet tables on the disk: opened and read strictly, in parts, written aside; splits and digests."""
 
+import filecmp
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,12 +33,17 @@ def check_relative(relative: str) -> str | None:
 
 
 @contextmanager
-def parquet_aside(path: Path, schema: pa.Schema) -> Iterator[Path]:
-    """``files.aside`` in a folder that is made. ``UsageError`` at once where ``path`` is something else than a table with these columns."""
+def parquet_aside(path: Path, schema: pa.Schema, replace: bool = True) -> Iterator[Path]:
+    """``files.aside`` in a folder that is made. ``UsageError`` at once where ``path`` is something else than a table with these columns.
+
+    Without ``replace`` a table that is there stays, and ``UsageError`` says so, unless the new one is the same.
+    """
     _refuse_another_file(path, schema)
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path) as partial:
         yield partial
+        if not replace and path.exists() and not filecmp.cmp(partial, path, shallow=False):
+            raise UsageError(f"{path} is there with other content, and stays: add --replace to put the new table in its place")
 
 
 def _refuse_another_file(path: Path, schema: pa.Schema) -> None:

@@ -68,8 +68,11 @@ class Questions:
         return _question(values[0])
 
 
-def write_questions(path: Path, rows: Iterable[Question]) -> int:
-    """Write questions as they come, atomically, and return how many. ``UsageError`` for a row that cannot be read back."""
+def write_questions(path: Path, rows: Iterable[Question], replace: bool = True) -> int:
+    """Write questions as they come, atomically, and return how many. ``UsageError`` for a row that cannot be read back.
+
+    ``replace`` as in ``parquet.parquet_aside``.
+    """
     count = 0
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -81,7 +84,7 @@ def write_questions(path: Path, rows: Iterable[Question]) -> int:
             columns = [[_cell(question, name) for question in questions] for name in QUESTIONS_SCHEMA.names]
             yield record_batch(path, columns, QUESTIONS_SCHEMA)
 
-    with parquet_aside(path, QUESTIONS_SCHEMA) as partial:
+    with parquet_aside(path, QUESTIONS_SCHEMA, replace) as partial:
         write_batches(partial, QUESTIONS_SCHEMA, batches())
     return count
 

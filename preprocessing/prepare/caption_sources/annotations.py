@@ -27,9 +27,9 @@ from preprocessing.prepare.reading import (
 )
 
 
-def jsonl(src: Path, fields: Fields) -> Reading[Item]:
+def jsonl(src: Path, fields: Fields, encoding: str | None = None) -> Reading[Item]:
     """``{"image": "a.jpg", "caption": "..."}`` or ``"captions": [...]`` a line, optionally "image_id", "pair_id", "split"."""
-    return read_lines(src, lambda number, line: record_item(number, json_object(line), fields))
+    return read_lines(src, lambda number, line: record_item(number, json_object(line), fields), encoding, asks_encoding=True)
 
 
 def coco(src: Path) -> Reading[Item]:

@@ -14,30 +14,63 @@ from megainter.errors import UsageError
 from preprocessing.prepare.caption_sources.addresses import Address, names_of
 from preprocessing.prepare.caption_sources.embedded import ROWS_AT_ONCE, EmbeddedImages, holds_images
 from preprocessing.prepare.delimited import Fault, delimited_rows, header_cells, literal_notes, shown_names
-from preprocessing.prepare.reading import NOT_DOWNLOADED, Fields, Item, Items, Reading, Unusable, record_item, text
+from preprocessing.prepare.reading import (
+    CAPTION_NAMES,
+    IMAGE_NAMES,
+    NOT_DOWNLOADED,
+    UTF8,
+    Fields,
+    Item,
+    Items,
+    Reading,
+    Unusable,
+    decodable,
+    is_broken,
+    named,
+    not_utf8,
+    record_item,
+    text,
+    text_encoding,
+)
 
 DELIMITERS = (",", "\t", ";", "|")
 DOWNLOADED = {"key", "url", "caption", "status"}  # columns of img2dataset's tables
 DOWNLOADED_IMAGES = ("jpg", "png", "webp")  # its columns of images, where its output is Parquet
 
 
-def table_of_csv(src: Path, fields: Fields) -> Reading[Item]:
+def table_of_csv(src: Path, fields: Fields, encoding: str | None = None) -> Reading[Item]:
     """A header line, then a row for each caption; the delimiter is the one that the header has most of."""
+    found = text_encoding(src, encoding)
     raw = open(src, "rb")  # noqa: SIM115 (closed by the generator)
-    file = TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    header = file.readline()
+    file = TextIOWrapper(raw, encoding=found, errors="surrogateescape" if found == UTF8 else "strict", newline="")
+    lines = decodable(src, file)
+    header = next(lines, "")
     delimiter = max(DELIMITERS, key=header.count)
     columns = header_cells(header, delimiter)
+    given, fields = fields, named(tuple(columns), fields)
     _refuse_missing(src, columns, fields)
+
     literal = list[int]()
-    items = _csv_items(file, columns, delimiter, fields, literal)
-    return Reading(items, src.stat().st_size, "bytes", raw.tell, notes=partial(literal_notes, literal))
+    items = _csv_items(file, lines, columns, delimiter, fields, literal)
+    notes = partial(_csv_notes, given, fields, literal)
+    return Reading(items, src.stat().st_size, "bytes", raw.tell, notes=notes)
 
 
-def _csv_items(file: TextIO, columns: list[str], delimiter: str, fields: Fields, literal: list[int]) -> Items:
+def _csv_notes(given: Fields, fields: Fields, literal: list[int]) -> list[str]:
+    return [*_names_taken(given, fields), *literal_notes(literal)]
+
+
+def _names_taken(given: Fields, fields: Fields) -> list[str]:
+    """What the user should know of columns that were taken without having been named, under other names than the first usual ones."""
+    taken = [f"captions from column {fields.captions!r:.80}"] if fields.captions not in (given.captions, "caption", "captions") else []
+    taken += [f"images from column {fields.image!r:.80}"] if fields.image not in (given.image, "image") else []
+    return [f"note: {', '.join(taken)} (--captions and --image-field name others)"] if taken else []
+
+
+def _csv_items(file: TextIO, lines: Iterator[str], columns: list[str], delimiter: str, fields: Fields, literal: list[int]) -> Items:
     """``literal`` takes the lines in which quotation marks were taken for text."""
     with file:
-        for row in delimited_rows(file, delimiter, len(columns), columns.index(fields.image or "image")):
+        for row in delimited_rows(lines, delimiter, len(columns), columns.index(fields.image or "image")):
             if isinstance(row, Fault):
                 yield Unusable(row.number, row.reason)
                 continue
@@ -52,8 +85,8 @@ def _csv_items(file: TextIO, columns: list[str], delimiter: str, fields: Fields,
 def _csv_item(number: int, row: list[str], columns: list[str], fields: Fields) -> Item:
     if len(row) != len(columns):
         raise ValueError(f"{len(row)} columns, the header has {len(columns)}")
-    if any("\udc80" <= character <= "\udcff" for cell in row if not cell.isascii() for character in cell):
-        raise ValueError("not UTF-8")
+    if broken := next(filter(is_broken, row), None):
+        raise ValueError(not_utf8(broken))
     return record_item(number, {name: cell for name, cell in zip(columns, row, strict=True) if cell or name != "image_id"}, fields)
 
 
@@ -67,20 +100,22 @@ def table_of_parquet(src: Path, fields: Fields, images: Path | None = None) -> R
         raise UsageError(f"folder {src} has no *.parquet")
     opened = [open_parquet(file, made_by="give a Parquet file or a folder of them") for file in files]
     columns = opened[0].schema_arrow.names
-    downloaded = set(columns) >= DOWNLOADED and fields.image is None
+    downloaded, taken = set(columns) >= DOWNLOADED and fields.image is None, list[str]()
     if not downloaded:
         if fields.image_names is not None:
             raise UsageError(f"{src}: image names are for tables of img2dataset, which have columns {', '.join(sorted(DOWNLOADED))}")
+        given, fields = fields, named(tuple(columns), fields)
         _refuse_missing(src, columns, fields)
+        taken = _names_taken(given, fields)
     total = sum(file.metadata.num_rows for file in opened)
     names = DOWNLOADED_IMAGES if downloaded else (fields.image or "image",)
     column = next((name for name in names if name in columns and holds_images(opened[0].schema_arrow.field(name).type)), None)
     embedded = EmbeddedImages(images) if column is not None else None
     items = _downloaded_items(files, fields, column, embedded) if downloaded else _parquet_items(files, fields, embedded)
     if embedded is None:
-        return Reading(items, total, "rows", place="row")
+        return Reading(items, total, "rows", place="row", notes=lambda: taken)
     where = f"written to {images}" if images is not None else "not written anywhere; give --images FOLDER to have them there"
-    return Reading(items, total, "rows", place="row", notes=lambda: [f"note: the images stand in the table and were {where}"])
+    return Reading(items, total, "rows", place="row", notes=lambda: [*taken, f"note: the images stand in the table and were {where}"])
 
 
 def is_download(src: Path) -> bool:
@@ -145,12 +180,16 @@ def _batches(path: Path, file: pq.ParquetFile, columns: list[str], at_once: int)
 
 
 def _refuse_missing(src: Path, columns: list[str], fields: Fields) -> None:
-    captions = {fields.captions} if fields.captions else {"caption", "captions"}
-    given = {fields.image or "image", fields.split, fields.pair_id} - {None}
-    missing = sorted(str(name) for name in given - set(columns)) + (
-        [] if captions & set(columns) else [" or ".join(sorted(map(str, captions)))]
-    )
+    """``UsageError`` that names what is missing, and only that, with the option that names another column."""
+    wanted = {
+        "--image-field": fields.image or f"of images ({', '.join(IMAGE_NAMES)})",
+        "--captions": fields.captions or f"of captions ({', '.join(CAPTION_NAMES)})",
+        "--split-field": fields.split,
+        "--id-field": fields.pair_id,
+    }
+    missing = {option: name for option, name in wanted.items() if name is not None and name not in columns}
     if missing:
+        has = shown_names(columns) if columns else "no header line"
         raise UsageError(
-            f"{src} has no column {', '.join(missing)}; it has {shown_names(columns)}: name yours with --captions, --image-field"
+            f"{src} has no column {' and no column '.join(missing.values())}; it has {has}: name yours with {', '.join(missing)}"
         )

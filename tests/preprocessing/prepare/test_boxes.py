@@ -133,6 +133,10 @@ def test_an_image_in_two_lines_is_refused(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs the lists 'images', 'annotations' and 'categories'"):
         prepare_boxes(lines(tmp_path / "b.json", line()), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match=r"is not one JSON document but looks like JSON Lines, .*: --format jsonl reads it"):
+        prepare_boxes(lines(tmp_path / "c.json", line(), line(1)), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match=r"is not JSON Lines but looks like one JSON document, .*: --format coco reads COCO's"):
+        prepare_boxes(coco(tmp_path / "d.jsonl"), tmp_path / "b.parquet", source="jsonl")
     captions = coco(tmp_path / "captions.json", annotations=[{"image_id": 7, "caption": "x"}])
     with pytest.raises(UsageError, match="has annotations but no boxes"):
         prepare_boxes(captions, tmp_path / "b.parquet")

@@ -153,16 +153,16 @@ def test_bytes_that_are_not_utf8_and_a_byte_order_mark(tmp_path: Path) -> None:
     src.write_bytes(b'\xef\xbb\xbf{"image": "a.jpg", "caption": "x"}\r\n{"image": "b.jpg", "caption": "\xff"}\r\n')
     report = prepare("jsonl", src, tmp_path / "p.parquet", max_bad=0.5)
     assert [row[1] for row in rows(tmp_path / "p.parquet")] == ["a"]
-    assert report.examples == {"malformed": ["2: not UTF-8"]}
+    assert report.examples == {"malformed": ["2: not UTF-8; perhaps --encoding cp1252"]}
 
 
-def test_too_many_bad_lines_leave_no_manifest_but_a_report(tmp_path: Path) -> None:
+def test_too_many_bad_lines_leave_nothing(tmp_path: Path) -> None:
     src = write_lines(tmp_path / "a.jsonl", *({"image": f"{n}.jpg", "caption": "x"} for n in range(50)), "oops", "again")
     with pytest.raises(
         TooManyBadInputsError, match=r"2 of 52 captions cannot be used, more than --max-bad 0\.01: dropped 2: malformed, first line 51: not"
     ):
         prepare("jsonl", src, tmp_path / "p.parquet")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "p.parquet.report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
 
 def test_captions_without_image_are_dropped_and_limited(tmp_path: Path) -> None:
@@ -205,6 +205,9 @@ def test_nothing_left_and_wrong_files(tmp_path: Path) -> None:
         prepare("jsonl", tmp_path / "absent.jsonl", tmp_path / "p.parquet")
     with pytest.raises(UsageError, match="is not a COCO caption file"):
         prepare("coco", src, tmp_path / "p.parquet")
+    two = write_lines(tmp_path / "two.jsonl", {"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": "x"})
+    with pytest.raises(UsageError, match=r"is not one JSON document but looks like JSON Lines, .*: `megainter prepare jsonl` reads it"):
+        prepare("coco", two, tmp_path / "p.parquet")
     with pytest.raises(UsageError, match="neither a COCO caption file nor a Karpathy split"):
         prepare("coco", write_lines(tmp_path / "x.json", {"info": 1}), tmp_path / "p.parquet")
     with pytest.raises(UsageError, match=r"has images but no captions"):

@@ -64,7 +64,7 @@ def test_bad_rows_of_csv_are_counted(tmp_path: Path) -> None:
     assert report.examples["malformed"] == [
         "3: 1 columns, the header has 2",
         "4: 3 columns, the header has 2",
-        "6: not UTF-8",
+        "6: not UTF-8; perhaps --encoding cp1252",
         "7: field 'image' is ''",
         "9: ',' expected after '\"'",
     ]
@@ -97,9 +97,17 @@ def test_rows_of_parquet_without_a_value_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "content", "message"),
     [
-        ("csv", "file,caption\n", "has no column image; it has file, caption: name yours with --captions, --image-field"),
-        ("csv", "image,title\n", "has no column caption or captions; it has image, title"),
-        ("csv", "", "has no column image, caption or captions"),
+        (
+            "csv",
+            "photo,caption\n",
+            r"no column of images \(image, file, file_name, filename, filepath\); it has photo, caption: name yours with --image-field$",
+        ),
+        (
+            "csv",
+            "image,words\n",
+            r"has no column of captions \(captions, caption, text, title\); it has image, words: name yours with --captions$",
+        ),
+        ("csv", "", r"has no column of images .* and no column of captions .*; it has no header line: .* --image-field, --captions$"),
         ("parquet", "PAR", "is not a Parquet file"),
     ],
 )
