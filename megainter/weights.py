@@ -80,11 +80,32 @@ def locate(name: str | Path, kind: Kind = "model", option: str = "") -> Located:
     if _is_path(Path(name), kind):
         return Located(Path(name), text)
     if kind == "detector" and text in PACKAGED:
-        path = packaged_weights(text)
-        return Located(path, text, {path.name: sha256_of(path)})
+        return _packaged(text)
     if text.startswith(TABLE):
         return _from_table(text)
     return _from_hub(USUAL.get(text, text), text, kind)
+
+
+def as_packaged(found: Located) -> Located:
+    """The same weights under their name in ``PACKAGED``, where a plain path is a file with that content."""
+    if found.digests or not found.path.is_file():
+        return found
+    alike = [name for name in PACKAGED if packaged_weights(name).stat().st_size == found.path.stat().st_size]
+    digest = sha256_of(found.path) if alike else ""
+    return next((each for each in map(_packaged, alike) if digest in each.digests.values()), found)
+
+
+def origin_name(folder: Path) -> str | None:
+    """The name of the weights that ``folder`` (a store, a run, a model) was made from, where they came by one (``Located.record``)."""
+    path = folder / ORIGIN
+    facts = read_json(path) if path.is_file() else None
+    name = facts.get("name") if isinstance(facts, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _packaged(name: str) -> Located:
+    path = packaged_weights(name)
+    return Located(path, name, {path.name: sha256_of(path)})
 
 
 def packaged_weights(name: str) -> Path:

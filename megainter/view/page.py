@@ -16,6 +16,7 @@ from megainter.files import inside, read_json, require_file_place
 from megainter.view.curves import draw_curves
 from megainter.view.pages import plain, write_template
 from megainter.view.pictures import SURE, region_boxes, thumbnail
+from megainter.weights import origin_name
 
 SHOWN = 5  # retrieved images of a caption
 RECALLS = ("text_to_image", "image_to_text")
@@ -50,7 +51,7 @@ def write_page(
     with FeatureStore(store) as features:
         values: dict[str, Any] = {
             "title": plain(title),
-            "facts": f"{len(features):,} images with regions, by detector {plain(features.schema.detector)}",
+            "facts": f"{len(features):,} images with regions, by {plain(_detector(features))}",
             "curves": draw_curves(metrics) if metrics is not None else None,
             "retrieval": _recalls(report) if report is not None else None,
             "queries": _queries(retrieval, report, manifest, images, count) if report is not None and retrieval is not None else [],
@@ -60,6 +61,15 @@ def write_page(
         }
     write_template(output, "page.html", values)
     return output
+
+
+def _detector(store: FeatureStore) -> str:
+    """A detector by its name, or by its classes where it has none."""
+    schema, name = store.schema, origin_name(store.path)
+    if name is not None:
+        return f"the detector {name}"
+    classes = ", ".join(schema.class_names[1:4]) + ", ..." * (schema.num_classes > 4)
+    return f"a detector of {schema.num_classes - 1:,} classes ({classes}), {schema.detector}"
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -32,19 +32,22 @@ from megainter.precision import AskedPrecision, Precision, Units, automatic
 from megainter.process import StopRequest
 from megainter.progress import Progress
 from megainter.tolerance import tolerated
-from megainter.weights import locate
+from megainter.weights import Located, as_packaged, locate
 from preprocessing.detector.detector import Detector, load_detector
 from preprocessing.detector.network import Selection
 from preprocessing.extraction.changed import note, seen, states, told
 from preprocessing.extraction.crew import Expectation, Worker, end, feed, receive, start_child, with_news
 from preprocessing.extraction.worker import Failure, Task, WorkerSetup
 from preprocessing.failures import write_failures
+from preprocessing.features.variety import class_warning
 from preprocessing.images.decode import DRAFT_PIXELS, UnreadableImageError, confined, image_size, silence_pillow
 from preprocessing.images.listing import ImageList, ListedImage, list_images, renamed
+from preprocessing.scenes.scenes import SCENE_SIZE
 
 SMALLEST_SIDE = 32  # pixels
 WINDOW_BATCHES = 8  # images of one size are looked for among this many batches' worth of neighbours in the list
 WORKERS_PER_GPU = 2  # one computes while the other prepares its batch
+GLANCE = 20  # images whose size tells whether they are such scenes
 BATCH_PIXELS = 32_000_000  # of a batch decoded, 100 MB; a worker holds three
 
 
@@ -103,7 +106,8 @@ def extract(
     silence_pillow()
     source, given = _source(images, manifest, boxes, ids)
     arithmetic = precision if precision != "auto" else _automatic(output, device, elsewhere)
-    found = locate(weights, "detector", "--weights")
+    found = as_packaged(locate(weights, "detector", "--weights"))
+    _warn_of_glyphs(found, source)
     if found.told:
         print(found.told, flush=True)
     detector = load_detector(found.path, "cpu")
@@ -229,6 +233,18 @@ def _devices(device: str | None, workers: int | None, batches: int) -> list[str]
     return [names[number % len(names)] for number in range(min(wanted, batches))]
 
 
+def _warn_of_glyphs(found: Located, source: ImageList) -> None:
+    """Photos have other sizes than the demo's scenes, whose detector sees nothing else."""
+    if found.name != "demo" or all(_size(source.root, item) == (SCENE_SIZE, SCENE_SIZE) for item in source.items[:GLANCE]):
+        return
+    print(
+        "WARNING: the detector demo knows the glyphs of the demo's scenes and nothing else; what it says of photos is noise: give "
+        "--weights photos, or a detector of your own",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def _images_per_pass(detector: Detector, device: str | None, asked: int) -> int:
     """Of a GPU as many as were asked for; on a CPU fewer, for what is in work at a stop is lost."""
     on_cpu = all(each.type == "cpu" for each in devices_named(device))
@@ -304,6 +320,8 @@ def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failur
     if changed or not is_sealed(output):
         seal_store(output)
     with FeatureStore(output) as store:
+        if warning := class_warning(store):
+            print(warning, file=sys.stderr, flush=True)
         state = "sealed" if changed else "complete before"
         print(f"{output}: regions of {len(store):,} images, {state}, digest {store.digest[:16]}", flush=True)
         return Extraction(len(store), len(failures), store.digest)

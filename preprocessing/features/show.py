@@ -10,6 +10,8 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import AGAIN, RegionRecord, StoreSchema, check_record
 from megainter.errors import DamagedError, UsageError
 from megainter.progress import Progress
+from megainter.weights import origin_name
+from preprocessing.features.variety import class_warning
 
 BARS, BAR_WIDTH = 10, 40  # of the histogram
 
@@ -20,15 +22,16 @@ def describe_store(path: Path) -> str:
         counts = store.region_counts(store.ids)
         shards = [f"  {name}  {size / 1e6:,.1f} MB" for name, size in store.shard_sizes().items()]
         lines = [f"{path}: {len(store):,} images, {int(counts.sum()):,} regions" + ("" if store.sealed else " (not sealed: incomplete)")]
-        lines += [*_schema_lines(store.schema), f"digest: {store.digest}", f"shards: {len(shards)}", *shards]
-        return "\n".join(lines + (_histogram(counts) if len(counts) else []))
+        lines += [*_schema_lines(store.schema, origin_name(path)), f"digest: {store.digest}", f"shards: {len(shards)}", *shards]
+        lines += _histogram(counts) if len(counts) else []
+        return "\n".join([*lines, *filter(None, [class_warning(store)])])
 
 
-def _schema_lines(schema: StoreSchema) -> list[str]:
+def _schema_lines(schema: StoreSchema, name: str | None) -> list[str]:
     named = ", ".join(schema.class_names[1:4])
     probs = "all of them" if schema.probs == "dense" else f"the {schema.top_k} likeliest of a region"
     lines = [
-        f"detector: {schema.detector}",
+        f"detector: {f'{name}, ' if name is not None else ''}{schema.detector}",
         f"features: {schema.feature_size} x {schema.feature_dtype}",
         f"classes: {schema.num_classes:,} with background ({named}, ...), probabilities kept: {probs}",
     ]

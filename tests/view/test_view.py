@@ -20,6 +20,7 @@ from megainter.errors import UsageError
 from megainter.view.curves import draw_curves
 from megainter.view.page import plain, spread, write_page
 from megainter.view.pictures import region_boxes, thumbnail
+from megainter.weights import locate
 
 IMAGES = 8
 HOSTILE = "<script>alert('&\"')</script>\x1b[31m\u202e caption"
@@ -107,6 +108,14 @@ def test_captions_and_class_names_are_escaped_and_stripped(run: dict[str, Path],
     assert page.count("&lt;b&gt;cat&lt;/b&gt; 0.80") == 2 * IMAGES  # as a tooltip and as a label
     policy = next(meta for meta in tags.of("meta") if meta.get("http-equiv") == "Content-Security-Policy")
     assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_a_detector_is_named_by_its_name_or_by_its_classes(run: dict[str, Path], tmp_path: Path) -> None:
+    page = write_page(tmp_path / "page.html", "t", **{**run, "retrieval": None}).read_text()
+    assert "8 images with regions, by a detector of 2 classes (&lt;b&gt;cat&lt;/b&gt;, dog), tiny" in page
+    locate("photos", "detector").record(run["store"])
+    page = write_page(tmp_path / "page.html", "t", **{**run, "retrieval": None}).read_text()
+    assert "8 images with regions, by the detector photos" in page
 
 
 def test_everything_is_inside_and_decodes(run: dict[str, Path], tmp_path: Path) -> None:

@@ -25,11 +25,21 @@ from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store, 
 from megainter.data.tables.boxes import ImageBoxes, write_boxes
 from megainter.errors import DamagedError, LockedError, MegainterError, StoppedEarly, TooManyBadInputsError, UsageError
 from megainter.progress import Progress
+from megainter.weights import as_packaged, locate, packaged_weights
 from preprocessing.detector import load_detector
 from preprocessing.detector.detector import Detector, DetectorConfig, build_model, save_detector
 from preprocessing.detector.torchvision_models import TorchvisionDetection
 from preprocessing.extraction.crew import Expectation, Worker, receive
-from preprocessing.extraction.extract import Extraction, _batches, _check_disk, _devices, _images_per_pass, _source, extract
+from preprocessing.extraction.extract import (
+    Extraction,
+    _batches,
+    _check_disk,
+    _devices,
+    _images_per_pass,
+    _source,
+    _warn_of_glyphs,
+    extract,
+)
 from preprocessing.extraction.worker import Failure, Task, decoded, extractor, store_batch
 from preprocessing.features.show import check_store, require_whole
 from preprocessing.images.listing import ImageList, list_images
@@ -196,6 +206,29 @@ def test_ctrl_c_while_the_workers_start_is_one_line(folder: Path, tmp_path: Path
     assert process.returncode == 75
     assert len(error.splitlines()) == 1
     assert "run the same command to go on" in error
+
+
+@pytest.mark.parametrize(
+    ("weights", "size", "warned"),
+    [("demo", (640, 480), True), ("a copy", (640, 480), True), ("demo", (160, 160), False), ("photos", (640, 480), False)],
+)
+def test_the_glyph_detector_is_warned_of_where_images_are_no_scenes(
+    tmp_path: Path, weights: str, size: tuple[int, int], warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copy(packaged_weights("demo"), tmp_path / "mine.safetensors")
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        Image.new("RGB", size).save(tmp_path / "images" / f"{number}.jpg")
+    found = as_packaged(locate(copy if weights == "a copy" else weights, "detector"))
+    assert found.name == ("photos" if weights == "photos" else "demo")
+    _warn_of_glyphs(found, list_images(tmp_path / "images"))
+    told = capsys.readouterr().err
+    assert (told.startswith("WARNING: the detector demo knows the glyphs") and "--weights photos" in told) == warned
+
+
+def test_a_plain_file_of_weights_stays_one(folder: Path) -> None:
+    found = locate(folder / "detector.safetensors", "detector")
+    assert as_packaged(found) is found
 
 
 def test_a_pass_on_a_cpu_has_few_images_and_of_a_heavy_network_one(folder: Path) -> None:
