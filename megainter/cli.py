@@ -1,12 +1,13 @@
 """The command line: one verb table. The verbs stand in `megainter.verbs`; help answers at once, since only a verb imports what it runs."""
 
+import difflib
 import errno
 import os
 import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from cyclopts import App, Argument, CycloptsError, MissingArgumentError
+from cyclopts import App, Argument, CoercionError, CycloptsError, MissingArgumentError
 
 from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError, one_line
 from megainter.files import FULL, is_full
@@ -112,17 +113,24 @@ def _mistake(error: CycloptsError, tokens: Sequence[str]) -> str:
         named = given & set(error.argument.names)
         text = f"{error.argument.name} needs a value" if named else f"{words} needs {', '.join(_missing(error.argument, words, given))}"
         text = f"{text}. {guess}" if guess else text
+    elif isinstance(error, CoercionError) and error.token is not None and "Did you mean" not in text:
+        parts = [name for name in _verb(words) if not name.startswith("-")]  # a verb's commands stand where its first word does
+        near = difflib.get_close_matches(error.token.value, parts, n=1)
+        text += f'. Did you mean "{words} {near[0]}"?' if near else ""
     return f"{text} (see {f'megainter {words}'.strip()} --help)"
+
+
+def _verb(words: str) -> App:
+    verb = app
+    for word in words.split():
+        verb = verb[word]
+    return verb
 
 
 def _missing(first: Argument, words: str, given: set[str]) -> list[str]:
     """What the verb requires and was not given: options by their names, and from ``first`` on those that stand without one."""
-    verb = app
-    for word in words.split():
-        verb = verb[word]
-    required = [
-        each for each in verb.assemble_argument_collection() if each.required and each.parameter.name and not given & set(each.names)
-    ]
+    arguments = _verb(words).assemble_argument_collection()
+    required = [each for each in arguments if each.required and each.parameter.name and not given & set(each.names)]
     places = [each.name for each in required if not each.name.startswith("-")]
     known = places[: places.index(first.name)] if first.name in places else places
     return [each.name for each in required if each.name not in known]

@@ -8,7 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from cyclopts import CycloptsError
 
+from megainter.cli import _mistake, app
+from megainter.errors import UsageError
+from megainter.verbs.pretrain import settings_of_pretrain
 from tests.places import ROOT
 from tests.synthetic import environment, settings, train, write_data
 
@@ -17,6 +21,41 @@ def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess
     """Run ``megainter`` in a process of its own."""
     command = [sys.executable, "-m", "megainter", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("launch --processes 2 -- pretrian --config base", "'pretrian' is nothing to launch; did you mean pretrain?"),
+        ("launch -- finetune retreival --config retrieval", "finetune 'retreival' is not a task; did you mean retrieval?"),
+        ("launch -- finetune", "finetune needs a task: retrieval, vcr, classification"),
+        ("launch -- megainter pretrain", "leave out 'megainter' after --"),
+        ("launch -- extract --images x", "'extract' is nothing to launch: megainter launch [options] -- pretrain"),
+        ("launch --hostfle hosts -- pretrain", "launch has no option '--hostfle'; did you mean --hostfile? (see megainter launch --help)"),
+        ("launch", "say what to launch: megainter launch [options] -- pretrain"),
+        ("launch -- pretrain --confg base", "unknown setting confg; did you mean config?"),
+        ("preflight -- pretrian --config base", "preflight takes the settings of pretrain, and 'pretrian' is none; did you mean pretrain?"),
+        ("plan --config base --gpus 8 --gpu h100 -- pretrian", "'pretrian' is none; did you mean pretrain? It may be left out (see"),
+        ("prepare negativs pairs.parquet --output n.parquet", 'Did you mean "prepare negatives"? (see megainter prepare --help)'),
+        ("prepare jsnl a.jsonl --output p.parquet", 'Did you mean "jsonl"? (see megainter prepare --help)'),
+        ("extract --images x --output y", "extract needs --weights (see megainter extract --help)"),
+        ("extract --images x --output y --weights", "--weights needs a value (see megainter extract --help)"),
+        ("detector check --weights photos", "detector check needs --image (see megainter detector check --help)"),
+        ("prepare boxes", "prepare boxes needs SRC, --output (see megainter prepare boxes --help)"),
+    ],
+)  # fmt: skip
+def test_a_word_that_is_wrong_is_told_with_the_nearest_right_one(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((CycloptsError, UsageError)) as error:
+        app(words.split(), exit_on_error=False, print_error=False, result_action="return_value")
+    line = _mistake(error.value, words.split()) if isinstance(error.value, CycloptsError) else str(error.value)
+    assert told in line
+    assert "\n" not in line
+
+
+def test_the_word_pretrain_may_stand_before_its_settings() -> None:
+    assert settings_of_pretrain(["pretrain", "--config", "base"], "plan") == ["--config", "base"]
+    assert settings_of_pretrain(["--config", "base"], "plan") == ["--config", "base"]
+    assert settings_of_pretrain([], "plan") == []
 
 
 def test_help_answers_at_once() -> None:

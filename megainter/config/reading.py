@@ -235,7 +235,8 @@ def _explain(error: ValidationError, path: Path | None, kind: type, typed: list[
     key = next((given for given in typed if given == key or given.startswith(f"{key}.")), key)  # a whole section may be unknown
     where = "" if path is None or key in typed else f" in {path}"
     if first["type"] in unknown:
-        near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, _known_keys(kind), n=1, cutoff=0.4)
+        known = [*_known_keys(kind), *(["config"] if key in typed else [])]
+        near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         return f"unknown setting {key}{where}" + (f"; did you mean {near[0]}?" if near else "")
     if first["type"] in ("missing", "missing_argument"):
         return f"setting {key} is missing{where}; give it {'there or ' if path is not None else ''}as --{key} VALUE"

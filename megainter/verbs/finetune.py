@@ -1,5 +1,6 @@
 """`megainter finetune`: a pretrained model on a task; a recipe and settings laid over it, as in `megainter pretrain`."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -178,7 +179,11 @@ def kind_of(task: str) -> "type[FinetuneConfig]":
             from megainter.tasks.classification.settings import ClassificationConfig
 
             return ClassificationConfig
-    raise UsageError(f"finetune {task!a} is not a task; choose {', '.join(TASKS)}")
+    if not task:
+        raise UsageError(f"finetune needs a task: {', '.join(TASKS)}")
+    near = difflib.get_close_matches(task, TASKS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(TASKS)}"
+    raise UsageError(f"finetune {task!a:.80} is not a task; {hint}")
 
 
 def read_task_settings(task: str, settings: Sequence[str]) -> Any:

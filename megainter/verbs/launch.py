@@ -1,5 +1,7 @@
 """`megainter launch`: training on many devices or machines, supervised."""
 
+import difflib
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,4 +176,21 @@ def _configuration(command: Sequence[str]) -> "RunConfig | FinetuneConfig":
             return load_config(*split_config(settings))
         case ["finetune", *words]:
             return configuration(words)
-    raise UsageError("say what to launch: megainter launch [options] -- pretrain --config RECIPE.toml ... (or finetune TASK --config ...)")
+    raise UsageError(_not_launched([*command]))
+
+
+def _not_launched(command: list[str]) -> str:
+    """What is wrong with words that are no training command: a mistyped one, another verb, or an option of launch itself."""
+    usage = "megainter launch [options] -- pretrain --config RECIPE.toml ... (or finetune TASK --config ...)"
+    if not command:
+        return f"say what to launch: {usage}"
+    word = command[0]
+    if word.startswith("-"):
+        options = [f"--{name.replace('_', '-')}" for name in inspect.signature(launch).parameters if name != "command"]
+        near = difflib.get_close_matches(word.partition("=")[0], options, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; settings stand after the command: {usage}"
+        return f"launch has no option {word!a:.80}{hint} (see megainter launch --help)"
+    if word == "megainter":
+        return f"leave out {word!r} after --: {usage}"
+    near = difflib.get_close_matches(word, ("pretrain", "finetune"), n=1)
+    return f"{word!a:.80} is nothing to launch" + (f"; did you mean {near[0]}?" if near else f": {usage}")

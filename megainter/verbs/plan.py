@@ -6,6 +6,7 @@ from cyclopts import Parameter
 
 from launcher.planning.settings import PlanSettings
 from megainter.verbs.as_json import lines_aside, print_object
+from megainter.verbs.pretrain import settings_of_pretrain
 
 
 def plan(
@@ -27,6 +28,6 @@ def plan(
     from launcher.planning.report import tell
 
     with lines_aside(json):
-        figures = tell(options, settings)
+        figures = tell(options, settings_of_pretrain(settings, "plan"))
     if json:
         print_object(figures)

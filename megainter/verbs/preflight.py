@@ -55,11 +55,12 @@ def preflight(
     from launcher.preflight import preflight as check
     from launcher.preflight import require_passed
     from megainter.config.reading import load_config
-    from megainter.verbs.pretrain import split_config
+    from megainter.verbs.pretrain import settings_of_pretrain, split_config
 
-    config = load_config(*split_config(settings))
+    words = tuple(settings_of_pretrain(settings, "preflight"))
+    config = load_config(*split_config(words))
     asked = LaunchSettings(
-        arguments=settings,
+        arguments=words,
         training=config.training,
         output=config.output,
         hostfile=hostfile,

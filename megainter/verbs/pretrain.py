@@ -1,5 +1,6 @@
 """`megainter pretrain`: a recipe and settings laid over it."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +74,17 @@ def split_config(tokens: Sequence[str]) -> tuple[Path | None, list[str]]:
             rest = rest[:position] + rest[position + len(taken) :]
             break
     return recipe, rest
+
+
+def settings_of_pretrain(words: Sequence[str], verb: str) -> list[str]:
+    """The settings of ``pretrain`` that another verb is given, with that word in front or without; ``UsageError`` for other words."""
+    first = words[0] if words else ""
+    if first == "pretrain":
+        return [*words[1:]]
+    if first and not first.startswith("-"):
+        near = "; did you mean pretrain? It may be left out" if difflib.get_close_matches(first, ["pretrain"]) else ""
+        raise UsageError(f"{verb} takes the settings of pretrain, and {first!a:.80} is none{near} (see megainter {verb} --help)")
+    return [*words]
 
 
 def _explain_settings() -> None:

@@ -24,6 +24,6 @@ def class_warning(store: FeatureStore) -> str | None:
     name = store.schema.class_names[number]
     return (
         f"warning: {100 * count / total:.3g} % of {total:,} regions looked at have the likeliest class {name!r:.80}: the detector tells "
-        "these images' regions hardly apart, and an accuracy of masked regions (mrm) near 1.000 then means nothing; take another detector, or "
-        "train with --training.region_objective feature"
+        "these images' regions hardly apart, and an accuracy of masked regions (mrm) near 1.000 then means nothing; take another detector, "
+        "or train with --training.region_objective feature"
     )
