@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from megainter.config.settings import RunConfig
 from megainter.errors import MegainterError
 from megainter.precision import Precision, Units, automatic_in_training, cpu_units
 
+HOSTS, VERSIONS, ENGINE = "hosts", "versions", "settings and DeepSpeed configuration"  # names of checks that others need
 PROBE = "megainter.preflight_probe"
 MARK = "megainter-probe: "
 SLOW_DISK = 50e6  # bytes/s of a synced write below which checkpoints would hurt
@@ -33,13 +34,17 @@ WRITTEN = 64 * 2**20  # bytes, to time the disk
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the list: what was looked at, what was found, and for a failure what to do and the exit code it ends with."""
+    """One line of the list: what was looked at, what was found, and for a failure what to do and the exit code it ends with.
+
+    ``skipped``: nothing was looked at, as something failed that it needs; that decides the exit code, and not this.
+    """
 
     name: str
     passed: bool
     found: str
     remedy: str = ""
     code: int = 2
+    skipped: bool = False
 
 
 class PreflightFailedError(MegainterError):
@@ -53,14 +58,22 @@ class PreflightFailedError(MegainterError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks work on: the run, its ranks, and what the probe said on each host ("" is this machine)."""
+    """What the checks work on: the run, its ranks, and what the probe said on each host ("" is this machine) that gave an answer.
+
+    ``replies`` are those of all hosts that were asked, errors among them.
+    """
 
     config: RunConfig
     settings: LaunchSettings
     hosts: tuple[Host, ...]
     job: Job
     folder: Path
-    answers: dict[str, dict[str, Any]]
+    replies: dict[str, dict[str, Any]]
+
+    @property
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """The replies of hosts on which the probe ran."""
+        return {name: reply for name, reply in self.replies.items() if reply and "error" not in reply.get("versions", {"error": ""})}
 
     @property
     def here(self) -> dict[str, Any]:
@@ -80,7 +93,7 @@ def preflight(config: RunConfig, settings: LaunchSettings, dry_run_step: bool = 
     folder.mkdir(parents=True)
     job = job_of(settings, hosts, folder)
     reachable = answering(hosts)
-    facts = Facts(config=config, settings=settings, hosts=hosts, job=job, folder=folder, answers=_ask_all(reachable, settings, job))
+    facts = Facts(config=config, settings=settings, hosts=hosts, job=job, folder=folder, replies=_ask_all(reachable, settings, job))
     done = []
     try:
         for number, check in enumerate(_checks(facts, reachable, dry_run_step), start=1):
@@ -98,49 +111,88 @@ def require_passed(checks: list[Check]) -> None:
 
 
 def _print(number: int, check: Check) -> None:
-    marks = ("\u2713", "\u2717") if (sys.stdout.encoding or "").lower().startswith("utf") else ("ok", "FAILED")
-    print(f"{number:2} {marks[0] if check.passed else marks[1]} {check.name}: {check.found}", flush=True)
+    marks = ("\u2713", "\u2717", "-") if (sys.stdout.encoding or "").lower().startswith("utf") else ("ok", "FAILED", "-")
+    mark = marks[2] if check.skipped else marks[0] if check.passed else marks[1]
+    print(f"{number:2} {mark} {check.name}: {check.found}", flush=True)
     if not check.passed and check.remedy:
         print(f"     -> {check.remedy}", flush=True)
 
 
 def _checks(facts: Facts, reachable: tuple[Host, ...], dry_run_step: bool) -> Iterator[Check]:
-    yield engine_check(facts.part("engine"))
+    """The whole list; what needs something that failed is skipped."""
+    done = _Done()
     if facts.hosts:
-        yield hosts_check(facts.hosts, reachable)
-    yield versions_check({name: answer.get("versions", {}) for name, answer in facts.answers.items()})
-    yield devices_check(facts)
-    yield data_check({name: answer.get("data", {}) for name, answer in facts.answers.items()})
-    yield vocabulary_check(facts.part("vocabulary"))
+        yield done(hosts_check(facts.hosts, reachable))
+    replied = () if facts.replies else (HOSTS,)  # where some answered, these are looked at
+    yield done.after(replied, VERSIONS, lambda: versions_check({name: reply.get("versions", {}) for name, reply in facts.replies.items()}))
+
+    # What the probe says: of nobody nothing is known.
+    answered = () if facts.answers else (HOSTS, VERSIONS)
+    yield done.after(answered, ENGINE, lambda: engine_check(facts.part("engine")))
+    yield done.after(answered, "devices", lambda: devices_check(facts))
+    yield done.after(answered, "data", lambda: data_check({name: answer.get("data", {}) for name, answer in facts.answers.items()}))
+    yield done.after((*answered, "data"), "vocabulary", lambda: vocabulary_check(facts.part("vocabulary")))
     shape = _shape(facts)
-    yield memory_check(facts, shape)
+    yield done.after((*answered, "devices"), "memory", lambda: memory_check(facts, shape))
     yield from disk_checks(facts.folder, (facts.config.checkpoint.keep + 1) * checkpoint_bytes(shape))
-    yield collective_check(facts)
-    if dry_run_step:
+
+    # What all ranks do together.
+    everybody = (HOSTS, *(() if len(facts.answers) == len(facts.replies) else (VERSIONS,)))
+    yield done.after(everybody, "all-reduce", lambda: collective_check(facts))
+    if not dry_run_step:
+        return
+    needed = (*everybody, ENGINE, "devices", "data", "vocabulary", "all-reduce")
+    if blocked := done.blocked(needed):
+        yield blocked("three steps")
+    else:
         yield from step_checks(facts)
+
+
+class _Done:
+    """Which checks failed, for those that need them."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def __call__(self, check: Check) -> Check:
+        """``check``, remembered."""
+        self.failed += [] if check.passed else [check.name]
+        return check
+
+    def blocked(self, needs: Sequence[str]) -> Callable[[str], Check] | None:
+        """What makes the line of a check that is skipped; None where nothing failed that it needs."""
+        causes = [name for name in self.failed if name in needs]
+        if not causes:
+            return None
+        return lambda name: Check(name, True, f"skipped, as it needs {causes[0]}", skipped=True)
+
+    def after(self, needs: Sequence[str], name: str, make: Callable[[], Check]) -> Check:
+        """The check that ``make`` does, unless one that it needs failed."""
+        blocked = self.blocked(needs)
+        return blocked(name) if blocked else self(make())
 
 
 def engine_check(answer: dict[str, Any]) -> Check:
     """Settings and the DeepSpeed JSON agree, and DeepSpeed knows every key."""
     if "error" in answer:
-        return Check("settings and DeepSpeed configuration", False, answer["error"], "mend the setting it names", answer["code"])
+        return Check(ENGINE, False, answer["error"], "mend the setting it names", answer["code"])
     found = (
         f"ZeRO stage {answer['zero_optimization']['stage']}, {answer['train_batch_size']} = {answer['train_micro_batch_size_per_gpu']} x "
         f"{answer['gradient_accumulation_steps']} x ranks"
     )
-    return Check("settings and DeepSpeed configuration", True, found)
+    return Check(ENGINE, True, found)
 
 
 def hosts_check(hosts: tuple[Host, ...], reachable: tuple[Host, ...]) -> Check:
     """Every host runs a command over ssh without a question."""
     missing = [host.name for host in hosts if host not in reachable]
     found = f"{len(reachable)} of {len(hosts)} answer" + (f"; not {', '.join(missing)}" if missing else "")
-    return Check("hosts", not missing, found, "set up keys without a passphrase: ssh-copy-id HOST; and accept each host's key once")
+    return Check(HOSTS, not missing, found, "set up keys without a passphrase: ssh-copy-id HOST; and accept each host's key once")
 
 
 def versions_check(versions: dict[str, dict[str, str]]) -> Check:
     """Python, packages and commit are the same everywhere."""
-    name = "versions"
+    name = VERSIONS
     broken = [f"{host or 'here'}: {found.get('error', 'no answer')}" for host, found in versions.items() if not found or "error" in found]
     if broken or not versions:
         return Check(name, False, "; ".join(broken) or "no host answered", "install the same environment on every host")

@@ -10,6 +10,7 @@ from launcher.planning.device_memory import BUCKET, Layout, Memory, checkpoint_b
 from launcher.planning.goodput import Reliability, best_interval, goodput
 from launcher.planning.shape import Shape, largest_load, load_of, longest_sample, shape_of
 from launcher.planning.timing import Cluster, Device, StepTime, step_time
+from megainter.config.portions import multiples_around
 from megainter.config.settings import RunConfig
 from megainter.data.integers import Int64s
 from megainter.data.stream.portions import accumulation
@@ -52,9 +53,21 @@ class Corpus:
 def choices(config: RunConfig, ranks: int, cluster: Cluster, corpus: Corpus) -> list[Choice]:
     """One choice for each ZeRO stage, with and without offload and checkpointing; of a recipe's ``micro_tokens`` as they are."""
     if config.training.micro_tokens is None and config.training.global_batch % ranks:
-        raise UsageError(f"training.global_batch {config.training.global_batch} is not a multiple of {ranks} devices; change one of them")
+        raise UsageError(_undivided(config.training.global_batch, ranks))
     shape = shape_of(config)
     return [_choice(config, shape, layout, cluster, corpus) for layout in _layouts(config, ranks, cluster.device)]
+
+
+def _undivided(batch: int, ranks: int) -> str:
+    """What helps where ``ranks`` devices cannot share a batch out: the nearest batches that they can, and numbers of devices that can."""
+    batches = multiples_around(batch, ranks)
+    fewer = next(count for count in range(min(ranks, batch), 0, -1) if batch % count == 0)
+    more = next((count for count in range(ranks, batch + 1) if batch % count == 0), fewer)
+    counts = " or ".join(map(str, dict.fromkeys((fewer, more))))
+    return (
+        f"training.global_batch {batch} is not a multiple of {ranks} devices: add --training.global_batch "
+        f"{' or '.join(map(str, batches))}, or plan for --gpus {counts}"
+    )
 
 
 def _layouts(config: RunConfig, ranks: int, device: Device) -> Iterator[Layout]:

@@ -8,10 +8,12 @@ from launcher.planning.device_memory import checkpoint_bytes
 from launcher.planning.goodput import Reliability, curve, draw_curve
 from launcher.planning.layouts import Choice, Corpus, choices, deepspeed_settings, recommended, summary
 from launcher.planning.settings import PlanSettings
-from launcher.planning.shape import parameters, shape_of
+from launcher.planning.shape import Shape, parameters, shape_of
 from launcher.planning.timing import Cluster, device
 from megainter.config.reading import load_config
+from megainter.config.settings import RunConfig
 from megainter.files import write_json
+from megainter.progress import shown_time
 
 GIB = 2**30
 
@@ -27,17 +29,22 @@ def tell(options: PlanSettings, overrides: Sequence[str]) -> dict[str, Any]:
     corpus = Corpus(options.pairs, options.text_tokens, regions)
     layouts, shape = choices(run, options.gpus, cluster, corpus), shape_of(run)
 
-    # What was assumed, every layout, and what the best one means.
-    what = f"{parameters(shape):,} parameters, {options.gpus} x {options.gpu}"
-    print(f"{options.config}: {what} ({cluster.device.memory:g} GiB; {cluster.device.source})")
-    print(f"step times and memory: {cluster.device.standing}; precision {layouts[0].layout.precision}")
-    print("GiB of one device, by part, and seconds of a step of", run.training.global_batch, "samples:\n")
-    _print_table(layouts)
+    # The best layout first, and what all of it rests on.
     best = recommended(layouts)
     size = checkpoint_bytes(shape, best.layout.averaged)
     stall, write = size / options.gpus / (options.copy * 1e9), size / (options.disk * 1e9)
     reliability = Reliability(options.mtbf_hours * 3600, stall, options.restart, options.straggle, write)
     figures = summary(run, best, corpus, reliability)
+    what = f"{parameters(shape):,} parameters, {options.gpus} x {options.gpu}"
+    print(f"{options.config}: {what} ({cluster.device.memory:g} GiB; {cluster.device.source})\n")
+    _print_recommended(figures, best, cluster, options)
+    assumptions = assumed(run, shape, corpus, options)
+    print(f"\nassumed: {'; '.join(assumptions)}")
+    print(f"step times and memory: {cluster.device.standing}; precision {layouts[0].layout.precision}")
+
+    # Every layout, and what the best one means.
+    print("\nGiB of one device, by part, and milliseconds of a step of", run.training.global_batch, "samples:\n")
+    _print_table(layouts)
     _print_summary(figures, options)
     tokens = run.training.global_batch / options.gpus * (corpus.text + corpus.regions)
     if best.micro_tokens is not None and tokens < 0.8 * best.micro_tokens:
@@ -51,31 +58,57 @@ def tell(options: PlanSettings, overrides: Sequence[str]) -> dict[str, Any]:
     if options.simulate is not None:
         draw_curve(rows, f"goodput of {options.config}, MTBF {options.mtbf_hours:,.0f} h a device", options.simulate)
     if options.report is not None:
-        write_json(options.report, figures | {"goodput_curve": rows})
-    return figures | {"goodput_curve": rows, "layouts": [asdict(layout) for layout in layouts]}
+        write_json(options.report, figures | {"goodput_curve": rows, "assumed": assumptions})
+    return figures | {"goodput_curve": rows, "assumed": assumptions, "layouts": [asdict(layout) for layout in layouts]}
+
+
+def assumed(run: RunConfig, shape: Shape, corpus: Corpus, options: PlanSettings) -> list[str]:
+    """What the plan rests on beside the recipe, each with what changes it: sizes that a run takes from its data, and the corpus."""
+    sizes = [
+        ("a vocabulary of", shape.vocab_size, "entries", "model.vocab_size", run.model.vocab_size),
+        ("features of", shape.region_feature_size, "numbers a region", "model.region_feature_size", run.model.region_feature_size),
+    ]
+    if run.training.mrm_weight > 0 and run.model.region_objective == "class":
+        sizes.append(("", shape.targets, "classes of regions", "model.num_region_classes", run.model.num_region_classes))
+    told = [f"{before} {size:,} {what} ({'the recipe' if given else f'--{name}'})".strip() for before, size, what, name, given in sizes]
+    regions = "--regions" if options.regions is None else "as given"
+    told.append(
+        f"{corpus.pairs:,} captions (--pairs) of {corpus.text:g} tokens (--text-tokens) with {corpus.regions:g} regions ({regions})"
+    )
+    return [*told, f"{options.network:g} GB/s between nodes (--network)"] if options.gpus > options.per_node else told
 
 
 def _print_table(options: list[Choice]) -> None:
-    head = ("stage", "offload", "recompute", "micro", "weights", "grads", "optim", "activ", "logits", "buffers", "other", "sum", "s/step")
+    head = ("stage", "offload", "recompute", "micro", "weights", "grads", "optim", "activ", "logits", "buffers", "other", "sum", "ms/step")
     print(" ".join(f"{name:>9}" for name in head))
     for choice in options:
         memory, layout = choice.memory, choice.layout
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits, memory.buffers, memory.overhead)
         words = [str(layout.stage), "yes" if layout.offload else "no", "yes" if layout.checkpointing else "no", str(choice.micro_batch)]
         words += [f"{part / GIB:.2f}" for part in (*parts, memory.device)]
-        words.append(f"{choice.time.total:.3f}" if choice.fits else "too large")
+        words.append(f"{1000 * choice.time.total:,.1f}" if choice.fits else "too large")
         print(" ".join(f"{word:>9}" for word in words))
+
+
+def _print_recommended(figures: dict[str, Any], best: Choice, cluster: Cluster, options: PlanSettings) -> None:
+    print(f"recommended: {figures['settings']}")
+    print(
+        f"  {1000 * figures['step_seconds']:,.1f} ms a step, {figures['samples_per_second']:,.0f} samples/s, "
+        f"{figures['tokens_per_second']:,.0f} tokens/s on {options.gpus} devices; "
+        f"{best.memory.device / GIB:.1f} of {cluster.device.memory:g} GiB of each"
+    )
+    length = shown_time(86400 * figures["days"])
+    print(f"  {figures['steps']:,} steps in {length} at {figures['goodput']:.2%} useful time (failures and checkpoints; no stragglers)")
 
 
 def _print_summary(figures: dict[str, Any], options: PlanSettings) -> None:
     time, gpus = figures["time"], options.gpus
-    print(f"\nrecommended: {figures['settings']}")
+    names = ("matmul", "elementwise", "optimizer", "communication", "idle")
+    matmul, elementwise, update, communication, idle = (f"{1000 * time[name]:,.1f}" for name in names)
     print(
-        f"step {figures['step_seconds']:.3f} s (matrix products {time['matmul']:.3f} at {time['efficiency']:.0%} of the peak, elsewhere "
-        f"{time['elementwise']:.3f}, update {time['optimizer']:.3f}, communication not hidden {time['communication']:.3f}, "
-        f"waiting for the host {time['idle']:.3f})"
+        f"\na step of the recommended layout, in ms: matrix products {matmul} (at {time['efficiency']:.0%} of the peak), elsewhere "
+        f"{elementwise}, update {update}, communication not hidden {communication}, waiting for the host {idle}"
     )
-    print(f"{figures['samples_per_second']:,.0f} samples/s, {figures['tokens_per_second']:,.0f} tokens/s on {gpus} devices")
     often = f"best every {figures['checkpoint_every_seconds'] / 60:.0f} min"
     if figures["checkpoint_every_steps"] < figures["steps"]:
         often += f" (--checkpoint.every_steps {figures['checkpoint_every_steps']})"
@@ -87,9 +120,6 @@ def _print_summary(figures: dict[str, Any], options: PlanSettings) -> None:
     )
     copy = figures["memory"]["copy"] / GIB
     print(f"the copy takes {copy:.2f} GiB of the host's memory for each device, {copy * min(options.per_node, gpus):.1f} GiB a node")
-    days, useful = figures["days"], figures["goodput"]
-    length = f"{days:.2f} days" if days >= 1 else f"{24 * days:.1f} hours" if days >= 1 / 24 else f"{1440 * days:.0f} minutes"
-    print(f"{figures['steps']:,} steps, {length} at {useful:.2%} useful time (failures and checkpoints; no stragglers)")
     if gpus > 1 and time["communication"] > figures["step_seconds"] / 2:
         print(
             "more than half of a step is communication: fewer devices, a faster --network, a larger training.global_batch or "

@@ -15,7 +15,8 @@ class PlanSettings:
     gpus: int
     """Number of devices."""
     gpu: str
-    """v100, a100-40g, a100-80g, h100, h200, b200, mi300x, or a TOML file with one table like those of launcher/planning/gpus.toml."""
+    """v100, a100-40g, a100-80g, h100, h200, b200, mi300x, t4, l4, rtx3090, rtx4090, rtx5090, or a TOML file with one table like those of
+    launcher/planning/gpus.toml."""
     per_node: int = 8
     """Devices of a node."""
     network: float = 25.0

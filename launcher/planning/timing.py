@@ -1,6 +1,8 @@
 """Time of a step from operations, launches, memory traffic and communication volume. Arithmetic on peaks, on what was measured where the
 device's row says so (``launcher.planning.calibration``), and else on stated assumptions."""
 
+import difflib
+import re
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -100,11 +102,13 @@ def device(name: str) -> Device:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{name} is not valid TOML: {error}") from None
-    chosen = next(iter(table)) if path.suffix == ".toml" and len(table) == 1 else name.lower()
+    chosen = next(iter(table)) if path.suffix == ".toml" and len(table) == 1 else _spelt(name, table)
     if not table:
         raise UsageError(f"{name} is empty; it needs one table like those of launcher/planning/gpus.toml")
     if chosen not in table:
-        raise UsageError(f"no device {name!r}; known: {', '.join(table)}; or give a TOML file with one table like them")
+        near = difflib.get_close_matches(chosen, table, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"no device {name!r}; {hint}known: {', '.join(table)}; or give a TOML file with one table like them")
     try:
         facts = table[chosen]
         peaks = {key: float(facts[key]) * 1e12 for key in ("bf16", "fp16", "fp32") if key in facts}
@@ -112,6 +116,12 @@ def device(name: str) -> Device:
         return Device(chosen, float(facts["memory"]), peaks, *rates, str(facts.get("source", path)), **_reached(facts))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"device {chosen} in {name} lacks a number: {error}; see launcher/planning/gpus.toml for the form") from None
+
+
+def _spelt(name: str, table: dict[str, Any]) -> str:
+    """A name as the table has it: RTX 4090 and rtx-4090 are rtx4090."""
+    bare = re.sub(r"[\s_-]|nvidia|geforce|tesla", "", name.lower())
+    return next((known for known in table if known.replace("-", "") == bare), name.lower())
 
 
 def _reached(facts: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,21 @@ def accumulation_steps(training: Portioned, world_size: int) -> int:
     if training.global_batch % portion:
         raise UsageError(
             f"training.global_batch {training.global_batch} is not a multiple of training.micro_batch {training.micro_batch} "
-            f"x {world_size} processes = {portion}; change one of them"
+            f"x {world_size} processes = {portion}: {_remedy(training, world_size)}"
         )
     return training.global_batch // portion
+
+
+def _remedy(training: Portioned, world_size: int) -> str:
+    """A micro-batch that divides what each process gets; where none does, the nearest global batches that divide."""
+    share, rest = divmod(training.global_batch, world_size)
+    if rest or not share:
+        batches = multiples_around(training.global_batch, training.micro_batch * world_size)
+        return f"give --training.global_batch {' or '.join(map(str, batches))}"
+    return f"give --training.micro_batch {next(size for size in range(min(training.micro_batch, share), 0, -1) if share % size == 0)}"
+
+
+def multiples_around(number: int, part: int) -> list[int]:
+    """The nearest multiples of ``part`` below and above ``number``, without 0."""
+    below = number // part * part
+    return [each for each in (below, below + part) if each]

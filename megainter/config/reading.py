@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
+from megainter.config.portions import multiples_around
 from megainter.config.settings import ModelSettings, OptimizerConfig, RunConfig
 from megainter.errors import UsageError
 
@@ -294,6 +296,17 @@ def _check_recall(config: RunConfig) -> None:
         raise UsageError("validation.candidates are chosen by vectors; give training.itc_weight above 0, or leave it out")
 
 
+def _undivided(model: ModelSettings, name: str) -> str:
+    """What is said where heads do not divide the hidden size: a number of them that does, and sizes that all heads divide."""
+    size, heads = model.hidden_size, getattr(model, name)
+    fitting = next(count for count in range(min(heads, size), 0, -1) if size % count == 0)
+    sizes = multiples_around(size, math.lcm(model.num_attention_heads, model.num_region_attention_heads))
+    wider = " or ".join(map(str, sizes))
+    return (
+        f"model.hidden_size {size} is not divisible by model.{name} {heads}: give --model.{name} {fitting}, or --model.hidden_size {wider}"
+    )
+
+
 def _check(config: RunConfig) -> None:
     training, model = config.training, config.model
     if training.msm_weight == training.mrm_weight == training.itm_weight == training.itc_weight == 0:
@@ -303,7 +316,7 @@ def _check(config: RunConfig) -> None:
     _check_recall(config)
     for heads in ("num_attention_heads", "num_region_attention_heads"):
         if model.start_from is None and model.hidden_size % getattr(model, heads):
-            raise UsageError(f"model.hidden_size {model.hidden_size} is not divisible by model.{heads} {getattr(model, heads)}")
+            raise UsageError(_undivided(model, heads))
     if config.data.block is not None and config.data.order != "blocks":
         raise UsageError(f'data.block is for data.order = "blocks", and data.order is {config.data.order!r}; leave it out')
     if config.data.word_segmentation != "auto" and config.data.masking != "paper":

@@ -61,7 +61,10 @@ def test_shipped_recipes_are_valid_and_say_what_they_are(recipe: Path) -> None:
         (["--training.epochs", "2"], ["exactly one of training.steps and training.epochs"]),
         (["--checkpoint.keep_every", "1500"], ["keep_every 1500 is not a multiple of checkpoint.every_steps 1000"]),
         (["--training.micro_batch", "1024"], ["micro_batch 1024 exceeds training.global_batch 512"]),
-        (["--model.hidden_size", "100"], ["100 is not divisible by model.num_attention_heads 12"]),
+        (
+            ["--model.hidden_size", "100"],
+            ["100 is not divisible by model.num_attention_heads 12: give --model.num_attention_heads 10, or --model.hidden_size 96 or 120"],
+        ),
         (["--data.max_text_tokens", "600"], ["600 exceeds model.max_position_embeddings 512"]),
         (["--engine.precision", "fp16", "--engine.zero_stage", "0"], ["fp16 needs engine.zero_stage 1, 2 or 3"]),
         (["--training.msm_weight", "0", "--training.mrm_weight", "0", "--training.itm_weight", "0"], ["all objective weights are 0"]),

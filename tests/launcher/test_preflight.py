@@ -1,15 +1,20 @@
 """Preflight: each check by itself, and the whole list for real on this machine."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launcher.command import Job
 from launcher.hostfile import Host
-from launcher.preflight import data_check, disk_checks, engine_check, hosts_check, versions_check, vocabulary_check
+from launcher.launch import LaunchSettings
+from launcher.preflight import Check, Facts, _checks, data_check, disk_checks, engine_check, hosts_check, versions_check, vocabulary_check
+from megainter.config.reading import load_config
 from tests.synthetic import environment, settings, write_data
 
 SAME = {"python": "3.12", "torch": "2.14", "commit": "abc"}
@@ -57,11 +62,11 @@ def test_an_engine_error_keeps_its_code() -> None:
     assert (check.passed, check.code, check.found) == (False, 2, "unknown DeepSpeed setting")
 
 
-def run(arguments: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], *options: str, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """``megainter preflight`` in a process of its own."""
     command = [sys.executable, "-m", "megainter", "preflight", *options, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, env=environment() | {"PYTHONIOENCODING": "utf-8"}, check=False, timeout=900
+        command, capture_output=True, text=True, env=environment() | {"PYTHONIOENCODING": "utf-8"} | (extra or {}), check=False, timeout=900
     )
 
 
@@ -82,6 +87,78 @@ def test_what_is_missing_is_crossed_and_decides_the_exit_code(tmp_path: Path) ->
     }
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "preflight").exists()
+
+
+def silent_ssh(folder: Path) -> dict[str, str]:
+    """An environment whose ssh reaches nobody."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text("#!/bin/sh\nexit 255\n")
+    (folder / "bin" / "ssh").chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_one_silent_host_is_one_cross_and_what_needs_it_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("away slots=1\n")
+    arguments = settings(tmp_path / "no.parquet", tmp_path / "no.store", tmp_path / "run")
+    done = run(arguments, "--hostfile", str(tmp_path / "hosts"), extra=silent_ssh(tmp_path))
+    assert done.returncode == 2, done.stdout + done.stderr
+    crossed = [line for line in done.stdout.splitlines() if "\u2717" in line]
+    assert len(crossed) == 1, done.stdout
+    assert "\u2717 hosts: 0 of 1 answer; not away" in crossed[0]
+    skipped = [line.split(": ")[0].split(" - ")[1] for line in done.stdout.splitlines() if line.endswith("skipped, as it needs hosts")]
+    assert skipped == [
+        "versions", "settings and DeepSpeed configuration", "devices", "data", "vocabulary", "memory", "all-reduce", "three steps",
+    ]  # fmt: skip
+    assert "\u2713 disk space" in done.stdout
+    assert "1 of the checks failed: hosts;" in done.stderr
+
+
+def facts_of(tmp_path: Path, replies: dict[str, dict[str, Any]], *names: str) -> Facts:
+    """Facts of a run on hosts of these names, of which some replied."""
+    config = load_config(Path("small"), ["--data.pairs", "p", "--data.store", "s", "--output", str(tmp_path / "run")])
+    hosts = tuple(Host(name, (0,)) for name in names)
+    launched = LaunchSettings(arguments=(), training=config.training, output=tmp_path / "run")
+    job = Job("torchrun", (), hosts, 1, {}, tmp_path, "a", 29500)
+    return Facts(config=config, settings=launched, hosts=hosts, job=job, folder=tmp_path, replies=replies)
+
+
+GOOD = {
+    "versions": SAME,
+    "devices": {"names": [], "memory": [], "cores": 2, "host_memory_free": 2**40, "units": []},
+    "data": {"captions": 5, "images": 3, "pairs": "p" * 64, "store": "s" * 64, "feature_size": 16, "num_classes": 8},
+    "vocabulary": {"size": 100, "captions": 10, "changed": 0, "mean_tokens": 9.0, "unknown": 0.0},
+    "engine": {"zero_optimization": {"stage": 1}, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 8,
+               "gradient_accumulation_steps": 1},
+}  # fmt: skip
+NO_PYTHON = {part: {"error": "no module named megainter", "code": 1} for part in GOOD}
+
+
+@pytest.mark.parametrize(
+    ("replies", "names", "crossed", "cause"),
+    [
+        ({"a": GOOD}, ("a", "b"), ["hosts"], "hosts"),  # b is not reached: what a says is judged all the same
+        ({"a": GOOD, "b": NO_PYTHON}, ("a", "b"), ["versions"], "versions"),
+        ({"a": GOOD, "b": {}}, ("a", "b"), ["versions"], "versions"),  # it took too long
+        ({"a": GOOD | {"data": {"error": "regions.store does not exist", "code": 2}}}, ("a",), ["data"], "data"),
+    ],
+)
+def test_only_causes_are_crossed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    replies: dict[str, dict[str, Any]],
+    names: tuple[str, ...],
+    crossed: list[str],
+    cause: str,
+) -> None:
+    monkeypatch.setattr("launcher.preflight.collective_check", lambda facts: Check("all-reduce", True, "met"))
+    facts = facts_of(tmp_path, replies, *names)
+    reachable = tuple(host for host in facts.hosts if host.name in replies)
+    found = list(_checks(facts, reachable, dry_run_step=True))
+    assert [check.name for check in found if not check.passed] == crossed
+    assert {check.name for check in found if check.skipped} == (
+        {"vocabulary", "three steps"} if cause == "data" else {"all-reduce", "three steps"}
+    )
+    assert all(check.found == f"skipped, as it needs {cause}" for check in found if check.skipped)
 
 
 @pytest.mark.slow
