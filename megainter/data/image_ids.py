@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megainter.errors import UsageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".npz", ".npy")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".heic", ".heif", ".tif", ".tiff", ".npz", ".npy")
 NUMBERED = re.compile(r"(?:coco_(?:(?:train|val|test)\d{4}_)?|flickr30k_|vg_|gqa_)?0*(\d{1,18})", re.IGNORECASE)  # and no other prefix
 FORMS = ("id", "id without suffix", "file name without folder and suffix", "file name up to its first dot", "number")
 

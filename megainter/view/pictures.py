@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from megainter.data.feature_store.record import RegionRecord
 from megainter.errors import UsageError
+from preprocessing.images.decode import formats
 
 COLOURS = ("#c2334d", "#23804a", "#2f5fd0", "#b8560f", "#8a35b5", "#0d7f86", "#8a5a1c", "#a3206f", "#5f6f12", "#39449c")
 QUALITY = 85  # of JPEGs
@@ -31,7 +32,7 @@ class RegionBox:
 def thumbnail(path: Path, longest: int) -> str:
     """The image upright, at most ``longest`` pixels on its longer side, as an embedded JPEG. ``UsageError`` if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats()) as image:
             image.draft("RGB", (2 * longest, 2 * longest))  # JPEGs decode at a fraction of their size
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -13,6 +13,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,8 +24,13 @@ from megainter.errors import UsageError
 from megainter.files import inside
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format that runs an outside program or a large foreign parser
+MORE_FORMATS = ("HEIF", "TIFF")  # what phones and scanners write: by the extra "images", as their parsers are large
+UPRIGHT = MORE_FORMATS  # Pillow gives these in the size in which they are shown
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
-OTHER_SUFFIXES = {".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".svg", ".eps", ".tga", ".psd"}
+MORE_SUFFIXES = {".heic", ".heif", ".hif", ".tif", ".tiff"}
+OTHER_SUFFIXES = MORE_SUFFIXES | {".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".svg", ".eps", ".tga", ".psd"}
+NEEDED = "reading it needs pip install 'megainter[images]'"
+TIFF_MAGIC, HEIF_BRANDS = (b"II*\0", b"MM\0*"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_PIXELS = 100_000_000  # decoded that is 300 MB
 DRAFT_PIXELS = 16_000_000  # with draft, a larger image comes at 1/2, 1/4 or 1/8 of its size, but at no fewer pixels than a quarter of this
 BAND_ROWS = 64  # rows of the smaller picture that are made at once
@@ -67,8 +73,19 @@ class _FilePart(io.RawIOBase):
         return len(data)
 
 
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that are read here, as Pillow names them: HEIF and TIFF where the extra "images" is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return FORMATS
+    pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
+    return FORMATS + MORE_FORMATS
+
+
 def load_image(path: Path, draft: bool = False, part: Part | None = None) -> Image.Image:
-    """The image as RGB, 8 bits. ``UnreadableImageError`` for anything but a whole JPEG, PNG, WebP, GIF or BMP up to 100 megapixels.
+    """The image as RGB, 8 bits. ``UnreadableImageError`` for anything but a whole file of ``formats`` of up to 100 megapixels.
 
     With ``draft`` an image above 16 megapixels comes smaller than it is (``image_size`` tells its true size), at a fraction of the memory.
     """
@@ -84,7 +101,7 @@ def load_image(path: Path, draft: bool = False, part: Part | None = None) -> Ima
 def image_size(path: Path, part: Part | None = None) -> tuple[int, int]:
     """(width, height) in pixels as ``load_image`` gives them without ``draft``, from the header alone."""
     with _opened(path, part) as image:
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) in range(FIRST_TURNED_ORIENTATION, 9)
+        turned = image.format not in UPRIGHT and image.getexif().get(EXIF_ORIENTATION, 1) in range(FIRST_TURNED_ORIENTATION, 9)
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
@@ -139,7 +156,7 @@ def _opened(path: Path, part: Part | None) -> Iterator[Image.Image]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UnreadableImageError(path, "not a regular file")
-        with open(path, "rb") as file, Image.open(_within(file, part), formats=FORMATS) as image:
+        with open(path, "rb") as file, Image.open(_within(file, part), formats=formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             yield image
@@ -162,17 +179,30 @@ def _reason(path: Path, part: Part | None, error: Exception) -> str:
         case Image.DecompressionBombError():
             return f"more than {MAX_PIXELS // 10**6} megapixels"
         case UnidentifiedImageError():
-            return (
-                "empty file"
-                if (part[1] if part else path.stat().st_size) == 0
-                else f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, whatever its name"
-            )
+            return _unidentified(path, part)
         case OSError() if error.errno is not None:
             return error.strerror or str(error)
         case OSError() | SyntaxError() | ValueError() | EOFError() | struct.error() | zlib.error():
             return " ".join(str(error).split()) or type(error).__name__
         case _:
             return f"{type(error).__name__} while decoding: {' '.join(str(error).split())}"
+
+
+def _unidentified(path: Path, part: Part | None) -> str:
+    """What a file is that Pillow takes for none of the formats."""
+    with open(path, "rb") as file:
+        head = _within(file, part).read(12)
+    if not head:
+        return "empty file"
+    known = formats()
+    if known == FORMATS and (head[:4] in TIFF_MAGIC or is_heif(head)):
+        return f"{'TIFF' if head[:4] in TIFF_MAGIC else 'HEIC'}, and {NEEDED}"
+    return f"not {', '.join(known[:-1])} or {known[-1]}, whatever its name"
+
+
+def is_heif(head: bytes) -> bool:
+    """Whether a file that begins so is what phones call HEIC."""
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
 
 
 def silence_pillow() -> None:

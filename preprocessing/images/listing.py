@@ -18,7 +18,7 @@ from megainter.data.tables.pairs import read_pairs
 from megainter.data.tables.parquet import check_relative
 from megainter.errors import UsageError
 from megainter.progress import Progress
-from preprocessing.images.decode import SUFFIXES, Part, find_images
+from preprocessing.images.decode import MORE_SUFFIXES, SUFFIXES, Part, find_images
 from preprocessing.prepare.delimited import Fault, delimited_rows, header_cells, literal_notes, shown_names
 
 PARQUET_MAGIC = b"PAR1"
@@ -86,7 +86,7 @@ def list_images(images: Path, manifest: Path | None = None) -> ImageList:
     tars = sorted(images.glob("*.tar"))
     if not tars:
         return ImageList(images, [ListedImage(*found) for found in find_images(images)])
-    if any(path.suffix.lower() in SUFFIXES for path in images.iterdir()):
+    if any(path.suffix.lower() in SUFFIXES | MORE_SUFFIXES for path in images.iterdir()):
         raise UsageError(f"{images} holds both images and tar files; give the tar files as '{images}/*.tar', or move them elsewhere")
     return _tar_source(images, tars)
 
@@ -218,7 +218,7 @@ def _members(tar: Path) -> Iterator[tuple[str, Part]]:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
                 key, suffix = os.path.splitext(re.sub(r"^(\./)+", "", member.name))
-                if member.isreg() and suffix.lower() in SUFFIXES and not os.path.basename(key).startswith("."):
+                if member.isreg() and suffix.lower() in SUFFIXES | MORE_SUFFIXES and not os.path.basename(key).startswith("."):
                     yield key, (member.offset_data, member.size)
                 count += 1
                 archive.members = []  # type: ignore[attr-defined]  # it would keep every header

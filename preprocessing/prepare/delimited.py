@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from preprocessing.images.decode import SUFFIXES
+from preprocessing.images.decode import MORE_SUFFIXES, SUFFIXES
 
 SHOWN = 40  # names of columns in a message
 OPEN_AT_THE_END = "unexpected end of data"  # what the csv module says of a mark that does not close
@@ -131,7 +131,7 @@ class _Rows:
         found = self._form_of(_alone(line, self.delimiter))
         if found is None:
             return False
-        return found == form if form is not None else found[0] in SUFFIXES
+        return found == form if form is not None else found[0] in SUFFIXES | MORE_SUFFIXES
 
     def _form_of(self, cells: list[str]) -> tuple[object, ...] | None:
         return _form(cells[self.key]) if len(cells) == self.columns else None

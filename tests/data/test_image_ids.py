@@ -28,6 +28,7 @@ def test_the_number_of_an_image(image_id: str, found: int | None) -> None:
 
 def test_the_forms_of_an_id_from_strict_to_loose() -> None:
     assert forms("a/b.jpg") == ("a/b.jpg", "a/b", "b", "b", "")
+    assert forms("IMG_0042.HEIC")[1] == forms("scans/IMG_0042.tiff")[2] == "IMG_0042"
     assert forms("x/COCO_val2014_000000000012") == ("x/COCO_val2014_000000000012",) * 2 + ("COCO_val2014_000000000012",) * 2 + ("12",)
     assert forms("v1.5 of it") == ("v1.5 of it", "v1.5 of it", "v1.5 of it", "v1", "")
 

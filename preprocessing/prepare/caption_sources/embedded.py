@@ -14,9 +14,9 @@ import pyarrow as pa
 from megainter.data.tables.parquet import check_relative
 from megainter.errors import UsageError
 from megainter.files import inside, write_atomically
-from preprocessing.images.decode import SUFFIXES
+from preprocessing.images.decode import MORE_SUFFIXES, SUFFIXES, is_heif
 
-MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
+MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"))
 ROWS_AT_ONCE = 32  # of a table with images, which may have megabytes each
 
 
@@ -55,6 +55,8 @@ class EmbeddedImages:
 def _suffix(content: bytes) -> str:
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return ".webp"
+    if is_heif(content):
+        return ".heic"
     found = next((suffix for magic, suffix in MAGIC if content.startswith(magic)), "")
     if not found:
         raise ValueError(f"its image of {len(content):,} bytes has a format that is not known")
@@ -68,7 +70,7 @@ def _usable(path: Any, suffix: str) -> str:
     name = path if check_relative(path) is None else os.path.basename(path)
     if check_relative(name) is not None:
         return ""
-    return name if os.path.splitext(name)[1].lower() in SUFFIXES else name + suffix
+    return name if os.path.splitext(name)[1].lower() in SUFFIXES | MORE_SUFFIXES else name + suffix
 
 
 def _write(folder: Path, name: str, content: bytes) -> None:

@@ -1,7 +1,9 @@
 """Every stored form of a picture gives the pixels it should, and every file that is none gives its reason."""
 
 import os
+import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ import pytest
 from PIL import Image
 
 from megainter.errors import UsageError
-from preprocessing.images.decode import MAX_PIXELS, UnreadableImageError, confined, find_images, image_size, load_image
+from preprocessing.images.decode import MAX_PIXELS, UnreadableImageError, confined, find_images, formats, image_size, load_image
 
+MORE = find_spec("pillow_heif") is not None
+SCAN = "truncated" if MORE else "TIFF, and reading it needs pip install 'megainter\\[images\\]'"
+needs_extra = pytest.mark.skipif(not MORE, reason="the extra images (pillow-heif) is not installed")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -55,6 +60,71 @@ def test_exif_orientation_is_applied_and_the_size_from_the_header_agrees(tmp_pat
     shown = pixels(path)
     assert [tuple(shown[at].tolist()) for at in SHOWN[orientation]] == [RED, GREEN, BLUE]
     assert image_size(path) == (shown.shape[1], shown.shape[0]) == ((4, 6) if orientation > 4 else (6, 4))
+
+
+@needs_extra
+@pytest.mark.parametrize("orientation", SHOWN)
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_scan_is_shown_upright_and_its_size_from_the_header_agrees(tmp_path: Path, orientation: int, compression: str | None) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.tif", corners(), exif=exif, compression=compression)
+    shown = pixels(path)
+    assert [tuple(shown[at].tolist()) for at in SHOWN[orientation]] == [RED, GREEN, BLUE]
+    assert image_size(path) == (shown.shape[1], shown.shape[0]) == ((4, 6) if orientation > 4 else (6, 4))
+
+
+@needs_extra
+@pytest.mark.parametrize("suffix", ["heic", "heif", "HEIC"])
+def test_a_phone_s_photo_has_the_pixels_of_the_png_of_the_same_picture(tmp_path: Path, suffix: str) -> None:
+    blocks = np.kron(np.random.default_rng(0).integers(40, 216, (4, 6, 3), np.uint8), np.ones((32, 32, 1), np.uint8))
+    formats()  # which registers the writer as well
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(blocks), format="HEIF", quality=95)
+    assert image_size(path) == (192, 128)
+    np.testing.assert_allclose(pixels(path).astype(int), blocks, atol=24)
+    assert np.abs(pixels(path).astype(int) - blocks).mean() < 4
+    small = load_image(path, draft=True)
+    assert small.size == (192, 128)
+    assert find_images(tmp_path) == [("a", path.name)]
+
+
+@needs_extra
+def test_scans_of_every_depth_become_rgb(tmp_path: Path) -> None:
+    grey = np.array([[0, 257, 40000, 65535]], np.uint16)
+    assert pixels(saved(tmp_path / "a.tif", Image.fromarray(grey)))[0].tolist() == [[v] * 3 for v in (0, 1, 156, 255)]
+    assert pixels(saved(tmp_path / "b.tif", Image.new("1", (9, 9), 1), compression="group4"))[0, 0].tolist() == list(WHITE)
+    cmyk = pixels(saved(tmp_path / "c.tif", Image.new("CMYK", (16, 16), (255, 0, 0, 0))))
+    np.testing.assert_allclose(cmyk[8, 8], (0, 255, 255), atol=3)
+    pages = [Image.new("RGB", (4, 4), colour) for colour in (GREEN, RED)]
+    assert pixels(saved(tmp_path / "d.tif", pages[0], save_all=True, append_images=pages[1:]))[0, 0].tolist() == list(GREEN)
+    with pytest.raises(UnreadableImageError, match="more than 100 megapixels"):
+        load_image(saved(tmp_path / "e.tif", Image.new("1", (MAX_PIXELS // 10_000 + 1, 10_000)), compression="group4"))
+
+
+HEIC_HEAD = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.heic", HEIC_HEAD, "HEIC"),
+        ("b.jpg", HEIC_HEAD, "HEIC"),
+        ("c.tif", b"II*\0" + bytes(40), "TIFF"),
+        ("d.tiff", b"MM\0*" + bytes(40), "TIFF"),
+    ],
+)
+def test_without_the_extra_phones_and_scanners_are_told_what_reads_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, kind: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    formats.cache_clear()
+    (tmp_path / name).write_bytes(content)
+    try:
+        with pytest.raises(UnreadableImageError) as error:
+            load_image(tmp_path / name)
+        assert error.value.reason == f"{kind}, and reading it needs pip install 'megainter[images]'"
+    finally:
+        formats.cache_clear()
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
@@ -107,7 +177,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     whole = saved(folder / "whole.jpg", Image.fromarray(noise)).read_bytes()
     png = saved(folder / "whole.png", Image.fromarray(noise)).read_bytes()
     contents = {
-        "html.jpg": (b"<html>404</html>", "not JPEG, PNG, WEBP, GIF or BMP"),
+        "html.jpg": (b"<html>404</html>", "not JPEG, PNG, WEBP, GIF"),
         "empty.jpg": (b"", "empty file"),
         "half.jpg": (whole[: len(whole) // 2], "truncated"),
         "half.png": (png[: len(png) // 2], "truncated|broken"),
@@ -119,10 +189,11 @@ def bad_files(folder: Path) -> dict[str, str]:
         (folder / name).write_bytes(content)
     (folder / "folder.jpg").mkdir()
     os.mkfifo(folder / "pipe.jpg")
-    saved(folder / "scan.tif", Image.new("RGB", (4, 4)))
+    scan = saved(folder / "scan.tif", Image.fromarray(noise))
+    scan.write_bytes(scan.read_bytes()[: scan.stat().st_size // 2])  # the directory stands in front of the pixels
     saved(folder / "bomb.png", Image.new("1", (MAX_PIXELS // 10_000 + 1, 10_000)))
     saved(folder / "larger-bomb.png", Image.new("1", (20_000, 20_000)))
-    special = {"folder.jpg": "not a regular file", "pipe.jpg": "not a regular file", "scan.tif": "not JPEG", "absent.jpg": "no such file"}
+    special = {"folder.jpg": "not a regular file", "pipe.jpg": "not a regular file", "scan.tif": SCAN, "absent.jpg": "no such file"}
     bombs = {"bomb.png": "more than 100 megapixels", "larger-bomb.png": "more than 100 megapixels"}
     return {name: reason for name, (_, reason) in contents.items()} | special | bombs
 
