@@ -10,7 +10,7 @@ one that was not.
 import os
 import signal
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -310,7 +310,9 @@ def _list_failures(output: Path, failures: list[Failure]) -> None:
 
 def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failure], max_bad: float, changed: bool) -> Extraction:
     """Seal, unless too many failed."""
-    listed = f"{len(failures):,} of {total:,} images failed, listed in {output / 'failed.tsv'}"
+    most = Counter(failure.reason for failure in failures).most_common(1)
+    why = f" (most often: {most[0][0]:.200})" if most else ""
+    listed = f"{len(failures):,} of {total:,} images failed{why}, listed in {output / 'failed.tsv'}"
     if len(failures) > tolerated(max_bad, total):
         raise TooManyBadInputsError(
             f"{listed}: more than --max-bad {max_bad:g} of them; the others are kept: repair them, or allow more, and run again"

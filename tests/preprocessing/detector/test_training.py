@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -193,22 +194,23 @@ def test_a_stopped_run_goes_on_to_the_same_weights(squares: Path, tmp_path: Path
 def test_a_stop_amid_a_step_keeps_the_state_before_it(squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics that the step's first half has changed included: the run goes on to the weights of one that was not stopped."""
     train(squares, tmp_path / "whole")
-    forward = FasterRCNN.forward
+    forward, goes_on, went_on = FasterRCNN.forward, threading.Event(), threading.Event()
+    saved = tmp_path / "parts" / "checkpoint-00000004"
 
-    def slow(model: FasterRCNN, *arguments: object) -> object:
+    def held(model: FasterRCNN, *arguments: object) -> object:
         result = forward(model, *arguments)
-        time.sleep(2.0 if (tmp_path / "parts" / "checkpoint-00000004").exists() else 0.0)
+        if saved.exists():
+            goes_on.wait()
+            went_on.set()
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(FasterRCNN, "forward", slow)
-        patch.setattr("preprocessing.detector.unfinished.POLL_SECONDS", 0.05)
+        patch.setattr(FasterRCNN, "forward", held)
         patch.setattr("preprocessing.detector.training.PATIENCE", 0.1)
-        start = time.monotonic()
         with pytest.raises(StoppedEarly, match="stopped amid step 5 of 6: the same command goes on from step 4"):
-            train(squares, tmp_path / "parts", stop=(tmp_path / "parts" / "checkpoint-00000004").exists)
-        assert time.monotonic() - start < 2.0
-        time.sleep(2.5)  # the abandoned step ends, and changes nothing
+            train(squares, tmp_path / "parts", stop=saved.exists)
+        goes_on.set()  # the abandoned step ends, and changes nothing
+        assert went_on.wait(60)
     train(squares, tmp_path / "parts")
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
