@@ -47,7 +47,8 @@ def check(setting: Setting, report: Report) -> None:
 def _composed(folder: Path, setting: Setting) -> None:
     shutil.rmtree(folder / "images", ignore_errors=True)
     write_scenes(folder, SCENES, seed=SEED)
-    _megainter("prepare", "jsonl", folder / "captions.jsonl", "--images", folder / "images", "--output", folder / "pairs.parquet")
+    pairs = ["--output", folder / "pairs.parquet", "--replace"]
+    _megainter("prepare", "jsonl", folder / "captions.jsonl", "--images", folder / "images", *pairs)
     weights = Path(__file__).parents[2] / "preprocessing" / "assets" / "demo_detector.safetensors"
     boxes = ["--min-boxes", 3, "--max-boxes", 12, "--device", setting.device]
     _megainter("extract", "--images", folder / "images", "--output", folder / "regions.store", "--weights", weights, *boxes)
