@@ -144,7 +144,7 @@ def test_an_unknown_device_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "no device 'rtx9'; known: " in done.stderr
+    assert "no device 'rtx9'; did you mean rtx5090? known: v100, " in done.stderr
 
 
 @pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 1), (2, 3), (3, 2)])
