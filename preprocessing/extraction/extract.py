@@ -23,6 +23,7 @@ from megainter.data.feature_store.lock import LOOSE, WriterLock, network_filesys
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import StoreSchema
 from megainter.data.feature_store.shard import read_store_json, refuse_live_writers
+from megainter.data.feature_store.variety import hardly_varied
 from megainter.data.feature_store.writer import create_store, forget, is_sealed, seal_store, stored_ids
 from megainter.data.tables.boxes import ImageBoxes, read_boxes
 from megainter.devices import devices_named, torch_device, units_of
@@ -39,7 +40,6 @@ from preprocessing.extraction.changed import note, seen, states, told
 from preprocessing.extraction.crew import Expectation, Worker, end, feed, receive, start_child, with_news
 from preprocessing.extraction.worker import Failure, Task, WorkerSetup
 from preprocessing.failures import write_failures
-from preprocessing.features.variety import class_warning
 from preprocessing.images.decode import DRAFT_PIXELS, UnreadableImageError, confined, image_size, silence_pillow
 from preprocessing.images.listing import ImageList, ListedImage, list_images, renamed
 from preprocessing.scenes.scenes import SCENE_SIZE
@@ -322,8 +322,8 @@ def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failur
     if changed or not is_sealed(output):
         seal_store(output)
     with FeatureStore(output) as store:
-        if warning := class_warning(store):
-            print(warning, file=sys.stderr, flush=True)
+        if alike := hardly_varied(store):
+            print(f"warning: {alike}", file=sys.stderr, flush=True)
         state = "sealed" if changed else "complete before"
         print(f"{output}: regions of {len(store):,} images, {state}, digest {store.digest[:16]}", flush=True)
         return Extraction(len(store), len(failures), store.digest)

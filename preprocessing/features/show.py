@@ -8,10 +8,10 @@ import numpy as np
 
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import AGAIN, RegionRecord, StoreSchema, check_record
+from megainter.data.feature_store.variety import hardly_varied
 from megainter.errors import DamagedError, UsageError
 from megainter.progress import Progress
 from megainter.weights import origin_name
-from preprocessing.features.variety import class_warning
 
 BARS, BAR_WIDTH = 10, 40  # of the histogram
 
@@ -23,8 +23,10 @@ def describe_store(path: Path) -> str:
         shards = [f"  {name}  {size / 1e6:,.1f} MB" for name, size in store.shard_sizes().items()]
         lines = [f"{path}: {len(store):,} images, {int(counts.sum()):,} regions" + ("" if store.sealed else " (not sealed: incomplete)")]
         lines += [*_schema_lines(store.schema, origin_name(path)), f"digest: {store.digest}", f"shards: {len(shards)}", *shards]
-        lines += _histogram(counts) if len(counts) else []
-        return "\n".join([*lines, *filter(None, [class_warning(store)])])
+        if len(counts):
+            lines += _histogram(counts)
+            lines += [f"warning: {told}" for told in [hardly_varied(store)] if told]
+        return "\n".join(lines)
 
 
 def _schema_lines(schema: StoreSchema, name: str | None) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megainter.config.settings import DataConfig, RunConfig
 from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.variety import hardly_varied
 from megainter.data.integers import Int64s
 from megainter.data.matching import Missing, accept_missing
 from megainter.data.pairs_index.index import build_pairs_index, build_storage_order, open_pairs_index, open_storage_order
@@ -24,7 +25,6 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.detector import keep_detector, require_detector, require_same_detector
 from megainter.tasks.pretraining.batches import PretrainStream
 from megainter.tasks.pretraining.sampling import Sampler, StreamSettings
-from megainter.tasks.pretraining.targets import hardly_varied
 from megainter.training.collective import first_said, on_first_rank
 
 BLOCK = 4096  # samples, some hundred megabytes of records

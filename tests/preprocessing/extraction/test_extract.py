@@ -151,7 +151,7 @@ def test_killed_runs_taken_up_again_end_with_the_same_store(folder: Path, finish
         out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert f"stored={IMAGES}, failed=1, digest='{finished.digest}'" in out
-    assert re.fullmatch(r"warning: 100 % of \d+ regions looked at have the likeliest class 'blue': .*\n", error)  # weights are drawn
+    assert re.fullmatch(r"warning: 100\.0% of the regions in .* are likeliest 'blue': .*\n", error)  # weights are drawn
 
 
 def test_sigterm_keeps_what_is_finished_and_says_how_to_go_on(folder: Path, finished: Extraction, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from megainter.data.feature_store import FeatureStore
+from megainter.data.feature_store.variety import hardly_varied
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
-from megainter.tasks.pretraining.targets import hardly_varied
+from preprocessing.features.show import describe_store
 from tests.synthetic import CLASSES, write_data
 
 
@@ -31,3 +32,5 @@ def test_one_class_for_all_regions_is_told_with_its_share(likeliest: int, tmp_pa
     with FeatureStore(tmp_path / "same") as same:
         said = hardly_varied(same)
     assert said.startswith(f"{1 - others / regions:.1%} of the regions in {tmp_path / 'same'} are likeliest {CLASSES[likeliest]!r}")
+    assert describe_store(tmp_path / "same").endswith(f"warning: {said}")
+    assert "warning" not in describe_store(path)
