@@ -206,7 +206,7 @@ def extract_in_process(folder: Path) -> tuple[int, int, int]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=550, check=False, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
+    assert [line for line in run.stderr.splitlines() if "% of the regions in" not in line] == []  # the weights are drawn
     stored, failed, peak = run.stdout.splitlines()[-1].split()[1:]
     return int(stored), int(failed), int(peak)
 
