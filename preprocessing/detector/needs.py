@@ -11,8 +11,7 @@ from torch import Tensor
 from megainter.memory import available_memory
 from megainter.progress import shown_seconds, shown_time
 
-STATES = 4  # of each weight: itself, its gradient, and AdamW's two moments, float32
-WORKING = 1.5  # what is held for the backward pass, and the gradients and workspaces of the layer in work (docs/evidence/performance.md)
+STATES = 8  # of each weight in float32: itself, its gradient, AdamW's two moments, and as much again while a checkpoint is written
 PROCESS = 800 << 20  # bytes of Python, PyTorch and its libraries
 
 
@@ -41,7 +40,7 @@ class Needs:
 
     def memory(self, images_at_once: int) -> int:
         """Bytes of a process that trains with so many images at once, about."""
-        return PROCESS + 4 * STATES * self.weights + round(WORKING * self.held * images_at_once)
+        return PROCESS + 4 * STATES * self.weights + self.held * images_at_once
 
 
 def tell_needs(needs: Needs, backbone: str, device: str, batch_size: int, images_at_once: int, steps: int) -> None:

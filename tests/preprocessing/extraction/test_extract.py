@@ -110,7 +110,7 @@ def committed(store: Path) -> int:
 
 
 def wait_for_records(store: Path, process: subprocess.Popen[str], count: int = 1) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while committed(store) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
