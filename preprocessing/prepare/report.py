@@ -80,9 +80,9 @@ def checked(rows: Iterator[Row], report: Report, src: Path, output: Path, max_ba
     why = "; ".join(report.lines(what)[1:]) or "it holds none"
     if not too_bad:
         raise UsageError(f"{src}: no {what} are left: {why}")
+    others = f"; --max-bad 1 keeps the others, and {report_path(output).name} then has more examples" if report.kept else ""
     raise TooManyBadInputsError(
-        f"{src}: {report.bad():,} of {report.total():,} {what} cannot be used, more than --max-bad {max_bad:g}: {why}; "
-        f"--max-bad 1 keeps the others, and {report_path(output).name} then has more examples"
+        f"{src}: {report.bad():,} of {report.total():,} {what} cannot be used, more than --max-bad {max_bad:g}: {why}{others}"
     )
 
 

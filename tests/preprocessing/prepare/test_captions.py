@@ -163,6 +163,11 @@ def test_too_many_bad_lines_leave_nothing(tmp_path: Path) -> None:
     ):
         prepare("jsonl", src, tmp_path / "p.parquet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+    with pytest.raises(TooManyBadInputsError, match="--max-bad 1 keeps the others"):
+        prepare("jsonl", src, tmp_path / "p.parquet")
+    with pytest.raises(TooManyBadInputsError) as error:
+        prepare("jsonl", write_lines(tmp_path / "b.jsonl", "oops", "again"), tmp_path / "p.parquet")
+    assert "the others" not in str(error.value)
 
 
 def test_captions_without_image_are_dropped_and_limited(tmp_path: Path) -> None:
