@@ -25,5 +25,6 @@ def hardly_varied(store: FeatureStore) -> str:
         return ""
     return (
         f"{share:.1%} of the regions in {store.path} are likeliest {names[best]!r:.80}: an accuracy of masked regions near {share:.3f} "
-        "says nothing, and they teach little; look at the regions with `megainter view`, or take a detector that knows such images"
+        "says nothing, and they teach little; look at the regions with `megainter view`, let features be learned instead "
+        "(--model.region_objective feature), or take a detector that knows such images"
     )
