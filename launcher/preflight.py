@@ -328,7 +328,7 @@ def step_checks(facts: Facts) -> Iterator[Check]:
     run = facts.folder / "run"
     short = {
         "output": run, "training.steps": 3, "training.log_every": 1, "validation.every_steps": 0, "validation.samples": 1,
-        "checkpoint.every_steps": 1000, "tensorboard": "false",
+        "checkpoint.every_steps": 1000, "tensorboard": "false", "tracking": "none",
     }  # fmt: skip
     words = [word for key, value in short.items() for word in (f"--{key}", str(value))]
     job = replace(facts.job, arguments=(*facts.settings.arguments, *words), port=facts.job.port + 2)

@@ -29,6 +29,7 @@ from megainter.verbs.pretrain import pretrain
 from megainter.verbs.replay import replay
 from megainter.verbs.search import search
 from megainter.verbs.serve import serve
+from megainter.verbs.track import track
 from megainter.verbs.view import view
 
 # What the user can mend: a full or read-only disk, a path of the wrong kind or without permission.
@@ -61,6 +62,7 @@ app.command(convert_app)
 app.command(index)
 app.command(search)
 app.command(serve)
+app.command(track)
 app.command(view)
 
 

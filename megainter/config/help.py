@@ -40,11 +40,13 @@ def type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(str(value) for value in get_args(kind))
     if get_args(kind):
-        return "|".join(type_name(part) for part in get_args(kind) if part is not type(None))
+        return "|".join(type_name(part) for part in get_args(kind) if part not in (type(None), ...))
     return {"Path": "PATH", "str": "TEXT", "bool": "true|false"}.get(kind.__name__, kind.__name__.upper())
 
 
 def _default_of(field: dataclasses.Field) -> str:
     if field.default is dataclasses.MISSING:
         return "  (required)"
+    if field.default == ():
+        return "  (default none)"
     return f"  (default {str(field.default).lower() if field.default is None or isinstance(field.default, bool) else field.default})"

@@ -63,7 +63,9 @@ def _line(name: str, value: Any, origin: str) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """A setting's value, a JSON scalar, as TOML."""
+    """A setting's value, a JSON scalar or a list of such, as TOML."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value) if isinstance(value, bool | int) else repr(float(value))

@@ -10,14 +10,22 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from megainter.precision import AskedPrecision
+from megainter.tracking import Tracker
+
+
+def _names(value: Any) -> Any:
+    """What a command line gives for a list: names apart by commas, or none."""
+    return () if value is None else tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # what stands under a setting is its help text
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_names)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 RecallName = Literal["text_to_image_r_at_1", "vectors_text_to_image_r_at_1", "both_text_to_image_r_at_1"]
 
@@ -316,6 +324,8 @@ class RunConfig:
     hangs: HangConfig = dataclasses.field(default_factory=HangConfig)
     tensorboard: bool = True
     """Write TensorBoard events besides metrics.jsonl."""
+    tracking: Trackers = ()
+    """Experiment trackers that metrics.jsonl is sent to by processes of their own, apart by commas (docs/run-folder.md)."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -332,6 +342,8 @@ class FinetuneConfig:
     hangs: HangConfig = dataclasses.field(default_factory=HangConfig)
     tensorboard: bool = True
     """Write TensorBoard events besides metrics.jsonl."""
+    tracking: Trackers = ()
+    """Experiment trackers that metrics.jsonl is sent to by processes of their own, apart by commas (docs/run-folder.md)."""
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megainter.config.settings import CheckpointConfig, EngineConfig, HangConfig
 from megainter.data.integers import Int64s
 from megainter.data.packed import PackedInputs
 from megainter.model.configuration import InterBertConfig
+from megainter.tracking import Tracker
 
 
 class RunSettings(Protocol):
@@ -36,6 +37,8 @@ class RunSettings(Protocol):
     def hangs(self) -> HangConfig: ...
     @property
     def tensorboard(self) -> bool: ...
+    @property
+    def tracking(self) -> tuple[Tracker, ...]: ...
 
 
 class Batch(Protocol):

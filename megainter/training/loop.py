@@ -37,6 +37,7 @@ from megainter.training.run_folder import open_run_folder, removed_where_nothing
 from megainter.training.saving import Outcome, Saver, Target
 from megainter.training.stopping import StopVote
 from megainter.training.stragglers import TOLD, OwnTime, slowest
+from megainter.training.tracked import tracked
 from megainter.training.verify import Repetition
 from megainter.training.watchdog import Watchdog
 from megainter.training.world import World
@@ -227,7 +228,9 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
     _describe(config, job, model, world, start, total_steps)
     log.info("%s", describe(config.optimizer, zero_state.inner_optimizer(trained).param_groups))
     saver = stack.enter_context(Saver(trained, world))
-    metrics = MetricsLog(config.output, start, config.tensorboard) if first else None
+    metrics = MetricsLog(config.output, start, _events_here(config)) if first else None
+    if first:
+        stack.enter_context(tracked(config.output, config.tracking))
     return Run(
         config=config,
         job=job,
@@ -242,6 +245,11 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
         total_steps=total_steps,
         peak=peak_flops(world.device, config.engine.precision),
     )
+
+
+def _events_here(config: RunSettings) -> bool:
+    """Whether this process writes TensorBoard's events itself: not where that is one of the trackers."""
+    return config.tensorboard and "tensorboard" not in config.tracking
 
 
 def steps_of(config: RunSettings, samples: int) -> int:
@@ -383,7 +391,7 @@ def _rolled_back(run: Run, spike: Verdict) -> Run:
         engine.roll_back(run.trained, read_saved, saved.state, run.world)
     if run.metrics is not None:
         run.metrics.close()
-        metrics = MetricsLog(output, saved.step, run.config.tensorboard)
+        metrics = MetricsLog(output, saved.step, _events_here(run.config))
         metrics.write("rolled_back", saved.step, {"spike": entry})
     log.warning("%s; back to %s, its batch is passed over from now on", said(spike, 1), saved.folder)
     return replace(

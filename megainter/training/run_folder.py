@@ -25,7 +25,7 @@ from megainter.training.job import RunSettings
 log = logging.getLogger("megainter")
 
 # A run may go on with another value of these: they change speed, duration or reporting, not what a step computes.
-FREE_SECTIONS = ("validation", "engine", "checkpoint", "hangs", "tensorboard", "output", "asked", "detector")
+FREE_SECTIONS = ("validation", "engine", "checkpoint", "hangs", "tensorboard", "tracking", "output", "asked", "detector")
 FREE_KEYS = {
     "data": ("workers", "other_detector"),
     "training": ("micro_batch", "micro_tokens", "log_every", "steps", "epochs", "profile_steps", "verify_every"),

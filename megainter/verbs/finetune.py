@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from megainter.errors import UsageError
+from megainter.tracking import require_trackers
 from megainter.verbs.pretrain import PRINT_CONFIG, PRINTING, require_paths, split_config, take_flag
 from megainter.weights import check_name, require_there
 
@@ -206,4 +207,5 @@ def read_task_settings(task: str, settings: Sequence[str]) -> Any:
         print(resolved_settings(config, recipe, overrides))
         return None
     require_paths(config)
+    require_trackers(config.tracking)
     return config

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from megainter.errors import UsageError
+from megainter.tracking import require_trackers
 from megainter.weights import check_name, require_there
 
 PRINT_CONFIG = "--print-config"  # a flag among settings, which all take a value
@@ -38,6 +39,7 @@ def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
         print(resolved_settings(config, recipe, overrides))
         return
     require_paths(config)
+    require_trackers(config.tracking)
     from megainter.tasks.pretraining.training import pretrain as train
 
     train(config)
