@@ -238,7 +238,7 @@ def unknown(words: list[str]) -> list[str]:
 
 def is_setting(option: str) -> bool:
     """Whether this is the form of a setting; whether there is such a one is told by the configuration that is read."""
-    return "." in option or option in ("--config", "--output", "--tensorboard", PRINT_CONFIG)
+    return "." in option or option in ("--config", "--output", "--tensorboard", "--tracking", PRINT_CONFIG)
 
 
 def test_the_map_of_the_house_is_complete() -> None:

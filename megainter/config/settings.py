@@ -19,7 +19,7 @@ from megainter.tracking import Tracker
 
 def _names(value: Any) -> Any:
     """What a command line gives for a list: names apart by commas, or none."""
-    return () if value is None else tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+    return () if value is None else tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # what stands under a setting is its help text

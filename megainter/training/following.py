@@ -84,4 +84,5 @@ def _input_ended() -> bool:
 
 
 if __name__ == "__main__":
+    os.nice(10)  # training comes first where cores are few
     print(f"{follow(Path(sys.argv[1]), sys.argv[2], _input_ended)} records sent", flush=True)  # type: ignore[arg-type]

@@ -138,9 +138,13 @@ def test_batch_must_divide_over_processes() -> None:
 
 
 def test_resolved_settings_round_trip(tmp_path: Path) -> None:
-    config = load_config(None, GOOD)
-    again = load_config(None, [text for key, value in _flat(as_dict(config)) if value is not None for text in (f"--{key}", str(value))])
+    config = load_config(None, [*GOOD, "--tracking", "wandb,mlflow"])
+    again = load_config(None, [text for key, value in _flat(as_dict(config)) if value is not None for text in (f"--{key}", _typed(value))])
     assert again == config
+
+
+def _typed(value: object) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def _flat(settings: dict) -> list[tuple[str, object]]:

@@ -19,7 +19,7 @@ from megainter.tracking import TRACKERS, require_trackers
 from megainter.training.following import Records
 from megainter.training.metrics import MetricsLog
 from megainter.training.tracked import tracked
-from tests.synthetic import environment
+from tests.synthetic import environment, losses, settings, train, write_data
 
 STEPS = 5
 
@@ -177,6 +177,30 @@ def offline(folder: Path) -> dict[str, str]:
     """Variables with which every tracker keeps what it is sent in this folder."""
     own = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(folder / "trackio"), "DO_NOT_TRACK": "true"}
     return {**environment(), **own, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+def test_a_run_and_its_resumption_are_followed_and_a_broken_tracker_changes_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, store = write_data(tmp_path, images=12)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "wandb.py").write_text("raise RuntimeError('no such host')\n")
+    own = environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "broken"), environment()["PYTHONPATH"]])}
+    monkeypatch.setattr("tests.synthetic.environment", lambda: own)
+    common = {"training__log_every": 1, "checkpoint__every_steps": 4}
+
+    for steps in (4, 6):
+        words = settings(pairs, store, tmp_path / "run", training__steps=steps, tracking="tensorboard,wandb", **common)
+        done = train(words)
+        assert done.returncode == 0, done.stderr
+        assert "tracking to wandb ended with 1; the run goes on" in done.stdout + done.stderr
+    for steps in (4, 6):
+        assert train(settings(pairs, store, tmp_path / "plain", training__steps=steps, **common)).returncode == 0
+
+    found, wanted = sent("tensorboard", tmp_path), losses(tmp_path / "plain")
+    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in found["train/loss"]] == pytest.approx(wanted)
 
 
 @pytest.mark.slow
