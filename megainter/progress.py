@@ -46,6 +46,10 @@ class Progress:
             self.last_line = time.monotonic()
             print(self._line(note), flush=True)
 
+    def began(self, seconds: float) -> None:
+        """The work began ``seconds`` ago, and what was before (the start of processes) does not count for the rate."""
+        self.start = time.monotonic() - seconds
+
     @property
     def rate(self) -> float:
         """Units per second since the start (work found done at the start is not counted)."""

@@ -19,6 +19,17 @@ def test_a_long_time_is_told_in_the_unit_one_plans_in(seconds: float, words: str
     assert shown_time(seconds) == words
 
 
+def test_what_was_before_the_work_began_does_not_slow_its_rate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Progress("extract", 100, "images") as progress:
+        now[0] = 40.0  # processes start, and a first batch takes four seconds
+        progress.began(4.0)
+        progress.update(8)
+        assert progress.rate == 2.0
+    assert capsys.readouterr().out.splitlines()[0] == "extract: 8/100 images, 2.0/s, 0.8 min left"
+
+
 def test_slow_units_are_told_by_the_seconds_of_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

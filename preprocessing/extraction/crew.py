@@ -112,6 +112,8 @@ def receive(worker: Worker, failures: list[Failure], progress: Progress, expecta
         case ("done", int(count), list(failed), float(seconds)):
             worker.batches.pop(0)
             failures.extend(failed)
+            if not expectation.told:
+                progress.began(seconds)
             expectation.tell(count - len(failed), seconds)
             progress.update(count, f"{len(failures)} failed" if failures else "")
             return count
