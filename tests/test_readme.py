@@ -21,8 +21,8 @@ SMALL = (
     "--model.num_text_layers 1 --model.num_region_layers 1"
 )
 
-# What only runs leave that start from weights by name, that hang, that leave samples out, or that are not over.
-OF_OTHER_RUNS = {"origin.json", "logs/hang-*", "left_out.json", "watch/"}
+# What only runs leave that start from weights by name, that hang, that leave samples out, that are followed, or not over.
+OF_OTHER_RUNS = {"origin.json", "logs/hang-*", "left_out.json", "logs/tracking/", "watch/"}
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:

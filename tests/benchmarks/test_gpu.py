@@ -69,6 +69,7 @@ def test_every_contender_takes_its_steps() -> None:
         assert table["lost"] == {}
 
 
+@pytest.mark.slow
 def test_throughput_leaves_what_a_row_of_the_plan_is_made_of(tmp_path: Path) -> None:
     (result,) = run_parts([part for part in PARTS if part.name == "throughput"], setting(tmp_path), 300)
     assert result.outcome == OK, result.tail

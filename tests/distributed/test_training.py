@@ -39,7 +39,9 @@ def test_it_learns(reference: list[float]) -> None:
     assert sum(reference[-5:]) < 0.9 * sum(reference[:5])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)  # the optimisers' tests have all of them every day
 def test_two_processes_give_the_losses_of_one(stage: int, data: tuple[Path, Path], reference: list[float], tmp_path: Path) -> None:
     profiled = 2 if stage == 3 else 0
     done = train(settings(*data, tmp_path / "run", engine__zero_stage=stage, training__profile_steps=profiled, **NO_DROPOUT), processes=2)

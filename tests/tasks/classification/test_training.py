@@ -63,6 +63,7 @@ def test_a_model_of_texts_learns_and_its_folder_says_the_same(tmp_path: Path) ->
     assert report.max_text_tokens == 16, "the folder says what it was trained with"
 
 
+@pytest.mark.slow  # what several processes do is that of the other tasks
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     """Two images for each text, ZeRO stage 3, against one process at stage 0; the validation sets do not divide by two."""
     pairs, store = write_data(tmp_path)

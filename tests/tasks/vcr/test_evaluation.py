@@ -89,7 +89,8 @@ def figures(run: Path) -> tuple[list[float], list[dict[str, float]]]:
     return losses, [{name: record[name] for name in names} for record in read_metrics(run / "metrics.jsonl", "validation")]
 
 
-@pytest.mark.parametrize(("processes", "stage"), [(2, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "stage"), [(2, 3), (3, 1)])
+@pytest.mark.slow  # what several processes do is that of the other tasks
 def test_more_processes_train_and_validate_alike(
     processes: int, stage: int, files: VcrFiles, start: Path, run: Path, tmp_path: Path
 ) -> None:
