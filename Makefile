@@ -32,7 +32,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== tests, real processes for distributed ones"
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # each worker has a core: more threads would take turns
 
 test-slow: $(READY)
 	@echo "== soak and fault suites (an hour and more), with an MPI, a MiniLM, a browser's driver and trackers to test with"
