@@ -50,8 +50,8 @@ class InterBertProcessor:
         """The processor of a model's folder: its vocab.txt, its casing (tokenizer_config.json), and lengths.
 
         ``folder`` may also be a repository of the Hub (``hf:OWNER/NAME``, ``weights.locate``). Lengths: those given, else what
-        ``save_pretrained`` wrote, else what the model was trained with (config.json), else 36; ``split_special_tokens``
-        likewise, else false.
+        ``save_pretrained`` wrote, else what the model was trained with (config.json), else 36; The same order holds
+        for ``split_special_tokens``, which is false in the end.
         ``UsageError`` where the folder lacks one of these files, or they do not fit each other.
         """
         folder = locate_model(named(folder)).path
