@@ -280,8 +280,9 @@ def _check_without_contrast(config: RunConfig) -> None:
         raise UsageError(
             f"data.batch_negatives {config.data.batch_negatives} are drawn by the vectors of contrast; give training.itc_weight above 0"
         )
-    if config.model.itc_size != ModelSettings.itc_size:
-        raise UsageError("model.itc_size is the width of the vectors of contrast; give training.itc_weight above 0, or leave it out")
+    for name in ("itc_size", "itc_pooling"):
+        if getattr(config.model, name) != getattr(ModelSettings, name):
+            raise UsageError(f"model.{name} is about the vectors of contrast; give training.itc_weight above 0, or leave it out")
 
 
 def _check_recall(config: RunConfig) -> None:

@@ -138,6 +138,8 @@ class ModelSettings:
     """Width of the pooled text and image."""
     itc_size: Positive = 256
     """Width of the vectors of a text alone and an image alone, where training.itc_weight is above 0."""
+    itc_pooling: Literal["first", "mean"] = "first"
+    """What these vectors are made of: the pooled first token and global region, or the means of all tokens and regions."""
     fusion: Literal["mul", "sum"] = "mul"
     """How pooled text and image are joined for matching: product or sum."""
     region_objective: Literal["class", "feature"] = "class"

@@ -8,6 +8,7 @@ from megainter.errors import UsageError
 
 FUSIONS = ("mul", "sum")
 REGION_OBJECTIVES = ("class", "feature")
+ITC_POOLINGS = ("first", "mean")
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -37,6 +38,7 @@ class InterBertConfig(PretrainedConfig):
     (``text_regions`` of the inputs) gets the embedding of the object's region added; without it ``text_regions`` changes nothing.
     ``detector`` and ``region_classes``: whose regions the weights were trained on, and the names of that detector's classes, where known.
     ``itc_size``: width of the vectors that a text alone and an image alone become, for image-text contrast; 0: the model has no such head.
+    ``itc_pooling``: what they are made of, the pooled first row ("first") or the mean of all rows ("mean").
 
     Raises UsageError for sizes that contradict each other.
     """
@@ -69,6 +71,7 @@ class InterBertConfig(PretrainedConfig):
         max_text_tokens: int | None = None,
         tie_objects: bool = False,
         itc_size: int = 0,
+        itc_pooling: str = "first",
         detector: str | None = None,
         region_classes: list[str] | None = None,
         pad_token_id: int = 0,
@@ -99,6 +102,7 @@ class InterBertConfig(PretrainedConfig):
         self.max_text_tokens = max_text_tokens
         self.tie_objects = tie_objects
         self.itc_size = itc_size
+        self.itc_pooling = itc_pooling
         self.detector = detector
         self.region_classes = region_classes
         _check(self)
@@ -140,7 +144,7 @@ def _check(config: InterBertConfig) -> None:
         if config.hidden_size % getattr(config, name):
             heads = getattr(config, name)
             raise UsageError(f"hidden_size {config.hidden_size} cannot be shared out over {name} = {heads}; give a divisor of it")
-    for name, choices in (("fusion", FUSIONS), ("region_objective", REGION_OBJECTIVES)):
+    for name, choices in (("fusion", FUSIONS), ("region_objective", REGION_OBJECTIVES), ("itc_pooling", ITC_POOLINGS)):
         if getattr(config, name) not in choices:
             raise UsageError(f"{name} is {getattr(config, name)!r}; give one of {', '.join(map(repr, choices))}")
 

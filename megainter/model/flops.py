@@ -40,27 +40,37 @@ class BatchCounts:
 
 def forward_flops(config: InterBertConfig, counts: BatchCounts) -> int:
     """Floating-point operations of one forward pass of the pretraining model over a batch with these counts."""
-    hidden, pooled = config.hidden_size, config.pooler_size
-    text, regions, samples = counts.text_tokens, counts.regions, counts.samples
-    layers = (
-        config.num_interaction_layers * _layer(config, text + regions, text + regions, counts.joint_squares)
-        + _stream(config, config.num_text_layers, text, samples + counts.masked_tokens, counts.text_squares)
-        + _stream(config, config.num_region_layers, regions, samples + counts.masked_regions, counts.region_squares)
-    )
-    embeddings = 2 * counts.regions * hidden * (config.region_feature_size + 5)
-    poolers = 2 * counts.samples * (2 * hidden * pooled + 2 * pooled)  # both poolers, and the matching head
+    hidden, pooled, samples = config.hidden_size, config.pooler_size, counts.samples
+    layers = _layers(config, counts, samples + counts.masked_tokens, samples + counts.masked_regions)
+    poolers = 2 * samples * (2 * hidden * pooled + 2 * pooled)  # both poolers, and the matching head
     msm = 2 * counts.masked_tokens * hidden * (hidden + config.vocab_size)
     mrm = 2 * counts.masked_regions * hidden * (hidden + config.region_target_size)
-    return layers + embeddings + poolers + msm + mrm
+    return layers + poolers + msm + mrm
 
 
 def alone_flops(config: InterBertConfig, text_lengths: torch.Tensor, region_lengths: torch.Tensor) -> int:
     """Operations of one pass of texts alone and images alone, CPU int64 lengths [T] and [I], to their vectors of contrast."""
     no_text, no_regions = torch.zeros_like(region_lengths), torch.zeros_like(text_lengths)
-    passes = BatchCounts.of(text_lengths, no_regions, 0, 0), BatchCounts.of(no_text, region_lengths, 0, 0)
-    sides = len(text_lengths) + len(region_lengths)
-    spared = 2 * sides * (config.hidden_size * config.pooler_size + 2 * config.pooler_size)  # the other side's pooler, the matching head
-    return sum(forward_flops(config, counts) for counts in passes) - spared + 2 * sides * config.pooler_size * config.itc_size
+    texts, images = BatchCounts.of(text_lengths, no_regions, 0, 0), BatchCounts.of(no_text, region_lengths, 0, 0)
+    hidden, sides = config.hidden_size, texts.samples + images.samples
+
+    if config.itc_pooling == "first":
+        layers = sum(_layers(config, counts, counts.samples, counts.samples) for counts in (texts, images))
+        return layers + 2 * sides * config.pooler_size * (hidden + config.itc_size)
+    layers = sum(_layers(config, counts, counts.text_tokens, counts.regions) for counts in (texts, images))
+    means = 2 * hidden * (texts.samples * texts.text_tokens + images.samples * images.regions)
+    return layers + means + 2 * sides * hidden * config.itc_size
+
+
+def _layers(config: InterBertConfig, counts: BatchCounts, asked_text: int, asked_regions: int) -> int:
+    """Embeddings of the regions and all layers, of which each stream's last computes the asked rows alone."""
+    text, regions = counts.text_tokens, counts.regions
+    return (
+        2 * regions * config.hidden_size * (config.region_feature_size + 5)
+        + config.num_interaction_layers * _layer(config, text + regions, text + regions, counts.joint_squares)
+        + _stream(config, config.num_text_layers, text, asked_text, counts.text_squares)
+        + _stream(config, config.num_region_layers, regions, asked_regions, counts.region_squares)
+    )
 
 
 def _stream(config: InterBertConfig, layers: int, rows: int, asked: int, squares: int) -> int:

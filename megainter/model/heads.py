@@ -25,6 +25,12 @@ class Pooler(nn.Module):
         return F.relu(self.dense(first_SH))
 
 
+def means(states_NH: torch.Tensor, sequence_N: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
+    """Each sample's mean over its rows: [N, H] with their samples int64 [N] -> [S, H]. A product, since sums by index vary on a GPU."""
+    own_SN = sequence_N[None, :] == torch.arange(len(lengths_S), device=states_NH.device)[:, None]
+    return (own_SN.to(states_NH.dtype) @ states_NH) / lengths_S[:, None]
+
+
 class Fusion(nn.Module):
     """Pooled text and pooled regions into one vector per sample, [S, P]; then dropout (official: 0.1, our hidden_dropout_prob)."""
 
@@ -76,7 +82,7 @@ class PredictionHead(nn.Module):
 
 
 class ContrastiveHead(nn.Module):
-    """A text alone and an image alone, pooled, as vectors of one space; and what their products are multiplied by where they are compared.
+    """A text alone and an image alone as vectors of one space, and what their products are multiplied by where they are compared.
 
     ``log_scale`` [1] is the logarithm of that factor, one over the temperature: a parameter without dimensions is one that DeepSpeed
     cannot send.
@@ -84,12 +90,13 @@ class ContrastiveHead(nn.Module):
 
     def __init__(self, config: InterBertConfig) -> None:
         super().__init__()
-        self.text = nn.Linear(config.pooler_size, config.itc_size)
-        self.region = nn.Linear(config.pooler_size, config.itc_size)
+        size = config.pooler_size if config.itc_pooling == "first" else config.hidden_size
+        self.text = nn.Linear(size, config.itc_size)
+        self.region = nn.Linear(size, config.itc_size)
         self.log_scale = nn.Parameter(torch.full((1,), math.log(FIRST_SCALE)))
 
     def forward(self, text_TP: torch.Tensor, region_IP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pooled texts [T, P] and pooled regions [I, P] -> float32 vectors of length 1, [T, D] and [I, D], and ``log_scale`` [1].
+        """Texts [T, P] and regions [I, P], one row each -> float32 vectors of length 1, [T, D] and [I, D], and ``log_scale`` [1].
 
         That is a product and not the parameter itself, which ZeRO-3 takes away when this forward ends.
         """

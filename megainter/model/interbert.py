@@ -39,7 +39,7 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder, LinearGelu
 from megainter.model.folder import locate_model, named, read_config
-from megainter.model.heads import FIRST_SCALE, ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead
+from megainter.model.heads import FIRST_SCALE, ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead, means
 from megainter.model.packing import PackedLayout, pack_padded
 from megainter.model.processor import InterBertProcessor
 from megainter.model.vectors import BATCH, contrastive_vectors, ready_processor, vectors_of_images, vectors_of_texts
@@ -225,11 +225,17 @@ class InterBertModel(InterBertPreTrainedModel):
         return self._pooled(inputs, alone=False)
 
     def pool_alone(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pooled texts [T, P] and pooled regions [I, P] of a batch in which every sample is a text alone or an image's regions alone.
+        """One row for each text [T, P] and each image [I, P] of a batch in which every sample is a text alone or an image's regions alone.
 
-        In any mixture: one pass of all layers for both kinds, in which no sample sees another. UsageError for a sample that has both.
+        In any mixture: one pass of all layers for both kinds, in which no sample sees another. By ``config.itc_pooling`` the pooled first
+        rows, or the means of all rows (then P is the hidden size). UsageError for a sample that has both.
         """
-        return self._pooled(inputs, alone=True)
+        if self.config.itc_pooling == "first":
+            return self._pooled(inputs, alone=True)
+        layout, text_NH, region_NH = self._embed(inputs, alone=True)
+        states = zip(self.encoder(text_NH, region_NH, layout), (layout.text, layout.region), strict=True)
+        text, region = (means(rows, side.sequence, side.cu_seqlens.diff()) for rows, side in states)
+        return text, region
 
     def _pooled(self, inputs: PackedInputs, alone: bool) -> tuple[torch.Tensor, torch.Tensor]:
         nothing = torch.zeros(0, dtype=torch.int64, device=inputs.input_ids.device)

@@ -72,11 +72,12 @@ class Repetition:
         found = [f"the losses of micro-batch {i + 1}" for i, pair in enumerate(zip(first[0], second[0], strict=True)) if not same(*pair)]
         if other := (first[1] != second[1]).nonzero().flatten().tolist():
             found.append(f"{len(other)} of {len(self._names)} gradients, first that of {self._names[other[0]]}")
-        if not found and not same(first[2], second[2]):
-            found.append("the norm of the gradient over all ranks")
         told = f"rank {self.world.rank} ({socket.gethostname()}, {self.world.device}): {found[0]}" if found else None
-        wrong = [said for said in gathered(told) if said is not None]
-        if wrong:
+        norm = None if same(first[2], second[2]) else f"the norm of the gradient over all ranks, as rank {self.world.rank} has it"
+
+        # A wrong gradient of one rank changes the norm that every rank has: it names nobody where a rank's own numbers differ.
+        said = gathered((told, norm))
+        if wrong := [own for own, _ in said if own is not None] or [shared for _, shared in said if shared is not None]:
             raise HardwareError(
                 f"step {step + 1:,} was done twice and came out differently (training.verify_every): {'; '.join(wrong[:4])}; "
                 "nothing was saved of it: take the machine out, and go on from the last checkpoint"

@@ -1,12 +1,13 @@
 """The detector for photos that comes along: NanoDet's boxes and classes, and EfficientNet-Lite0's features of the regions.
 
-NanoDet gives a score per class, each by itself; read as odds against "none of them" they are probabilities with a background (a softmax
-with a zero in front). Its scores were trained to be class times overlap, so that they are low and 80 weak ones outweigh a good one: logits
-are sharpened first. What is most certainly something comes first, whatever it is: that finds more of what people write about than the
-surest class does (docs/detectors.md).
+NanoDet gives a score per class, each by itself, trained to be class times overlap: it is low even where the class is plain, and NanoDet's
+own code counts a box from 0.05 on. Read as odds against that score they are probabilities with a background (a softmax with a zero in
+front). 80 weak scores outweigh a good one, so logits are sharpened first. What is most certainly something comes first, whatever it is:
+that finds more of what people write about than the surest class does (docs/detectors.md).
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -40,6 +41,7 @@ class PhotoConfig:
     proposals_before_nms: int = 1000
     overlap: float = 0.5  # IoU above which a box silences a less certain one, of whatever class
     sharpness: float = 1.5  # by which class logits are multiplied
+    background_score: float = 0.05  # of a class: as likely as nothing at all (nanodet/model/head/gfl_head.py, score_thr)
 
     def to_json(self) -> str:
         """One line of JSON, keys sorted: the form in the weights file."""
@@ -135,12 +137,18 @@ class PhotoDetection:
             places = self.describer(reduced.contiguous(memory_format=torch.channels_last))
 
         # the certainties of all classes are added up: the background is what they leave
-        boxes, probs = decoded_boxes(distances, size), _with_background(logits.float() * self.config.sharpness)
+        boxes, probs = decoded_boxes(distances, size), self._probabilities(logits.float())
         order = probs[:, :, 0].argsort(dim=1, stable=True)[:, : self.config.proposals_before_nms, None]
         boxes, probs = boxes.take_along_dim(order, 1), probs.take_along_dim(order, 1)
 
         scale = pixels.new_tensor([smaller[1] / size[1], smaller[0] / size[0]] * 2)
         return [_Seen(*values, scale) for values in zip(boxes, probs, places.float(), strict=True)]
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """[..., classes + 1], background first."""
+        share = self.config.background_score
+        odds = (logits - math.log(share / (1 - share))) * self.config.sharpness
+        return nn.functional.pad(odds, (1, 0)).softmax(dim=-1)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """Blue, green, red as NanoDet takes them."""
@@ -148,7 +156,7 @@ class PhotoDetection:
 
     def propose(self, maps: list[_Seen], inputs: list[Input]) -> list[Tensor]:
         """The most certain boxes that do not overlap much, whatever their class, by falling certainty."""
-        kept = (nms(seen.boxes, 1 - seen.class_probs[:, 0], self.config.overlap)[: self.config.proposals] for seen in maps)
+        kept = (nms(seen.boxes, -seen.class_probs[:, 0], self.config.overlap)[: self.config.proposals] for seen in maps)
         return [seen.boxes[rows] for seen, rows in zip(maps, kept, strict=True)]
 
     def read(self, maps: list[_Seen], inputs: list[Input], boxes: list[Tensor]) -> list[Regions]:
@@ -168,8 +176,3 @@ class PhotoDetection:
 
 def _multiple(side: float) -> int:
     return max(1, round(side / STRIDE)) * STRIDE
-
-
-def _with_background(logits: Tensor) -> Tensor:
-    """Probabilities [..., classes + 1], background first."""
-    return nn.functional.pad(logits, (1, 0)).softmax(dim=-1)

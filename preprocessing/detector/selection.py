@@ -12,7 +12,7 @@ from torchvision.ops import nms
 
 CAFFE_NMS = 0.3  # IoU above which a box silences a less probable one of the same class
 CAFFE_CONFIDENCE = 0.2
-OBJECT = 0.1  # probability of not being background above which a region is kept; half of the photos of Flickr8k then have 36 or more
+OBJECT = 0.9  # probability of not being background above which a region is kept; half of the photos of Flickr8k then have 36 or more
 D2_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 

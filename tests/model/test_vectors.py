@@ -1,6 +1,7 @@
 """Vectors of texts alone and images alone: what a mixed batch gives is what each gives by itself; from Python, from a folder, converted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,22 @@ def test_a_mixed_batch_gives_what_each_side_gives_by_itself() -> None:
     torch.testing.assert_close(made[0], model.vectors_packed(texts)[0])
 
 
-def test_a_text_sees_neither_other_texts_nor_any_image() -> None:
-    model = tiny_model(itc_size=5).double()
+def test_means_are_those_of_every_text_and_image_by_themselves() -> None:
+    model = tiny_model(itc_size=5, itc_pooling="mean").double()
+    texts, images, both = (
+        replace(made, region_features=made.region_features.double(), region_locations=made.region_locations.double()) for made in mixed()
+    )
+    rows_of_texts = model.interbert.encode(texts).text_states.split(list(TEXT))
+    rows_of_images = model.interbert.encode(images).region_states.split(list(REGIONS))
+    wanted = [torch.stack([rows.mean(0) for rows in sides]) for sides in (rows_of_texts, rows_of_images)]
+    for found, right in zip(model.interbert.pool_alone(both), wanted, strict=True):
+        torch.testing.assert_close(found, right)
+    assert model.itc_head.text.weight.shape == (5, model.config.hidden_size)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_a_text_sees_neither_other_texts_nor_any_image(pooling: str) -> None:
+    model = tiny_model(itc_size=5, itc_pooling=pooling).double()
     texts, _, both = mixed()
     features = both.region_features.double().requires_grad_()
     embedded = model.interbert.text_embeddings.word.weight

@@ -24,7 +24,7 @@ def with_start(config: RunConfig) -> RunConfig:
         return config
     found = locate_model(config.model.start_from, "model.start_from")
     start = read_config(found.path)
-    names = SIZES_OF_A_START if start.itc_size else SIZES_OF_A_START - {"itc_size"}  # without vectors it says nothing of their width
+    names = SIZES_OF_A_START if start.itc_size else SIZES_OF_A_START - {"itc_size", "itc_pooling"}  # of which it says nothing
     sizes = [field for field in dataclasses.fields(ModelSettings) if field.name in names]
     unlike = [
         f"{field.name} ({getattr(start, field.name)}, not {getattr(config.model, field.name)})"

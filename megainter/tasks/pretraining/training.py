@@ -91,7 +91,7 @@ def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertFor
         return InterBertForPreTraining(settings)
     transformers_logging.disable_progress_bar()
     found = read_config(start)
-    for name in (*DROPOUTS, "max_regions", "max_text_tokens", "itc_size", "detector", "region_classes"):
+    for name in (*DROPOUTS, "max_regions", "max_text_tokens", "itc_size", "itc_pooling", "detector", "region_classes"):
         setattr(found, name, getattr(settings, name))
     started: InterBertForPreTraining = InterBertForPreTraining.from_pretrained(start, config=found)
     return started

@@ -99,6 +99,8 @@ class RetrievalStart(StartConfig):
 
     itc_size: Positive = 256
     """Width of the vectors of a text alone and an image alone, where training.itc_weight asks for them and the start has none."""
+    itc_pooling: Literal["first", "mean"] = "first"
+    """What these fresh vectors are made of: the pooled first token and global region, or the means of all tokens and regions."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -66,6 +66,8 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
     store = FeatureStore(data.store)
     start = open_start(config.model, config.output, data.max_text_tokens, data.max_regions, store, data.other_detector, vectors=True)
     contrast, fresh = _contrast_weight(config, start), r"(?!)" if start.config.itc_size else "itc_head"
+    if fresh == "itc_head":
+        start.config.itc_pooling = config.model.itc_pooling
     start.config.itc_size = (start.config.itc_size or config.model.itc_size) if contrast else 0
     lengths = start.config.max_text_tokens or USUAL_LENGTH, start.config.max_regions or USUAL_LENGTH
     start.config.max_text_tokens, start.config.max_regions = lengths

@@ -119,6 +119,8 @@ def test_vectors_begin_anew_are_kept_or_left_behind(start: Path, tmp_path: Path)
     assert (left.itc_head, left.config.itc_size) == (None, 0)
     with pytest.raises(UsageError, match=r"itc_size \(12, not 24\)"):
         with_start(replace(contrast, model=replace(contrast.model, itc_size=24)))
+    with pytest.raises(UsageError, match=r"itc_pooling \(first, not mean\)"):
+        with_start(replace(contrast, model=replace(contrast.model, itc_pooling="mean")))
 
 
 def test_fine_tuning_leaves_the_vectors_behind(tmp_path: Path) -> None:
