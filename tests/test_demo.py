@@ -12,26 +12,7 @@ from pathlib import Path
 import pytest
 
 from megainter import demo
-from megainter.errors import MegainterError
 from tests.synthetic import environment
-
-
-def test_finished_stages_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = []
-    stage = demo.Stage("one", "count", lambda: ran.append(1))
-    demo._run_stage(tmp_path, stage, "[1/1] count")
-    demo._run_stage(tmp_path, stage, "[1/1] count")
-    assert ran == [1]
-    assert "done before" in capsys.readouterr().out
-
-
-def test_a_failed_stage_is_not_recorded_and_gives_its_exit_code(tmp_path: Path) -> None:
-    missing = tmp_path / "missing.jsonl"
-    stage = demo.Stage("prepare", "fail", lambda: demo._megainter("prepare", "jsonl", missing, "--output", tmp_path / "p.parquet"))
-    with pytest.raises(MegainterError) as caught:
-        demo._run_stage(tmp_path, stage, "[1/1] fail")
-    assert caught.value.exit_code == 2
-    assert not (tmp_path / "stages" / "prepare.json").exists()
 
 
 @pytest.mark.slow

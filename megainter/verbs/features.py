@@ -81,7 +81,7 @@ def redescribe(
     network: str = "efficientnet_lite0",
     side: int = 224,
     grid: int = 0,
-    batch: int = 32,
+    batch: int = 8,
     device: str = "auto",
 ) -> None:
     """Give the boxes of a store the features of an ImageNet network. The same command goes on after a stop.

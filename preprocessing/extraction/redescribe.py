@@ -23,6 +23,7 @@ from megainter.data.image_ids import match
 from megainter.devices import torch_device
 from megainter.errors import UsageError
 from megainter.files import sha256_of
+from megainter.memory import keep_freed_memory
 from megainter.progress import Progress
 from preprocessing.detector.describers import DESCRIBERS, STRIDE, Describer, region_means
 from preprocessing.images.decode import confined, load_image, silence_pillow
@@ -39,7 +40,7 @@ def redescribe(
     network: str = "efficientnet_lite0",
     side: int = 224,
     grid: int = 0,
-    batch: int = 32,
+    batch: int = 8,  # larger tensors than the C library keeps cost a CPU as much again
     device: str = "auto",
 ) -> str:
     """Write ``output``: the records of ``store`` with features float16 [n, C] of ``network``; returns its digest.
@@ -58,7 +59,8 @@ def redescribe(
     items = _files_of(given, images)
     computing = torch_device(device)
     describer, weights = _describer(network)
-    describer.to(computing).eval()
+    describer.to(computing, memory_format=torch.channels_last).eval()
+    keep_freed_memory()
     with FeatureStoreWriter(output, _schema(given.schema, describer, network, sha256_of(weights), side, grid)) as writer:
         todo = [item for item in items if item.image_id not in writer]
         with Progress("describing", len(items), "images", done=len(items) - len(todo)) as progress:
@@ -107,7 +109,8 @@ def _described(
     pictures = [_squeezed(load_image(confined(images, item.path), draft=True, part=item.part), side) for item in items]
     records = [with_grid(store[item.image_id], grid) if grid else store[item.image_id] for item in items]
     places = [torch.from_numpy(_scaled(record, side)).to(device) for record in records]
-    features = region_means(describer(torch.stack(pictures).to(device)), places).cpu().numpy().astype(np.float16)
+    seen = describer(torch.stack(pictures).to(device).contiguous(memory_format=torch.channels_last))
+    features = region_means(seen, places).cpu().numpy().astype(np.float16)
     ends = np.cumsum([len(record) for record in records])
     for item, record, own in zip(items, records, np.split(features, ends[:-1]), strict=True):
         yield item.image_id, replace(record, features=own)
