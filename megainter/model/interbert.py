@@ -2,8 +2,10 @@
 
 The packed door (`encode`, `score_packed`) takes `PackedInputs` and computes only what is asked for; training and evaluation use it.
 The padded door (`forward`) takes ordinary padded tensors with masks, packs them, calls the same core, and pads the results again
-(zeros at padding). Shape letters: S samples, Nt text tokens, Nr regions, H hidden, P pooled, V vocabulary, C region target size,
-B, T, R a padded batch, K choices.
+(zeros at padding). With ``output_attentions`` it also says where every layer looks, as ``attentions.Watched.padded``.
+
+Shape letters: S samples, Nt text tokens, Nr regions, H hidden, P pooled, V vocabulary, C region target size, B, T, R a padded batch,
+K choices.
 
 No parameter sits on these classes themselves: each is read inside the forward of the module that owns it, where ZeRO-3 gathers it.
 """
@@ -35,6 +37,7 @@ from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
 from megainter.files import renew_checksums
 from megainter.kernels import QueryRows, SequenceLayout, cross_entropy_sum, soft_label_kl_sum, squared_error_sum
+from megainter.model.attentions import padded_attentions, watched
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder, LinearGelu
@@ -104,6 +107,9 @@ class InterBertModelOutput(ModelOutput):
     region_states: torch.Tensor | None = None
     pooled_text: torch.Tensor | None = None
     pooled_region: torch.Tensor | None = None
+    interaction_attentions: tuple[torch.Tensor, ...] | None = None
+    text_attentions: tuple[torch.Tensor, ...] | None = None
+    region_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -117,6 +123,9 @@ class InterBertForPreTrainingOutput(ModelOutput):
     text_logits: torch.Tensor | None = None
     region_logits: torch.Tensor | None = None
     itm_logits: torch.Tensor | None = None
+    interaction_attentions: tuple[torch.Tensor, ...] | None = None
+    text_attentions: tuple[torch.Tensor, ...] | None = None
+    region_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -126,6 +135,9 @@ class InterBertForRetrievalOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    interaction_attentions: tuple[torch.Tensor, ...] | None = None
+    text_attentions: tuple[torch.Tensor, ...] | None = None
+    region_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -134,6 +146,9 @@ class InterBertClassificationOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    interaction_attentions: tuple[torch.Tensor, ...] | None = None
+    text_attentions: tuple[torch.Tensor, ...] | None = None
+    region_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class InterBertPreTrainedModel(PreTrainedModel):
@@ -259,10 +274,12 @@ class InterBertModel(InterBertPreTrainedModel):
         region_locations: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
         text_regions: torch.Tensor | None = None,
+        output_attentions: bool = False,
     ) -> InterBertModelOutput:
         """The padded door: text [B, T] and/or regions [B, R, F] with locations [B, R, 5]; row 0 of the regions is the global region.
 
         ``text_regions`` int64 [B, T], for models with ``tie_objects``: the row of the region that a token names, or -1.
+        ``output_attentions``: also where every layer looks, as ``attentions.Watched.padded``.
         """
         size = self.config.region_feature_size
         inputs, places = pack_padded(
@@ -275,12 +292,14 @@ class InterBertModel(InterBertPreTrainedModel):
             feature_size=size,
             text_regions=text_regions,
         )
-        encoded = self.encode(inputs)
+        with watched(self.encoder, output_attentions) as found:
+            encoded = self.encode(inputs)
         return InterBertModelOutput(
             text_states=places.text(encoded.text_states),
             region_states=places.region(encoded.region_states),
             pooled_text=encoded.pooled_text,
             pooled_region=encoded.pooled_region,
+            **padded_attentions(found, places),
         )
 
 
@@ -373,6 +392,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         mrm_targets: torch.Tensor | None = None,
         itm_labels: torch.Tensor | None = None,
         output_logits: bool = True,
+        output_attentions: bool = False,
     ) -> InterBertForPreTrainingOutput:
         """The padded door.
 
@@ -380,7 +400,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         [B, R-1, C] class probabilities, or features when region_objective is "feature"; ``itm_labels`` int64 [B], 0 = matched.
         A loss is computed when its labels are given: MSM mean over labelled tokens, MRM over masked regions of matched pairs only
         (official code), ITM mean over pairs; each is 0 when there is nothing to average. With ``output_logits=False`` text and
-        region logits are None and only the rows a loss needs are computed.
+        region logits are None and only the rows a loss needs are computed. ``output_attentions`` as in ``InterBertModel``.
         """
         inputs, places = pack_padded(
             input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
@@ -389,7 +409,8 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         mrm_rows, region_targets = _mrm_targets(mrm_labels, mrm_targets, itm_labels, places.region_rows)
         wanted_t = torch.arange(len(places.text_rows), device=msm_rows.device) if output_logits else msm_rows
         wanted_r = torch.arange(len(places.region_rows), device=mrm_rows.device) if output_logits else mrm_rows
-        scores = self.score_packed(inputs, wanted_t, wanted_r)
+        with watched(self.interbert.encoder, output_attentions) as found:
+            scores = self.score_packed(inputs, wanted_t, wanted_r)
         msm_logits = scores.msm_logits[msm_rows] if output_logits else scores.msm_logits
         mrm_logits = scores.mrm_logits[mrm_rows] if output_logits else scores.mrm_logits
         msm_loss = cross_entropy_sum(msm_logits, msm_targets) / max(len(msm_rows), 1) if msm_targets is not None else None
@@ -404,6 +425,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
             text_logits=places.text(scores.msm_logits) if output_logits else None,
             region_logits=places.region(scores.mrm_logits) if output_logits else None,
             itm_logits=scores.itm_logits,
+            **padded_attentions(found, places),
         )
 
     def _region_sum(self, logits_KC: torch.Tensor, targets_KC: torch.Tensor) -> torch.Tensor:
@@ -509,14 +531,18 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
         region_locations: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
     ) -> InterBertForRetrievalOutput:
-        """Pairs of caption and image, row by row. ``labels`` int64 [B], 0 = matched: mean two-way cross entropy (official code)."""
-        inputs, _ = pack_padded(
+        """Pairs of caption and image, row by row. ``labels`` int64 [B], 0 = matched: mean two-way cross entropy (official code).
+        ``output_attentions`` as in ``InterBertModel``."""
+        inputs, places = pack_padded(
             input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
         )
-        logits = self.logits_packed(inputs)
+        with watched(self.interbert.encoder, output_attentions) as found:
+            logits = self.logits_packed(inputs)
         loss = cross_entropy_sum(logits, labels) / max(len(labels), 1) if labels is not None else None
-        return InterBertForRetrievalOutput(loss=loss, logits=logits, scores=logits.float().softmax(-1)[:, MATCHED])
+        scores = logits.float().softmax(-1)[:, MATCHED]
+        return InterBertForRetrievalOutput(loss=loss, logits=logits, scores=scores, **padded_attentions(found, places))
 
 
 def _side_by_side(
@@ -562,16 +588,18 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         text_regions: torch.Tensor | None = None,
+        output_attentions: bool = False,
     ) -> InterBertClassificationOutput:
         """Texts [B, K, T]; regions [B, K, R, F], or [B, R, F] when all choices of an example look at the same image (likewise locations
         and mask). ``labels`` int64 [B], the index of the right choice. ``text_regions`` int64 [B, K, T], for models with ``tie_objects``:
-        the row of the region that a token names, or -1. Returns logits [B, K]."""
+        the row of the region that a token names, or -1. Returns logits [B, K]. ``output_attentions`` as in ``InterBertModel``, of the B * K
+        choices in order."""
         batch, choices = input_ids.shape[:2]
         per_token = (input_ids, attention_mask, token_type_ids, text_regions)
         ids, mask, types, named = (t.flatten(0, 1) if t is not None else None for t in per_token)
         features, locations = (_per_choice(t, choices, shared_dims=3) for t in (region_features, region_locations))
         real = _per_choice(region_mask, choices, shared_dims=2)
-        inputs, _ = pack_padded(
+        inputs, places = pack_padded(
             input_ids=ids,
             attention_mask=mask,
             token_type_ids=types,
@@ -581,9 +609,10 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
             feature_size=self.config.region_feature_size,
             text_regions=named,
         )
-        logits = self.score_packed(inputs).view(batch, choices)
+        with watched(self.interbert.encoder, output_attentions) as found:
+            logits = self.score_packed(inputs).view(batch, choices)
         loss = cross_entropy_sum(logits, labels) / max(batch, 1) if labels is not None else None
-        return InterBertClassificationOutput(loss=loss, logits=logits)
+        return InterBertClassificationOutput(loss=loss, logits=logits, **padded_attentions(found, places))
 
 
 def _per_choice(tensor: torch.Tensor | None, choices: int, shared_dims: int) -> torch.Tensor | None:
@@ -640,19 +669,22 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
         region_locations: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
     ) -> InterBertClassificationOutput:
         """The padded door: texts [B, T] with regions [B, R, F], or [B, 2, R, F] of two images (likewise locations and mask).
 
         ``labels`` int64 [B] classes, float [B, num_labels] soft labels, or float [B] values, by the problem. The loss is the mean over
         examples; over labels it is summed, so that its size does not depend on how many answers nobody gave. Logits [B, num_labels].
+        ``output_attentions`` as in ``InterBertModel``, of two images of B * 2 samples in order.
         """
         texts, images = (input_ids, attention_mask, token_type_ids), (region_features, region_locations, region_mask)
         if images_per_example(self.config) == 2:
             texts, images = _beside_each_image(texts, images)
-        inputs, _ = pack_padded(*texts, *images, self.config.region_feature_size)
-        logits = self.score_packed(inputs)
+        inputs, places = pack_padded(*texts, *images, self.config.region_feature_size)
+        with watched(self.interbert.encoder, output_attentions) as found:
+            logits = self.score_packed(inputs)
         loss = classification_losses(logits, labels, self.config).sum() / max(len(labels), 1) if labels is not None else None
-        return InterBertClassificationOutput(loss=loss, logits=logits)
+        return InterBertClassificationOutput(loss=loss, logits=logits, **padded_attentions(found, places))
 
 
 _Three = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
