@@ -37,6 +37,8 @@ def main(
     test: Path | None = None,
     test_images: Path | None = None,
     processes: int = 2,
+    pretraining_steps: int | None = None,
+    finetuning_steps: int | None = None,
 ) -> None:
     """Prepare, extract, pretrain, fine-tune, evaluate, and write the table.
 
@@ -58,6 +60,10 @@ def main(
         Folder of these photos. Default: FLICKR8K/images.
     processes
         Processes that train, and that extract.
+    pretraining_steps
+        Steps of 256 samples. Default: the recipe's.
+    finetuning_steps
+        Steps of 64 captions. Default: the recipe's.
     """
     if language == "zh" and vocabulary is None:
         raise UsageError("Chinese captions need --vocabulary, the vocab.txt of bert-base-chinese")
@@ -70,7 +76,7 @@ def main(
         *_features(flickr8k / "images", "grid", processes, work),
         *(_features(test_images, "test", processes, work) if test_images else []),
         *_start(minilm or packaged_minilm(), vocabulary, work),
-        *_training(vocabulary is not None, processes, work),
+        *_training(vocabulary is not None, processes, (pretraining_steps, finetuning_steps), work),
         *(_evaluation(model, name, store, processes, work) for model in MODELS for name, store in galleries.items()),
     ]
     run_stages(work, stages)
@@ -120,13 +126,14 @@ def _start(minilm: Path, vocabulary: Path | None, work: Path) -> list[Stage]:
     return stages
 
 
-def _training(chinese: bool, processes: int, work: Path) -> list[Stage]:
+def _training(chinese: bool, processes: int, steps: tuple[int | None, int | None], work: Path) -> list[Stage]:
     """Pretraining with contrast, then fine-tuning on what the first stage lets through."""
     start, model, run, tuned = work / ("start-zh" if chinese else "start"), work / "model", work / "run", work / "tuned"
     data = ["--data.pairs", work / "train.parquet", "--data.store", work / "grid.store", "--validation.pairs", work / "val.parquet"]
-    pretrain = ["--config", "flickr8k-contrastive", *data, "--model.start_from", start, "--output", run]
+    given = [["--training.steps", number] if number is not None else [] for number in steps]
+    pretrain = ["--config", "flickr8k-contrastive", *data, *given[0], "--model.start_from", start, "--output", run]
     words = ["--data.lowercase", "false"] if chinese else []
-    finetune = ["retrieval", "--config", "flickr8k-candidates", *data, "--model.start_from", model, "--output", tuned]
+    finetune = ["retrieval", "--config", "flickr8k-candidates", *data, *given[1], "--model.start_from", model, "--output", tuned]
     return [
         Stage("pretrain", "pretraining", lambda: _train("megainter.pretrain", processes, *pretrain, *words)),
         _folder("export", "the pretrained model's folder", model, "zero", run, model),
