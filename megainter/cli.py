@@ -30,7 +30,7 @@ from megainter.verbs.replay import replay
 from megainter.verbs.search import search
 from megainter.verbs.serve import serve
 from megainter.verbs.track import track
-from megainter.verbs.view import view
+from megainter.verbs.view import view_app
 
 # What the user can mend: a full or read-only disk, a path of the wrong kind or without permission.
 CANNOT_WRITE = (
@@ -63,7 +63,7 @@ app.command(index)
 app.command(search)
 app.command(serve)
 app.command(track)
-app.command(view)
+app.command(view_app)
 
 
 @app.command(name="--install-completion")

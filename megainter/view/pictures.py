@@ -18,7 +18,8 @@ SURE = 0.5  # probability from which a region's class is written beside it
 
 @dataclass(frozen=True)
 class RegionBox:
-    """A region to draw: its corner and size in percent of the image, its likeliest class, and whether the detector is sure of it."""
+    """A region to draw: its corner and size in percent of the image, its likeliest class, whether the detector is sure of it, and which
+    row of the record it is."""
 
     left: float
     top: float
@@ -27,6 +28,7 @@ class RegionBox:
     label: str
     colour: str
     sure: bool
+    row: int
 
 
 def thumbnail(path: Path, longest: int) -> str:
@@ -59,7 +61,7 @@ def region_boxes(record: RegionRecord, names: tuple[str, ...]) -> list[RegionBox
     probs = record.class_probs[:, 1:]
     best, sureness = probs.argmax(axis=1) + 1, probs.max(axis=1)
     boxes = []
-    for row in sureness.argsort(kind="stable"):
+    for row in sureness.argsort(kind="stable").tolist():
         x1, y1, x2, y2 = (float(value) for value in record.boxes[row])
         box = RegionBox(
             left=round(100 * x1 / record.width, 2),
@@ -69,6 +71,12 @@ def region_boxes(record: RegionRecord, names: tuple[str, ...]) -> list[RegionBox
             label=f"{names[best[row]]} {sureness[row]:.2f}",
             colour=COLOURS[int(best[row]) % len(COLOURS)],
             sure=bool(sureness[row] >= SURE),
+            row=row,
         )
         boxes.append(box)
     return boxes
+
+
+def smallest_last(boxes: list[RegionBox]) -> list[RegionBox]:
+    """The order to draw boxes in that are to be pointed at: none lies wholly under a larger one."""
+    return sorted(boxes, key=lambda box: -box.width * box.height)

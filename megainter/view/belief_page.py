@@ -1,0 +1,158 @@
+"""The page of what a model believes of a photo and a caption: static, the attention of all layers and heads in its style sheet."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megainter.data.feature_store.reader import FeatureStore
+from megainter.data.feature_store.record import RegionRecord
+from megainter.devices import torch_device
+from megainter.errors import UsageError
+from megainter.files import require_file_place
+from megainter.model.folder import read_config
+from megainter.model.processor import InterBertProcessor
+from megainter.tasks.retrieval.search.photo import PhotoReader
+from megainter.tasks.scoring.models import check_store, scored_model
+from megainter.view.belief import Belief, Guess, HiddenRegion, HiddenToken, believe, open_model
+from megainter.view.pages import plain, write_template
+from megainter.view.pictures import RegionBox, region_boxes, smallest_last, thumbnail
+
+PHOTO = 720  # pixels of the photo's longer side
+MEAN = "mean"  # of all heads
+BACKGROUND = "__background__"  # class 0 of every store
+
+
+def write_belief_page(
+    output: Path,
+    title: str,
+    *,
+    model: Path,
+    photo: Path,
+    caption: str,
+    store: Path,
+    image_id: str | None = None,
+    weights: Path | None = None,
+    other_detector: bool = False,
+    device: str = "auto",
+) -> Path:
+    """Write the page to ``output`` and return it.
+
+    Regions are those that ``store`` has under ``image_id``; without one its detector finds them in the photo. ``UsageError`` for files
+    that are missing or do not fit each other.
+    """
+    require_file_place(output, "--output")
+    folder = scored_model(model).path
+    config = read_config(folder)
+    with FeatureStore(store) as features:
+        check_store(folder, config, features, other_detector)
+        names = features.schema.class_names
+        if config.num_region_classes != len(names):
+            raise UsageError(f"{folder} knows {config.num_region_classes:,} classes, and {store} has {len(names):,}: another detector's")
+        if image_id is not None:
+            record = features[image_id]
+        else:
+            record = PhotoReader(features, weights, torch_device(device)).read(photo)
+    processor = InterBertProcessor.from_pretrained(folder, split_special_tokens=False)
+    asked, heads = open_model(folder, torch_device(device))
+    belief = believe(asked, processor, record, caption, names, heads)
+    facts = f"{plain(str(model))} on {plain(photo.name)}: {plain(caption)}"
+    write_template(output, "belief.html", {"title": plain(title), "facts": facts} | shown_belief(belief, record, names, photo))
+    return output
+
+
+def shown_belief(belief: Belief, record: RegionRecord, names: tuple[str, ...], photo: Path) -> dict[str, Any]:
+    """What the template shows."""
+    boxes = [box for box in region_boxes(record, tuple(plain(name) for name in names)) if box.row < belief.regions - 1]
+    return {  # "attention" and "lights" are made of numbers alone, and go into the style sheet as they are
+        "picture": thumbnail(photo, PHOTO),
+        "matching": belief.matching,
+        "boxes": smallest_last(boxes),
+        "regions": belief.regions,
+        "words": [plain(token) for token in belief.tokens],
+        "layers": [name for name, _ in layers_of(belief)],
+        "heads": [MEAN, *range(1, most_heads(belief) + 1)],
+        "attention": attention_style(belief),
+        "words_right": _first(belief.hidden_tokens),
+        "regions_right": _agreeing(belief.hidden_regions),
+        "hidden_words": [_shown_token(belief, token) for token in belief.hidden_tokens],
+        "hidden_regions": [_shown_region(region, {box.row: box for box in boxes}) for region in belief.hidden_regions],
+        "lights": "\n".join(_lights(region) for region in belief.hidden_regions),
+    }
+
+
+def layers_of(belief: Belief) -> list[tuple[str, NDArray[np.float32]]]:
+    """Every layer by what it is called, from the first on: [h, L, L]."""
+    streams = (("interaction", belief.interaction), ("text", belief.text), ("region", belief.region))
+    return [(f"{kind} {number}", shares) for kind, layers in streams for number, shares in enumerate(layers, start=1)]
+
+
+def most_heads(belief: Belief) -> int:
+    """Heads of the layer that has most."""
+    return max((len(shares) for _, shares in layers_of(belief)), default=0)
+
+
+def attention_style(belief: Belief) -> str:
+    """The rules by which the page lights up: variables --a0, --a1 and so on, of regions and then words, in thousandths of the attention
+    of what is pointed at; --r and --w are the largest of regions and of words. Made of numbers alone."""
+    rules = [rule for layer, (name, shares) in enumerate(layers_of(belief)) for rule in _layer_rules(belief, layer, name, shares)]
+    return "\n".join(rules)
+
+
+def _layer_rules(belief: Belief, layer: int, name: str, shares: NDArray[np.float32]) -> Iterator[str]:
+    first = belief.regions if name.startswith("text") else 0
+    for head, matrix in enumerate([shares.mean(0), *shares]):
+        rows = [f"&{_pointed(first + row)}{{{_variables(values, first, belief.regions)}}}" for row, values in enumerate(matrix)]
+        whole = _variables(matrix.mean(0), first, belief.regions)
+        yield f".see:has(#l{layer}:checked):has(#h{head}:checked){{{whole}{''.join(rows)}}}"
+    if len(shares) < most_heads(belief):
+        lacking = ",".join(f".h{head}" for head in range(len(shares) + 1, most_heads(belief) + 1))
+        yield f".see:has(#l{layer}:checked) :is({lacking}){{opacity:.35}}"
+
+
+def _pointed(place: int) -> str:
+    """What the pointer is on comes before what has the keyboard's focus."""
+    return f":is(:has(#q{place}:hover),:not(:has(.q:hover)):has(#q{place}:focus))"
+
+
+def _variables(values: NDArray[np.float32], first: int, regions: int) -> str:
+    thousandths = np.rint(1000 * values.astype(np.float64)).astype(int).tolist()
+    largest = (max([1, *part]) for part in (thousandths[: max(regions - first, 0)], thousandths[max(regions - first, 0) :]))
+    shown = [f"--a{first + place}:{value}" for place, value in enumerate(thousandths) if value]
+    return ";".join([*(f"--{kind}:{value}" for kind, value in zip("rw", largest, strict=True)), *shown, ""])
+
+
+def _shown_token(belief: Belief, hidden: HiddenToken) -> dict[str, Any]:
+    guesses = [_shown_guess(guess) | {"right": hidden.truth is not None and guess.name == hidden.truth.name} for guess in hidden.guesses]
+    truth = _shown_guess(hidden.truth) if hidden.truth is not None else None
+    return {"word": plain(belief.tokens[hidden.position]), "truth": truth, "rank": hidden.rank, "guesses": guesses}
+
+
+def _first(hidden: list[HiddenToken]) -> int:
+    """Tokens that are the model's first guess."""
+    return sum(token.rank == 1 for token in hidden)
+
+
+def _agreeing(hidden: list[HiddenRegion]) -> int:
+    """Regions of which model and detector name the same class first."""
+    return sum(bool(region.guesses) and region.guesses[0].name == region.detected[0].name for region in hidden)
+
+
+def _shown_region(hidden: HiddenRegion, boxes: dict[int, RegionBox]) -> dict[str, Any]:
+    likeliest = hidden.detected[0].name
+    guesses = [_shown_guess(guess) | {"right": guess.name == likeliest} for guess in hidden.guesses]
+    detected = [_shown_guess(guess) for guess in hidden.detected[:3]]
+    return {"row": hidden.row, "with_it": hidden.with_it, "detected": detected, "guesses": guesses, "cosine": hidden.cosine}
+
+
+def _shown_guess(guess: Guess) -> dict[str, Any]:
+    return {"name": "background" if guess.name == BACKGROUND else plain(guess.name), "probability": guess.probability}
+
+
+def _lights(hidden: HiddenRegion) -> str:
+    """The region of the row that is pointed at is lit up on the photo, and those that were hidden with it."""
+    here = f".hid:has(#g{hidden.row}:is(:hover,:focus))"
+    others = ",".join(f".n{row}" for row in hidden.with_it)
+    return f"{here} .n{hidden.row}{{--on:1}}" + (f"{here} :is({others}){{--on:1;border-style:dashed}}" if others else "")

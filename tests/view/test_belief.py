@@ -1,0 +1,185 @@
+"""What a model believes: the page's numbers are the model's own, found again by hand, and other people's texts are inert on it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megainter import InterBertForRetrieval, InterBertProcessor
+from megainter.data.feature_store.record import RegionRecord, StoreSchema
+from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
+from megainter.data.text.vocabulary import load_vocabulary
+from megainter.errors import UsageError
+from megainter.view.belief import Belief, believe, hidden_with, words_of
+from megainter.view.belief_page import attention_style, write_belief_page
+from tests.model.test_attentions import run_alone
+from tests.model.tiny import tiny_config, tiny_model
+from tests.view.test_view import HOSTILE, Tags
+
+ENTRIES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "##s", "dog", "and", "<", ">", "script", "&"]
+NAMES = ("__background__", "cat", "<b>dog</b>", "tree", "sky", "sun", "road")
+CAPTION = "red cats and a dog"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder, a store with one image of five regions (the first two overlap), and its photo."""
+    folder = tmp_path_factory.mktemp("belief")
+    tiny_model().save_pretrained(folder / "model")
+    (folder / "vocab.txt").write_text("\n".join(ENTRIES) + "\n")
+    InterBertProcessor(load_vocabulary(folder / "vocab.txt"), 10, 12, 4).save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+    boxes = np.array([[0, 0, 20, 20], [2, 0, 22, 20], [30, 0, 50, 20], [0, 10, 60, 30], [55, 25, 60, 30]], np.float32)
+    record = RegionRecord(boxes, rng.standard_normal((5, 10)).astype(np.float16), rng.dirichlet(np.ones(7), 5).astype(np.float32), 60, 30)
+    with FeatureStoreWriter(folder / "store", StoreSchema(10, len(NAMES), NAMES, "tiny")) as writer:
+        writer.add("photo", record)
+    seal_store(folder / "store")
+    Image.fromarray(rng.integers(0, 255, (30, 60, 3), dtype=np.uint8)).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(place: Path) -> RegionRecord:
+    from megainter.data.feature_store import FeatureStore
+
+    with FeatureStore(place / "store") as store:
+        return store["photo"]
+
+
+@pytest.fixture(scope="module")
+def processor(place: Path) -> InterBertProcessor:
+    return InterBertProcessor.from_pretrained(place / "model")
+
+
+@pytest.fixture(scope="module")
+def belief(record: RegionRecord, processor: InterBertProcessor) -> Belief:
+    return believe(tiny_model(), processor, record, CAPTION, NAMES)
+
+
+def rules(style: str) -> Iterator[tuple[int, int, int, dict[str, int]]]:
+    """(layer, head with 0 for the mean, what is pointed at, its variables) of a page's style sheet."""
+    for layer, head, body in re.findall(r"^\.see:has\(#l(\d+):checked\):has\(#h(\d+):checked\)\{(.*)\}$", style, flags=re.MULTILINE):
+        for query, values in re.findall(r"&:is\(:has\(#q(\d+):hover\)[^{]*\{([^}]*)\}", body):
+            yield int(layer), int(head), int(query), {name: int(value) for name, value in re.findall(r"--(\w+):(\d+);", values)}
+
+
+@torch.no_grad()
+def test_the_attention_of_the_page_is_what_loops_find(belief: Belief, record: RegionRecord, processor: InterBertProcessor) -> None:
+    """Every layer, head and row: what is lit up is the share that a loop over heads and rows computes, rounded to thousandths."""
+    model, inputs = tiny_model(), processor.pack([CAPTION], [record])
+    t, r = len(inputs.input_ids), len(inputs.region_features)
+    words = model.interbert.text_embeddings(inputs.input_ids, torch.arange(t), inputs.token_type_ids)
+    regions = model.interbert.region_embeddings(inputs.region_features, inputs.region_locations)
+    encoder = model.interbert.encoder
+    joint, states = run_alone(encoder.interaction, torch.cat([regions, words]))
+    layers = [(0, shares) for shares in joint]
+    layers += [(r, shares) for shares in run_alone(encoder.text, states[r:])[0]]
+    layers += [(0, shares) for shares in run_alone(encoder.region, states[:r])[0]]
+
+    seen = set()
+    for layer, head, query, values in rules(attention_style(belief)):
+        first, shares = layers[layer]
+        row = (shares.mean(0) if head == 0 else shares[head - 1])[query - first]
+        shown = [values.get(f"a{first + place}", 0) for place in range(len(row))]
+        np.testing.assert_allclose(shown, 1000 * row.numpy(), atol=0.501)
+        assert values["r"] == max([1, *shown[: max(r - first, 0)]])
+        seen.add((layer, head, query))
+    assert len(seen) == 2 * 5 * (t + r) + 1 * 5 * t + 2 * 4 * r
+
+
+@torch.no_grad()
+def test_guesses_are_those_of_forward(belief: Belief, record: RegionRecord, processor: InterBertProcessor) -> None:
+    model, batch = tiny_model(), processor([CAPTION], [record])
+    assert belief.tokens == ["[CLS]", "red", "cat", "##s", "and", "a", "dog", "[SEP]"]
+    assert belief.matching == pytest.approx(float(model(**batch).itm_logits.softmax(-1)[0, 0]))
+
+    masked = dict(batch) | {"input_ids": batch["input_ids"].clone()}
+    masked["input_ids"][0, [2, 3]] = ENTRIES.index("[MASK]")  # both pieces of "cats"
+    shares = model(**masked).text_logits[0].softmax(-1)
+    for hidden in belief.hidden_tokens[1:3]:
+        expected = shares[hidden.position].topk(5)
+        assert [guess.probability for guess in hidden.guesses] == pytest.approx(expected.values.tolist(), rel=1e-4)
+        truth = int(batch["input_ids"][0, hidden.position])
+        assert hidden.truth is not None
+        assert hidden.truth.probability == pytest.approx(float(shares[hidden.position, truth]), rel=1e-4)
+        assert hidden.rank == 1 + int((shares[hidden.position] > shares[hidden.position, truth]).sum())
+
+    hidden_region = belief.hidden_regions[0]
+    assert hidden_region.with_it == [1]
+    features = torch.from_numpy(np.array(record.features[:4])).float()
+    features[:2] = 0
+    blanked = torch.cat([features.mean(0, keepdim=True), features])[None].half()
+    probabilities = model(**dict(batch) | {"region_features": blanked}).region_logits[0, 1].softmax(-1).topk(5)
+    assert [guess.probability for guess in hidden_region.guesses] == pytest.approx(probabilities.values.tolist(), rel=1e-4)
+    assert [guess.name for guess in hidden_region.guesses] == [NAMES[i] for i in probabilities.indices]
+    assert hidden_region.detected[0].name == NAMES[int(record.class_probs[0].argmax())]
+
+
+def test_regions_beyond_what_the_model_takes_are_neither_hidden_nor_drawn(belief: Belief, record: RegionRecord) -> None:
+    assert [hidden.row for hidden in belief.hidden_regions] == [0, 1, 2, 3]
+    assert hidden_with(record, 4).shape == (4, 4)
+    assert hidden_with(record, 4).sum() == 4 + 2
+
+
+def test_a_caption_with_a_gap_is_asked_for_the_gap_alone(record: RegionRecord, processor: InterBertProcessor) -> None:
+    found = believe(tiny_model(), processor, record, "a [MASK] cat and [MASK]", NAMES)
+    assert [(hidden.position, hidden.truth, hidden.rank) for hidden in found.hidden_tokens] == [(2, None, None), (5, None, None)]
+    ids = np.array([2, 6, 7, 8, 8, 9, 3])
+    assert words_of(ids, processor.vocabulary) == [[1], [2, 3, 4], [5]]
+
+
+def test_a_model_that_predicts_features_is_judged_by_their_direction(record: RegionRecord, processor: InterBertProcessor) -> None:
+    found = believe(tiny_model(region_objective="feature"), processor, record, CAPTION, NAMES)
+    assert all(hidden.guesses == [] for hidden in found.hidden_regions)
+    assert all(hidden.cosine is not None and -1 <= hidden.cosine <= 1 for hidden in found.hidden_regions)
+
+
+def page_of(place: Path, output: Path, caption: str = CAPTION, model: str = "model", title: str = "t", image_id: str = "photo") -> str:
+    folder, photo = place / model, place / "photo.png"
+    page = write_belief_page(output, title, model=folder, photo=photo, caption=caption, store=place / "store", image_id=image_id)
+    return page.read_text()
+
+
+def test_the_page_is_inert_and_names_no_other_place(place: Path, tmp_path: Path) -> None:
+    page = page_of(place, tmp_path / "page.html", HOSTILE, title="<i>title</i>")
+    tags = Tags(page)
+    assert not {"script", "link", "iframe", "object", "form", "i"} & {tag for tag, _ in tags.found}
+    assert "&lt;script&gt;" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "<b>dog" not in page
+    assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(r"base64,[^\"]*", "", page))
+    policy = next(meta for meta in tags.of("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_a_model_without_a_head_is_not_asked_for_what_it_cannot_say(place: Path, tmp_path: Path) -> None:
+    """A folder of retrieval has the matching head alone: fresh weights would guess at random."""
+    torch.manual_seed(0)
+    InterBertForRetrieval(tiny_config()).save_pretrained(place / "retrieval")
+    InterBertProcessor.from_pretrained(place / "model").save_pretrained(place / "retrieval")
+    page = page_of(place, tmp_path / "page.html", model="retrieval")
+    assert "Do they belong together?" in page
+    assert "Where it looks" in page
+    assert "guesses" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+
+
+def test_what_does_not_fit_is_one_line(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'nobody'"):
+        write_belief_page(
+            tmp_path / "p.html",
+            "t",
+            model=place / "model",
+            photo=place / "photo.png",
+            caption="a",
+            store=place / "store",
+            image_id="nobody",
+        )
+    tiny_model(num_region_classes=9).save_pretrained(place / "other")
+    InterBertProcessor.from_pretrained(place / "model").save_pretrained(place / "other")
+    with pytest.raises(UsageError, match=r"knows 9 classes, and .* has 7"):
+        page_of(place, tmp_path / "p.html", model="other")

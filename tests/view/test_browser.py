@@ -1,0 +1,115 @@
+"""The pages in a headless Chromium: phone and desk, light and dark, keyboard and pointer, and nothing in the console."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.view.test_belief import page_of, place
+from tests.view.test_view import HOSTILE
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+SIZES = {"phone": (390, 844), "desk": (1440, 900)}
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")]
+__all__ = ["place"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # as root there is no sandbox
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Any]:
+    """Opens a file; afterwards nothing was in the console, and nothing was asked of anywhere else."""
+    told, asked, contexts = list[str](), list[str](), []
+
+    def opened(path: Path, size: str = "desk", scheme: str = "light") -> Any:
+        width, height = SIZES[size]
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.on("dialog", lambda dialog: (told.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: asked.append(request.url) if not request.url.startswith(("data:", "file:")) else None)
+        page.goto(path.as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert told == []
+    assert asked == []
+
+
+@pytest.fixture(scope="module")
+def pages(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every kind of page, with hostile texts in it."""
+    folder = tmp_path_factory.mktemp("pages")
+    page_of(place, folder / "model.html", f"red cats {HOSTILE} " + "and a dog " * 3, title=HOSTILE)
+    return {path.stem: path for path in folder.glob("*.html")}
+
+
+KINDS = ("model",)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_fit_and_follow_the_scheme(open_page: Any, pages: dict[str, Path], kind: str, size: str, scheme: str) -> None:
+    page = open_page(pages[kind], size, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    darkness = sum(int(part) for part in page.evaluate("getComputedStyle(document.body).backgroundColor").strip("rgb()").split(","))
+    assert (darkness < 200) == (scheme == "dark")
+    pictures = "[...document.images].filter(image => !(image.complete && image.naturalWidth > 0)).length"
+    page.wait_for_timeout(200)
+    assert page.evaluate(pictures) == 0 or page.evaluate("document.querySelector('[loading=lazy]') !== null")
+
+
+def heat(page: Any, place: int) -> int:
+    """How much a word or a region is lit up, in thousandths."""
+    return int(page.evaluate(f"getComputedStyle(document.querySelector('#q{place}')).getPropertyValue('--s').trim()") or 0)
+
+
+def test_pointer_and_keyboard_light_up_what_is_looked_at(open_page: Any, pages: dict[str, Path]) -> None:
+    """The variables of the rule for the word, head and layer are on the page's elements; what is pointed at wins over the focus."""
+    page = open_page(pages["model"])
+    at_rest = [heat(page, place) for place in range(8)]
+    page.hover("#q5")
+    pointed = [heat(page, place) for place in range(8)]
+    assert pointed != at_rest
+    page.mouse.move(1, 1)
+    assert [heat(page, place) for place in range(8)] == at_rest
+    page.focus("#q5")
+    assert [heat(page, place) for place in range(8)] == pointed
+    page.hover("#q6")
+    assert [heat(page, place) for place in range(8)] != pointed
+
+    page.mouse.move(1, 1)
+    page.focus("#l0")
+    page.keyboard.press("ArrowRight")
+    page.focus("#q5")
+    second = [heat(page, place) for place in range(8)]
+    assert second != pointed
+    page.focus("#h0")
+    page.keyboard.press("ArrowRight")
+    page.focus("#q5")
+    assert [heat(page, place) for place in range(8)] != second
+
+
+def test_a_hidden_region_is_lit_with_those_hidden_beside_it(open_page: Any, pages: dict[str, Path]) -> None:
+    page = open_page(pages["model"], "phone")
+    lit = "[...document.querySelectorAll('.hid .box')].filter(box => getComputedStyle(box).getPropertyValue('--on').trim() === '1').length"
+    assert page.evaluate(lit) == 0
+    page.focus("#g0")
+    assert page.evaluate(lit) == 2
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "g1"
