@@ -75,7 +75,7 @@ class StepGuard:
             self.in_a_row, self._searching = 0, False
             return [verdict] if spike else []
         self.total += 1
-        self.in_a_row += spike or not self._searching
+        self.in_a_row += verdict.spike or not self._searching
         return [verdict]
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -352,9 +353,10 @@ def _tell(run: Run, guard: StepGuard, verdicts: list[Verdict]) -> None:
         log.warning("%s", said(verdict, guard.in_a_row))
     if verdicts and guard.in_a_row >= run.config.training.max_skipped:
         first = verdicts[-1].step - guard.in_a_row + 1
+        again = shlex.join(["megainter", "replay", str(run.config.output), "--step", str(first)])
         raise NumericsError(
             f"{guard.in_a_row} updates in a row were left out, from step {first:,} on: loss or gradient not finite or a spike "
-            f"(training.max_skipped); look at it: megainter replay {run.config.output} --step {first}; {_remedy(run)}"
+            f"(training.max_skipped); look at it: {again}; {_remedy(run, 0 if verdicts[-1].spike else first)}"
         )
 
 
@@ -403,10 +405,19 @@ def _rolled_back(run: Run, spike: Verdict) -> Run:
     )
 
 
-def _remedy(run: Run) -> str:
-    """What to do after numbers went wrong: from where the run can go on, and how. Collective, as a save in flight is waited for."""
+def _remedy(run: Run, first: int = 0) -> str:
+    """What to do after numbers went wrong: from where the run can go on, and how. Collective, as a save in flight is waited for.
+
+    ``first``: the step from which on nothing was finite. Where the run had begun just before it, with the newest checkpoint, another rate
+    does not help.
+    """
     _tell_saved(run, run.saver.finish())
     newest = checkpoint.newest(run.config.output / "checkpoints", log.warning)
+    if newest is not None and newest.step == run.start == first - 1:
+        return (
+            f"the first of them came straight from {newest.folder}, whose weights may be too far gone: move it away, and the same command "
+            "goes on from the one before it, or from the beginning (the samples are in metrics.jsonl)"
+        )
     there = f"{newest.folder} stands" if newest is not None else "there is no checkpoint yet"
     return f"{there}; go on with a lower optimizer.learning_rate (the samples are in metrics.jsonl)"
 

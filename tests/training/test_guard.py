@@ -43,6 +43,7 @@ def test_a_spike_is_told_and_one_that_is_left_out_is_counted_and_may_be_saved_ov
         assert [(verdict.step, verdict.spike) for verdict in verdicts] == ([(step, bool(spike))] if left_out or spike else [])
         rows.append((guard.in_a_row, guard.sound))
     assert rows == [(0, True), (1, True), (2, False), (3, True), (0, True)]
+    assert all(type(in_a_row) is int for in_a_row, _ in rows), "it becomes the step of a command"
 
 
 def known(left_out: float, spike: float = 0.0) -> torch.Tensor:
@@ -94,6 +95,29 @@ def test_a_run_that_blows_up_ends_and_its_good_checkpoints_stay(processes: int, 
     assert run(1e-4, 30) == 0
     last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
     assert last["step"] == 30
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_nothing_finite_follows_is_named_and_the_one_before_goes_on(tmp_path: Path) -> None:
+    pairs, store = write_data(tmp_path)
+    run = tmp_path / "a run"
+
+    def outcome(rate: float, steps: int) -> tuple[int, str]:
+        given = {"optimizer__learning_rate": rate, "optimizer__clip_norm": 0, "training__steps": steps, "checkpoint__every_steps": 2}
+        done = train(settings(pairs, store, run, **given, training__max_skipped=3))
+        return done.returncode, done.stderr
+
+    assert outcome(1e-3, 2)[0] == 0
+    code, said = outcome(1e4, 40)
+    blown_up = sorted((run / "checkpoints").glob("step_*"))[-1]
+    first = int(blown_up.name.removeprefix("step_")) + 1
+    assert (code, f"megainter replay '{run}' --step {first};" in said) == (7, True), said
+    assert f"{blown_up} stands; go on with a lower" in said
+
+    code, said = outcome(1e-3, 8)
+    assert (code, f"straight from {blown_up}, whose weights may be too far gone: move it away" in said) == (7, True), said
+    blown_up.rename(tmp_path / blown_up.name)
+    assert outcome(1e-3, 8)[0] == 0
 
 
 @pytest.mark.slow
