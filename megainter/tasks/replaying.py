@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from megainter.training.job import Job
 from megainter.training.replay import Replayed, against_metrics, replay, without_output
 
 NOT_SETTINGS = ("digests", "asked", "detector")  # of config.json
+SUMS = "loss sums of each sample"
 
 
 def replay_run(run: Path, step: int, at_most: int, compare: bool, as_json: bool) -> str:
@@ -64,8 +66,15 @@ def _task(run: Path) -> tuple[Any, Callable[..., Job]]:
 def _told(found: Replayed, verdict: str | None) -> str:
     done = f"step {found.step:,} again, from step {found.begun_at:,} on" + (f", {found.ranks} ranks in turn" if found.ranks > 1 else "")
     lines = [done, "", *(f"{name:<24}{value:.9g}" for name, value in found.values.items()), ""]
-    lines += [f"{'loss sums of each sample':<24}" + "".join(f"{name:>10}" for name in found.samples[0].losses)] if found.samples else []
-    for sample in sorted(found.samples, key=lambda one: -sum(one.losses.values())):
-        losses = "".join(f"{value:>10.4f}" for value in sample.losses.values())
-        lines.append(f"{sample.sample:<24}{losses}" + (f"  {sample.shown}" if sample.shown else ""))
+    samples = sorted(found.samples, key=lambda one: -sum(one.losses.values()))
+    width = max([len(SUMS), *(len(sample.sample) for sample in samples)])
+    lines += [f"{SUMS:<{width}}" + "".join(f"{name:>13}" for name in samples[0].losses)] if samples else []
+    for sample in samples:
+        losses = "".join(f"{_short(value):>13}" for value in sample.losses.values())
+        lines.append(f"{sample.sample:<{width}}{losses}" + (f"  {sample.shown}" if sample.shown else ""))
     return "\n".join([*lines, *(["", verdict] if verdict else [])])
+
+
+def _short(loss: float) -> str:
+    """A loss with four decimals, or as a power of ten where a run that went wrong has one too long for its column."""
+    return f"{loss:.4f}" if abs(loss) < 1e6 or not math.isfinite(loss) else f"{loss:.4e}"

@@ -4,6 +4,7 @@ Weights, samples, masks and dropout of a step are functions of the checkpoint, t
 the bit where it ran on one process, and where it ran on several but for the order in which their parts are added.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,11 +42,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A step done again: from which finished step on, by how many ranks in turn, its mean losses and its samples."""
+    """A step done again: from which finished step on, by how many ranks in turn, at which rate, its mean losses and its samples."""
 
     step: int
     begun_at: int
     ranks: int
+    learning_rate: float
     values: dict[str, float]
     samples: list[Sample]
 
@@ -103,7 +105,7 @@ def replay(config: RunSettings, open_job: Callable[[RunSettings, World], Job], r
                 _update(config, jobs, trained, earlier, total)
         _renew(jobs, trained, step - 1, begun)
         values, samples = _judge(config, jobs, trained, step - 1, total)
-    return Replayed(step, begun, ranks, values, samples)
+    return Replayed(step, begun, ranks, learning_rate(config.optimizer, step - 1, total), values, samples)
 
 
 def _unlike(theirs: dict[str, str], ours: Any) -> str:
@@ -180,16 +182,30 @@ def against_metrics(found: Replayed, run: Path) -> str:
     records = read_metrics(run / "metrics.jsonl", "train")
     record = next((record for record in records if record["step"] == found.step), None)
     if record is None:
-        return f"metrics.jsonl has no record at step {found.step:,}: nothing to compare with"
+        return f"metrics.jsonl has no {_what_else(found.step, run)}: nothing to compare with"
     others = max((other["step"] for other in records if other["step"] < found.step), default=0)
     if found.step - others > 1:
         return f"the record at step {found.step:,} is a mean over steps {others + 1:,} to {found.step:,}: not this step's alone"
+    then, now = record["learning_rate"], found.learning_rate
+    if not math.isclose(then, now, rel_tol=COMPARED):
+        return (
+            "the run has gone on with other settings since this step: its learning rate was "
+            f"{then:.4g} then, and is {now:.4g} by config.json: nothing to compare with"
+        )
     unlike = {name: value for name, value in found.values.items() if name != "gradient_norm" and record[name] != value}
     if not unlike:
         return "the losses are the recorded ones, to the bit"
-    worst = max(abs(record[name] - value) / max(abs(value), 1e-12) for name, value in unlike.items())
+    worst = max(abs(record[name] - value) / max(abs(value), abs(record[name])) for name, value in unlike.items())
     verdict = "equal but for rounding" if worst <= COMPARED else "NOT THE RECORDED ONES"
     return f"{verdict}: {', '.join(sorted(unlike))} differ by at most {worst:.1e} (relative)"
+
+
+def _what_else(step: int, run: Path) -> str:
+    """What metrics.jsonl lacks of a step without a record of losses, and what it has in their place."""
+    left_out = [*read_metrics(run / "metrics.jsonl", "skipped"), *read_metrics(run / "metrics.jsonl", "spike")]
+    if any(record["step"] == step and record.get("left_out", True) for record in left_out):
+        return f"losses of step {step:,}, as its update was left out"
+    return f"record at step {step:,}"
 
 
 def without_output(config: RunSettings, folder: Path, run: Path) -> RunSettings:

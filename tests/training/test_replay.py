@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megainter.errors import UsageError
+from megainter.tasks.replaying import _told
 from megainter.training.replay import Replayed, Sample, against_metrics, nearest_checkpoint
 from tests.synthetic import environment, settings, train, write_data
 
@@ -64,13 +65,14 @@ def test_one_process_does_a_step_of_a_run_again(
 
 
 def record(folder: Path, *steps: int, **values: float) -> Path:
-    lines = [json.dumps({"kind": "train", "step": step, "step_seconds": 2.0, **values}) for step in steps]
+    fixed = {"kind": "train", "step_seconds": 2.0, "learning_rate": 1e-3}
+    lines = [json.dumps({**fixed, "step": step, **values}) for step in steps]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 def done_again(**values: float) -> Replayed:
-    return Replayed(5, 4, 1, values, [Sample("a", 0, {"msm": 1.0})])
+    return Replayed(5, 4, 1, 1e-3, values, [Sample("a", 0, {"msm": 1.0})])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,8 @@ def done_again(**values: float) -> Replayed:
     [
         (2.5, "the losses are the recorded ones, to the bit"),
         (2.5 + 1e-9, "equal but for rounding: loss"),
-        (2.6, "NOT THE RECORDED ONES: loss"),
+        (2.6, "NOT THE RECORDED ONES: loss differ by at most 3.8e-02"),
+        (0.0, "NOT THE RECORDED ONES: loss differ by at most 1.0e+00"),
     ],
 )
 def test_losses_are_compared_to_the_bit_and_then_by_rounding(loss: float, said: str, tmp_path: Path) -> None:
@@ -88,6 +91,28 @@ def test_losses_are_compared_to_the_bit_and_then_by_rounding(loss: float, said: 
 def test_a_mean_over_several_steps_is_not_compared(tmp_path: Path) -> None:
     assert "is a mean over steps 3 to 5" in against_metrics(done_again(loss=2.5), record(tmp_path, 2, 5, loss=2.5))
     assert "no record at step 5" in against_metrics(done_again(loss=2.5), record(tmp_path, 4, 6, loss=2.5))
+
+
+def test_a_step_of_another_learning_rate_is_not_compared(tmp_path: Path) -> None:
+    said = against_metrics(done_again(loss=2.5), record(tmp_path, 4, 5, loss=2.5, learning_rate=2e-3))
+    assert "its learning rate was 0.002 then, and is 0.001 by config.json" in said
+
+
+@pytest.mark.parametrize(("kind", "values"), [("skipped", {}), ("spike", {"left_out": True})])
+def test_an_update_that_was_left_out_has_no_losses_to_compare_with(kind: str, values: dict[str, bool], tmp_path: Path) -> None:
+    with (record(tmp_path, 4, loss=2.5) / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": kind, "step": 5, **values}) + "\n")
+    assert "no losses of step 5, as its update was left out" in against_metrics(done_again(loss=2.5), tmp_path)
+
+
+def test_losses_of_a_run_gone_wrong_stay_in_their_columns() -> None:
+    samples = [
+        Sample("an id longer than the heading of the column", 0, {"msm": 9.1e36, "itm": float("nan")}),
+        Sample("b", 0, {"msm": 1.0, "itm": 2.0}),
+    ]
+    heading, *rows = _told(Replayed(5, 4, 1, 1e-3, {}, samples), None).splitlines()[-3:]
+    assert len({len(line) for line in (heading, *rows)}) == 1
+    assert [line.split()[-2:] for line in (heading, *rows)] == [["msm", "itm"], ["9.1000e+36", "nan"], ["1.0000", "2.0000"]]
 
 
 def test_a_step_far_from_a_checkpoint_names_those_that_are_near_and_its_time(tmp_path: Path) -> None:
