@@ -332,16 +332,19 @@ def table(figures: dict[str, Any]) -> str:
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options, and the training command after "--"."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="A run under faults; a training command may follow --.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for both runs, on the disk that the hosts share")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws")
+    shown, about = argparse.ArgumentDefaultsHelpFormatter, "A run under faults; a training command may follow --."
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=about, formatter_class=shown)
+    parser.add_argument(
+        "--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder for both runs, on the disk that the hosts share"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
     parser.add_argument("--mtbf", type=float, default=60.0, help="mean seconds of training between faults from outside")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the run")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--processes", type=int, default=2, help="ranks on this machine")
-    parser.add_argument("--hosts", type=Path, help="hostfile, for ranks on other hosts over ssh")
+    parser.add_argument("--hosts", type=Path, help="hostfile, for ranks on other hosts over ssh; None: on this machine")
     parser.add_argument("--kinds", default=",".join((*STRIKES, *INSIDE)), help="faults to draw from, with commas between")
-    parser.add_argument("--inside", type=float, default=0.0, help="mean steps between nan, and between slow; default a fifth of the steps")
+    parser.add_argument("--inside", type=float, default=0.0, help="mean steps between nan, and between slow; 0: a fifth of the steps")
     parser.add_argument("--hang", type=float, default=60.0, help="seconds without progress after which a rank hangs (hangs.least)")
     parser.add_argument("--alone", action="store_true", help="without the undisturbed run, whose weights are then not compared")
     parser.add_argument("--stretch", type=int, default=200, help="steps of a stretch whose memory is looked at")

@@ -43,10 +43,15 @@ def main(tokens: Sequence[str] | None = None) -> int:
     """Run the targets that are named, or all, one after the other."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"targets; without any all: {', '.join(one.name for one in TARGETS)}")
-    parser.add_argument("--seconds", type=float, default=300, help="for all targets together")
-    parser.add_argument("--inputs", type=int, default=0, help="of each target, where it has not ended by then; 0: no limit")
-    parser.add_argument("--seed", type=int, default=0, help="of the mutations; 0: another each time")
-    parser.add_argument("--guided", type=float, default=0.25, help="share of time and inputs that are guided by coverage, the first ones")
+    parser.add_argument("--seconds", type=float, default=300, help="time for all targets together (default %(default)s)")
+    parser.add_argument("--inputs", type=int, default=0, help="inputs of each target, where its time has not ended by then; 0: no limit")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations; 0: another each time")
+    parser.add_argument(
+        "--guided",
+        type=float,
+        default=0.25,
+        help="share of time and inputs that are guided by coverage, the first ones (default %(default)s)",
+    )
     parser.add_argument("--keep", type=Path, help="folder for the grown corpus and for inputs that broke a promise")
     options = parser.parse_args(tokens)
 
