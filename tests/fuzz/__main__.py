@@ -23,6 +23,7 @@ from tests.fuzz.targets import TARGETS, Target, named
 from tests.places import ROOT
 
 MEMORY_MB = 6144  # of a process, its libraries included
+LEAST = 2  # seconds of one target; a process is not started for less than one
 MOST_DEATHS = 20  # of one target, from which on it is left
 
 
@@ -56,6 +57,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
     options = parser.parse_args(tokens)
 
     targets = [named(name) for name in options.names] or TARGETS
+    if options.seconds < LEAST * len(targets):
+        parser.error(f"--seconds {options.seconds:g} is less than {LEAST} for each of {len(targets)} target(s): nothing would be tried")
     keep = options.keep or Path(tempfile.mkdtemp(prefix="fuzz-"))
     outcomes = []
     print(f"{'target':24} {'inputs':>12} {'inputs/s':>10} {'findings':>9}", flush=True)

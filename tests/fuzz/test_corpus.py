@@ -45,6 +45,12 @@ def test_a_slice_of_fuzzing_finds_nothing(tmp_path: Path, capsys: pytest.Capture
     assert all(int(line.split()[1].replace(",", "")) > 0 for line in told.splitlines()[1 : 1 + len(TARGETS)]), told
 
 
+def test_a_time_in_which_nothing_could_be_tried_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--seconds", "20"])
+    assert f"less than 2 for each of {len(TARGETS)} target(s)" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_parser_that_breaks_its_promise_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or no finding would mean nothing: a hole in a parser is found within seconds by each way of looking for it."""
