@@ -181,10 +181,14 @@ def against_metrics(found: Replayed, run: Path) -> str:
     """One line: whether the losses are those that metrics.jsonl has of this step."""
     records = read_metrics(run / "metrics.jsonl", "train")
     record = next((record for record in records if record["step"] == found.step), None)
+    left_out = _left_out(run)
     if record is None:
-        return f"metrics.jsonl has no {_what_else(found.step, run)}: nothing to compare with"
+        lacking = (
+            f"losses of step {found.step:,}, as its update was left out" if found.step in left_out else f"record at step {found.step:,}"
+        )
+        return f"metrics.jsonl has no {lacking}: nothing to compare with"
     others = max((other["step"] for other in records if other["step"] < found.step), default=0)
-    if found.step - others > 1:
+    if not left_out.issuperset(range(others + 1, found.step)):
         return f"the record at step {found.step:,} is a mean over steps {others + 1:,} to {found.step:,}: not this step's alone"
     then, now = record["learning_rate"], found.learning_rate
     if not math.isclose(then, now, rel_tol=COMPARED):
@@ -200,12 +204,11 @@ def against_metrics(found: Replayed, run: Path) -> str:
     return f"{verdict}: {', '.join(sorted(unlike))} differ by at most {worst:.1e} (relative)"
 
 
-def _what_else(step: int, run: Path) -> str:
-    """What metrics.jsonl lacks of a step without a record of losses, and what it has in their place."""
-    left_out = [*read_metrics(run / "metrics.jsonl", "skipped"), *read_metrics(run / "metrics.jsonl", "spike")]
-    if any(record["step"] == step and record.get("left_out", True) for record in left_out):
-        return f"losses of step {step:,}, as its update was left out"
-    return f"record at step {step:,}"
+def _left_out(run: Path) -> set[int]:
+    """Steps whose losses are in no record: their updates were left out, or their batches passed over."""
+    records = [*read_metrics(run / "metrics.jsonl", "skipped"), *read_metrics(run / "metrics.jsonl", "spike")]
+    steps = {record["step"] for record in records if record.get("left_out", True)}
+    return steps | {entry["step"] for entry in read_passed_over(run)}
 
 
 def without_output(config: RunSettings, folder: Path, run: Path) -> RunSettings:

@@ -105,6 +105,15 @@ def test_an_update_that_was_left_out_has_no_losses_to_compare_with(kind: str, va
     assert "no losses of step 5, as its update was left out" in against_metrics(done_again(loss=2.5), tmp_path)
 
 
+def test_a_record_after_steps_that_were_left_out_is_of_its_step_alone(tmp_path: Path) -> None:
+    record(tmp_path, 2, 5, loss=2.5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "skipped", "step": 4}) + "\n")
+    assert "is a mean over steps 3 to 5" in against_metrics(done_again(loss=2.5), tmp_path)
+    (tmp_path / "left_out.json").write_text(json.dumps({"steps": [{"step": 3}]}))
+    assert against_metrics(done_again(loss=2.5), tmp_path) == "the losses are the recorded ones, to the bit"
+
+
 def test_losses_of_a_run_gone_wrong_stay_in_their_columns() -> None:
     samples = [
         Sample("an id longer than the heading of the column", 0, {"msm": 9.1e36, "itm": float("nan")}),
