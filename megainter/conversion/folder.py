@@ -14,6 +14,8 @@ from megainter.conversion.vocabulary import VocabularyFiles, write_vocabulary
 from megainter.errors import DamagedError, UsageError
 from megainter.files import aside, write_checksums
 from megainter.model.configuration import InterBertConfig
+from megainter.model.processor import write_processor_settings
+from megainter.model.remote_code import auto_map, write_remote_code
 from megainter.progress import Progress
 from megainter.weights import Located, locate
 
@@ -78,13 +80,18 @@ def refuse_existing(destination: Path) -> None:
 
 
 def write_folder(folder: Path, config: InterBertConfig, tensors: Mapping[str, LazyTensor], output: Output) -> None:
-    """config.json, model.safetensors, the vocabulary's files where there is one, and origin.json where the weights came by name."""
+    """config.json, model.safetensors, the file by which transformers alone can load them, the vocabulary's files where there is one, and
+    origin.json where the weights came by name."""
     config.architectures = [output.architecture]
     config.dtype = DTYPES[output.dtype]
+    config.auto_map = auto_map()
     config.save_pretrained(folder)
     write_tensors(folder / "model.safetensors", tensors, DTYPES[output.dtype])
     if output.vocabulary is not None:
         write_vocabulary(folder, output.vocabulary, config.max_position_embeddings)
+        stated = {name: getattr(config, name) for name in ("max_text_tokens", "max_regions") if getattr(config, name) is not None}
+        write_processor_settings(folder, config.region_feature_size, stated)
+    write_remote_code(folder)
     if output.origin is not None:
         output.origin.record(folder)
 

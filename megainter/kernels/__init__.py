@@ -5,7 +5,15 @@ the same name in the same file, and `choices` says which form will run and why, 
 """
 
 from megainter.kernels.activation import linear_gelu
-from megainter.kernels.attention import QueryRows, SequenceLayout, attend, attention_choice, attention_forms, varlen_attention
+from megainter.kernels.attention import (
+    PaddedLayout,
+    QueryRows,
+    SequenceLayout,
+    attend,
+    attention_choice,
+    attention_forms,
+    varlen_attention,
+)
 from megainter.kernels.choice import KernelChoice
 from megainter.kernels.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.kernels.dropout import dropout
@@ -14,6 +22,7 @@ from megainter.kernels.report import choices
 
 __all__ = [
     "KernelChoice",
+    "PaddedLayout",
     "QueryRows",
     "SequenceLayout",
     "attend",

@@ -66,6 +66,18 @@ class SequenceLayout:
         real = torch.arange(self.max_length, device=self.cu_seqlens.device) < self.cu_seqlens.diff()[:, None]
         return torch.where(real, 0.0, MASKED_SCORE)
 
+    def attention(
+        self,
+        q_Mhd: torch.Tensor,
+        k_Nhd: torch.Tensor,
+        v_Nhd: torch.Tensor,
+        dropout_p: float,
+        training: bool,
+        queries: "QueryRows | None" = None,
+    ) -> torch.Tensor:
+        """`varlen_attention` over these sequences."""
+        return varlen_attention(q_Mhd, k_Nhd, v_Nhd, self, dropout_p, training, queries)
+
 
 @dataclass(frozen=True)
 class QueryRows:
@@ -89,6 +101,29 @@ class QueryRows:
         position = torch.arange(len(rows), device=rows.device) - firsts.index_select(0, sequence)
         longest = min(2 * layout.max_length, len(rows)) if rows.is_cuda or not len(rows) else int(position.max()) + 1
         return cls(rows, firsts.to(torch.int32), sequence, position, longest)
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """Which columns of B sequences side by side are real, bool [B, L]: what ``SequenceLayout`` is to packed rows. In plain PyTorch with
+    shapes that depend on no value, so that it can be exported."""
+
+    real: torch.Tensor
+
+    def attention(
+        self,
+        q_BLhd: torch.Tensor,
+        k_BLhd: torch.Tensor,
+        v_BLhd: torch.Tensor,
+        dropout_p: float,
+        training: bool,
+        queries: QueryRows | None = None,
+    ) -> torch.Tensor:
+        """softmax(q k^T / sqrt(d)) v within each sequence, no row seeing padding: [B, L, h, d]. ``queries`` are of packed rows: None."""
+        assert queries is None
+        q, k, v = (x.transpose(1, 2) for x in (q_BLhd, k_BLhd, v_BLhd))
+        hidden = torch.where(self.real, 0.0, MASKED_SCORE).to(q.dtype)[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, dropout_p=dropout_p if training else 0.0).transpose(1, 2)
 
 
 def varlen_attention(

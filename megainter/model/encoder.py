@@ -1,16 +1,18 @@
 """The transformer layers: single-stream interaction, then one stream of text layers and one of region layers.
 
-All are the same post-norm BERT block over packed rows; the streams differ in heads and dropout.
+All are the same post-norm BERT block; the streams differ in heads and dropout. Rows are packed, [N, H], or side by side with padding,
+[B, L, H] (`model.plain`): every layer is the same for both but attention, which the layout computes.
 """
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from megainter.kernels import QueryRows, SequenceLayout, linear_gelu, varlen_attention
+from megainter.kernels import PaddedLayout, QueryRows, SequenceLayout, linear_gelu
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm
 from megainter.model.packing import PackedLayout
+from megainter.model.padding import PaddedStreams
 
 
 class SelfAttention(nn.Module):
@@ -24,12 +26,12 @@ class SelfAttention(nn.Module):
         self.dropout_p = config.attention_probs_dropout_prob
 
     def forward(
-        self, asking_MH: torch.Tensor, x_NH: torch.Tensor, layout: SequenceLayout, queries: QueryRows | None = None
+        self, asking_MH: torch.Tensor, x_NH: torch.Tensor, layout: SequenceLayout | PaddedLayout, queries: QueryRows | None = None
     ) -> torch.Tensor:
         """What ``asking_MH``, the rows ``queries`` of ``x_NH`` (None: all of them), gather from their sequences, [M, H]."""
         q, k, v = self.query(asking_MH), self.key(x_NH), self.value(x_NH)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
-        return self.output(varlen_attention(q, k, v, layout, self.dropout_p, self.training, queries).flatten(1))
+        return self.output(layout.attention(q, k, v, self.dropout_p, self.training, queries).flatten(-2))
 
 
 class LinearGelu(nn.Linear):
@@ -50,7 +52,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.output_norm = DropoutAddLayerNorm(config, dropout_p)
 
-    def forward(self, x_NH: torch.Tensor, layout: SequenceLayout, queries: QueryRows | None = None) -> torch.Tensor:
+    def forward(self, x_NH: torch.Tensor, layout: SequenceLayout | PaddedLayout, queries: QueryRows | None = None) -> torch.Tensor:
         asking_MH = x_NH if queries is None else x_NH.index_select(0, queries.rows)
         attended_MH = self.attention_norm(self.attention(asking_MH, x_NH, layout, queries), asking_MH)
         return self.output_norm(self.output(self.intermediate(attended_MH)), attended_MH)
@@ -71,19 +73,21 @@ class Encoder(nn.Module):
         self,
         text_NH: torch.Tensor,
         region_NH: torch.Tensor,
-        layout: PackedLayout,
+        layout: PackedLayout | PaddedStreams,
         text_queries: QueryRows | None = None,
         region_queries: QueryRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embedded text [Nt, H] and regions [Nr, H] -> the two streams' last states, of all rows or of the queries alone."""
-        joint_NH = torch.cat([region_NH, text_NH]).index_select(0, layout.joint_order)
+        joint_NH = layout.join(region_NH, text_NH)
         for layer in self.interaction:
             joint_NH = layer(joint_NH, layout.joint)
-        text_NH, region_NH = joint_NH.index_select(0, layout.text_rows), joint_NH.index_select(0, layout.region_rows)
+        region_NH, text_NH = layout.part(joint_NH)
         return run_stream(self.text, text_NH, layout.text, text_queries), run_stream(self.region, region_NH, layout.region, region_queries)
 
 
-def run_stream(layers: nn.ModuleList, x_NH: torch.Tensor, layout: SequenceLayout, queries: QueryRows | None = None) -> torch.Tensor:
+def run_stream(
+    layers: nn.ModuleList, x_NH: torch.Tensor, layout: SequenceLayout | PaddedLayout, queries: QueryRows | None = None
+) -> torch.Tensor:
     """States after all ``layers``; with ``queries`` the last layer computes these rows alone, [M, H]."""
     for number, layer in enumerate(layers, start=1):
         x_NH = layer(x_NH, layout, queries if number == len(layers) else None)

@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -45,6 +46,7 @@ from megainter.model.folder import locate_model, named, read_config
 from megainter.model.heads import FIRST_SCALE, ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead, means
 from megainter.model.packing import PackedLayout, pack_padded
 from megainter.model.processor import InterBertProcessor
+from megainter.model.remote_code import auto_map, write_remote_code
 from megainter.model.vectors import BATCH, contrastive_vectors, ready_processor, vectors_of_images, vectors_of_texts
 
 # Options of transformers' ``from_pretrained`` about its own way to the Hub.
@@ -151,8 +153,8 @@ class InterBertClassificationOutput(ModelOutput):
     region_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class InterBertPreTrainedModel(PreTrainedModel):
-    """What all InterBERT classes share: configuration, initialisation, and the ways Hugging Face tools handle them."""
+class InterBertArchitecture(PreTrainedModel):
+    """What all InterBERT classes share, those of `model.plain` too: configuration, initialisation, how Hugging Face tools handle them."""
 
     config_class = InterBertConfig
     base_model_prefix = "interbert"
@@ -160,6 +162,23 @@ class InterBertPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 - Hugging Face's name and form
     # One folder may hold the heads of several models; each model takes its own.
     _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|itc|choice)_head\.", r"^classifier\."]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights N(0, initializer_range), the padding row of the word embeddings too; biases 0, norms 1 and 0 (official code)."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            init.zeros_(module.bias)
+        if isinstance(module, DropoutAddLayerNorm | nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        if isinstance(module, ContrastiveHead):
+            init.constant_(module.log_scale, math.log(FIRST_SCALE))
+
+
+class InterBertPreTrainedModel(InterBertArchitecture):
+    """A model of this package: it takes packed batches, and its folders come by path or by name."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -176,22 +195,12 @@ class InterBertPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(folder, *model_args, **{"use_safetensors": True} | kwargs)
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
-        """As in transformers; the checksums of a folder that has some are those of what it holds now."""
+        """As in transformers, with the file by which transformers alone can load the folder (`model.remote_code`); the checksums of a
+        folder that has some are those of what it holds now."""
+        self.config.auto_map = auto_map()
         super().save_pretrained(save_directory, *arguments, **options)
+        write_remote_code(Path(save_directory))
         renew_checksums(Path(save_directory))
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Weights N(0, initializer_range), the padding row of the word embeddings too; biases 0, norms 1 and 0 (official code)."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            init.zeros_(module.bias)
-        if isinstance(module, DropoutAddLayerNorm | nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        if isinstance(module, ContrastiveHead):
-            init.constant_(module.log_scale, math.log(FIRST_SCALE))
 
 
 class InterBertModel(InterBertPreTrainedModel):
@@ -597,8 +606,8 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         batch, choices = input_ids.shape[:2]
         per_token = (input_ids, attention_mask, token_type_ids, text_regions)
         ids, mask, types, named = (t.flatten(0, 1) if t is not None else None for t in per_token)
-        features, locations = (_per_choice(t, choices, shared_dims=3) for t in (region_features, region_locations))
-        real = _per_choice(region_mask, choices, shared_dims=2)
+        features, locations = (per_choice(t, choices, shared_dims=3) for t in (region_features, region_locations))
+        real = per_choice(region_mask, choices, shared_dims=2)
         inputs, places = pack_padded(
             input_ids=ids,
             attention_mask=mask,
@@ -615,7 +624,7 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         return InterBertClassificationOutput(loss=loss, logits=logits, **padded_attentions(found, places))
 
 
-def _per_choice(tensor: torch.Tensor | None, choices: int, shared_dims: int) -> torch.Tensor | None:
+def per_choice(tensor: torch.Tensor | None, choices: int, shared_dims: int) -> torch.Tensor | None:
     """[B, ...] shared by all choices, or [B, K, ...] -> [B * K, ...]."""
     if tensor is None:
         return None
@@ -679,7 +688,7 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
         """
         texts, images = (input_ids, attention_mask, token_type_ids), (region_features, region_locations, region_mask)
         if images_per_example(self.config) == 2:
-            texts, images = _beside_each_image(texts, images)
+            texts, images = beside_each_image(texts, images)
         inputs, places = pack_padded(*texts, *images, self.config.region_feature_size)
         with watched(self.interbert.encoder, output_attentions) as found:
             logits = self.score_packed(inputs)
@@ -687,10 +696,10 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
         return InterBertClassificationOutput(loss=loss, logits=logits, **padded_attentions(found, places))
 
 
-_Three = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+ThreeTensors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
-def _beside_each_image(texts: _Three, images: _Three) -> tuple[_Three, _Three]:
+def beside_each_image(texts: ThreeTensors, images: ThreeTensors) -> tuple[ThreeTensors, ThreeTensors]:
     """Texts [B, T] and regions [B, 2, R, ...] as [2B, ...]: every text twice, beside one of its images each."""
     if images[0] is None or images[0].dim() != 4 or images[0].shape[1] != 2:
         raise UsageError("a model of two images for each text takes region_features [B, 2, R, F]")
@@ -724,6 +733,7 @@ def _register(*pairs: tuple[Any, type[PreTrainedModel]]) -> None:
 _register(
     (AutoModel, InterBertModel),
     (AutoModelForPreTraining, InterBertForPreTraining),
+    (AutoModelForNextSentencePrediction, InterBertForRetrieval),
     (AutoModelForMultipleChoice, InterBertForMultipleChoice),
     (AutoModelForSequenceClassification, InterBertForSequenceClassification),
 )

@@ -13,6 +13,7 @@ import torch
 from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
 from megainter.kernels import SequenceLayout
+from megainter.model.padding import PaddedInputs
 from megainter.transfers import sent_together
 
 
@@ -56,6 +57,14 @@ class PackedLayout:
         order[torch.cat([region_rows, text_rows])] = torch.arange(len(order))
         rows = (order, text_rows, region_rows, starts_t, starts_r)
         return cls(*layouts_on(inputs.input_ids.device, (text, region, joint), rows))
+
+    def join(self, region_NH: torch.Tensor, text_NH: torch.Tensor) -> torch.Tensor:
+        """Every sample's regions and then its text, [N, H]."""
+        return torch.cat([region_NH, text_NH]).index_select(0, self.joint_order)
+
+    def part(self, joint_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The way back: regions [Nr, H] and text [Nt, H]."""
+        return joint_NH.index_select(0, self.region_rows), joint_NH.index_select(0, self.text_rows)
 
 
 def layouts_on(device: torch.device, layouts: Sequence[SequenceLayout], rows: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -127,33 +136,19 @@ def pack_padded(
     which is the same for padding at the end). Looking at masks makes a GPU wait once; training uses packed batches. ``text_regions`` int64
     [B, T]: the column of the region that a token names, or -1.
     """
-    if input_ids is None and region_features is None:
-        raise UsageError("the model got neither input_ids nor region_features; give at least one of them")
-    if (region_features is None) != (region_locations is None):
-        raise UsageError("region_features and region_locations belong together; one of them is missing")
-    batch = len(input_ids) if input_ids is not None else len(region_features)  # type: ignore[arg-type]
-    device = input_ids.device if input_ids is not None else region_features.device  # type: ignore[union-attr]
-    if input_ids is None:
-        input_ids = torch.zeros(batch, 0, dtype=torch.int64, device=device)
-    if region_features is None:
-        region_features = torch.zeros(batch, 0, feature_size, device=device)
-        region_locations = torch.zeros(batch, 0, 5, device=device)
-    assert region_locations is not None  # checked above
-    _check_shapes(input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, feature_size)
-    text = _real(attention_mask, input_ids.shape[:2], device)
-    region = _real(region_mask, region_features.shape[:2], device)
+    given = PaddedInputs.of(input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, feature_size)
+    text, region = given.text_real, given.region_real
     text_rows, region_rows = (mask.flatten().nonzero()[:, 0] for mask in (text, region))
-    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
     packed = PackedInputs(
-        input_ids=input_ids.flatten()[text_rows],
-        token_type_ids=types.flatten()[text_rows],
+        input_ids=given.input_ids.flatten()[text_rows],
+        token_type_ids=given.token_type_ids.flatten()[text_rows],
         text_lengths=text.sum(1).cpu(),
-        region_features=region_features.flatten(0, 1)[region_rows],
-        region_locations=region_locations.flatten(0, 1)[region_rows],
+        region_features=given.region_features.flatten(0, 1)[region_rows],
+        region_locations=given.region_locations.flatten(0, 1)[region_rows],
         region_lengths=region.sum(1).cpu(),
         text_regions=_packed_targets(text_regions, text, region) if text_regions is not None else None,
     )
-    return packed, PaddedPlaces(batch, input_ids.shape[1], region_features.shape[1], text_rows, region_rows)
+    return packed, PaddedPlaces(*text.shape, region.shape[1], text_rows, region_rows)
 
 
 def _packed_targets(columns_BT: torch.Tensor, text_BT: torch.Tensor, region_BR: torch.Tensor) -> torch.Tensor:
@@ -169,30 +164,3 @@ def _packed_targets(columns_BT: torch.Tensor, text_BT: torch.Tensor, region_BR: 
     rows = torch.full_like(columns_N, -1)
     rows[named] = (region_BR.flatten().cumsum(0) - 1)[flat]
     return rows
-
-
-def _real(mask: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    return torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device) != 0
-
-
-def _check_shapes(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    region_features: torch.Tensor,
-    region_locations: torch.Tensor,
-    region_mask: torch.Tensor | None,
-    feature_size: int,
-) -> None:
-    batch, text = input_ids.shape
-    regions = region_features.shape[1]
-    wanted = {
-        "attention_mask": (attention_mask, (batch, text)),
-        "token_type_ids": (token_type_ids, (batch, text)),
-        "region_features": (region_features, (batch, regions, feature_size)),
-        "region_locations": (region_locations, (batch, regions, 5)),
-        "region_mask": (region_mask, (batch, regions)),
-    }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise UsageError(f"{name} has shape {list(tensor.shape)}, and {list(shape)} was expected beside the other inputs")

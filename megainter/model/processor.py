@@ -18,6 +18,7 @@ from megainter.errors import UsageError
 from megainter.files import read_json, renew_checksums, write_atomically, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import locate_model, named, read_config, read_vocabulary
+from megainter.model.remote_code import processor_map, write_remote_code
 
 SETTINGS, SPLIT = "processor_config.json", "split_special_tokens"
 USUAL_LENGTH = 36  # tokens and regions, where nothing says what the model was trained with
@@ -76,7 +77,8 @@ class InterBertProcessor:
         write_atomically(folder / "vocab.txt", "\n".join(self.vocabulary.ids) + "\n")
         write_json(stated, tokenizer)
         lengths = {"max_text_tokens": self.max_text_tokens, "max_regions": self.max_regions}
-        write_json(folder / SETTINGS, {"processor_class": type(self).__name__, SPLIT: self.split_special_tokens} | lengths)
+        write_processor_settings(folder, self.region_feature_size, lengths | {SPLIT: self.split_special_tokens})
+        write_remote_code(folder)
         renew_checksums(folder)
 
     def pack(self, texts: Sequence[str] | None, records: Sequence[RegionRecord | RegionViews] | None) -> PackedInputs:
@@ -109,13 +111,16 @@ class InterBertProcessor:
         packed = self.pack(texts, records)
         padded: dict[str, torch.Tensor] = {}
         if texts is not None:
-            mask = _mask(packed.text_lengths)
-            padded |= {"input_ids": _padded(packed.input_ids, packed.text_lengths, self.vocabulary.facts.pad_id), "attention_mask": mask}
+            mask = mask_of(packed.text_lengths)
+            padded |= {
+                "input_ids": padded_rows(packed.input_ids, packed.text_lengths, self.vocabulary.facts.pad_id),
+                "attention_mask": mask,
+            }
             padded["token_type_ids"] = torch.zeros_like(mask)
         if records is not None:
             lengths = packed.region_lengths
-            padded |= {"region_features": _padded(packed.region_features, lengths), "region_mask": _mask(lengths)}
-            padded["region_locations"] = _padded(packed.region_locations, lengths)
+            padded |= {"region_features": padded_rows(packed.region_features, lengths), "region_mask": mask_of(lengths)}
+            padded["region_locations"] = padded_rows(packed.region_locations, lengths)
         return BatchFeature(padded)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,6 +132,11 @@ class InterBertProcessor:
         for width in {record.features.shape[1] for record in records} - {self.region_feature_size}:
             raise UsageError(f"a record has {width}-d features, and the model takes {self.region_feature_size}-d ones: another detector's")
         return region_rows(records, self.max_regions)
+
+
+def write_processor_settings(folder: Path, region_feature_size: int, settings: dict[str, Any]) -> None:
+    """Write processor_config.json, which AutoProcessor reads too: ``settings`` are those of the processor."""
+    write_json(folder / SETTINGS, processor_map() | {"region_feature_size": region_feature_size} | settings)
 
 
 def _length(name: str, least: int, most: int | None, given: int | None, saved: dict[str, Any], config: InterBertConfig) -> int:
@@ -141,13 +151,13 @@ def _none(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int64)
 
 
-def _padded(rows: torch.Tensor, lengths: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+def padded_rows(rows: torch.Tensor, lengths: torch.Tensor, value: float = 0.0) -> torch.Tensor:
     """Packed rows [N, ...] -> [B, longest, ...]."""
     if not len(lengths):
         return rows.new_zeros(0, 0, *rows.shape[1:])
     return pad_sequence(list(rows.split(lengths.tolist())), batch_first=True, padding_value=value)
 
 
-def _mask(lengths: torch.Tensor) -> torch.Tensor:
+def mask_of(lengths: torch.Tensor) -> torch.Tensor:
     longest = int(lengths.max()) if len(lengths) else 0
     return (torch.arange(longest) < lengths[:, None]).long()
