@@ -15,6 +15,8 @@ from typing import Any
 from megainter.errors import DamagedError, MegainterError, NoSpaceError, UsageError
 
 CHECKSUMS = "checksums.json"  # of a model's folder
+README = "README.md"
+_NOT_READ = (".md", ".py")  # in a model's folder
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "no space left in the quota", errno.EFBIG: "a file may not be as large here"}
 # The same in the words of libraries whose errors have no number: safetensors, and numpy where less was written than asked.
 FULL_IN_WORDS = re.compile("|".join([*map(os.strerror, FULL), r"\d+ requested and \d+ written"]))
@@ -158,8 +160,9 @@ def sha256_of(path: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Leave sizes and SHA-256 of a folder's files in its ``checksums.json``, for ``require_checksums``."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    """Leave sizes and SHA-256 of a folder's files in its ``checksums.json``, for ``require_checksums``; not of what nothing here reads:
+    the page, which is for people to go on with, and the code for others, which is not fetched with weights by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS and path.suffix not in _NOT_READ)
     write_json(folder / CHECKSUMS, {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files})
 
 

@@ -182,7 +182,7 @@ def _from_table(name: str) -> Located:
     prefix = found[1] if found else ""
     if not path.is_file():
         by_hand = f"download {url} by hand to {path}, or give the file itself"
-        if _offline():
+        if is_offline():
             raise UsageError(f"{name} is not in the cache, and HF_HUB_OFFLINE forbids the network: {by_hand}")
         _fetch_from_table(name, url, path, prefix, by_hand)
     digest = sha256_of(path)
@@ -216,7 +216,7 @@ def _from_hub(name: str, asked: str, kind: Kind) -> Located:
     assert parts is not None  # as ``check_name`` saw to
     repository, inside, revision = parts[1], (parts[2] or "").rstrip("/"), parts[3] or "main"
     commit = _cached_commit(repository, revision)
-    if _offline():
+    if is_offline():
         snapshot, wanted = _in_cache(repository, commit, inside, kind, asked, "HF_HUB_OFFLINE forbids the network")
     elif commit == revision and (kept := _whole_in_cache(repository, commit, inside, kind, asked)):
         snapshot, wanted = kept  # a commit never changes
@@ -237,7 +237,7 @@ def _fetch(repository: str, revision: str, inside: str, kind: Kind, asked: str) 
     try:
         info = HfApi().model_info(repository, revision=revision, timeout=SECONDS)
     except Exception as error:  # the network library's errors are not the Hub's, and change with its versions
-        if reason := _out_of_reach(error):
+        if reason := out_of_reach(error):
             found = _in_cache(repository, _cached_commit(repository, revision), inside, kind, asked, reason)
             print(f"warning: {asked}: {reason}; the copy in the cache is taken, commit {found[0].name}", flush=True)
             return found
@@ -364,19 +364,19 @@ def _git_digest(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def _offline() -> bool:
+def is_offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _out_of_reach(error: Exception) -> str:
+def out_of_reach(error: Exception) -> str:
     """Why nothing could be asked; empty where the Hub answered."""
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return f"the Hub answers {status}" if status >= 500 or status == 429 else ""
     return "" if isinstance(error, MegainterError | AssertionError) else f"the Hub cannot be reached ({_short(error)})"
@@ -386,7 +386,7 @@ def _refuse(error: Exception, repository: str, revision: str, asked: str) -> NoR
     """The Hub's errors in one line."""
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
-    status = _status(error)
+    status = status_of(error)
     if is_full(error):
         raise NoSpaceError(f"{asked}: no space left in {_repository_folder(repository)}; free space and run the same command") from None
     if isinstance(error, GatedRepoError):

@@ -15,6 +15,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from megainter.conversion.architecture import layer_count
+from megainter.conversion.card import NO_CARD, Card
 from megainter.conversion.folder import Output, finish, refuse_existing, source_of
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
 from megainter.conversion.mapping import Origin, Plan, make_plan, untied_decoder
@@ -92,6 +93,7 @@ def convert_bert(
     cased: bool | None = None,
     allow_partial: bool = False,
     verify: bool = False,
+    card: Card = NO_CARD,
 ) -> Plan:
     """Write the Hugging Face folder ``destination`` from a BERT: its folder, or its ``.bin`` or ``.safetensors`` with a config.json.
 
@@ -115,7 +117,7 @@ def convert_bert(
     for note in notes:
         print(f"note: {note}")
     require_room(files, plan.config.vocab_size)
-    output = Output(destination, files, allow_partial, start.seed, verify=verify, origin=origin)
+    output = Output(destination, files, allow_partial, start.seed, verify=verify, origin=origin, card=card)
     finish(plan, source, output, lambda partial: compare(plan, settings, partial))
     return plan
 

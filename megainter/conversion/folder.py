@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from megainter.conversion.card import NO_CARD, Card, write_card
 from megainter.conversion.foreign_files import LazyTensor, open_tensors
 from megainter.conversion.mapping import Plan, print_table, require_complete, tensors_of
 from megainter.conversion.vocabulary import VocabularyFiles, write_vocabulary
@@ -35,6 +36,7 @@ class Output:
     architecture: str = "InterBertForPreTraining"
     verify: bool = False
     origin: Located | None = None  # the weights it is made from, where they came by name
+    card: Card = NO_CARD
 
 
 def finish(plan: Plan, source: object, output: Output, compare: Callable[[Path], str] | None = None) -> None:
@@ -47,6 +49,9 @@ def finish(plan: Plan, source: object, output: Output, compare: Callable[[Path],
     with new_folder(output.destination) as partial:
         tensors = tensors_of(plan, output.seed)
         write_folder(partial, plan.config, tensors, output)
+        name = output.origin.name if output.origin is not None and output.origin.digests else None
+        card = replace(output.card, name=name or output.card.name)
+        write_card(partial, output.destination.name, plan.config, plan.parameters, output.dtype, card)
         if output.verify:
             print(compare(partial) if compare is not None and not plan.missing else reread(partial, tensors, DTYPES[output.dtype]))
             if compare is not None and plan.missing:

@@ -1,12 +1,14 @@
 """From one folder of ours to another: another dtype, another vocabulary, heads of downstream models."""
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megainter.conversion.folder import Output, finish, refuse_existing, source_of
+from megainter.conversion.card import NO_CARD, Card
+from megainter.conversion.folder import DTYPES, Output, finish, refuse_existing, source_of
 from megainter.conversion.foreign_files import LazyTensor
 from megainter.conversion.mapping import HEADS, Origin, Plan, make_plan, untied_decoder
 from megainter.conversion.ours import TIED, WORD, open_ours
@@ -38,6 +40,7 @@ def convert_hugging_face(
     seed: int = 0,
     allow_partial: bool = False,
     verify: bool = False,
+    card: Card = NO_CARD,
 ) -> Plan:
     """Write the folder ``destination`` from ``source``: a folder of ours, or weights of our names as zero_to_fp32.py writes them.
 
@@ -70,6 +73,7 @@ def convert_hugging_face(
     names = [name for name in tensors if name != TIED or untied]
     notes = [*assumed, *notes, *untied]
     heads = [name for name in HEADS if name in present or name == wanted]
+    changed = rows is not None or any(tensor.dtype != DTYPES[dtype] for tensor in tensors.values())
     plan = make_plan(config, found, names, heads=heads, fresh=rf"{wanted}\." if wanted else r"(?!)", left_over=TIED, notes=notes)
     finish(
         plan,
@@ -83,6 +87,7 @@ def convert_hugging_face(
             architecture=architecture,
             verify=verify,
             origin=origin,
+            card=replace(card, earlier=source if source.is_dir() else None, changed=changed),
         ),
     )
     return plan

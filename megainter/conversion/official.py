@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megainter.conversion.architecture import layer_count, make_config, official_settings, region_target, sizes_in_shapes, stated_sizes
+from megainter.conversion.card import NO_CARD, Card
 from megainter.conversion.folder import Output, finish, refuse_existing, reread, source_of
 from megainter.conversion.foreign_files import LazyTensor, open_tensors, without_prefix
 from megainter.conversion.mapping import HEADS, Origin, Plan, expected_shapes, make_plan, require_complete, untied_decoder
@@ -44,6 +45,7 @@ def convert_official(
     cased: bool | None = None,
     allow_partial: bool = False,
     verify: bool = False,
+    card: Card = NO_CARD,
 ) -> Plan:
     """Write the Hugging Face folder ``destination`` from an official checkpoint.
 
@@ -63,7 +65,7 @@ def convert_official(
     files, notes = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [NO_VOCABULARY])
     require_room(files, plan.config.vocab_size)
     plan = replace(plan, notes=(*told, *plan.notes, *notes))
-    output = Output(destination, files, allow_partial, verify=verify, origin=origin)
+    output = Output(destination, files, allow_partial, verify=verify, origin=origin, card=card)
     finish(plan, source, output, None if ours else lambda folder: compare(tensors, plan, folder))
     return plan
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from megainter.conversion.card import NO_CARD, Card, TrainedBy
 from megainter.conversion.deepspeed_files import find_deepspeed_folder, open_deepspeed
 from megainter.conversion.folder import Output, finish, refuse_existing
 from megainter.conversion.foreign_files import MERGED, WEIGHT_FILES, LazyTensor, open_tensors, without_prefix
@@ -38,6 +39,7 @@ def convert(
     cased: bool | None = None,
     allow_partial: bool = False,
     verify: bool = False,
+    card: Card = NO_CARD,
 ) -> Plan:
     """Write the Hugging Face folder ``destination`` from a run folder's newest whole checkpoint, or from one checkpoint folder.
 
@@ -51,7 +53,8 @@ def convert(
     if folder is None and not merged:
         saved = find_checkpoint(run)
         files, _ = find_vocabulary(vocabulary or saved.folder / "vocab.txt", not saved.state["lowercase"] if cased is None else cased)
-        return _convert_ours(saved, "ema" if ema else "weights", Output(destination, files, allow_partial, verify=verify))
+        card = replace(card, trained=_trained_by(saved))
+        return _convert_ours(saved, "ema" if ema else "weights", Output(destination, files, allow_partial, verify=verify, card=card))
     if ema:
         raise UsageError(f"{run} holds DeepSpeed's own files, in which there are no averaged weights; leave --ema out")
     if folder is None:
@@ -61,8 +64,14 @@ def convert(
     files, notes = find_vocabulary(vocabulary, cased) if vocabulary is not None else (None, [NO_VOCABULARY])
     require_room(files, plan.config.vocab_size)
     plan = replace(plan, notes=(*plan.notes, *notes))
-    finish(plan, folder or run, Output(destination, files, allow_partial, verify=verify))
+    finish(plan, folder or run, Output(destination, files, allow_partial, verify=verify, card=card))
     return plan
+
+
+def _trained_by(saved: checkpoint.Checkpoint) -> TrainedBy | None:
+    """The run that a checkpoint lies in; None where it lies alone."""
+    run = next((folder for folder in saved.folder.resolve().parents[:2] if (folder / "metrics.jsonl").is_file()), None)
+    return TrainedBy(run, saved.step) if run is not None else None
 
 
 def _is_merged(run: Path) -> bool:

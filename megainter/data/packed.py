@@ -2,20 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megainter.data.feature_store.first_regions import FirstRegions
-from megainter.data.feature_store.record import RegionRecord
-from megainter.data.feature_store.views import RegionViews
 from megainter.data.integers import Int64s
 
 GLOBAL_LOCATION = (0.0, 0.0, 1.0, 1.0, 1.0)
 
 
-def region_rows(images: Sequence[RegionRecord | RegionViews], max_regions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class Regions(Protocol):
+    """What a record, a view of one, or anything else has of an image's regions."""
+
+    @property
+    def features(self) -> np.ndarray: ...
+    @property
+    def boxes(self) -> np.ndarray: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    def __len__(self) -> int: ...
+
+
+def region_rows(images: Sequence[Regions], max_regions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Regions of several images end to end: features [Nr, F] as stored, float32 locations [Nr, 5], int64 counts [I].
 
     At most ``max_regions`` of each image, the first ones, after its global region: the mean of these regions (zeros where there are none),
@@ -31,7 +44,7 @@ def region_rows(images: Sequence[RegionRecord | RegionViews], max_regions: int) 
     return torch.from_numpy(np.concatenate(features)), torch.from_numpy(np.concatenate(places)), lengths
 
 
-def image_locations(image: RegionRecord | RegionViews, most: int) -> NDArray[np.float32]:
+def image_locations(image: Regions, most: int) -> NDArray[np.float32]:
     """float32 [n, 5]: ``locations`` of the first ``most`` regions of one image."""
     return locations(image.boxes[:most], np.array([image.width, image.height] * 2))
 

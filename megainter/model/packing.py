@@ -148,7 +148,7 @@ def pack_padded(
         region_lengths=region.sum(1).cpu(),
         text_regions=_packed_targets(text_regions, text, region) if text_regions is not None else None,
     )
-    return packed, PaddedPlaces(*text.shape, region.shape[1], text_rows, region_rows)
+    return packed, PaddedPlaces(len(text), text.shape[1], region.shape[1], text_rows, region_rows)
 
 
 def _packed_targets(columns_BT: torch.Tensor, text_BT: torch.Tensor, region_BR: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,15 @@
 """`megainter convert`: checkpoints in and out."""
 
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from megainter.conversion.card import Card, CardOptions, command_of
 from megainter.errors import UsageError
 from megainter.verbs.as_json import lines_aside, print_object
 from megainter.weights import Kind, check_name, require_there
@@ -13,19 +18,44 @@ if TYPE_CHECKING:
     from megainter.conversion.mapping import Plan
 
 AllowPartial = Annotated[bool, Parameter(name="--allow-partial", negative="--strict")]
+About = Annotated[CardOptions | None, Parameter(name="*", negative_iterable=())]
 convert_app = App(name="convert", help="Convert checkpoints: ours, InterBERT's, BERT's, DeepSpeed's.")
 
 
-def require_source(src: Path, dst: Path, *files: tuple[str, Path | None], kind: Kind = "model") -> None:
+def require_source(src: Path, dst: Path | None, *files: tuple[str, Path | None], kind: Kind = "model") -> None:
     """``UsageError`` where the source is neither there nor a name, a file that an option names is not, or the destination is."""
     check_name(src, kind, "SRC")
     for option, path in files:
         require_there(path, option)
-    if dst.exists():
+    if dst is not None and dst.exists():
         raise UsageError(f"{dst} exists; give a new name or remove it")
 
 
-def _print_plan(asked: bool, src: Path, dst: Path, plan: "Plan") -> None:
+def _card(about: CardOptions | None) -> Card:
+    options = about or CardOptions()
+    for path in options.evaluation:
+        require_there(path, "--evaluation")
+    return Card(options, command_of(sys.argv))
+
+
+@contextmanager
+def _pushed(dst: Path | None, repository: str | None, private: bool | None) -> Iterator[Path]:
+    """Where to convert to: ``dst``, or a folder for the time being; at the end it is pushed where that is asked for."""
+    if repository is None:
+        if dst is None or private is not None:
+            raise UsageError("give DST, the folder to write" if dst is None else "--private is for a repository that --push makes")
+        yield dst
+        return
+    from megainter.conversion.push import push_folder, require_hub
+
+    require_hub(repository)
+    with tempfile.TemporaryDirectory() as passing:
+        folder = dst or Path(passing) / repository.partition("/")[2]
+        yield folder
+        print(f"pushed: {push_folder(folder, repository, private)}")
+
+
+def _print_plan(asked: bool, src: Path, dst: Path | str | None, plan: "Plan") -> None:
     from megainter.conversion.mapping import table_of
 
     if asked:
@@ -47,6 +77,7 @@ def convert_official(
     cased: bool | None = None,
     allow_partial: AllowPartial = False,
     verify: bool = False,
+    about: About = None,
     json: bool = False,
 ) -> None:
     """Turn a released InterBERT checkpoint into a Hugging Face folder, or back.
@@ -90,8 +121,9 @@ def convert_official(
     choices = {"fusion": fusion, "region_objective": region_objective, "num_interaction_layers": interaction_layers}
     with lines_aside(json):
         plan = official.convert_official(
-            src, dst, config_file=config, choices=choices, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify
-        )
+            src, dst, config_file=config, choices=choices, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify,
+            card=_card(about),
+        )  # fmt: skip
     _print_plan(json, src, dst, plan)
 
 
@@ -117,6 +149,7 @@ def convert_bert(
     cased: bool | None = None,
     allow_partial: AllowPartial = False,
     verify: bool = False,
+    about: About = None,
     json: bool = False,
 ) -> None:
     """Start an InterBERT from a BERT of any size and language, or from a UNITER.
@@ -172,8 +205,9 @@ def convert_bert(
     )  # fmt: skip
     with lines_aside(json):
         plan = bert.convert_bert(
-            src, dst, start, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify
-        )
+            src, dst, start, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify,
+            card=_card(about),
+        )  # fmt: skip
     _print_plan(json, src, dst, plan)
 
 
@@ -189,6 +223,7 @@ def convert_zero(
     cased: bool | None = None,
     allow_partial: AllowPartial = False,
     verify: bool = False,
+    about: About = None,
     json: bool = False,
 ) -> None:
     """Export a training run to a Hugging Face folder, in fp32.
@@ -221,15 +256,16 @@ def convert_zero(
 
     with lines_aside(json):
         plan = convert(
-            run, dst, ema=ema, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify
-        )
+            run, dst, ema=ema, config_file=config, vocabulary=vocabulary, cased=cased, allow_partial=allow_partial, verify=verify,
+            card=_card(about),
+        )  # fmt: skip
     _print_plan(json, run, dst, plan)
 
 
 @convert_app.command(name="hf")
 def convert_hf(
     src: Path,
-    dst: Path,
+    dst: Path | None = None,
     /,
     *,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -242,9 +278,12 @@ def convert_hf(
     seed: int = 0,
     allow_partial: AllowPartial = False,
     verify: bool = False,
+    push: str | None = None,
+    private: bool | None = None,
+    about: About = None,
     json: bool = False,
 ) -> None:
-    """Change a folder of ours: dtype, vocabulary, heads.
+    """Change a folder of ours: dtype, vocabulary, heads, its card; and push it to the Hub.
 
     Parameters
     ----------
@@ -252,7 +291,7 @@ def convert_hf(
         Hugging Face folder of InterBERT, or what DeepSpeed's zero_to_fp32.py wrote of one: a file, or a folder of shards; also
         hf:OWNER/NAME[/FILE][@REVISION] of the Hub.
     dst
-        Folder to write; must not exist.
+        Folder to write; must not exist. With --push it may be left out.
     dtype
         Precision of the written weights.
     resize_vocabulary
@@ -273,18 +312,22 @@ def convert_hf(
         Convert what fits: what is missing begins anew. Default: strict, an incomplete folder ends with exit code 4 and writes nothing.
     verify
         Read the written folder again and compare every tensor.
+    push
+        Repository of the Hub, OWNER/NAME: all files are committed there (HF_TOKEN; HF_ENDPOINT names another Hub).
+    private
+        A repository that --push makes is private. Default: as the account's settings say.
     json
         Print one JSON object for scripts: the table of what was taken, drawn anew and left over, with the notes.
     """
     require_source(src, dst, ("--config", config), ("--vocabulary", vocabulary))
     from megainter.conversion.hugging_face import convert_hugging_face
 
-    with lines_aside(json):
+    with lines_aside(json), _pushed(dst, push, private) as folder:
         plan = convert_hugging_face(
-            src, dst, dtype=dtype, resize_vocabulary=resize_vocabulary, vocabulary=vocabulary, cased=cased, head=head,
-            num_labels=num_labels, config_file=config, seed=seed, allow_partial=allow_partial, verify=verify,
+            src, folder, dtype=dtype, resize_vocabulary=resize_vocabulary, vocabulary=vocabulary, cased=cased, head=head,
+            num_labels=num_labels, config_file=config, seed=seed, allow_partial=allow_partial, verify=verify, card=_card(about),
         )  # fmt: skip
-    _print_plan(json, src, dst, plan)
+    _print_plan(json, src, dst or push, plan)
 
 
 @convert_app.command(name="detector")

@@ -1,0 +1,344 @@
+"""The model card (README.md) of a folder: what is known of the model, for people and for the Hub. What is not known is left out."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import megainter
+from megainter.errors import UsageError, one_line
+from megainter.files import README, read_json, write_atomically
+from megainter.weights import HUB, origin_name
+
+PAPER = "2003.13198"
+_BOTH = {"text_to_image": "text to image", "image_to_text": "image to text"}
+_RECALLS = {"r_at_1": "R@1", "r_at_5": "R@5", "r_at_10": "R@10"}
+# What a pipeline of the Hub would do with it; other heads may be made for anything.
+_PIPELINES = {
+    "InterBertForPreTraining": "feature-extraction",
+    "InterBertForRetrieval": "feature-extraction",
+    "InterBertForMultipleChoice": "visual-question-answering",
+}
+_SETTINGS = {"training": ("steps", "epochs", "global_batch", "seed"), "optimizer": ("name", "learning_rate"), "engine": ("precision",)}
+_CURVES = re.compile(r"(\w+_)?loss|\w+_accuracy|(\w+_)?r_at_\d+")
+_PACKAGES = ("megainter", "torch", "deepspeed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """What only the user knows of a model, for its card."""
+
+    license: str | None = None
+    """License of the weights, by its name on the Hub (apache-2.0, cc-by-nc-4.0, other)."""
+    dataset: tuple[str, ...] = ()
+    """Data set it was trained on, by its name on the Hub; may be given several times."""
+    language: tuple[str, ...] = ()
+    """Language of its texts, in two or three letters (en, zh); may be given several times."""
+    base_model: str | None = None
+    """Model it started from, OWNER/NAME. Default: where the weights came by name, that repository."""
+    evaluation: tuple[Path, ...] = ()
+    """Report of `megainter evaluate retrieval` on these weights, whose figures the card then has; may be given several times."""
+
+    def __post_init__(self) -> None:
+        if self.license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.license):
+            raise UsageError(f"--license {self.license!r:.80}: give its name on the Hub, such as apache-2.0 or cc-by-nc-4.0, or other")
+        for language in self.language:
+            if not re.fullmatch(r"[a-z]{2,3}|multilingual", language):
+                raise UsageError(f"--language {language!r:.80}: give two or three letters, such as en or zh, or multilingual")
+        for option, name in (("--base-model", self.base_model), *(("--dataset", name) for name in self.dataset)):
+            if name is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name, flags=re.ASCII):
+                raise UsageError(f"{option} {name!r:.80}: give a name of the Hub, OWNER/NAME")
+
+
+@dataclass(frozen=True)
+class TrainedBy:
+    """The run that weights come from, and the step they were saved at."""
+
+    run: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card is made of besides the model: what the user says, the command, and where the weights come from.
+
+    ``name`` is that of weights that came by name; ``earlier`` the folder they come from, whose card goes on, and ``changed`` whether these
+    weights are others than those; ``trained`` their run.
+    """
+
+    options: CardOptions = field(default_factory=CardOptions)
+    command: str | None = None
+    name: str | None = None
+    earlier: Path | None = None
+    changed: bool = False
+    trained: TrainedBy | None = None
+
+
+NO_CARD = Card()  # nothing is said: the card tells of the model alone
+
+
+def command_of(words: Sequence[str]) -> str:
+    """The command line of ``sys.argv`` as a user types it."""
+    return shlex.join(["megainter", *words[1:]])
+
+
+def write_card(folder: Path, title: str, config: Any, parameters: int, dtype: str, card: Card) -> None:
+    """Write README.md into a folder that has its weights already: front matter as the Hub reads it, and what is known in words.
+
+    Of the earlier folder's card the front matter goes on (without figures of evaluation, which are those of its weights), and so do
+    sections that are not made here. ``UsageError`` for an evaluation of another model, or a file that is none.
+    """
+    reports = _evaluations(card, folder)
+    metadata, opening, sections = _earlier(card.earlier)
+    made = {
+        "Model": _model(config, parameters, dtype),
+        "Use": _use(config),
+        "Training": _training(card.trained) if card.trained else None,
+        "Evaluation": _evaluation(reports) if reports else None,
+        "How it was made": _how(card),
+    }
+    kept = {name: text for name, text in sections.items() if name not in made or (name == "Training" and made[name] is None)}
+    whole = kept | {name: text for name, text in made.items() if text is not None}
+    order = [*(name for name in made if name in whole), *(name for name in whole if name not in made)]
+    body = _opening(title, opening, card.earlier.name if card.earlier is not None else None)
+    text = "\n".join([body.rstrip() + "\n", *(f"## {name}\n\n{whole[name].strip()}\n" for name in order)])
+    write_atomically(folder / README, f"---\n{_front_matter(metadata, title, config, card, reports)}\n---\n\n{text}")
+
+
+def _front_matter(metadata: dict[str, Any], title: str, config: Any, card: Card, reports: Sequence[Mapping[str, Any]]) -> str:
+    from huggingface_hub import ModelCardData
+
+    options = card.options
+    architecture = (config.architectures or [""])[0]
+    known = {
+        "license": options.license,
+        "datasets": list(options.dataset) or None,
+        "language": list(options.language) or None,
+        "base_model": options.base_model or _base_model(card),
+        "library_name": "transformers",
+        "pipeline_tag": metadata.get("pipeline_tag") or _PIPELINES.get(architecture),
+        "tags": list(dict.fromkeys([*_listed(metadata.get("tags")), "interbert"])),
+    }
+    merged = metadata | {name: value for name, value in known.items() if value is not None}
+    results = [result for report in reports for result in _results(report)]
+    if results:
+        merged |= {"eval_results": results, "model_name": title}
+    return ModelCardData(**merged).to_yaml().strip()
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+
+
+def _base_model(card: Card) -> str | None:
+    """OWNER/NAME of the repository that the weights, or those their run started from, came from by name."""
+    places = [card.name, origin_name(card.trained.run) if card.trained else None, origin_name(card.earlier) if card.earlier else None]
+    name = next((place for place in places if place is not None and place.startswith(HUB)), None)
+    return "/".join(name.removeprefix(HUB).partition("@")[0].split("/")[:2]) if name else None
+
+
+def _earlier(folder: Path | None) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """An earlier card's front matter without figures, its text before the first section, and its sections by their titles."""
+    if folder is None or not (folder / README).is_file():
+        return {}, "", {}
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        text = (folder / README).read_text(encoding="utf-8")
+        metadata = metadata_load(folder / README) or {}
+    except Exception as error:  # YAML's errors are another library's
+        raise UsageError(f"{folder / README} cannot be read as a model card ({one_line(str(error)):.160}); mend it or remove it") from None
+    body = re.sub(r"\A\s*---\r?\n.*?\r?\n---\r?\n", "", text, flags=re.DOTALL)
+    opening, *parts = re.split(r"^## (.+)$", body, flags=re.MULTILINE)
+    sections = {title.strip(): content.strip() for title, content in zip(parts[::2], parts[1::2], strict=True)}
+    return {name: value for name, value in metadata.items() if name != "model-index"}, opening.strip(), sections
+
+
+# --- sections -------------------------------------------------------------------------------------------------------------------------
+
+
+def _opening(title: str, earlier: str, before: str | None) -> str:
+    """The title and what stands before the first section: as it was, under the new title where the old one was the folder's name."""
+    words = f"An InterBERT ([arXiv:{PAPER}](https://arxiv.org/abs/{PAPER})): a BERT over the words of a text and the regions of an image."
+    heading, _, rest = earlier.partition("\n")
+    if not earlier:
+        return f"# {_plain(title)}\n\n{words}"
+    return f"# {_plain(title)}\n{rest}" if before is not None and heading == f"# {_plain(before)}" else earlier
+
+
+def _model(config: Any, parameters: int, dtype: str) -> str:
+    layers = f"{config.num_interaction_layers} interaction, {config.num_text_layers} text and {config.num_region_layers} region layers"
+    lines = [
+        f"{parameters:,} parameters ({dtype}): {layers}, {config.hidden_size} wide, {config.vocab_size:,} vocabulary entries.",
+        f"It takes regions' features of {config.region_feature_size} values and their boxes{_whose(config)}",
+    ]
+    if config.itc_size:
+        lines.append(f"A text alone and an image alone become vectors of {config.itc_size} values.")
+    return "\n".join(lines)
+
+
+def _whose(config: Any) -> str:
+    return f", from the detector `{_plain(config.detector)}`." if config.detector else "."
+
+
+def _use(config: Any) -> str:
+    vectors = [
+        "    texts = model.encode_texts(**processor(text=texts))  # vectors of length 1, and encode_images has those of images",
+    ]
+    lines = [
+        "With transformers alone, by the code in this folder:",
+        "",
+        "```python",
+        "import torch",
+        "from transformers import AutoModelForNextSentencePrediction, AutoProcessor",
+        "",
+        "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)",
+        "model = AutoModelForNextSentencePrediction.from_pretrained(folder, trust_remote_code=True).eval()",
+        "inputs = processor(text=texts, region_features=features, boxes=boxes, image_sizes=sizes)  # of each pair; boxes in pixels, xyxy",
+        "with torch.no_grad():",
+        "    scores = model(**inputs).scores  # the probability that text and image match",
+        *(vectors if config.itc_size else []),
+        "```",
+        "",
+        "With megainter: `InterBertForRetrieval.from_pretrained(folder)`.",
+    ]
+    return "\n".join(lines)
+
+
+def _training(trained: TrainedBy) -> str | None:
+    """The run's settings and the last figures of its curves up to the step that was saved."""
+    settings = _object(trained.run / "config.json")
+    stated = [
+        (f"{part}.{name}", settings[part][name])
+        for part, names in _SETTINGS.items()
+        for name in names
+        if isinstance(settings.get(part), dict) and settings[part].get(name) is not None
+    ]
+    lines = [f"Saved at step {trained.step:,}.", "", *_table(("setting", "value"), stated)]
+    for kind, record in _last_figures(trained).items():
+        figures = [(name, f"{value:.6g}") for name, value in record.items() if _CURVES.fullmatch(name) and isinstance(value, int | float)]
+        lines += ["", *_table((f"{kind}, step {record['step']:,}", "last figure"), figures)]
+    environment = _object(trained.run / "environment.json")
+    packages = environment.get("packages")
+    versions = packages if isinstance(packages, dict) else {}
+    told = [f"{name} {versions[name]}" for name in _PACKAGES if name in versions]
+    command = environment.get("command")
+    if isinstance(command, list) and command:
+        lines += ["", "```sh", one_line(command_of([str(word) for word in command])), "```"]
+    if told:
+        lines += ["", f"With {', '.join(map(_plain, told))}, Python {_plain(str(environment.get('python', '')))}."]
+    return "\n".join(lines)
+
+
+def _last_figures(trained: TrainedBy) -> dict[str, dict[str, Any]]:
+    """The last record of training and of validation that is not of a later step than what was saved."""
+    path = trained.run / "metrics.jsonl"
+    last: dict[str, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a run that was killed leaves half a line
+        if isinstance(record, dict) and record.get("kind") in ("train", "validation") and _within(record.get("step"), trained.step):
+            last[record["kind"]] = record
+    return last
+
+
+def _within(step: Any, most: int) -> bool:
+    return isinstance(step, int) and step <= most
+
+
+def _how(card: Card) -> str:
+    lines = [f"From the weights `{_plain(card.name)}`.", ""] if card.name else []
+    if card.command:
+        lines += ["```sh", one_line(card.command), "```", ""]
+    return "\n".join([*lines, f"With megainter {megainter.__version__}."])
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------------------------
+
+
+def _evaluations(card: Card, folder: Path) -> list[dict[str, Any]]:
+    """The reports that were given, each of the weights in ``folder`` or of those that these were made from."""
+    if not card.options.evaluation:
+        return []
+    from megainter.model.folder import model_digest
+
+    own = model_digest(folder)
+    before = model_digest(card.earlier) if card.earlier is not None else own
+    reports = []
+    for path in card.options.evaluation:
+        report = read_json(path)
+        _require_report(report, path)
+        if report["model_digest"] not in (own, before):
+            raise UsageError(f"{path} was measured with other weights ({report['model']!s:.120}); evaluate these, or leave it out")
+        reports.append(report | {"of_the_source": card.changed})
+    return reports
+
+
+def _require_report(report: Any, path: Path) -> None:
+    whole = isinstance(report, dict) and isinstance(report.get("model_digest"), str) and isinstance(report.get("pairs"), str)
+    for way in _BOTH:
+        figures = report.get(way) if whole else None
+        whole = whole and isinstance(figures, dict) and all(isinstance(figures.get(name), int | float) for name in _RECALLS)
+    if not whole:
+        raise UsageError(f"{path} is no report of `megainter evaluate retrieval`")
+
+
+def _results(report: Mapping[str, Any]) -> list[Any]:
+    """Recalls both ways as the Hub's model-index has them, in percent."""
+    from huggingface_hub import EvalResult
+
+    name = Path(report["pairs"]).stem
+    counts = {part: report[part] for part in ("images", "captions", "pairs_digest") if report.get(part) is not None}
+    return [
+        EvalResult(
+            task_type="image-text-retrieval",
+            task_name="Image-text retrieval",
+            dataset_type=re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "pairs",
+            dataset_name=one_line(name),
+            dataset_split=report.get("split"),
+            dataset_args=counts,
+            metric_type="recall",
+            metric_name=f"{way} {recall}",
+            metric_value=round(100 * report[key][value], 2),
+        )
+        for key, way in _BOTH.items()
+        for value, recall in _RECALLS.items()
+    ]
+
+
+def _evaluation(reports: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for report in reports:
+        gallery = f"{_plain(Path(report['pairs']).stem)}, {_plain(str(report.get('split')))}: {report.get('images')} images"
+        first = report.get("prefilter")
+        candidates = f", {first['candidates']} candidates of a first stage" if isinstance(first, dict) and "candidates" in first else ""
+        made = f" ({report.get('precision')}{candidates}{', before this conversion' if report['of_the_source'] else ''})"
+        for key, way in _BOTH.items():
+            figures = [f"{report[key][name]:.1%}" for name in _RECALLS]
+            rows.append((gallery + made, way, *figures, report[key].get("median_rank", ""), _share(report[key].get("chance_at_1"))))
+    head = ("gallery", "direction", *_RECALLS.values(), "median rank", "chance R@1")
+    return "\n".join(["By `megainter evaluate retrieval`:", "", *_table(head, rows)])
+
+
+def _share(value: Any) -> str:
+    return f"{value:.2%}" if isinstance(value, int | float) else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    cells = [[_plain(str(cell)) for cell in row] for row in rows]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in cells)] if cells else []
+
+
+def _plain(text: str) -> str:
+    """``text`` as a page shows it and nothing acts on it: one line, no markup, no cell's end."""
+    return one_line(text).replace("`", "'").replace("|", "/").replace("<", "‹").replace(">", "›")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
