@@ -64,7 +64,8 @@ def _task(run: Path) -> tuple[Any, Callable[..., Job]]:
 
 
 def _told(found: Replayed, verdict: str | None) -> str:
-    done = f"step {found.step:,} again, from step {found.begun_at:,} on" + (f", {found.ranks} ranks in turn" if found.ranks > 1 else "")
+    what = "again" if found.step <= found.reached else f"as it would be (the run's folder knows of {found.reached:,} steps)"
+    done = f"step {found.step:,} {what}, from step {found.begun_at:,} on" + (f", {found.ranks} ranks in turn" if found.ranks > 1 else "")
     lines = [done, "", *(f"{name:<24}{value:.9g}" for name, value in found.values.items()), ""]
     samples = sorted(found.samples, key=lambda one: -sum(one.losses.values()))
     width = max([len(SUMS), *(len(sample.sample) for sample in samples)])

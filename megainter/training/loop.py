@@ -426,7 +426,7 @@ def _sound(run: Run, guard: StepGuard, finished: int) -> bool:
     """Whether the last update was made: what stands after one that was left out may be what made the next ones impossible."""
     _tell(run, guard, guard.settle())
     if not guard.sound:
-        log.error("checkpoint of step %d NOT written: the last %d updates were left out; older checkpoints stand", finished, guard.in_a_row)
+        log.error("checkpoint of step %d NOT written: the last %d updates were left out; those before it stand", finished, guard.in_a_row)
     return guard.sound
 
 
@@ -469,7 +469,7 @@ def _tell_saved(run: Run, outcomes: list[Outcome]) -> None:
             raise NumericsError(f"{outcome.not_finite} is not finite at step {outcome.step:,}: nothing was published of it; {_remedy(run)}")
         if outcome.failure is not None:
             what = "the best checkpoint so far," if best else "checkpoint of"
-            log.error("%s step %d NOT written: %s; older checkpoints stand, training goes on", what, outcome.step, outcome.failure)
+            log.error("%s step %d NOT written: %s; those before it stand, training goes on", what, outcome.step, outcome.failure)
         else:
             stall = f"{outcome.stall:.2f} s" + (f" ({outcome.waited:.2f} s for the one before)" if outcome.waited > NOTICED else "")
             log.info("%s is in %s after %.1f s; training stood still for %s", name, outcome.root.name, outcome.duration, stall)

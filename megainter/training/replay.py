@@ -42,9 +42,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A step done again: from which finished step on, by how many ranks in turn, at which rate, its mean losses and its samples."""
+    """A step done again: from which finished step on, by how many ranks in turn, at which rate, its mean losses and its samples; and the
+    newest step that the run's folder knows as finished."""
 
     step: int
+    reached: int
     begun_at: int
     ranks: int
     learning_rate: float
@@ -88,13 +90,14 @@ def replay(config: RunSettings, open_job: Callable[[RunSettings, World], Job], r
     ranks, passed_over = ranks_of(run), {entry["step"] for entry in read_passed_over(run)}
     if step in passed_over:
         raise UsageError(f"step {step:,} is passed over by this run (left_out.json): it has no losses")
+    if config.training.steps is not None:  # else the data say how many there are
+        _require_step(step, config.training.steps)
     saved = nearest_checkpoint(run, step, most)
     with engine.distributed() as world:
         config = with_precision(config, world.device)
         jobs = [open_job(config, World(rank, ranks, world.device)) for rank in range(ranks)]
         total = steps_of(config, jobs[0].samples)
-        if not 1 <= step <= total:
-            raise UsageError(f"the run has steps 1 to {total:,}, not {step:,}")
+        _require_step(step, total)
         if saved is not None and saved.state["digests"] != dict(jobs[0].digests):
             raise UsageError(f"the data are not those that {saved.folder} was made of: {_unlike(saved.state['digests'], jobs[0].digests)}")
         trained = _open(config, jobs, saved, world)
@@ -105,7 +108,19 @@ def replay(config: RunSettings, open_job: Callable[[RunSettings, World], Job], r
                 _update(config, jobs, trained, earlier, total)
         _renew(jobs, trained, step - 1, begun)
         values, samples = _judge(config, jobs, trained, step - 1, total)
-    return Replayed(step, begun, ranks, learning_rate(config.optimizer, step - 1, total), values, samples)
+    return Replayed(step, _reached(run), begun, ranks, learning_rate(config.optimizer, step - 1, total), values, samples)
+
+
+def _require_step(step: int, total: int) -> None:
+    if not 1 <= step <= total:
+        raise UsageError(f"the run has steps 1 to {total:,}, not {step:,}")
+
+
+def _reached(run: Path) -> int:
+    """The newest step that a record or a checkpoint of the run is of; 0 where there is none."""
+    names = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
+    records = read_metrics(run / "metrics.jsonl", "train") if (run / "metrics.jsonl").exists() else []
+    return max([0, *(int(name) for name in names if name.isdecimal()), *(record["step"] for record in records)])
 
 
 def _unlike(theirs: dict[str, str], ours: Any) -> str:

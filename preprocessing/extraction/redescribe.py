@@ -59,7 +59,7 @@ def redescribe(
     items = _files_of(given, images)
     computing = torch_device(device)
     describer, weights = _describer(network)
-    describer.to(computing, memory_format=torch.channels_last).eval()
+    describer.eval().to(computing).to(memory_format=torch.channels_last)
     keep_freed_memory()
     with FeatureStoreWriter(output, _schema(given.schema, describer, network, sha256_of(weights), side, grid)) as writer:
         todo = [item for item in items if item.image_id not in writer]

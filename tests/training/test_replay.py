@@ -11,7 +11,7 @@ import pytest
 
 from megainter.errors import UsageError
 from megainter.tasks.replaying import _told
-from megainter.training.replay import Replayed, Sample, against_metrics, nearest_checkpoint
+from megainter.training.replay import Replayed, Sample, _reached, against_metrics, nearest_checkpoint
 from tests.synthetic import environment, settings, train, write_data
 
 CONTRAST = {"training__itc_weight": 1.0, "data__batch_negatives": 0.5}  # a comparison over the whole step, and captions drawn by it
@@ -72,7 +72,7 @@ def record(folder: Path, *steps: int, **values: float) -> Path:
 
 
 def done_again(**values: float) -> Replayed:
-    return Replayed(5, 4, 1, 1e-3, values, [Sample("a", 0, {"msm": 1.0})])
+    return Replayed(5, 5, 4, 1, 1e-3, values, [Sample("a", 0, {"msm": 1.0})])
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,24 @@ def test_a_record_after_steps_that_were_left_out_is_of_its_step_alone(tmp_path: 
     assert against_metrics(done_again(loss=2.5), tmp_path) == "the losses are the recorded ones, to the bit"
 
 
+def test_a_step_that_the_run_has_not_come_to_is_not_called_done_again(tmp_path: Path) -> None:
+    assert _reached(tmp_path) == 0
+    record(tmp_path, 2, 5, loss=2.5)
+    assert _reached(tmp_path) == 5
+    for name in ("step_0000008", "step_note"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert _reached(tmp_path) == 8
+    assert _told(Replayed(8, 8, 5, 1, 1e-3, {}, []), None).startswith("step 8 again, from step 5 on")
+    later = _told(Replayed(9, 8, 5, 1, 1e-3, {}, []), None)
+    assert later.startswith("step 9 as it would be (the run's folder knows of 8 steps), from step 5 on")
+
+
 def test_losses_of_a_run_gone_wrong_stay_in_their_columns() -> None:
     samples = [
         Sample("an id longer than the heading of the column", 0, {"msm": 9.1e36, "itm": float("nan")}),
         Sample("b", 0, {"msm": 1.0, "itm": 2.0}),
     ]
-    heading, *rows = _told(Replayed(5, 4, 1, 1e-3, {}, samples), None).splitlines()[-3:]
+    heading, *rows = _told(Replayed(5, 5, 4, 1, 1e-3, {}, samples), None).splitlines()[-3:]
     assert len({len(line) for line in (heading, *rows)}) == 1
     assert [line.split()[-2:] for line in (heading, *rows)] == [["msm", "itm"], ["9.1000e+36", "nan"], ["1.0000", "2.0000"]]
 

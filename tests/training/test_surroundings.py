@@ -22,7 +22,7 @@ def test_a_full_disk_ends_the_run_and_keeps_its_checkpoint(mounting: Path, tmp_p
     script = f'mount -t tmpfs -o size=900k tmpfs {mounting} && {{ "$@"; code=$?; cp -r {run} {tmp_path / "kept"}; exit $code; }}'
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", *train], capture_output=True, text=True, env=environment())
     assert done.returncode == 5, done.stdout + done.stderr
-    assert "older checkpoints stand, training goes on" in done.stdout
+    assert "those before it stand, training goes on" in done.stdout
     assert "free space and run the same command" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     kept = checkpoint.newest(tmp_path / "kept" / "checkpoints", pytest.fail)
