@@ -32,18 +32,23 @@ SUMS = "loss sums of each sample"
 
 def replay_run(run: Path, step: int, at_most: int, compare: bool, as_json: bool) -> str:
     """Do ``step`` of ``run`` again; what is to be printed. ``UsageError`` where ``run`` is no run folder."""
-    kind, open_job = _task(run)
-    settings = {key: value for key, value in read_json(run / "config.json").items() if key not in NOT_SETTINGS}
-    try:
-        config = TypeAdapter(kind).validate_python(settings)
-    except ValidationError as error:
-        raise UsageError(f"{run / 'config.json'} is of another version: {error.errors()[0]['msg']}") from None
+    config, open_job = settings_of(run)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # the answer has the output to itself
         found = replay(without_output(config, Path(folder), run), open_job, run, step, at_most)
     verdict = against_metrics(found, run) if compare else None
     if as_json:
         return json.dumps(dataclasses.asdict(found) | ({"against_metrics": verdict} if verdict else {}))
     return _told(found, verdict)
+
+
+def settings_of(run: Path) -> tuple[Any, Callable[..., Job]]:
+    """The settings that a run folder records, and what opens its data. ``UsageError`` where ``run`` is none, or of another version."""
+    kind, open_job = _task(run)
+    settings = {key: value for key, value in read_json(run / "config.json").items() if key not in NOT_SETTINGS}
+    try:
+        return TypeAdapter(kind).validate_python(settings), open_job
+    except ValidationError as error:
+        raise UsageError(f"{run / 'config.json'} is of another version: {error.errors()[0]['msg']}") from None
 
 
 def _task(run: Path) -> tuple[Any, Callable[..., Job]]:

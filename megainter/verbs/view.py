@@ -1,9 +1,11 @@
 """`megainter view`: pages to look at."""
 
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
+from megainter.errors import UsageError
 from megainter.weights import check_name, require_there
 
 view_app = App(name="view", help="Write one HTML page to look at: of images, a run and scores, or of what its commands say.")
@@ -98,3 +100,51 @@ def view_model(
         other_detector=other_detector, device=device,
     )  # fmt: skip
     print(page)
+
+
+@view_app.command(name="batch")
+def view_batch(
+    *settings: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    output: Path,
+    run: Path | None = None,
+    step: int = 1,
+    images: Path | None = None,
+    count: int = 24,
+    title: str = "A step of pretraining",
+) -> None:
+    """A step of pretraining as the loader makes it: what is masked and why, wrong captions, and what each loss scores.
+
+    Of a run folder, which is only read, or of a recipe: megainter view batch --config base --data.pairs PAIRS --data.store STORE.
+
+    Parameters
+    ----------
+    settings
+        --config RECIPE.toml, and settings laid over it, as `megainter pretrain` takes them.
+    output
+        HTML file to write.
+    run
+        Run folder of `megainter pretrain`, in place of a recipe.
+    step
+        The step, counted from 1.
+    images
+        Folder that the manifest's image paths start from; without it regions are drawn on empty frames.
+    count
+        How many samples of the step to show.
+    title
+        Heading of the page.
+    """
+    from megainter.config.reading import load_config
+    from megainter.verbs.pretrain import require_paths, settings_of_pretrain, split_config
+
+    require_there(run, "--run")
+    require_there(images, "--images")
+    words = settings_of_pretrain(settings, "view batch")
+    if run is not None and words:
+        raise UsageError(f"{words[0]!r:.80} and --run: a run has its own settings; give one of both")
+    recipe, overrides = split_config(words)
+    config = load_config(recipe, [*overrides, "--output", str(output)]) if run is None else None
+    if config is not None:
+        require_paths(config)
+    from megainter.view.batch_page import write_batch_page
+
+    print(write_batch_page(output, title, config=config, run=run, step=step, images=images, count=count))

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megainter.data.feature_store.reader import FeatureStore
@@ -15,7 +13,7 @@ from megainter.errors import UsageError
 from megainter.files import inside, read_json, require_file_place
 from megainter.view.curves import draw_curves
 from megainter.view.pages import plain, write_template
-from megainter.view.pictures import SURE, region_boxes, thumbnail
+from megainter.view.pictures import SURE, image_files, region_boxes, thumbnail
 from megainter.weights import origin_name
 
 SHOWN = 5  # retrieved images of a caption
@@ -116,7 +114,7 @@ def _queries(retrieval: Path, report: dict[str, Any], manifest: Pairs, folder: P
     table = pq.read_table(path)
     rows = [row for place in spread(len(table), count) for row in table.slice(place, 1).to_pylist()]
     wanted = sorted({image for row in rows for image in [row["image_id"], *row["images"]]})
-    files = _files(manifest, wanted, folder)
+    files = image_files(manifest.table, wanted, folder, "the retrieval scores")
     return [{"caption": plain(row["caption"]), "rank": row["rank"], "found": _found(row, files)} for row in rows]
 
 
@@ -135,13 +133,3 @@ def _tile(image: str, rank: int, score: str, row: dict[str, Any], files: dict[st
 
 def _probability(log_odds: float) -> float:
     return 1 / (1 + math.exp(-max(log_odds, -50.0)))
-
-
-def _files(manifest: Pairs, image_ids: list[str], folder: Path) -> dict[str, Path]:
-    """Where the images lie. ``UsageError`` where the manifest is not the one that was evaluated."""
-    rows = pc.index_in(pa.array(image_ids), value_set=manifest.table.column("image_id").combine_chunks())
-    if rows.null_count:
-        image_id = image_ids[pc.index(pc.is_null(rows), True).as_py()]
-        raise UsageError(f"image {image_id!r} of the retrieval scores is not in the manifest; give the manifest that was evaluated")
-    images = manifest.table.column("image")
-    return {image_id: inside(folder, images[row.as_py()].as_py()) for image_id, row in zip(image_ids, rows, strict=True)}

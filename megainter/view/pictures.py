@@ -5,10 +5,13 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
 from megainter.data.feature_store.record import RegionRecord
 from megainter.errors import UsageError
+from megainter.files import inside
 from preprocessing.images.decode import formats
 
 COLOURS = ("#c2334d", "#23804a", "#2f5fd0", "#b8560f", "#8a35b5", "#0d7f86", "#8a5a1c", "#a3206f", "#5f6f12", "#39449c")
@@ -40,6 +43,16 @@ def thumbnail(path: Path, longest: int) -> str:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"image {path} cannot be read: {error}; give the folder that the manifest's paths start from") from None
     return data_uri(small_jpeg(upright, longest), "image/jpeg")
+
+
+def image_files(table: pa.Table, image_ids: list[str], folder: Path, asking: str) -> dict[str, Path]:
+    """Where images lie below ``folder`` by a ``table`` of pairs; ``UsageError`` where it lacks one that ``asking`` has."""
+    rows = pc.index_in(pa.array(image_ids, pa.string()), value_set=table.column("image_id").combine_chunks())
+    if rows.null_count:
+        image_id = image_ids[pc.index(pc.is_null(rows), True).as_py()]
+        raise UsageError(f"image {image_id!r:.80} of {asking} is not in the manifest; give the one that was used there")
+    images = table.column("image")
+    return {image_id: inside(folder, images[row.as_py()].as_py()) for image_id, row in zip(image_ids, rows, strict=True)}
 
 
 def small_jpeg(image: Image.Image, longest: int) -> bytes:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from megainter.view.batch_page import write_batch_page
+from tests.view.test_batch_page import config_of, hostile_pairs
 from tests.view.test_belief import page_of, place
 from tests.view.test_view import HOSTILE
 
@@ -55,10 +57,13 @@ def pages(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     """Every kind of page, with hostile texts in it."""
     folder = tmp_path_factory.mktemp("pages")
     page_of(place, folder / "model.html", f"red cats {HOSTILE} " + "and a dog " * 3, title=HOSTILE)
+    pairs, store, images = hostile_pairs(folder)
+    config = config_of((pairs, store), folder / "run")
+    write_batch_page(folder / "batch.html", HOSTILE, config=config, run=None, step=1, images=images, count=8)
     return {path.stem: path for path in folder.glob("*.html")}
 
 
-KINDS = ("model",)
+KINDS = ("model", "batch")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

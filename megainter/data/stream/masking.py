@@ -174,7 +174,7 @@ def mask_regions(boxes: NDArray[np.float32], rng: np.random.Generator, recipe: M
 
 def mask_regions_of_images(boxes: NDArray[np.float32], counts: Int64s, draws: Uniforms, recipe: MaskingRecipe) -> tuple[Bools, Bools]:
     """``mask_regions`` of images end to end: ``boxes`` float32 [N, 4] of S images with ``counts`` int64 [S], ``draws`` float64 [2, N]."""
-    anchors = np.flatnonzero(draws[0] < recipe.region_probability)
+    anchors = np.flatnonzero(drawn_anchors(draws, recipe))
     masked = np.zeros(len(boxes), dtype=bool)
     masked[anchors] = True
     if recipe.iou_threshold is not None and len(anchors):
@@ -184,6 +184,11 @@ def mask_regions_of_images(boxes: NDArray[np.float32], counts: Int64s, draws: Un
         masked[others[near]] = True
     zeroed = masked if recipe.zeroed_share >= 1.0 else masked & (draws[1] < recipe.zeroed_share)
     return masked, zeroed
+
+
+def drawn_anchors(draws: Uniforms, recipe: MaskingRecipe) -> Bools:
+    """bool [N]: the regions that are masked for themselves; the other masked ones overlap one of these in their image."""
+    return draws[0] < recipe.region_probability
 
 
 def _beside(anchors: Int64s, counts: Int64s) -> tuple[Int64s, Int64s]:

@@ -13,8 +13,17 @@ from megainter.data.feature_store.first_regions import FirstRegions
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.integers import Int64s
 from megainter.data.matching import require_images, rows_by_storage
-from megainter.data.stream.masking import REGION_DRAWS, TEXT_DRAWS, Bools, Uniforms, mask_regions_of_images, mask_texts, recipe
-from megainter.data.stream.negatives import HARD_SHARE, HardNegatives, choose_captions, require_two_images, same_text, text_keys
+from megainter.data.stream.masking import (
+    REGION_DRAWS,
+    TEXT_DRAWS,
+    Bools,
+    Uniforms,
+    drawn_anchors,
+    mask_regions_of_images,
+    mask_texts,
+    recipe,
+)
+from megainter.data.stream.negatives import HARD_SHARE, HardNegatives, choose_captions, hard_rows, require_two_images, same_text, text_keys
 from megainter.data.stream.order import Purpose, SampleGenerators, permuted, permuted_by_blocks, uniform
 from megainter.data.tables.pairs import Pairs
 from megainter.data.text.layout import marked_end_to_end, marked_places
@@ -257,6 +266,18 @@ class Sampler:
         coins = self._coins(draws.epochs, draws.numbers, Purpose.BATCH_NEGATIVE)
         return (draws.itm_labels == 1) & (coins < self.settings.batch_negatives)
 
+    def drawn_hard(self, draws: Draws) -> Bools:
+        """bool [S]: which samples are shown one of their caption's hard negatives."""
+        found = np.zeros(len(draws), np.bool_)
+        if self.hard_negatives is None:
+            return found
+        for epoch in np.unique(draws.epochs).tolist():
+            places = np.flatnonzero((draws.epochs == epoch) & (draws.itm_labels == 1))
+            rows, numbers, share = draws.rows[places], draws.numbers[places], self.settings.hard_negative_share
+            similar = hard_rows(self.hard_negatives, share, rows, self.settings.seed, epoch, numbers)
+            found[places] = similar == draws.caption_rows[places]  # one that read the same was not taken
+        return found
+
     def choices_in_step(self, draws: Draws) -> NDArray[np.float64]:
         """Uniform numbers in [0, 1) by which they are chosen, float64 [S]."""
         return self._coins(draws.epochs, draws.numbers, Purpose.BATCH_CHOICE)
@@ -302,9 +323,17 @@ class Sampler:
         told = [continues for row in caption_rows if (continues := self.tokens.continues(row)) is not None]
         return np.concatenate(told) if told else None
 
+    def anchors(self, samples: Samples) -> Bools:
+        """bool [N]: which regions of the samples are masked for themselves, the others because they overlap one of these."""
+        drawn = drawn_anchors(self._region_uniforms(samples.draws, samples.regions), self.recipe)
+        return drawn & np.repeat(self._sides(samples.draws.epochs, samples.draws.numbers)[1], samples.regions.counts)
+
+    def _region_uniforms(self, draws: Draws, regions: FirstRegions) -> Uniforms:
+        return _drawn(self._region_draws, REGION_DRAWS, draws, regions.counts)
+
     def _masks(self, draws: Draws, regions: FirstRegions, in_regions: Bools) -> tuple[Bools, Bools]:
         """Which regions of the samples are predicted, and which lose their feature."""
-        uniforms = _drawn(self._region_draws, REGION_DRAWS, draws, regions.counts)
+        uniforms = self._region_uniforms(draws, regions)
         both = mask_regions_of_images(regions.boxes, regions.counts, uniforms, self.recipe)
         masked, zeroed = (chosen & np.repeat(in_regions, regions.counts) for chosen in both)
         return masked, zeroed
