@@ -1,5 +1,6 @@
 """Pretraining as a job of the training loop: its objectives on captions and regions."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from megainter.tasks.pretraining.starting import DROPOUTS, with_start
 from megainter.tasks.retrieval.recall import HeldOut, open_held_out, recall_figures
 from megainter.training.collective import summed
 from megainter.training.job import Job, summarise
-from megainter.training.loop import counted, train
+from megainter.training.loop import counted, steps_of, train
 from megainter.training.world import World
+
+FEW_STEPS, ENOUGH_FOR_FEW = 100, 300  # below how many a run is warned about, and how many it is told to take: minutes for some dozen photos
 
 
 def pretrain(config: RunConfig) -> Path:
@@ -56,7 +59,7 @@ def open_job(config: RunConfig, world: World) -> Job:
         lowercase=config.data.lowercase,
         digests=sources.digests,
         detector=architecture.detector,
-        started=(captions, *lacking),
+        started=(captions, *lacking, *_too_few_steps(config, sources.samples)),
         workers=config.data.workers,
         gradient_checkpointing=config.model.gradient_checkpointing,
         validate=(lambda trained, world: _validate(config, sources, held_out, job, trained, world)) if validates else None,
@@ -65,6 +68,16 @@ def open_job(config: RunConfig, world: World) -> Job:
         prepare_step=_contrasting(config, sources, world) if training.itc_weight > 0 else None,
     )
     return job
+
+
+def _too_few_steps(config: RunConfig, samples: int) -> Iterator[str]:
+    """A line where epochs of few captions are so few steps that fresh weights learn next to nothing in them."""
+    steps = steps_of(config, samples)
+    if config.training.epochs is not None and config.model.start_from is None and steps < FEW_STEPS:
+        yield (
+            f"{steps:,} steps ({config.training.epochs:g} epochs of {samples:,} captions) teach fresh weights next to nothing: "
+            f"give --training.steps {ENOUGH_FOR_FEW}, or a start (--model.start_from)"
+        )
 
 
 def _contrasting(config: RunConfig, sources: Sources, world: World) -> PrepareStep:

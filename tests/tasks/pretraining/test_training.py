@@ -14,7 +14,7 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining, InterBertForRetrieval
 from megainter.tasks.pretraining.sources import check_store
 from megainter.tasks.pretraining.starting import with_start
-from megainter.tasks.pretraining.training import starting_model
+from megainter.tasks.pretraining.training import _too_few_steps, starting_model
 from megainter.tasks.starting import open_start
 from tests.synthetic import TINY, settings, write_data
 from tests.tasks.retrieval.test_evaluation import write_model
@@ -33,7 +33,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(start: Path, **changes: object) -> RunConfig:
+def run(start: Path | None, **changes: object) -> RunConfig:
     """A tiny run that starts from ``start`` and states no size of the model but those in ``changes``."""
     given = settings(Path("p"), Path("s"), Path("o"), model__start_from=start, **changes)
     pairs = [(given[i], given[i + 1]) for i in range(0, len(given), 2)]
@@ -129,3 +129,14 @@ def test_fine_tuning_leaves_the_vectors_behind(tmp_path: Path) -> None:
     opened = open_start(StartConfig(start_from=folder), tmp_path / "run", None, None, None)
     model = opened.build(InterBertForRetrieval, None)
     assert (model.itc_head, model.config.itc_size) == (None, 0)
+
+
+def test_epochs_that_are_hardly_any_steps_are_told_and_steps_that_were_asked_for_are_not(start: Path) -> None:
+    def told(config: RunConfig, samples: int) -> str:
+        return " ".join(_too_few_steps(config, samples))
+
+    few = run(None, training__steps=None, training__epochs=20, training__global_batch=128)
+    assert told(few, 82).startswith("13 steps (20 epochs of 82 captions) teach fresh weights next to nothing: give --training.steps 300")
+    assert told(few, 640) == ""
+    assert told(run(None, training__steps=13), 82) == ""
+    assert told(run(start, training__steps=None, training__epochs=20), 82) == "", "a start knows something"
