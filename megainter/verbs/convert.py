@@ -330,6 +330,30 @@ def convert_hf(
     _print_plan(json, src, dst or push, plan)
 
 
+@convert_app.command(name="onnx")
+def convert_onnx(src: Path, dst: Path, /, *, verify: bool = False, json: bool = False) -> None:
+    """Write a model as ONNX files: the scorer of pairs, and where it has vectors the encoders of texts and of images.
+
+    Parameters
+    ----------
+    src
+        Hugging Face folder of InterBERT, or hf:OWNER/NAME[@REVISION] of the Hub.
+    dst
+        Folder to write; must not exist.
+    verify
+        Run each file in onnxruntime beside the model, on a ragged batch, and compare.
+    json
+        Print one JSON object for scripts: the files, and by how much each differs from the model.
+    """
+    require_source(src, dst)
+    from megainter.conversion.onnx import convert_onnx as convert
+
+    with lines_aside(json):
+        made = convert(src, dst, verify=verify)
+    if json:
+        print_object({"source": src, "destination": dst, "files": made.files, "differences": made.differences})
+
+
 @convert_app.command(name="detector")
 def convert_detector(src: Path, dst: Path, /, *, class_names: Path | None = None, json: bool = False) -> None:
     """Turn detector weights of any known kind into one safetensors file of ours, and list what was taken and left over.

@@ -1,0 +1,95 @@
+"""ONNX files of a model: in onnxruntime the model's own numbers, for any batch, text length and number of regions."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megainter import InterBertForMultipleChoice, InterBertForRetrieval
+from megainter.conversion import onnx as conversion
+from megainter.conversion.onnx import convert_onnx
+from megainter.errors import DamagedError, UsageError
+from tests.model.tiny import packed_batch, padded, tiny_config, tiny_model
+
+MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+exported = pytest.mark.skipif(bool(MISSING), reason=f"the extra onnx is not installed: {', '.join(MISSING)}")
+SHAPES = [((5, 9, 1, 7), (3, 1, 6, 4)), ((2,), (1,)), ((1, 1), (7, 2)), ((12,) * 3, (30, 1, 2))]
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    tiny_model(**changes).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(45))]) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    return folder
+
+
+def outcome(path: Path, given: dict[str, torch.Tensor]) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    (found,) = session.run(None, {name: given[name].numpy() for name in names})
+    return found
+
+
+@exported
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"itc_size": 5, "itc_pooling": "first", "fusion": "mul", "tie_objects": True},
+        {"itc_size": 6, "itc_pooling": "mean", "fusion": "sum", "region_objective": "feature"},
+    ],
+    ids=["first", "mean"],
+)
+def test_scores_and_vectors_are_the_models_over_ragged_batches(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", **changes)
+    made = convert_onnx(model, tmp_path / "onnx", verify=True)
+    assert made.files == ("pair_scorer.onnx", "text_encoder.onnx", "image_encoder.onnx")
+    assert made.differences is not None
+    assert max(made.differences.values()) < 1e-4
+    assert (tmp_path / "onnx" / "vocab.txt").read_text() == (model / "vocab.txt").read_text()
+
+    whole = InterBertForRetrieval.from_pretrained(model).eval()
+    for seed, (text, regions) in enumerate(SHAPES):
+        pairs = packed_batch(seed, text, regions)
+        texts, images = packed_batch(seed, text, (0,) * len(text)), packed_batch(seed, (0,) * len(text), regions)
+        right = {
+            "pair_scorer": (pairs, whole.score_packed(pairs)),
+            "text_encoder": (texts, whole.vectors_packed(texts)[0]),
+            "image_encoder": (images, whole.vectors_packed(images)[1]),
+        }
+        for name, (packed, wanted) in right.items():
+            found = outcome(tmp_path / "onnx" / f"{name}.onnx", padded(packed, extra=seed, fill=7.0))
+            np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=0, atol=1e-4, err_msg=f"{name} {text} {regions}")
+
+
+@exported
+@pytest.mark.slow
+def test_a_model_without_vectors_has_the_scorer_alone_and_a_wrong_outcome_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model")
+    assert convert_onnx(model, tmp_path / "onnx").files == ("pair_scorer.onnx",)
+    monkeypatch.setattr(conversion, "TOLERANCE", -1.0)
+    with pytest.raises(DamagedError, match=r"pair_scorer.onnx differs from the model"):
+        convert_onnx(model, tmp_path / "again", verify=True)
+    assert not (tmp_path / "again").exists()
+
+
+def test_what_must_be_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name.startswith("onnx") else there(name, *rest))
+    with pytest.raises(UsageError, match=r"needs onnx, onnxscript: pip install 'megainter\[onnx\]', or pip install onnx onnxscript"):
+        convert_onnx(tmp_path / "model", tmp_path / "onnx")
+
+
+def test_a_model_that_scores_no_pairs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "require_packages", lambda verify: None)
+    InterBertForMultipleChoice(tiny_config()).save_pretrained(tmp_path / "choice")
+    with pytest.raises(UsageError, match=r"has no itm_head.*scores no pairs"):
+        convert_onnx(tmp_path / "choice", tmp_path / "onnx")
