@@ -28,7 +28,7 @@ from megainter.training.ema import decay_at
 from megainter.training.guard import StepGuard, Verdict, poisoned, said, told
 from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
-from megainter.training.metrics import MetricsLog, Throughput, peak_flops
+from megainter.training.metrics import MetricsLog, Throughput, memory_held, peak_flops
 from megainter.training.optimizer import describe, learning_rate
 from megainter.training.passed_over import pass_over, read_passed_over
 from megainter.training.precision import with_precision
@@ -63,6 +63,8 @@ def train(config: RunSettings, open_job: Callable[[World], Job]) -> Path:
         run = _open(stack, config, open_job)
         if run.start >= run.total_steps:
             return _already_finished(run)
+        if run.start and run.metrics is not None:
+            run.metrics.write("resumed", run.start, {"ranks": run.world.size})
         while True:
             try:
                 return _train(run, stop)
@@ -533,7 +535,7 @@ def _report(run: Run, meter: Throughput, own: OwnTime, tallies: Tensor, counts: 
     tallies, counts, work = read(summed(tallies), counts, summed(sent(work, world.device)))
     values = summarise(run.job, tallies, counts)
     meter.samples, meter.tokens, meter.flops, meter.waited = int(work[0]), int(work[1]), int(work[2]), float(work[3])
-    rates = meter.rates(world.size, run.peak)
+    rates = meter.rates(world.size, run.peak) | {"memory_bytes": memory_held(world.device)}
     if world.size > 1:
         rates |= _straggler(own, work[4:].tolist(), rates["step_seconds"])
     rate, norm, scale = engine.current_learning_rate(trained), engine.gradient_norm(trained), engine.loss_scale(trained)

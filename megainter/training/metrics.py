@@ -1,6 +1,7 @@
 """The record of a run: metrics.jsonl is the truth, TensorBoard is fed from it; throughput and model FLOP utilisation."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -70,15 +71,30 @@ def drop_after(path: Path, step: int) -> None:
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
     """All records of ``kind`` in file order."""
-    records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [record for record in records if record["kind"] == kind]
+    return [record for record in read_records(path) if record["kind"] == kind]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records in file order, without a last line that is still being written."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in (lines[:-1] if lines and _step_of(lines[-1]) == math.inf else lines)]
 
 
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        return math.inf
+
+
+def memory_held(device: torch.device) -> int:
+    """Bytes: on a GPU the most that this process's tensors have taken so far, else what the process has in memory now (0: not told)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 class Throughput:

@@ -148,3 +148,23 @@ def view_batch(
     from megainter.view.batch_page import write_batch_page
 
     print(write_batch_page(output, title, config=config, run=run, step=step, images=images, count=count))
+
+
+@view_app.command(name="runs")
+def view_runs(*runs: Path, output: Path, title: str = "Runs") -> None:
+    """Runs over one another: losses, accuracy, recall, rate, memory, stalls, and where they were resumed.
+
+    Parameters
+    ----------
+    runs
+        Run folders of `megainter pretrain` or `megainter finetune`, finished or not.
+    output
+        HTML file to write.
+    title
+        Heading of the page.
+    """
+    for run in runs:
+        require_there(run, "RUNS")
+    from megainter.view.runs_page import write_runs_page
+
+    print(write_runs_page(output, title, list(runs)))

@@ -48,20 +48,20 @@ def figure_of(training: list[dict[str, Any]], validation: list[dict[str, Any]]) 
     figure = Figure(figsize=(18 if recalls else 12, 3.6), layout="constrained", facecolor="none")
     losses, accuracies, *rest = figure.subplots(1, 3 if recalls else 2)
     for place, objective in enumerate(objectives):
-        name, colour = _look(objective, place)
-        _line(losses, training, _loss_key(objective), name, colour)
+        name, colour = look(objective, place)
+        line(losses, training, _loss_key(objective), name, colour)
         _dots(losses, validation, _loss_key(objective if len(objectives) > 1 else None), "none", colour, None)
     for place, key in enumerate(keys):
-        name, colour = _look(key.removesuffix("_accuracy"), place)
+        name, colour = look(key.removesuffix("_accuracy"), place)
         _dots(accuracies, measured, key, "-", colour, name)
 
-    _dress(losses, "loss (line: training, dots: validation)", 0, None)
-    _dress(accuracies, "validation" if figures else "accuracy in training", *_bounds(measured, keys))
+    dress(losses, "loss (line: training, dots: validation)", 0, None)
+    dress(accuracies, "validation" if figures else "accuracy in training", *_bounds(measured, keys))
     for axes in rest:
         for place, key in enumerate(recalls):
-            name, colour = _look(key, place)
+            name, colour = look(key, place)
             _dots(axes, validation, key, "-", colour, name)
-        _dress(axes, "recall on the validation gallery", 0, 1)
+        dress(axes, "recall on the validation gallery", 0, 1)
     if not accuracies.get_legend_handles_labels()[0]:
         accuracies.remove()
     return figure
@@ -86,7 +86,7 @@ def _loss_key(objective: str | None) -> str:
     return f"{objective}_loss" if objective not in (None, "loss") else "loss"
 
 
-def _look(key: str, place: int) -> tuple[str, str]:
+def look(key: str, place: int) -> tuple[str, str]:
     """Name and colour of what is number ``place`` in its chart."""
     words = key.replace("_r_at_", " R@").replace("_", " ")
     return KNOWN.get(key, (words, COLOURS[place % len(COLOURS)]))
@@ -94,33 +94,35 @@ def _look(key: str, place: int) -> tuple[str, str]:
 
 def _bounds(records: list[dict[str, Any]], keys: list[str]) -> tuple[float | None, float | None]:
     """Lower and upper end of the axis: 0 and 1 for shares, none for what is also below or above (correlations)."""
-    values = [value for key in keys for value in _column(records, key)[1]]
+    values = [value for key in keys for value in column(records, key)[1]]
     return (0.0, 1.0) if all(0 <= value <= 1 for value in values) else (None, None)
 
 
-def _line(axes: Axes, records: list[dict[str, Any]], key: str, name: str, colour: str) -> None:
-    steps, values = _column(records, key)
+def line(axes: Axes, records: list[dict[str, Any]], key: str, name: str, colour: str, style: str = "-") -> None:
+    """Draw a figure of training over steps, and where there are many points a running mean over a faint line."""
+    steps, values = column(records, key)
     if len(steps) < SMOOTHED_POINTS:
-        axes.plot(steps, values, color=colour, label=name)
+        axes.plot(steps, values, color=colour, linestyle=style, label=name)
         return
     width = len(steps) // 20
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
     smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-    axes.plot(steps[width - 1 :], smooth, color=colour, label=name)
+    axes.plot(steps[width - 1 :], smooth, color=colour, linestyle=style, label=name)
 
 
 def _dots(axes: Axes, records: list[dict[str, Any]], key: str, line: str, colour: str, name: str | None) -> None:
-    steps, values = _column(records, key)
+    steps, values = column(records, key)
     axes.plot(steps, values, color=colour, linestyle=line, marker="o", markersize=4.5, label=name if len(steps) else None)
 
 
-def _column(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def column(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of the records that have ``key``."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _dress(axes: Axes, title: str, bottom: float | None, top: float | None) -> None:
+def dress(axes: Axes, title: str, bottom: float | None, top: float | None) -> None:
+    """Title, grid and legend, readable on light and on dark; the ends of the axis, None: by what is drawn."""
     axes.set_title(title, color=INK, fontsize=11)
     axes.set_xlabel("step", color=INK)
     axes.set_ylim(bottom, top)
@@ -141,9 +143,7 @@ def _note(training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> s
         parts.append(f"{np.median([record['samples_per_second'] for record in training]):,.0f} samples/s")
     figures, recalls = _figures(validation)
     measured = figures + recalls
-    if found := [
-        f"{_look(key.removesuffix('_accuracy'), 0)[0]} {_shown(validation[-1][key])}" for key in measured if key in validation[-1]
-    ]:
+    if found := [f"{look(key.removesuffix('_accuracy'), 0)[0]} {_shown(validation[-1][key])}" for key in measured if key in validation[-1]]:
         parts.append("last validation: " + ", ".join(found))
     return " · ".join(parts)
 

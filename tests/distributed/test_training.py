@@ -15,6 +15,7 @@ import torch
 from megainter.conversion.zero import convert, find_checkpoint, load_model
 from megainter.model.interbert import InterBertForPreTraining
 from megainter.training import checkpoint
+from megainter.training.metrics import read_metrics
 from tests.kills import kill_and_compare
 from tests.synthetic import NO_DROPOUT, environment, losses, settings, train, write_data
 
@@ -95,6 +96,10 @@ def test_interrupted_and_resumed_is_bit_equal(precision: str, stage: int, log_ev
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming from" in again.stdout
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    resumed = read_metrics(tmp_path / "cut" / "metrics.jsonl", "resumed")
+    assert [(record["step"] % 7, record["ranks"]) for record in resumed] == [(0, 1)]
+    assert read_metrics(tmp_path / "whole" / "metrics.jsonl", "resumed") == []
+    assert all(record["memory_bytes"] > 10**8 for record in read_metrics(tmp_path / "cut" / "metrics.jsonl", "train"))
 
 
 def test_resume_at_another_world_size_and_stage(data: tuple[Path, Path], reference: list[float], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ NOT_COMPARED = (
     "tokens_per_second",
     "data_wait_share",
     "step_seconds",
+    "memory_bytes",
     "slowest_rank",
     "slowest_share",
 )

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from megainter.view.batch_page import write_batch_page
+from megainter.view.runs_page import write_runs_page
 from tests.view.test_batch_page import config_of, hostile_pairs
 from tests.view.test_belief import page_of, place
+from tests.view.test_runs_page import write_run
 from tests.view.test_view import HOSTILE
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -60,10 +62,11 @@ def pages(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     pairs, store, images = hostile_pairs(folder)
     config = config_of((pairs, store), folder / "run")
     write_batch_page(folder / "batch.html", HOSTILE, config=config, run=None, step=1, images=images, count=8)
+    write_runs_page(folder / "runs.html", HOSTILE, [write_run(folder / f"<b>{number}", number) for number in (1.0, 2.0, 3.0)])
     return {path.stem: path for path in folder.glob("*.html")}
 
 
-KINDS = ("model", "batch")
+KINDS = ("model", "batch", "runs")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,0 +1,114 @@
+"""The page of runs: what is drawn is what metrics.jsonl says, of all runs, with the places where they were resumed."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megainter.errors import UsageError
+from megainter.training.metrics import MetricsLog, memory_held, read_records
+from megainter.view.runs_page import charts_of, differences, read_run, short_names, write_runs_page
+from tests.view.test_view import HOSTILE, Tags
+
+GIB = 2**30
+
+
+def write_run(folder: Path, factor: float, learning_rate: float = 0.001, name: str = "a") -> Path:
+    """Ten steps, resumed after the fifth and gone back to the eighth, two validations, and a save."""
+    folder.mkdir(parents=True)
+    log = MetricsLog(folder, 0, tensorboard=False)
+    for step in range(1, 11):
+        values: dict[str, Any] = {"loss": factor / step, "msm_loss": factor, "msm_accuracy": 0.5, "samples_per_second": 9.0 * factor}
+        log.write("train", step, values | {"data_wait_share": 0.1, "memory_bytes": step * GIB, "learning_rate": 0.1 * step})
+        if step % 5 == 0:
+            log.write("validation", step, {"loss": 2 * factor / step, "text_to_image_r_at_1": 0.1, "text_to_image_r_at_10": 0.4})
+    log.write("checkpoint", 5, {"stall_seconds": 1.5, "folder": "checkpoints"})
+    log.write("resumed", 5, {"ranks": 2})
+    log.write("rolled_back", 8, {"spike": {}})
+    log.close()
+    (folder / "config.json").write_text(json.dumps({"output": str(folder), "optimizer": {"learning_rate": learning_rate, "name": name}}))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [write_run(tmp_path / "one" / "run", 1.0), write_run(tmp_path / "two" / "run", 2.0, 0.002)]
+
+
+def lines(figure: Any, colour: str) -> list[tuple[list[float], list[float]]]:
+    """Points of what is drawn in a colour, upright lines apart."""
+    drawn = [line for line in figure.axes[0].get_lines() if line.get_color() == colour and len(line.get_xdata())]
+    return [(list(map(float, line.get_xdata())), list(map(float, line.get_ydata()))) for line in drawn]
+
+
+def test_every_run_is_drawn_over_the_others(runs: list[Path]) -> None:
+    read = [read_run(run, place) for place, run in enumerate(runs)]
+    charts = {title: figure for section in charts_of(read).values() for title, figure in section}
+    steps = [float(step) for step in range(1, 11)]
+    for run, factor in zip(read, (1.0, 2.0), strict=True):
+        drawn = lines(charts["loss"], run.colour)
+        assert (steps, [factor / step for step in steps]) in drawn  # training
+        assert ([5.0, 10.0], [2 * factor / 5, 2 * factor / 10]) in drawn  # validation
+        assert (steps, [9.0 * factor] * 10) in lines(charts["samples per second"], run.colour)
+        assert (steps, steps) in lines(charts["memory of the first rank, GiB"], run.colour)
+        assert ([5.0], [1.5]) in lines(charts["seconds that training stood still for a save"], run.colour)
+        recall = lines(charts["text to image: R@1 full, R@5 dashed, R@10 dotted"], run.colour)
+        assert recall[-2:] == [([5.0, 10.0], [0.1, 0.1]), ([5.0, 10.0], [0.4, 0.4])]
+    assert {"masked segments, loss", "masked segments, accuracy", "share of time waiting for data", "learning rate"} <= set(charts)
+
+
+def test_where_runs_went_on_or_back_is_marked(runs: list[Path]) -> None:
+    read = [read_run(run, place) for place, run in enumerate(runs)]
+    for _, figure in charts_of(read)["Losses"]:
+        upright = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 2 and line.get_xdata()[0] == line.get_xdata()[1]]
+        assert sorted((line.get_xdata()[0], line.get_linestyle()) for line in upright) == [(5, "--"), (5, "--"), (8, ":"), (8, ":")]
+
+
+def test_names_and_settings_tell_runs_apart(runs: list[Path]) -> None:
+    assert short_names(runs) == ["one/run", "two/run"]
+    assert short_names(runs[:1]) == ["run"]
+    read = [read_run(run, place) for place, run in enumerate(runs)]
+    assert differences(read) == [("optimizer.learning_rate", ["0.001", "0.002"])]
+
+
+def test_the_page_is_whole_and_inert(tmp_path: Path) -> None:
+    hostile = write_run(tmp_path / "<script>alert(1)<", 1.0, name=HOSTILE)
+    page = write_runs_page(tmp_path / "page.html", "<i>t</i>", [hostile, write_run(tmp_path / "b", 2.0)]).read_text()
+    tags = Tags(page)
+    assert not {"script", "i", "link", "iframe"} & {tag for tag, _ in tags.found}
+    assert "\x1b" not in page
+    pictures = [image["src"] or "" for image in tags.of("img")]
+    assert len(pictures) == 9
+    for picture in pictures:
+        content = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))))
+        assert len(np.unique(content.reshape(-1, content.shape[2]), axis=0)) > 10
+
+
+def test_a_run_is_looked_at_while_it_writes(runs: list[Path]) -> None:
+    before = read_records(runs[0] / "metrics.jsonl")
+    with open(runs[0] / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 11, "lo')
+    assert read_records(runs[0] / "metrics.jsonl") == before
+
+
+def test_what_is_no_run_is_one_line(tmp_path: Path, runs: list[Path]) -> None:
+    with pytest.raises(UsageError, match="is no run folder"):
+        write_runs_page(tmp_path / "p.html", "t", [tmp_path])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(UsageError, match="no training records yet"):
+        write_runs_page(tmp_path / "p.html", "t", [runs[0], tmp_path])
+    with pytest.raises(UsageError, match="at least one run"):
+        write_runs_page(tmp_path / "p.html", "t", [])
+
+
+def test_memory_grows_with_what_is_held() -> None:
+    import torch
+
+    before = memory_held(torch.device("cpu"))
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    assert memory_held(torch.device("cpu")) - before > len(held) // 2
