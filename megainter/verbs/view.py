@@ -168,3 +168,38 @@ def view_runs(*runs: Path, output: Path, title: str = "Runs") -> None:
     from megainter.view.runs_page import write_runs_page
 
     print(write_runs_page(output, title, list(runs)))
+
+
+@view_app.command(name="store")
+def view_store(
+    store: Path,
+    /,
+    *,
+    output: Path,
+    images: Path | None = None,
+    pairs: Path | None = None,
+    count: int = 200,
+    title: str = "A feature store",
+) -> None:
+    """A feature store: a grid of its images with boxes, classes and confidences, to be filtered, and the list of what failed.
+
+    Parameters
+    ----------
+    store
+        Feature store.
+    output
+        HTML file to write.
+    images
+        Folder of the images; without it regions are drawn on empty frames.
+    pairs
+        Pairs manifest that says where each image's file is; without it files are known by their ids.
+    count
+        How many images to show, spread over the store.
+    title
+        Heading of the page.
+    """
+    for path, option in ((store, "STORE"), (images, "--images"), (pairs, "--pairs")):
+        require_there(path, option)
+    from megainter.view.store_page import write_store_page
+
+    print(write_store_page(output, title, store=store, images=images, pairs=pairs, count=count))

@@ -49,7 +49,7 @@ def write_page(
     with FeatureStore(store) as features:
         values: dict[str, Any] = {
             "title": plain(title),
-            "facts": f"{len(features):,} images with regions, by {plain(_detector(features))}",
+            "facts": f"{len(features):,} images with regions, by {plain(detector_of(features))}",
             "curves": draw_curves(metrics) if metrics is not None else None,
             "retrieval": _recalls(report) if report is not None else None,
             "queries": _queries(retrieval, report, manifest, images, count) if report is not None and retrieval is not None else [],
@@ -61,7 +61,7 @@ def write_page(
     return output
 
 
-def _detector(store: FeatureStore) -> str:
+def detector_of(store: FeatureStore) -> str:
     """A detector by its name, or by its classes where it has none."""
     schema, name = store.schema, origin_name(store.path)
     if name is not None:

@@ -21,8 +21,8 @@ SURE = 0.5  # probability from which a region's class is written beside it
 
 @dataclass(frozen=True)
 class RegionBox:
-    """A region to draw: its corner and size in percent of the image, its likeliest class, whether the detector is sure of it, and which
-    row of the record it is."""
+    """A region to draw: its corner and size in percent of the image, its likeliest class by number and name with its probability, both
+    together as ``label``, whether the detector is sure of it, and which row of the record it is."""
 
     left: float
     top: float
@@ -32,6 +32,9 @@ class RegionBox:
     colour: str
     sure: bool
     row: int
+    kind: int
+    name: str
+    confidence: float
 
 
 def thumbnail(path: Path, longest: int) -> str:
@@ -85,6 +88,9 @@ def region_boxes(record: RegionRecord, names: tuple[str, ...]) -> list[RegionBox
             colour=COLOURS[int(best[row]) % len(COLOURS)],
             sure=bool(sureness[row] >= SURE),
             row=row,
+            kind=int(best[row]),
+            name=names[best[row]],
+            confidence=float(sureness[row]),
         )
         boxes.append(box)
     return boxes

@@ -9,9 +9,12 @@ import pytest
 
 from megainter.view.batch_page import write_batch_page
 from megainter.view.runs_page import write_runs_page
+from megainter.view.store_page import write_store_page
+from preprocessing.failures import write_failures
 from tests.view.test_batch_page import config_of, hostile_pairs
 from tests.view.test_belief import page_of, place
 from tests.view.test_runs_page import write_run
+from tests.view.test_store_page import write_store
 from tests.view.test_view import HOSTILE
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -63,10 +66,13 @@ def pages(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     config = config_of((pairs, store), folder / "run")
     write_batch_page(folder / "batch.html", HOSTILE, config=config, run=None, step=1, images=images, count=8)
     write_runs_page(folder / "runs.html", HOSTILE, [write_run(folder / f"<b>{number}", number) for number in (1.0, 2.0, 3.0)])
+    store, photos, table = write_store(folder / "few", 12, 5)
+    write_failures(store / "failed.tsv", ("image_id", "path", "reason"), [("x" * 300, HOSTILE, "truncated")])
+    write_store_page(folder / "store.html", HOSTILE, store=store, images=photos, pairs=table)
     return {path.stem: path for path in folder.glob("*.html")}
 
 
-KINDS = ("model", "batch", "runs")
+KINDS = ("model", "batch", "runs", "store")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -121,3 +127,36 @@ def test_a_hidden_region_is_lit_with_those_hidden_beside_it(open_page: Any, page
     assert page.evaluate(lit) == 2
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "g1"
+
+
+def shown(page: Any, selector: str) -> int:
+    """How many elements there are that are not hidden."""
+    return int(
+        page.evaluate(f"[...document.querySelectorAll('{selector}')].filter(one => getComputedStyle(one).display !== 'none').length")
+    )
+
+
+def test_a_store_is_filtered_by_class_and_confidence(open_page: Any, pages: dict[str, Path]) -> None:
+    """Image i has classes 1 + (i + j) % 4 for its five regions j, that is all four, and confidences of a sixth to five sixths."""
+    page = open_page(pages["store"])
+    assert (shown(page, ".grid figure"), shown(page, ".grid figure i")) == (12, 60)
+    page.focus("select")
+    page.keyboard.type("dog")
+    assert shown(page, ".grid figure") == 12
+    assert 12 <= shown(page, ".grid figure i") <= 24
+    page.select_option("select", index=0)
+    assert shown(page, ".grid figure i") == 60
+    page.check("#m2")  # 0.7: of sixths only five
+    assert shown(page, ".grid figure i") == 12
+
+
+def test_a_thousand_images_of_36_regions_open_within_three_seconds(browser: Any, tmp_path: Path) -> None:
+    store, photos, table = write_store(tmp_path, 1000, 36, side=260)
+    page_file = write_store_page(tmp_path / "store.html", "t", store=store, images=photos, pairs=table, count=1000)
+    page = browser.new_page()
+    page.goto(page_file.as_uri())
+    seconds = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
+    drawn = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
+    print(f"{page_file.stat().st_size / 1e6:.1f} MB, loaded after {seconds:.2f} s, first drawn after {drawn:.2f} s")
+    assert seconds < 3
+    assert shown(page, ".grid figure") == 1000
