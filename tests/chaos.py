@@ -246,10 +246,13 @@ def drift(stretches: Sequence[Stretch], least: int) -> Iterator[tuple[Stretch, f
     """Of each stretch of ``least`` steps or more: growth of memory, and open descriptors before and after.
 
     Compared are the medians of the first and the last quarter of what follows its first third: buffers and caches find their size before.
-    Each batch that a loader's process has ready is a few descriptors, so that single counts vary.
+    What was seen after its last new step is of a rank that ends. Each batch that a loader's process has ready is a few descriptors, so that
+    single counts vary.
     """
     for stretch in stretches:
-        seen = stretch.samples[len(stretch.samples) // 3 :]
+        last = stretch.samples[-1][0] if stretch.samples else 0
+        trained = [sample for sample in stretch.samples if sample[0] < last]
+        seen = trained[len(trained) // 3 :]
         if stretch.samples and stretch.samples[-1][0] - stretch.samples[0][0] >= least and len(seen) >= 8:
             quarter = len(seen) // 4
             begin, end = (
