@@ -23,7 +23,7 @@ _PIPELINES = {
     "InterBertForMultipleChoice": "visual-question-answering",
 }
 _SETTINGS = {"training": ("steps", "epochs", "global_batch", "seed"), "optimizer": ("name", "learning_rate"), "engine": ("precision",)}
-_CURVES = re.compile(r"(\w+_)?loss|\w+_accuracy|(\w+_)?r_at_\d+")
+_CURVES = re.compile(r"(\w+_)?loss|(\w+_)?accuracy|(\w+_)?r_at_\d+")
 _PACKAGES = ("megainter", "torch", "deepspeed")
 
 

@@ -51,7 +51,8 @@ def finish(plan: Plan, source: object, output: Output, compare: Callable[[Path],
         write_folder(partial, plan.config, tensors, output)
         name = output.origin.name if output.origin is not None and output.origin.digests else None
         card = replace(output.card, name=name or output.card.name)
-        write_card(partial, output.destination.name, plan.config, plan.parameters, output.dtype, card)
+        title = card.trained.run.name if card.trained is not None else output.destination.name
+        write_card(partial, title, plan.config, plan.parameters, output.dtype, card)
         if output.verify:
             print(compare(partial) if compare is not None and not plan.missing else reread(partial, tensors, DTYPES[output.dtype]))
             if compare is not None and plan.missing:

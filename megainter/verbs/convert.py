@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 AllowPartial = Annotated[bool, Parameter(name="--allow-partial", negative="--strict")]
 About = Annotated[CardOptions | None, Parameter(name="*", negative_iterable=())]
-convert_app = App(name="convert", help="Convert checkpoints: ours, InterBERT's, BERT's, DeepSpeed's.")
+convert_app = App(name="convert", help="Convert checkpoints: ours, InterBERT's, BERT's, DeepSpeed's; to the Hub and to ONNX.")
 
 
 def require_source(src: Path, dst: Path | None, *files: tuple[str, Path | None], kind: Kind = "model") -> None:

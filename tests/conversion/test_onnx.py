@@ -70,11 +70,16 @@ def test_scores_and_vectors_are_the_models_over_ragged_batches(changes: dict[str
 
 @exported
 @pytest.mark.slow
-def test_a_model_without_vectors_has_the_scorer_alone_and_a_wrong_outcome_is_refused(
+def test_a_model_without_vectors_has_the_scorer_alone_large_ones_two_files_and_a_wrong_outcome_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model(tmp_path / "model")
-    assert convert_onnx(model, tmp_path / "onnx").files == ("pair_scorer.onnx",)
+    monkeypatch.setattr(conversion, "_ONE_FILE", 0)  # as of a model of billions: weights beside the file
+    made = convert_onnx(model, tmp_path / "onnx", verify=True)
+    assert made.files == ("pair_scorer.onnx",)
+    assert made.differences is not None
+    assert made.differences["pair_scorer"] < 1e-4
+    assert (tmp_path / "onnx" / "pair_scorer.onnx.data").stat().st_size > 80_000
     monkeypatch.setattr(conversion, "TOLERANCE", -1.0)
     with pytest.raises(DamagedError, match=r"pair_scorer.onnx differs from the model"):
         convert_onnx(model, tmp_path / "again", verify=True)

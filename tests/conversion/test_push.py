@@ -1,6 +1,9 @@
 """A folder pushed to a hub on localhost by the Hub's own client, and loaded from there by name."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ from megainter.conversion.card import CardOptions
 from megainter.errors import UsageError
 from megainter.verbs.convert import convert_hf
 from tests.hub import Hub, serve
-from tests.model.tiny import tiny_model
+from tests.model.tiny import packed_batch, padded, tiny_model
+from tests.places import ROOT
 
 REPOSITORY = "team/interbert"
 
@@ -117,3 +121,20 @@ def test_without_a_folder_or_a_repository_the_line_says_so(model: Path) -> None:
         convert_hf(model)
     with pytest.raises(UsageError, match="--private is for a repository"):
         convert_hf(model, model / "out", private=True)
+
+
+@pytest.mark.slow
+def test_transformers_alone_loads_what_was_pushed(hub: Hub, model: Path, tmp_path: Path) -> None:
+    convert_hf(model, push=REPOSITORY)
+    given = padded(packed_batch(), extra=1)
+    asked = {"folder": REPOSITORY, "auto": "AutoModelForPreTraining", "method": "", "given": (), "named": given}
+    torch.save([asked, asked], tmp_path / "asked.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(ROOT / "tests" / "model" / "stranger.py"), str(tmp_path / "asked.pt"), str(tmp_path / "answers.pt")]
+    done = subprocess.run(script, cwd=tmp_path, env=environment | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers, _ = torch.load(tmp_path / "answers.pt", weights_only=False)
+    right = tiny_model()(**given)
+    for answered in answers:
+        torch.testing.assert_close(answered["text_logits"], right.text_logits.detach(), rtol=0, atol=1e-5)

@@ -208,6 +208,18 @@ def test_without_megainter_the_numbers_are_the_same(pairs: list[tuple[str, dict[
             torch.testing.assert_close(answered[key], value.detach(), rtol=0, atol=1e-5, msg=lambda text, told=told: f"{told}: {text}")
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_double_precision_nothing_but_rounding_is_left(name: str) -> None:
+    ours = tiny_model(**VARIANTS[name]).double()
+    theirs = plain.InterBertForPreTraining(ours.config).double().eval()
+    theirs.load_state_dict(ours.state_dict())
+    given = {key: value.double() if value.is_floating_point() else value for key, value in (batch() | labels() | targets(name)).items()}
+    right, found = ours(**given), theirs(**given)
+    for key in ("loss", "mrm_loss", "text_logits", "region_logits", "itm_logits"):
+        tolerance = 1e-5 if "loss" in key else 1e-13  # losses are summed in float32
+        torch.testing.assert_close(found[key], right[key], rtol=0, atol=tolerance)
+
+
 def test_the_numbers_compared_are_not_all_alike(pairs: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> None:
     for name, answered, _ in pairs:
         spread = {key: value for key, value in answered.items() if value.is_floating_point() and value.dim() == 2 and len(value)}
