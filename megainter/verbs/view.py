@@ -42,7 +42,7 @@ def view(
     title
         Heading of the page.
     count
-        How many images and captions to show.
+        How many images to show, how many captions, and how many of the hardest errors.
     """
     from megainter.view.page import write_page
 

@@ -1,10 +1,12 @@
 """One self-contained HTML page for a run: no scripts, no outside resources, captions escaped."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megainter.data.feature_store.reader import FeatureStore
@@ -36,8 +38,8 @@ def write_page(
     """Write the page to ``output`` and return it.
 
     It shows ``count`` images with their regions, spread over the manifest; with ``metrics`` (metrics.jsonl) the curves; with ``retrieval``
-    (the JSON of ``evaluate retrieval``, its top file beside it) its table and ``count`` captions with the images found. With
-    ``retrieval`` all images are of the split that was evaluated.
+    (the JSON of ``evaluate retrieval``, its top file beside it) its table, ``count`` captions with the images found, and as many whose own
+    image ranks worst. With ``retrieval`` all images are of the split that was evaluated.
 
     ``images`` is the folder that the manifest's paths start from. Raises ``UsageError`` for files that are missing or do not fit.
     """
@@ -52,7 +54,7 @@ def write_page(
             "facts": f"{len(features):,} images with regions, by {plain(detector_of(features))}",
             "curves": draw_curves(metrics) if metrics is not None else None,
             "retrieval": _recalls(report) if report is not None else None,
-            "queries": _queries(retrieval, report, manifest, images, count) if report is not None and retrieval is not None else [],
+            "retrieved": _retrieved(retrieval, report, manifest, images, count) if report is not None and retrieval is not None else None,
             "images": _images(manifest, features, images, count),
             "shown": SHOWN,
             "sure": SURE,
@@ -106,16 +108,31 @@ def _recalls(report: dict[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "note": note}
 
 
-def _queries(retrieval: Path, report: dict[str, Any], manifest: Pairs, folder: Path, count: int) -> list[dict[str, Any]]:
-    """Captions spread evenly over the gallery, each with its best images, and its own where that is not among them."""
+@dataclass(frozen=True)
+class Retrieved:
+    """Captions with the images found for them: ``spread`` evenly over the gallery, and the ``hardest``, whose own image ranks worst."""
+
+    spread: list[dict[str, Any]]
+    hardest: list[dict[str, Any]]
+
+
+def _retrieved(retrieval: Path, report: dict[str, Any], manifest: Pairs, folder: Path, count: int) -> Retrieved:
     path = inside(retrieval.parent, report["top"])
     if not path.is_file():
         raise UsageError(f"{path} is missing; `megainter evaluate retrieval` writes it beside {retrieval.name}")
     table = pq.read_table(path)
-    rows = [row for place in spread(len(table), count) for row in table.slice(place, 1).to_pylist()]
-    wanted = sorted({image for row in rows for image in [row["image_id"], *row["images"]]})
+    everywhere = [row for place in spread(len(table), count) for row in table.slice(place, 1).to_pylist()]
+    ranks = table.column("rank").to_numpy()
+    worst = [int(place) for place in np.argsort(-ranks, kind="stable")[:count] if ranks[place] > 1]
+    hardest = table.take(pa.array(worst, pa.int64())).to_pylist()
+    wanted = sorted({image for row in [*everywhere, *hardest] for image in [row["image_id"], *row["images"]]})
     files = image_files(manifest.table, wanted, folder, "the retrieval scores")
-    return [{"caption": plain(row["caption"]), "rank": row["rank"], "found": _found(row, files)} for row in rows]
+    return Retrieved(*([_query(row, files) for row in rows] for rows in (everywhere, hardest)))
+
+
+def _query(row: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
+    """A caption with its best images, and its own where that is not among them."""
+    return {"caption": plain(row["caption"]), "rank": row["rank"], "found": _found(row, files)}
 
 
 def _found(row: dict[str, Any], files: dict[str, Path]) -> list[dict[str, Any]]:

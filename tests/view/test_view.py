@@ -122,7 +122,8 @@ def test_everything_is_inside_and_decodes(run: dict[str, Path], tmp_path: Path) 
     page = write_page(tmp_path / "page.html", "run", **run, count=IMAGES).read_text()
     sources = [image["src"] or "" for image in Tags(page).of("img")]
     late = 3  # captions 5, 6 and 7 have their own image at ranks 6 to 8
-    assert len(sources) == IMAGES + 1 + IMAGES * 5 + late
+    hardest = IMAGES - 1  # all but the one that was found first
+    assert len(sources) == IMAGES + 1 + IMAGES * 5 + late + hardest * 5 + late
     for source in sources:
         kind, _, content = source.partition(";base64,")
         image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
@@ -134,9 +135,13 @@ def test_everything_is_inside_and_decodes(run: dict[str, Path], tmp_path: Path) 
 
 def test_own_images_are_marked_once_per_caption(run: dict[str, Path], tmp_path: Path) -> None:
     page = write_page(tmp_path / "page.html", "run", **run, count=IMAGES).read_text()
-    assert len(Tags(page).of("figure", "own")) == IMAGES
-    assert len(Tags(page).of("figure", "late")) == 3
+    first, hardest = page.split("The hardest errors")
+    assert len(Tags(first).of("figure", "own")) == IMAGES
+    assert len(Tags(first).of("figure", "late")) == 3
     assert page.count("found first") == 1
+    assert [int(rank) for rank in re.findall(r"own image at rank (\d+)", hardest)] == [8, 7, 6, 5, 4, 3, 2]  # the worst first
+    assert len(Tags(hardest).of("figure", "own")) == IMAGES - 1
+    assert "id0" in re.findall(r'alt="([^"]*)"', hardest)[:1]  # what was put first for caption 7
     assert "own image at rank 8" in page
     assert "88.1%" in page  # log-odds of 2
     assert "matching 75.0%" in page
