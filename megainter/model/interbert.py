@@ -184,15 +184,18 @@ class InterBertPreTrainedModel(InterBertArchitecture):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """transformers' own, for a folder of ours or a repository of the Hub (``hf:OWNER/NAME[@REVISION]``, or without ``hf:``).
 
-        ``UsageError`` in one line for a path that does not exist, a folder of another kind, and as ``weights.locate``. Weights are read
-        from safetensors unless ``use_safetensors`` says otherwise.
+        ``UsageError`` in one line for a path that does not exist, a folder of another kind or without its weights, and as
+        ``weights.locate``. Weights are read from safetensors unless ``use_safetensors`` says otherwise.
         """
         name = pretrained_model_name_or_path
         if name is None or _HUB_OPTIONS & kwargs.keys():  # transformers' own ways, and its own errors
             return super().from_pretrained(name, *model_args, **kwargs)
         folder = locate_model(named(name, kwargs.pop("revision", None))).path
         read_config(folder / kwargs.get("subfolder", ""))
-        return super().from_pretrained(folder, *model_args, **{"use_safetensors": True} | kwargs)
+        try:
+            return super().from_pretrained(folder, *model_args, **{"use_safetensors": True} | kwargs)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
         """As in transformers, with the file by which transformers alone can load the folder (`model.remote_code`); the checksums of a
