@@ -5,6 +5,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageOps
@@ -56,6 +57,11 @@ def image_files(table: pa.Table, image_ids: list[str], folder: Path, asking: str
         raise UsageError(f"image {image_id!r:.80} of {asking} is not in the manifest; give the one that was used there")
     images = table.column("image")
     return {image_id: inside(folder, images[row.as_py()].as_py()) for image_id, row in zip(image_ids, rows, strict=True)}
+
+
+def spread(size: int, count: int) -> list[int]:
+    """At most ``count`` numbers spread evenly over 0 .. size - 1."""
+    return np.unique(np.linspace(0, size - 1, min(count, size)).astype(int)).tolist() if size else []
 
 
 def small_jpeg(image: Image.Image, longest: int) -> bytes:

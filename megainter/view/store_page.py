@@ -12,12 +12,12 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import RegionRecord
 from megainter.errors import UsageError
 from megainter.files import inside, require_file_place
-from megainter.view.page import detector_of, spread
+from megainter.view.page import detector_of
 from megainter.view.pages import plain, write_template
-from megainter.view.pictures import RegionBox, image_files, region_boxes, smallest_last, thumbnail
+from megainter.view.pictures import RegionBox, image_files, region_boxes, smallest_last, spread, thumbnail
 from preprocessing.images.listing import list_images
 
-SIDE = 260  # pixels of a picture's longer side
+SIDE = 220  # pixels of a picture's longer side
 LEVELS = (0.3, 0.5, 0.7, 0.9)  # confidences to filter by
 NAMED = 4  # classes named below a picture
 FAILURES = 500  # shown of the list

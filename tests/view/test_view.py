@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,13 @@ from PIL import Image
 
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
-from megainter.data.tables.pairs import Pair, write_pairs
+from megainter.data.tables.pairs import Pair, read_pairs, write_pairs
 from megainter.errors import UsageError
+from megainter.tasks.retrieval.report import write_scores
 from megainter.view.curves import draw_curves
-from megainter.view.page import plain, spread, write_page
-from megainter.view.pictures import region_boxes, thumbnail
+from megainter.view.page import write_page
+from megainter.view.pages import plain
+from megainter.view.pictures import region_boxes, spread, thumbnail
 from megainter.weights import locate
 
 IMAGES = 8
@@ -44,6 +47,10 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def run(tmp_path: Path) -> dict[str, Path]:
+    return run_of_retrieval(tmp_path)
+
+
+def run_of_retrieval(tmp_path: Path) -> dict[str, Path]:
     """Eight images with three regions each, one hostile caption, curves, and retrieval scores in which caption i ranks its image i + 1."""
     (tmp_path / "images" / "sub").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -145,6 +152,30 @@ def test_own_images_are_marked_once_per_caption(run: dict[str, Path], tmp_path: 
     assert "own image at rank 8" in page
     assert "88.1%" in page  # log-odds of 2
     assert "matching 75.0%" in page
+
+
+def test_images_whose_captions_rank_worst_are_shown_where_all_scores_are_beside_the_report(run: dict[str, Path], tmp_path: Path) -> None:
+    """Caption c of image i: a score of 1 beside its own image, and of 2 beside those after it, so that image i has i wrong ones ahead."""
+    pairs = read_pairs(run["pairs"])
+    own = np.arange(IMAGES)
+    scores = np.where(own[None, :] < own[:, None], 2.0, np.where(own[None, :] == own[:, None], 1.0, 0.0)).astype(np.float32)  # [I, C]
+    gallery = SimpleNamespace(image_ids=[f"id{i}" for i in range(IMAGES)], pairs=pairs, rows=2 * own, image_of_caption=own)
+    write_scores(tmp_path / "matrix.parquet", scores, gallery)
+    report = json.loads(run["retrieval"].read_text()) | {"scores": "/elsewhere/matrix.parquet"}
+    run["retrieval"].write_text(json.dumps(report))
+    page = write_page(tmp_path / "page.html", "run", **run, count=3).read_text()
+    shown = page.split("The hardest images")[1].split("Images and their regions")[0]
+    assert re.findall(r'alt="(id\d)"', shown) == ["id7", "id6", "id5"]
+    assert [int(rank) for rank in re.findall(r"its own, at rank (\d+)", shown)] == [8, 7, 6]
+    first = [plain(re.sub("<[^>]+>", "", item)).strip() for item in re.findall(r"<li[^>]*>(.*?)</li>", shown, flags=re.DOTALL)][:6]
+    assert first[0].startswith("&lt;script&gt;")  # caption 0, of the wrong ones of equal score the first
+    assert first[1:] == [*(f"caption {i} 88.1%" for i in (1, 2, 3, 4)), "caption 7 73.1%, its own, at rank 8"]
+    gallery.rows = gallery.rows[::-1]
+    write_scores(tmp_path / "matrix.parquet", scores, gallery)
+    with pytest.raises(UsageError, match=r"matrix\.parquet has the scores of other captions than scores\.json"):
+        write_page(tmp_path / "page.html", "run", **run, count=3)
+    (tmp_path / "matrix.parquet").unlink()
+    assert "The hardest images" not in write_page(tmp_path / "page.html", "run", **run, count=3).read_text()
 
 
 def test_regions_lie_where_the_record_says(run: dict[str, Path], tmp_path: Path) -> None:
