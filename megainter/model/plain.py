@@ -29,6 +29,7 @@ from megainter.model.interbert import (
     per_choice,
 )
 from megainter.model.padding import PaddedInputs, PaddedStreams, first_rows, mean_rows, positions_of, require_both_sides
+from megainter.model.plain_attentions import looking
 
 
 class InterBertModel(InterBertArchitecture):
@@ -79,20 +80,24 @@ class InterBertModel(InterBertArchitecture):
         region_locations: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
         text_regions: torch.Tensor | None = None,
+        output_attentions: bool = False,
     ) -> InterBertModelOutput:
         """Text [B, T] and/or regions [B, R, F] with locations [B, R, 5]; row 0 of the regions is the global region.
 
         ``text_regions`` int64 [B, T], for models with ``tie_objects``: the row of the region that a token names, or -1.
+        ``output_attentions``: also where every layer looks, as ``looking`` says.
         """
         size = self.config.region_feature_size
         inputs = PaddedInputs.of(input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, size)
-        text_BTH, region_BRH = self.encode(inputs, text_regions)
+        with looking(self.encoder, output_attentions) as attentions:
+            text_BTH, region_BRH = self.encode(inputs, text_regions)
         pooled_text, pooled_region = self._pooled(text_BTH, region_BRH, inputs)
         return InterBertModelOutput(
             text_states=_real_alone(text_BTH, inputs.text_real),
             region_states=_real_alone(region_BRH, inputs.region_real),
             pooled_text=pooled_text,
             pooled_region=pooled_region,
+            **attentions,
         )
 
 
@@ -182,6 +187,7 @@ class InterBertForPreTraining(_WithVectors):
         mrm_labels: torch.Tensor | None = None,
         mrm_targets: torch.Tensor | None = None,
         itm_labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
     ) -> InterBertForPreTrainingOutput:
         """Logits [B, T, V], [B, R, C] (zeros at padding) and [B, 2] (class 0 = matched), and the losses whose labels are given.
 
@@ -191,7 +197,8 @@ class InterBertForPreTraining(_WithVectors):
         """
         size = self.config.region_feature_size
         inputs = PaddedInputs.of(input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, size)
-        text_BTH, region_BRH = self.interbert.encode(inputs)
+        with looking(self.interbert.encoder, output_attentions) as attentions:
+            text_BTH, region_BRH = self.interbert.encode(inputs)
         text_logits = _real_alone(self.msm_head(text_BTH), inputs.text_real)
         region_logits = _real_alone(self.mrm_head(region_BRH), inputs.region_real)
         itm_logits = self.itm_head(self.fusion(*self.interbert._pooled(text_BTH, region_BRH, inputs)))
@@ -214,6 +221,7 @@ class InterBertForPreTraining(_WithVectors):
             text_logits=text_logits,
             region_logits=region_logits,
             itm_logits=itm_logits,
+            **attentions,
         )
 
     def _region_loss(
@@ -253,13 +261,15 @@ class InterBertForRetrieval(_WithVectors):
         region_locations: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
     ) -> InterBertForRetrievalOutput:
         """Pairs of caption and image, row by row. ``labels`` int64 [B], 0 = matched: mean two-way cross entropy."""
         size = self.config.region_feature_size
         inputs = PaddedInputs.of(input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, size)
-        logits = self.itm_head(self.fusion(*self.interbert.pool(inputs)))
+        with looking(self.interbert.encoder, output_attentions) as attentions:
+            logits = self.itm_head(self.fusion(*self.interbert.pool(inputs)))
         loss = cross_entropy_sum(logits, labels) / max(len(labels), 1) if labels is not None else None
-        return InterBertForRetrievalOutput(loss=loss, logits=logits, scores=logits.float().softmax(-1)[:, MATCHED])
+        return InterBertForRetrievalOutput(loss=loss, logits=logits, scores=logits.float().softmax(-1)[:, MATCHED], **attentions)
 
 
 class InterBertForMultipleChoice(InterBertArchitecture):
@@ -282,6 +292,7 @@ class InterBertForMultipleChoice(InterBertArchitecture):
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         text_regions: torch.Tensor | None = None,
+        output_attentions: bool = False,
     ) -> InterBertClassificationOutput:
         """Texts [B, K, T]; regions [B, K, R, F], or [B, R, F] when all choices of an example look at the same image (locations and mask
         too). ``labels`` int64 [B], the index of the right choice. ``text_regions`` int64 [B, K, T], for models with ``tie_objects``: the
@@ -292,9 +303,10 @@ class InterBertForMultipleChoice(InterBertArchitecture):
         features, locations = (per_choice(t, choices, shared_dims=3) for t in (region_features, region_locations))
         real = per_choice(region_mask, choices, shared_dims=2)
         inputs = PaddedInputs.of(ids, mask, types, features, locations, real, self.config.region_feature_size)
-        logits = self.choice_head(self.fusion(*self.interbert.pool(inputs, named))).view(batch, choices)
+        with looking(self.interbert.encoder, output_attentions) as attentions:
+            logits = self.choice_head(self.fusion(*self.interbert.pool(inputs, named))).view(batch, choices)
         loss = cross_entropy_sum(logits, labels) / max(batch, 1) if labels is not None else None
-        return InterBertClassificationOutput(loss=loss, logits=logits)
+        return InterBertClassificationOutput(loss=loss, logits=logits, **attentions)
 
 
 class InterBertForSequenceClassification(InterBertArchitecture):
@@ -319,6 +331,7 @@ class InterBertForSequenceClassification(InterBertArchitecture):
         region_locations: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
     ) -> InterBertClassificationOutput:
         """Texts [B, T] with regions [B, R, F], or [B, 2, R, F] of two images (locations and mask too). ``labels`` int64 [B] classes, float
         [B, num_labels] soft labels, or float [B] values, by the problem. Logits [B, num_labels]."""
@@ -326,6 +339,7 @@ class InterBertForSequenceClassification(InterBertArchitecture):
         if images_per_example(self.config) == 2:
             texts, images = beside_each_image(texts, images)
         inputs = PaddedInputs.of(*texts, *images, self.config.region_feature_size)
-        logits = self.classifier(self.fusion(*self.interbert.pool(inputs)))
+        with looking(self.interbert.encoder, output_attentions) as attentions:
+            logits = self.classifier(self.fusion(*self.interbert.pool(inputs)))
         loss = classification_losses(logits, labels, self.config).sum() / max(len(labels), 1) if labels is not None else None
-        return InterBertClassificationOutput(loss=loss, logits=logits)
+        return InterBertClassificationOutput(loss=loss, logits=logits, **attentions)

@@ -144,6 +144,13 @@ def records(made: dict[str, Any]) -> list[RegionRecord]:
     return [RegionRecord(boxes, features, np.zeros((len(boxes), 7), np.float32), *size) for boxes, features, size in parts]
 
 
+def flat(made: Any) -> dict[str, torch.Tensor]:
+    """What was made by name, the tensors of a tuple each by its own."""
+    parts = {key: value for key, value in made.items() if value is not None}
+    tuples = {f"{key}.{i}": each for key, value in parts.items() if isinstance(value, tuple) for i, each in enumerate(value)}
+    return tuples | {key: value for key, value in parts.items() if not isinstance(value, tuple)}
+
+
 @pytest.fixture(scope="module")
 def pairs(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Each case's name, what the stranger's process answered, and what the package says."""
@@ -158,6 +165,9 @@ def pairs(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         cases.append((f"{name}: states", asked(folder, "AutoModel", **batch()), base(**batch())))
         matched = batch(seed=5) | {"labels": torch.tensor([0, 0, 1, 1])}
         cases.append((f"{name}: pairs", asked(folder, "AutoModelForNextSentencePrediction", **matched), pair(**matched)))
+        looks = batch() | {"output_attentions": True}
+        for auto, model in (("AutoModel", base), ("AutoModelForPreTraining", whole), ("AutoModelForNextSentencePrediction", pair)):
+            cases.append((f"{name}: looks", asked(folder, auto, **looks), model(**looks)))
         turned = moved_padding(batch())
         cases.append((f"{name}: padding first", asked(folder, "AutoModelForPreTraining", **turned), whole(**turned)))
         cases.append((f"{name}: text alone", asked(folder, "AutoModel", **texts), base(**texts)))
@@ -176,7 +186,7 @@ def pairs(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         ours = InterBertProcessor.from_pretrained(folder, max_text_tokens=9 if name == "first" else 12)
         plainly = {key: value.long() if key == "region_mask" else value for key, value in ours(TEXTS, records(arrays())).items()}
         cases.append((f"{name}: processor", asked(folder, "AutoProcessor", TEXTS, **arrays()), plainly))
-    named = choices()
+    named = choices() | {"output_attentions": True}
     model: Any = InterBertForMultipleChoice.from_pretrained(folders["choice"])
     cases.append(("choice", asked(folders["choice"], "AutoModelForMultipleChoice", **named), model(**named)))
     model, named = InterBertForSequenceClassification.from_pretrained(folders["two-images"]), two_images()
@@ -193,10 +203,7 @@ def pairs(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     answers, ours_beside = torch.load(place / "answers.pt", weights_only=False)
     for key, value in InterBertForPreTraining.from_pretrained(folders["first"]).state_dict().items():
         assert torch.equal(ours_beside[key], value), key
-    return [
-        (name, answered, {key: value for key, value in right.items() if value is not None})
-        for (name, _, right), answered in zip(cases, answers, strict=True)
-    ]
+    return [(name, flat(answered), flat(right)) for (name, _, right), answered in zip(cases, answers, strict=True)]
 
 
 def test_without_megainter_the_numbers_are_the_same(pairs: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> None:
@@ -220,6 +227,20 @@ def test_in_double_precision_nothing_but_rounding_is_left(name: str) -> None:
         torch.testing.assert_close(found[key], right[key], rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_is_roughly_the_same_and_can_be_trained(dtype: torch.dtype) -> None:
+    ours = tiny_model(**VARIANTS["first"])
+    theirs = plain.InterBertForPreTraining(ours.config).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    right, found = ours(**batch()), theirs.eval()(**batch())
+    assert found.text_logits.dtype == dtype
+    torch.testing.assert_close(found.text_logits.float(), right.text_logits, rtol=0, atol=0.3)
+
+    theirs.train()(**batch(), **labels(), **targets("first")).loss.backward()
+    lacking = [name for name, parameter in theirs.named_parameters() if parameter.grad is None]
+    assert all(name.startswith("itc_head") for name in lacking), lacking
+
+
 def test_the_numbers_compared_are_not_all_alike(pairs: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> None:
     for name, answered, _ in pairs:
         spread = {key: value for key, value in answered.items() if value.is_floating_point() and value.dim() == 2 and len(value)}
@@ -232,7 +253,7 @@ def test_the_file_is_one_file_of_plain_pytorch(folders: dict[str, Path]) -> None
     modules = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
     roots = {module.partition(".")[0] for module in modules if module}
-    assert roots <= {"__future__", "collections", "dataclasses", "math", "typing", "numpy", "torch", "transformers"}
+    assert roots <= {"__future__", "collections", "contextlib", "dataclasses", "math", "typing", "numpy", "torch", "transformers"}
     undefined = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", str(folders["first"] / FILE)], capture_output=True, text=True
     )
