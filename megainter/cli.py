@@ -111,15 +111,21 @@ def _mistake(error: CycloptsError, tokens: Sequence[str]) -> str:
     text = " ".join(str(error).split()).rstrip(" .,")
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         given = {token.partition("=")[0] for token in tokens}
-        guess = text[text.index("Did you mean") :] if "Did you mean" in text else ""  # for one that was mistyped
+        guess = text[text.index("Did you mean") :] if "Did you mean" in text else _near_command(words, tokens)  # for one that was mistyped
         named = given & set(error.argument.names)
         text = f"{error.argument.name} needs a value" if named else f"{words} needs {', '.join(_missing(error.argument, words, given))}"
         text = f"{text}. {guess}" if guess else text
     elif isinstance(error, CoercionError) and error.token is not None and "Did you mean" not in text:
-        parts = [name for name in _verb(words) if not name.startswith("-")]  # a verb's commands stand where its first word does
-        near = difflib.get_close_matches(error.token.value, parts, n=1)
-        text += f'. Did you mean "{words} {near[0]}"?' if near else ""
+        text += f". {near}" if (near := _near_command(words, [*words.split(), error.token.value])) else ""
     return f"{text} (see {f'megainter {words}'.strip()} --help)"
+
+
+def _near_command(words: str, tokens: Sequence[str]) -> str:
+    """The command of a verb that the word after it may stand for: a verb's commands stand where its own first word does."""
+    after = tokens[len(words.split()) :][:1]
+    parts = [name for name in _verb(words) if not name.startswith("-")]
+    near = difflib.get_close_matches(after[0], parts, n=1) if after else []
+    return f'Did you mean "{words} {near[0]}"?' if near else ""
 
 
 def _verb(words: str) -> App:

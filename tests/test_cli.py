@@ -28,6 +28,10 @@ def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess
     [
         ("launch --processes 2 -- pretrian --config base", "'pretrian' is nothing to launch; did you mean pretrain?"),
         ("launch -- finetune retreival --config retrieval", "finetune 'retreival' is not a task; did you mean retrieval?"),
+        ("view modle --store s --output p.html", 'view needs --images, --pairs. Did you mean "view model"? (see megainter view --help)'),
+        ("view batch --output p.html", "give --run RUN, or --config RECIPE and settings as `megainter pretrain` takes them"),
+        ("view batch --run . --config base --output p.html", "'--config' and --run: a run has its own settings; give one of both"),
+        ("view runs --output p.html", "give the folder of at least one run"),
         ("launch -- finetune", "finetune needs a task: retrieval, vcr, classification"),
         ("launch -- megainter pretrain", "leave out 'megainter' after --"),
         ("launch -- extract --images x", "'extract' is nothing to launch: megainter launch [options] -- pretrain"),

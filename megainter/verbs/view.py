@@ -141,6 +141,8 @@ def view_batch(
     words = settings_of_pretrain(settings, "view batch")
     if run is not None and words:
         raise UsageError(f"{words[0]!r:.80} and --run: a run has its own settings; give one of both")
+    if run is None and not words:
+        raise UsageError("give --run RUN, or --config RECIPE and settings as `megainter pretrain` takes them")
     recipe, overrides = split_config(words)
     config = load_config(recipe, [*overrides, "--output", str(output)]) if run is None else None
     if config is not None:
