@@ -28,7 +28,7 @@ class Fault:
 
 def judge(parse: Callable[[bytes], object], data: bytes) -> Fault | None:
     """What is wrong with what ``parse`` does with ``data``, or None."""
-    before, start = peak(), time.perf_counter()
+    before, start = peak(), time.process_time()
     try:
         parse(data)
         fault = None
@@ -36,7 +36,7 @@ def judge(parse: Callable[[bytes], object], data: bytes) -> Fault | None:
         fault = _badly_told(error)
     except Exception as error:
         fault = Fault(f"{type(error).__name__} {_place(error)}", traceback.format_exc()[-4000:])
-    seconds, grown = time.perf_counter() - start, peak() - before
+    seconds, grown = time.process_time() - start, peak() - before
     if fault is None and seconds > SECONDS:
         fault = Fault("slow", f"{seconds:.1f} s for {len(data):,} bytes")
     if fault is None and grown > MEMORY + TIMES * len(data):
