@@ -12,7 +12,7 @@ from megainter.errors import MegainterError
 from preprocessing.features.formats.entry import BadEntryError
 from tests.places import ROOT
 
-SECONDS = 5.0  # a parser that takes longer counts as hanging
+SECONDS = 5.0  # of processor time: a parser that takes longer counts as hanging
 LINE = 4000  # characters of an error, as the command line prints them
 MEMORY, TIMES = 96 << 20, 64  # bytes by which the peak may grow, and for each byte of input
 TOLD = (MegainterError, BadEntryError)  # the second is what importers count and list by entry
