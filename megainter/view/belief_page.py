@@ -102,14 +102,20 @@ def attention_style(belief: Belief) -> str:
 
 
 def _layer_rules(belief: Belief, layer: int, name: str, shares: NDArray[np.float32]) -> Iterator[str]:
+    """One rule for each head: what all look at on the average, and nested in it for each row what that one looks at."""
     first = belief.regions if name.startswith("text") else 0
+    regions = max(belief.regions - first, 0)
     for head, matrix in enumerate([shares.mean(0), *shares]):
-        rows = [f"&{_pointed(first + row)}{{{_variables(values, first, belief.regions)}}}" for row, values in enumerate(matrix)]
-        whole = _variables(matrix.mean(0), first, belief.regions)
-        yield f".see:has(#l{layer}:checked):has(#h{head}:checked){{{whole}{''.join(rows)}}}"
+        whole = _thousandths(matrix.mean(0))
+        rows = [f"&{_pointed(first + place)}{{{_variables(_thousandths(row), first, regions, whole)}}}" for place, row in enumerate(matrix)]
+        yield f".see:has(#l{layer}:checked):has(#h{head}:checked){{{_variables(whole, first, regions)}{''.join(rows)}}}"
     if len(shares) < most_heads(belief):
         lacking = ",".join(f".h{head}" for head in range(len(shares) + 1, most_heads(belief) + 1))
         yield f".see:has(#l{layer}:checked) :is({lacking}){{opacity:.35}}"
+
+
+def _thousandths(shares: NDArray[np.float32]) -> list[int]:
+    return np.rint(1000 * shares.astype(np.float64)).astype(int).tolist()
 
 
 def _pointed(place: int) -> str:
@@ -117,11 +123,12 @@ def _pointed(place: int) -> str:
     return f":is(:has(#q{place}:hover),:not(:has(.q:hover)):has(#q{place}:focus))"
 
 
-def _variables(values: NDArray[np.float32], first: int, regions: int) -> str:
-    thousandths = np.rint(1000 * values.astype(np.float64)).astype(int).tolist()
-    largest = (max([1, *part]) for part in (thousandths[: max(regions - first, 0)], thousandths[max(regions - first, 0) :]))
-    shown = [f"--a{first + place}:{value}" for place, value in enumerate(thousandths) if value]
-    return ";".join([*(f"--{kind}:{value}" for kind, value in zip("rw", largest, strict=True)), *shown, ""])
+def _variables(values: list[int], first: int, regions: int, over: list[int] | None = None) -> str:
+    """Values from place ``first`` on, ``regions`` of them of regions: zeros left out, but for those that stand over another number."""
+    under = over or [0] * len(values)
+    shown = [f"--a{first + place}:{value}" for place, (value, other) in enumerate(zip(values, under, strict=True)) if value or other]
+    largest = [f"--r:{max([1, *values[:regions]])}", f"--w:{max([1, *values[regions:]])}"]
+    return ";".join([*largest, *shown, ""])
 
 
 def _shown_token(belief: Belief, hidden: HiddenToken) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a model believes: the page's numbers are the model's own, found again by hand, and other people's texts are inert on it."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,10 +62,18 @@ def belief(record: RegionRecord, processor: InterBertProcessor) -> Belief:
 
 
 def rules(style: str) -> Iterator[tuple[int, int, int, dict[str, int]]]:
-    """(layer, head with 0 for the mean, what is pointed at, its variables) of a page's style sheet."""
+    """(layer, head with 0 for the mean, what is pointed at, the variables that then hold) of a page's style sheet.
+
+    What is nested stands over what it is nested in, one variable at a time.
+    """
     for layer, head, body in re.findall(r"^\.see:has\(#l(\d+):checked\):has\(#h(\d+):checked\)\{(.*)\}$", style, flags=re.MULTILINE):
+        at_rest = variables(body.partition("&")[0])
         for query, values in re.findall(r"&:is\(:has\(#q(\d+):hover\)[^{]*\{([^}]*)\}", body):
-            yield int(layer), int(head), int(query), {name: int(value) for name, value in re.findall(r"--(\w+):(\d+);", values)}
+            yield int(layer), int(head), int(query), at_rest | variables(values)
+
+
+def variables(declarations: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"--(\w+):(\d+);", declarations)}
 
 
 @torch.no_grad()
@@ -89,6 +98,20 @@ def test_the_attention_of_the_page_is_what_loops_find(belief: Belief, record: Re
         assert values["r"] == max([1, *shown[: max(r - first, 0)]])
         seen.add((layer, head, query))
     assert len(seen) == 2 * 5 * (t + r) + 1 * 5 * t + 2 * 4 * r
+
+
+def test_what_is_not_looked_at_is_not_lit_by_the_average(belief: Belief) -> None:
+    """Attention on single places: all others are dark, whatever stands in the rule around."""
+    rng = np.random.default_rng(0)
+    size, regions = belief.interaction[0].shape[-1], belief.regions
+    sharp = np.eye(size, dtype=np.float32)[rng.integers(0, size, (4, size))]
+    found = dataclasses.replace(belief, interaction=[sharp], text=[sharp[:, regions:, regions:]], region=[sharp[:, :regions, :regions]])
+    for layer, head, query, values in rules(attention_style(found)):
+        first, shares = [(0, sharp), (regions, found.text[0]), (0, found.region[0])][layer]
+        row = (shares.mean(0) if head == 0 else shares[head - 1])[query - first]
+        assert [values.get(f"a{first + place}", 0) for place in range(len(row))] == (1000 * row).round().astype(int).tolist()
+        largest = max(values.get(f"a{place}", 0) for place in range(regions))
+        assert values["r"] == max(1, largest if layer != 1 else 0)
 
 
 @torch.no_grad()

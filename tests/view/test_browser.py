@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megainter import InterBertForPreTraining, InterBertProcessor
+from megainter.data.feature_store import FeatureStore
 from megainter.view.batch_page import write_batch_page
 from megainter.view.page import write_page
 from megainter.view.runs_page import write_runs_page
 from megainter.view.store_page import write_store_page
 from preprocessing.failures import write_failures
 from tests.view.test_batch_page import config_of, hostile_pairs
-from tests.view.test_belief import page_of, place
+from tests.view.test_belief import CAPTION, page_of, place
 from tests.view.test_runs_page import write_run
 from tests.view.test_store_page import write_store
 from tests.view.test_view import HOSTILE, run_of_retrieval
@@ -95,38 +98,57 @@ def heat(page: Any, place: int) -> int:
     return int(page.evaluate(f"getComputedStyle(document.querySelector('#q{place}')).getPropertyValue('--s').trim()") or 0)
 
 
-def test_pointer_and_keyboard_light_up_what_is_looked_at(open_page: Any, pages: dict[str, Path]) -> None:
-    """The variables of the rule for the word, head and layer are on the page's elements; what is pointed at wins over the focus."""
-    page = open_page(pages["model"])
-    at_rest = [heat(page, place) for place in range(8)]
-    page.hover("#q5")
-    pointed = [heat(page, place) for place in range(8)]
-    assert pointed != at_rest
+def lit(page: Any, count: int) -> list[int]:
+    return [heat(page, place) for place in range(count)]
+
+
+def test_pointer_and_keyboard_light_up_what_is_looked_at(open_page: Any, place: Path, tmp_path: Path) -> None:
+    """In thousandths the model's attention, of the layer and head chosen; what is pointed at wins over what has the focus."""
+    with torch.no_grad():
+        model = InterBertForPreTraining.from_pretrained(place / "model").eval()
+        for layer in model.interbert.encoder.interaction:
+            layer.attention.query.weight *= 30  # so sharp that much is not looked at
+        model.save_pretrained(place / "sharp")
+        InterBertProcessor.from_pretrained(place / "model").save_pretrained(place / "sharp")
+        page_of(place, tmp_path / "page.html", model="sharp")
+        with FeatureStore(place / "store") as store:
+            batch = InterBertProcessor.from_pretrained(place / "sharp")([CAPTION], [store["photo"]])
+        shares = [layer[0] for layer in model(**batch, output_attentions=True).interaction_attentions]
+    size = shares[0].shape[-1]
+
+    def expected(layer: int, head: int | None, row: int | None) -> list[int]:
+        of_head = shares[layer].mean(0) if head is None else shares[layer][head]
+        return (1000 * (of_head.mean(0) if row is None else of_head[row])).round().int().tolist()
+
+    page = open_page(tmp_path / "page.html")
+    assert lit(page, size) == expected(0, None, None)
+    for row in (0, 3, 6, size - 1):  # the whole photo, a region, words
+        page.hover(f"#q{row}")
+        assert lit(page, size) == expected(0, None, row)
     page.mouse.move(1, 1)
-    assert [heat(page, place) for place in range(8)] == at_rest
     page.focus("#q5")
-    assert [heat(page, place) for place in range(8)] == pointed
+    assert lit(page, size) == expected(0, None, 5)
     page.hover("#q6")
-    assert [heat(page, place) for place in range(8)] != pointed
+    assert lit(page, size) == expected(0, None, 6)
 
     page.mouse.move(1, 1)
     page.focus("#l0")
     page.keyboard.press("ArrowRight")
-    page.focus("#q5")
-    second = [heat(page, place) for place in range(8)]
-    assert second != pointed
     page.focus("#h0")
     page.keyboard.press("ArrowRight")
-    page.focus("#q5")
-    assert [heat(page, place) for place in range(8)] != second
+    page.keyboard.press("ArrowRight")
+    assert lit(page, size) == expected(1, 1, None)
+    page.focus("#q7")
+    assert lit(page, size) == expected(1, 1, 7)
+    assert expected(1, 1, 7).count(0) > 2
 
 
 def test_a_hidden_region_is_lit_with_those_hidden_beside_it(open_page: Any, pages: dict[str, Path]) -> None:
     page = open_page(pages["model"], "phone")
-    lit = "[...document.querySelectorAll('.hid .box')].filter(box => getComputedStyle(box).getPropertyValue('--on').trim() === '1').length"
-    assert page.evaluate(lit) == 0
+    on = "[...document.querySelectorAll('.hid .box')].filter(box => getComputedStyle(box).getPropertyValue('--on').trim() === '1').length"
+    assert page.evaluate(on) == 0
     page.focus("#g0")
-    assert page.evaluate(lit) == 2
+    assert page.evaluate(on) == 2
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "g1"
 
