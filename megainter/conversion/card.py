@@ -11,6 +11,7 @@ from typing import Any
 import megainter
 from megainter.errors import UsageError, one_line
 from megainter.files import README, read_json, write_atomically
+from megainter.model.remote_code import AUTO_CLASSES
 from megainter.weights import HUB, origin_name
 
 PAPER = "2003.13198"
@@ -22,6 +23,7 @@ _PIPELINES = {
     "InterBertForRetrieval": "feature-extraction",
     "InterBertForMultipleChoice": "visual-question-answering",
 }
+_SCORING = ("InterBertForPreTraining", "InterBertForRetrieval")  # have the head that scores pairs
 _SETTINGS = {"training": ("steps", "epochs", "global_batch", "seed"), "optimizer": ("name", "learning_rate"), "engine": ("precision",)}
 _CURVES = re.compile(r"(\w+_)?loss|(\w+_)?accuracy|(\w+_)?r_at_\d+")
 _PACKAGES = ("megainter", "torch", "deepspeed")
@@ -154,6 +156,8 @@ def _earlier(folder: Path | None) -> tuple[dict[str, Any], str, dict[str, str]]:
     body = re.sub(r"\A\s*---\r?\n.*?\r?\n---\r?\n", "", text, flags=re.DOTALL)
     opening, *parts = re.split(r"^## (.+)$", body, flags=re.MULTILINE)
     sections = {title.strip(): content.strip() for title, content in zip(parts[::2], parts[1::2], strict=True)}
+    if metadata.get("pipeline_tag") in _PIPELINES.values():
+        del metadata["pipeline_tag"]  # as written here; the head may be another now
     return {name: value for name, value in metadata.items() if name != "model-index"}, opening.strip(), sections
 
 
@@ -185,25 +189,30 @@ def _whose(config: Any) -> str:
 
 
 def _use(config: Any) -> str:
-    vectors = [
-        "    texts = model.encode_texts(**processor(text=texts))  # vectors of length 1, and encode_images has those of images",
+    """How the folder is loaded, and where it scores pairs how it is called."""
+    architecture = (config.architectures or [""])[0]
+    other = next((auto for auto, name in AUTO_CLASSES.items() if name == architecture and architecture not in _SCORING), None)
+    auto = other or "AutoModelForNextSentencePrediction"
+    call = [
+        "inputs = processor(text=texts, region_features=features, boxes=boxes, image_sizes=sizes)  # of each pair; boxes in pixels, xyxy",
+        "with torch.no_grad():",
+        "    scores = model(**inputs).scores  # the probability that text and image match",
     ]
+    vectors = ["    texts = model.encode_texts(**processor(text=texts))  # vectors of length 1; encode_images has those of images"]
     lines = [
         "With transformers alone, by the code in this folder:",
         "",
         "```python",
-        "import torch",
-        "from transformers import AutoModelForNextSentencePrediction, AutoProcessor",
+        *([] if other else ["import torch"]),
+        f"from transformers import {auto}, AutoProcessor",
         "",
         "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)",
-        "model = AutoModelForNextSentencePrediction.from_pretrained(folder, trust_remote_code=True).eval()",
-        "inputs = processor(text=texts, region_features=features, boxes=boxes, image_sizes=sizes)  # of each pair; boxes in pixels, xyxy",
-        "with torch.no_grad():",
-        "    scores = model(**inputs).scores  # the probability that text and image match",
-        *(vectors if config.itc_size else []),
+        f"model = {auto}.from_pretrained(folder, trust_remote_code=True).eval()",
+        *([] if other else call),
+        *(vectors if config.itc_size and not other else []),
         "```",
         "",
-        "With megainter: `InterBertForRetrieval.from_pretrained(folder)`.",
+        f"With megainter: `{architecture if other else 'InterBertForRetrieval'}.from_pretrained(folder)`.",
     ]
     return "\n".join(lines)
 

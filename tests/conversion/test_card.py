@@ -103,6 +103,18 @@ def test_a_runs_card_has_the_last_figures_before_what_was_saved_and_its_start(ru
     assert "megainter 0.1, torch 2.14.1, Python 3.11.9" in training
 
 
+def test_how_a_model_is_used_depends_on_its_head(model: Path, tmp_path: Path) -> None:
+    convert_hugging_face(model, tmp_path / "choice", head="choice")
+    assert "AutoModelForMultipleChoice.from_pretrained" in card_in(tmp_path / "choice").text
+    assert "InterBertForMultipleChoice.from_pretrained" in card_in(tmp_path / "choice").text
+    assert card_in(tmp_path / "choice").data.pipeline_tag == "visual-question-answering"
+    convert_hugging_face(model, tmp_path / "out")
+    assert "model(**inputs).scores" in card_in(tmp_path / "out").text
+    assert "encode_texts" in card_in(tmp_path / "out").text
+    convert_hugging_face(tmp_path / "out", tmp_path / "later", head="choice")
+    assert card_in(tmp_path / "later").data.pipeline_tag == "visual-question-answering"
+
+
 def test_evaluations_become_the_index_of_the_hub(model: Path, tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text(json.dumps(report_of(model, "/data/Flickr 8k.parquet")))
     convert_hugging_face(model, tmp_path / "out", card=Card(CardOptions(evaluation=(tmp_path / "scores.json",))))
