@@ -135,9 +135,11 @@ def _varies(runs: list[RunRecords], key: str) -> bool:
 
 
 def _words(key: str) -> str:
+    """A figure's name for people: that of an objective as "loss of masked segments"."""
     objective, _, rest = key.partition("_")
-    told = key.replace(RECALL, " R@").replace("_", " ")
-    return f"{KNOWN[objective][0]}, {rest.replace('_', ' ')}" if objective in KNOWN else told
+    if objective in KNOWN:
+        return f"{rest.replace('_', ' ')} of {KNOWN[objective][0]}"
+    return key.replace(RECALL, " R@").replace("_", " ")
 
 
 def _chart(runs: list[RunRecords], key: str, name: str, unit: float = 1.0) -> tuple[str, Figure]:

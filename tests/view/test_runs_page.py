@@ -59,7 +59,7 @@ def test_every_run_is_drawn_over_the_others(runs: list[Path]) -> None:
         assert ([5.0], [1.5]) in lines(charts["seconds that training stood still for a save"], run.colour)
         recall = lines(charts["text to image: R@1 full, R@5 dashed, R@10 dotted"], run.colour)
         assert recall[-2:] == [([5.0, 10.0], [0.1, 0.1]), ([5.0, 10.0], [0.4, 0.4])]
-    assert {"masked segments, loss", "masked segments, accuracy", "share of time waiting for data", "learning rate"} <= set(charts)
+    assert {"loss of masked segments", "accuracy of masked segments", "share of time waiting for data", "learning rate"} <= set(charts)
 
 
 def test_where_runs_went_on_or_back_is_marked(runs: list[Path]) -> None:
