@@ -27,6 +27,7 @@ MEMORY = {"memory_bytes": "memory of the first rank, GiB"}
 STALLS = {"data_wait_share": "share of time waiting for data", "slowest_share": "share of time waiting for the slowest rank"}
 OPTIMISER = {"learning_rate": "learning rate", "gradient_norm": "gradient norm", "loss_scale": "loss scale"}
 GIB = 2**30
+MARK = "mark"  # of lines that stand for a step and have no figure
 NOT_TOLD = ("output", "digests", "asked")  # of config.json: other in every run, or said elsewhere
 
 
@@ -186,16 +187,19 @@ def _empty(runs: list[RunRecords]) -> tuple[Figure, Any]:
     for run in runs:
         for kind, style in (("resumed", "--"), ("rolled_back", ":")):
             for record in run.of(kind):
-                axes.axvline(record["step"], color=run.colour, linestyle=style, linewidth=1.2, alpha=0.8)
+                axes.axvline(record["step"], color=run.colour, linestyle=style, linewidth=1.2, alpha=0.8, gid=MARK)
         saved = [record["step"] for record in run.of("checkpoint") if record.get("folder", "checkpoints") == "checkpoints"]
         axes.plot(saved, np.zeros(len(saved)), transform=axes.get_xaxis_transform(), color=run.colour, linestyle="none", marker="^",
-                  markersize=4, alpha=0.7, clip_on=False)  # fmt: skip
+                  markersize=4, alpha=0.7, clip_on=False, gid=MARK)  # fmt: skip
     return figure, axes
 
 
 def _dressed(figure: Figure, axes: Any) -> Figure:
-    values = np.concatenate([np.asarray(drawn.get_ydata(), dtype=float) for drawn in axes.get_lines()] or [np.zeros(1)])
-    dress(axes, "", 0 if np.nanmin(values, initial=0) >= 0 else None, None)
+    """From 0 on with room above, where nothing is negative."""
+    figures = [drawn for drawn in axes.get_lines() if drawn.get_gid() != MARK]
+    values = np.concatenate([np.zeros(0), *(np.asarray(drawn.get_ydata(), dtype=float) for drawn in figures)])
+    from_zero, most = np.nanmin(values, initial=0) >= 0, float(np.nanmax(values, initial=0))
+    dress(axes, "", 0 if from_zero else None, 1.06 * most if from_zero and 0 < most < np.inf else None)
     return figure
 
 

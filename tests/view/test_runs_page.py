@@ -69,6 +69,13 @@ def test_where_runs_went_on_or_back_is_marked(runs: list[Path]) -> None:
         assert sorted((line.get_xdata()[0], line.get_linestyle()) for line in upright) == [(5, "--"), (5, "--"), (8, ":"), (8, ":")]
 
 
+def test_axes_begin_at_zero_and_hold_what_is_drawn(runs: list[Path]) -> None:
+    """The marks across, whose height is the whole chart, say nothing about its ends."""
+    charts = {title: figure for section in charts_of([read_run(runs[0], 0)]).values() for title, figure in section}
+    for title, most in (("share of time waiting for data", 0.1), ("memory of the first rank, GiB", 10), ("samples per second", 9)):
+        assert charts[title].axes[0].get_ylim() == pytest.approx((0, 1.06 * most))
+
+
 def test_names_and_settings_tell_runs_apart(runs: list[Path]) -> None:
     assert short_names(runs) == ["one/run", "two/run"]
     assert short_names(runs[:1]) == ["run"]
