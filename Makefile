@@ -5,11 +5,13 @@ READY := .venv/.ready
 OUTPUT ?= demo-run
 SECONDS_OF_FUZZING ?= 300
 GPU_OUTPUT ?= gpu-run
+SITE ?= build/site
 
-.PHONY: help demo test test-slow fuzz lint bench bench-check gpu clean
+.PHONY: help demo docs test test-slow fuzz lint bench bench-check gpu clean
 
 help:
 	@echo "make demo        scenes, extraction, pretraining, evaluation, export and a page, in $(OUTPUT) (about 10 minutes on 2 cores with bf16 units)"
+	@echo "make docs        the site of all pages with a reference made from the source, in $(SITE); a warning is an error"
 	@echo "make test        the tests (20 to 30 minutes on 2 cores)"
 	@echo "make test-slow   soak and fault suites, not in CI"
 	@echo "make fuzz        hostile bytes for every parser, $(SECONDS_OF_FUZZING) seconds in all (SECONDS_OF_FUZZING=), and a table of findings"
@@ -29,6 +31,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@echo "== megainter demo: everything once, on composed scenes; read $(OUTPUT)/index.html at the end"
 	$(BIN)/megainter demo --output $(OUTPUT)
+
+docs: $(READY)
+	@echo "== the site, in $(SITE): look at it with $(BIN)/python -m http.server --directory $(SITE)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt mkdocs-material mkdocstrings-python
+	$(BIN)/python -m website $(SITE)
 
 test: $(READY)
 	@echo "== tests, real processes for distributed ones"

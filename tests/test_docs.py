@@ -22,7 +22,7 @@ from megainter.verbs.finetune import configuration
 from megainter.verbs.pretrain import PRINT_CONFIG, split_config
 from tests.places import ROOT
 
-OURS = ("megainter", "preprocessing", "launcher", "benchmarks", "tests", "examples")
+OURS = ("megainter", "preprocessing", "launcher", "benchmarks", "tests", "examples", "website")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in (*OURS, "docs", "ds_configs") for page in (ROOT / folder).rglob("*.md"))])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`\n]+)`")

@@ -45,8 +45,11 @@ def type_name(kind: Any) -> str:
 
 
 def _default_of(field: dataclasses.Field) -> str:
-    if field.default is dataclasses.MISSING:
-        return "  (required)"
+    return "  (required)" if field.default is dataclasses.MISSING else f"  (default {default_text(field)})"
+
+
+def default_text(field: dataclasses.Field) -> str:
+    """A setting's default, for people; the setting has one."""
     if field.default == ():
-        return "  (default none)"
-    return f"  (default {str(field.default).lower() if field.default is None or isinstance(field.default, bool) else field.default})"
+        return "none"
+    return str(field.default).lower() if field.default is None or isinstance(field.default, bool) else str(field.default)
