@@ -1,6 +1,5 @@
 """The pages in a headless Chromium: phone and desk, light and dark, keyboard and pointer, and nothing in the console."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,50 +14,38 @@ from megainter.view.page import write_page
 from megainter.view.runs_page import write_runs_page
 from megainter.view.store_page import write_store_page
 from preprocessing.failures import write_failures
+from tests.browser import MARKS, Watched, chromium
 from tests.view.test_batch_page import config_of, hostile_pairs
 from tests.view.test_belief import CAPTION, page_of, place
 from tests.view.test_runs_page import write_run
 from tests.view.test_store_page import write_store
 from tests.view.test_view import HOSTILE, run_of_retrieval
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 SIZES = {"phone": (390, 844), "desk": (1440, 900)}
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")]
+pytestmark = MARKS
 __all__ = ["place"]  # a fixture
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # as root there is no sandbox
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Any]:
     """Opens a file; afterwards nothing was in the console, and nothing was asked of anywhere else."""
-    told, asked, contexts = list[str](), list[str](), []
+    watched = Watched(browser)
 
     def opened(path: Path, size: str = "desk", scheme: str = "light") -> Any:
         width, height = SIZES[size]
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("dialog", lambda dialog: (told.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: asked.append(request.url) if not request.url.startswith(("data:", "file:")) else None)
-        page.goto(path.as_uri())
-        return page
+        return watched.open(path.as_uri(), viewport={"width": width, "height": height}, color_scheme=scheme)
 
     yield opened
-    for context in contexts:
-        context.close()
-    assert told == []
-    assert asked == []
+    watched.close()
+    assert watched.told == []
+    assert [address for address in watched.asked if not address.startswith(("data:", "file:"))] == []
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The page in a headless Chromium: typed and dropped searches, phone width, dark mode, keyboard, hostile captions."""
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +10,10 @@ import pytest
 from megainter.tasks.retrieval.search.options import SearchOptions
 from megainter.tasks.retrieval.search.searching import Searcher
 from megainter.view.pages import plain
+from tests.browser import MARKS, Watched, chromium
 from tests.tasks.retrieval.search.data import HOSTILE, PHOTOS, Gallery, write_photo_gallery
 from tests.tasks.retrieval.web.server import Client, running
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
 DROP = """([bytes, name]) => {
   const transfer = new DataTransfer();
@@ -26,7 +23,7 @@ DROP = """([bytes, name]) => {
   }
 }"""
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -43,33 +40,23 @@ def client(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # as root there is no sandbox
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture
 def open_page(browser: Any, client: Client) -> Iterator[Any]:
     """Opens the page; afterwards nothing was in the console, and nothing was asked of another host."""
-    told, hosts, contexts = list[str](), set[str](), []
+    watched, host = Watched(browser), f"127.0.0.1:{client.port}"
 
     def opened(path: str = "", **context: Any) -> Any:
-        contexts.append(browser.new_context(**context))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("dialog", lambda dialog: (told.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: hosts.add(request.url.split("/")[2]) if request.url.startswith("http") else None)
-        page.goto(f"http://127.0.0.1:{client.port}/{path}")
-        return page
+        return watched.open(f"http://{host}/{path}", **context)
 
-    opened.told = told  # type: ignore[attr-defined]
+    opened.told = watched.told  # type: ignore[attr-defined]
     yield opened
-    for context in contexts:
-        context.close()
-    assert told == []
-    assert hosts == {f"127.0.0.1:{client.port}"}
+    watched.close()
+    assert watched.told == []
+    assert {address.split("/")[2] for address in watched.asked if address.startswith("http")} == {host}
 
 
 def until(page: Any, expression: str, seconds: float = 20) -> None:
