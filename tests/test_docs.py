@@ -144,6 +144,12 @@ def test_commands_in_the_text_have_verbs_and_options_that_exist(page: Path) -> N
     assert wrong == []
 
 
+def test_the_first_run_has_the_same_commands_in_both_languages() -> None:
+    english, chinese = (FENCE.findall((ROOT / "docs" / name).read_text()) for name in ("first-run.md", "first-run.zh.md"))
+    assert len(english) == 5
+    assert chinese == english
+
+
 def commands(page: Path) -> Iterator[str]:
     """The command lines of a page's code blocks that run something of ours, continued lines joined."""
     text = page.read_text()
