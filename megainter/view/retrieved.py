@@ -34,13 +34,21 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def recalls(report: dict[str, Any]) -> dict[str, Any]:
-    """The table of recalls, and what was ranked."""
-    rows = []
-    for name, key in (("text to image", "text_to_image"), ("image to text", "image_to_text")):
-        recall = report[key]
-        rows.append({"name": name, "recalls": [(recall[f"r_at_{k}"], recall[f"chance_at_{k}"]) for k in (1, 5, 10)], **recall})
+    """The table of recalls, and what was ranked: with a first stage by both stages, by matching among its candidates and by it alone."""
+    first, rows = report.get("prefilter"), []
+    orders = {"both stages": report["both_stages"], "matching": report, "first stage": first} if first else {"": report}
+    for key in RECALLS:
+        for order, figures in orders.items():
+            recall = figures[key]
+            shares = [(recall[f"r_at_{k}"], recall[f"chance_at_{k}"]) for k in (1, 5, 10)]
+            rows.append({"name": key.replace("_", " ") + (f", {order}" if order else ""), "recalls": shares, **recall})
+
     split = f"split {report['split']}" if report["split"] else "whole manifest"
-    note = f"{report['captions']:,} captions against {report['images']:,} images ({split}), every pair scored by the matching head."
+    scored = "every pair scored by the matching head"
+    if first:
+        pairs = f"{first['pairs']:,} of {report['captions'] * report['images']:,} pairs"
+        scored = f"the {first['candidates']} nearest by vectors of each scored by the matching head ({pairs})"
+    note = f"{report['captions']:,} captions against {report['images']:,} images ({split}), {scored}."
     return {"rows": rows, "note": note}
 
 

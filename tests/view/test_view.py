@@ -23,6 +23,7 @@ from megainter.view.curves import draw_curves
 from megainter.view.page import write_page
 from megainter.view.pages import plain
 from megainter.view.pictures import region_boxes, spread, thumbnail
+from megainter.view.retrieved import recalls
 from megainter.weights import locate
 
 IMAGES = 8
@@ -221,6 +222,21 @@ def test_missing_files_are_one_clear_line(run: dict[str, Path], tmp_path: Path) 
         write_page(tmp_path / "page.html", "t", **run)
     with pytest.raises(UsageError, match="--count is 0"):
         write_page(tmp_path / "page.html", "t", **run, count=0)
+
+
+def test_a_report_with_a_first_stage_has_rows_of_both_and_of_each(run: dict[str, Path]) -> None:
+    report = json.loads(run["retrieval"].read_text())
+    assert [row["name"] for row in recalls(report)["rows"]] == ["text to image", "image to text"]
+    assert "every pair scored" in recalls(report)["note"]
+
+    better = {way: report[way] | {"r_at_1": 0.75} for way in ("text_to_image", "image_to_text")}
+    staged = report | {"prefilter": better | {"candidates": 4, "pairs": 50}, "both_stages": better | {"weight": 1.0}}
+    rows = {row["name"]: row["recalls"][0][0] for row in recalls(staged)["rows"]}
+    assert list(rows)[:3] == ["text to image, both stages", "text to image, matching", "text to image, first stage"]
+    assert (rows["image to text, both stages"], rows["image to text, first stage"]) == (0.75, 0.75)
+    assert rows["image to text, matching"] == report["image_to_text"]["r_at_1"]
+    of_all = f"(50 of {report['captions'] * report['images']:,} pairs)"
+    assert f"the 4 nearest by vectors of each scored by the matching head {of_all}" in recalls(staged)["note"]
 
 
 @pytest.mark.parametrize(
