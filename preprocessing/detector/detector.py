@@ -173,7 +173,7 @@ class Detector:
         scale = torch.tensor(value.ratio * 2, device=found.proposals.device)
         rule = selection or self.network.selection
         if rule == "objectness":
-            boxes, rows = found.proposals, select_objects(found.class_probs, min_boxes, max_boxes)
+            boxes, rows = found.proposals, select_objects(found.class_probs, min_boxes, max_boxes, self.network.object_from)
         elif rule == "d2":
             boxes, top = self.network.regressed(found, value.size)
             rows = select_d2(boxes, top, min_boxes, max_boxes)

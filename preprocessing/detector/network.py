@@ -45,6 +45,10 @@ class Network(Protocol):
         """The rule that picks this network's regions where none is asked for."""
 
     @property
+    def object_from(self) -> float:
+        """Probability of not being background from which the rule "objectness" keeps a region."""
+
+    @property
     def pixel(self) -> float | None:
         """Width added to a box under the caffe rule, in original pixels; None where boxes are compared as the network sees them."""
 

@@ -97,6 +97,7 @@ class PhotoDetection:
 
     pixel = None
     selection: Selection = "objectness"
+    object_from = 0.9  # against ``background_score``; half of the photos of Flickr8k then have 36 or more
 
     def __init__(
         self,

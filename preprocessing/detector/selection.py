@@ -12,7 +12,7 @@ from torchvision.ops import nms
 
 CAFFE_NMS = 0.3  # IoU above which a box silences a less probable one of the same class
 CAFFE_CONFIDENCE = 0.2
-OBJECT = 0.9  # probability of not being background above which a region is kept; half of the photos of Flickr8k then have 36 or more
+OBJECT = 0.1  # probability of not being background from which the rule "objectness" keeps a region, where a detector does not say otherwise
 D2_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -86,11 +86,11 @@ def select_d2(boxes: Tensor, top_probs: Tensor, min_boxes: int, max_boxes: int) 
     return keep[:max_boxes]
 
 
-def select_objects(class_probs: Tensor, min_boxes: int, max_boxes: int) -> Tensor:
-    """Rows of the chosen boxes by falling probability of not being background: those that likely are not, within the bounds.
+def select_objects(class_probs: Tensor, min_boxes: int, max_boxes: int, least: float = OBJECT) -> Tensor:
+    """Rows of the chosen boxes by falling probability of not being background: those of ``least`` or more, within the bounds.
 
     ``class_probs`` [R,C] has the background first.
     """
     objectness = 1 - class_probs[:, 0]
-    wanted = int((objectness >= OBJECT).sum().clamp(min_boxes, max_boxes))
+    wanted = int((objectness >= least).sum().clamp(min_boxes, max_boxes))
     return objectness.argsort(descending=True, stable=True)[:wanted]

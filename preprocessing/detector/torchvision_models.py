@@ -21,6 +21,7 @@ from torchvision.ops.boxes import clip_boxes_to_image
 from megainter.errors import DamagedError, UsageError
 from preprocessing.detector.backbones import build_backbone
 from preprocessing.detector.network import BACKGROUND, Input, Regions, Selection, whole
+from preprocessing.detector.selection import OBJECT
 
 FORMAT = "megainter-detector-1"
 TORCHVISION_MODELS: Mapping[str, Callable[..., FasterRCNN]] = MappingProxyType(
@@ -158,6 +159,7 @@ class TorchvisionDetection:
 
     pixel = None
     selection: Selection = "caffe"
+    object_from = OBJECT
 
     def __init__(
         self, config: DetectorConfig, model: FasterRCNN, device: str | torch.device = "cpu", dtype: torch.dtype | None = None

@@ -8,6 +8,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from megainter.errors import UsageError
 from preprocessing.detector.network import Input, Regions, Selection, whole
+from preprocessing.detector.selection import OBJECT
 from preprocessing.detector.visual_genome import DIALECTS, POOLED, Dialect, VgConfig, VgNetwork
 
 STRIDE = 16  # pixels per cell of the maps
@@ -25,6 +26,7 @@ class VgDetection:
 
     pixel = 1.0  # bottom-up-attention's rule counts the last pixel, whichever conversion of its weights proposes
     selection: Selection = "caffe"
+    object_from = OBJECT
 
     def __init__(self, config: VgConfig, network: VgNetwork, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
         self.config, self.dialect, self.device = config, DIALECTS[config.dialect], torch.device(device)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from preprocessing.detector.selection import confidence_after_nms, pairwise_iou, select_caffe, select_d2
+from preprocessing.detector.photos import PhotoDetection
+from preprocessing.detector.selection import confidence_after_nms, pairwise_iou, select_caffe, select_d2, select_objects
+from preprocessing.detector.torchvision_models import TorchvisionDetection
+from preprocessing.detector.visual_genome_regions import VgDetection
 
 
 def regions(seed: int, spread: float, sharpness: float = 3.0, count: int = 300) -> tuple[Tensor, Tensor]:
@@ -92,3 +95,13 @@ def test_the_d2_rule_takes_the_first_threshold_that_leaves_enough(least: int) ->
     kept = [nms(boxes, top, threshold) for threshold in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
     wanted = next((rows for rows in kept if len(rows) >= least), kept[-1])
     assert select_d2(boxes, top, least, 300).tolist() == wanted.tolist()
+
+
+def test_objectness_keeps_what_its_detector_calls_something() -> None:
+    background = torch.tensor([0.95, 0.85, 0.4, 0.05])
+    probs = torch.stack([background, 1 - background], dim=1)
+    assert select_objects(probs, 1, 4).tolist() == [3, 2, 1], "from 0.1 where a detector does not say otherwise"
+    assert select_objects(probs, 1, 4, least=0.9).tolist() == [3]
+    assert select_objects(probs, 2, 2).tolist() == [3, 2]
+    kinds = (PhotoDetection, TorchvisionDetection, VgDetection)
+    assert [kind.object_from for kind in kinds] == [0.9, 0.1, 0.1]
