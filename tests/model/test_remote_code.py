@@ -234,7 +234,8 @@ def test_in_half_precision_it_is_roughly_the_same_and_can_be_trained(dtype: torc
     theirs.load_state_dict(ours.state_dict())
     right, found = ours(**batch()), theirs.eval()(**batch())
     assert found.text_logits.dtype == dtype
-    torch.testing.assert_close(found.text_logits.float(), right.text_logits, rtol=0, atol=0.3)
+    close = 0.08 if dtype == torch.bfloat16 else 0.01  # of logits that spread by 0.53
+    torch.testing.assert_close(found.text_logits.float(), right.text_logits, rtol=0, atol=close)
 
     theirs.train()(**batch(), **labels(), **targets("first")).loss.backward()
     lacking = [name for name, parameter in theirs.named_parameters() if parameter.grad is None]
