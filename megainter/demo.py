@@ -1,12 +1,11 @@
 """The demo: the whole road once, on composed scenes. Everything is in the output folder."""
 
-import shutil
 import sys
 from importlib.resources import files
 from pathlib import Path
 
 from megainter.files import read_json
-from megainter.stages import Stage, deepspeed, megainter, run_stages, seconds_of
+from megainter.stages import Stage, conversion, run_stages, seconds_of, training, verb
 
 TRAINING_SCENES = 3000
 HELD_OUT_SCENES = 200
@@ -30,18 +29,18 @@ def stages_of(output: Path) -> list[Stage]:
     prepare = ["jsonl", output / "captions.jsonl", "--images", images, "--output", pairs, "--replace"]
     boxes = ["--min-boxes", 3, "--max-boxes", 12, "--workers", PROCESSES]
     extract = ["--images", images, "--output", store, "--weights", weights, *boxes]
-    pretrain = ["--module", "megainter.pretrain", "--config", "demo", "--output", run, "--data.pairs", pairs, "--data.store", store]
+    pretrain = ["--config", "demo", "--output", run, "--data.pairs", pairs, "--data.store", store]
     gallery = ["--split", "test", "--images", GALLERY, "--captions-per-image", 1]
     evaluate = ["retrieval", model, "--pairs", pairs, "--store", store, *gallery, "--prefilter", CANDIDATES, "--output", scores]
     view = ["--images", images, "--pairs", pairs, "--store", store, "--run", run, "--retrieval", scores, "--title", "megainter demo"]
     return [
         Stage("scenes", "compose scenes from OpenMoji glyphs, with captions", lambda: _compose(output)),
-        Stage("prepare", "captions to a Parquet manifest", lambda: megainter("prepare", *prepare)),
-        Stage("extract", "region features of every scene", lambda: megainter("extract", *extract)),
-        Stage("pretrain", f"pretrain with DeepSpeed, {PROCESSES} processes, ZeRO stage 2", lambda: deepspeed(PROCESSES, *pretrain)),
-        Stage("export", "export to a Hugging Face folder", lambda: _export(run, model)),
-        Stage("evaluate", f"zero-shot retrieval among {GALLERY} held-out scenes", lambda: megainter("evaluate", *evaluate)),
-        Stage("view", "a page to look at", lambda: megainter("view", *view, "--output", page)),
+        verb("prepare", "captions to a Parquet manifest", "prepare", *prepare),
+        verb("extract", "region features of every scene", "extract", *extract),
+        training("pretrain", f"pretrain with DeepSpeed, {PROCESSES} processes, ZeRO stage 2", PROCESSES, "pretrain", *pretrain),
+        conversion("export", "export to a Hugging Face folder", model, "zero", run, model),
+        verb("evaluate", f"zero-shot retrieval among {GALLERY} held-out scenes", "evaluate", *evaluate),
+        verb("view", "a page to look at", "view", *view, "--output", page),
     ]
 
 
@@ -49,12 +48,6 @@ def _compose(output: Path) -> None:
     from preprocessing.scenes.scenes import write_scenes
 
     write_scenes(output, {"train": TRAINING_SCENES, "val": HELD_OUT_SCENES, "test": GALLERY}, seed=SEED)
-
-
-def _export(run: Path, model: Path) -> None:
-    if model.exists():
-        shutil.rmtree(model)  # of a killed start: without the stage's record it is not known to be this run's
-    megainter("convert", "zero", run, model)
 
 
 def _farewell(output: Path) -> None:

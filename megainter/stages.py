@@ -4,6 +4,7 @@ A finished stage leaves ``stages/NAME.json`` with its seconds, a failed one ``st
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -66,6 +67,34 @@ def deepspeed(processes: int, *arguments: object) -> None:
     """Run under DeepSpeed's launcher with local processes, after showing the command."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
     _run("deepspeed", launcher, ["--num_gpus", processes, "--master_port", free_port(), *arguments])
+
+
+def verb(name: str, purpose: str, *arguments: object) -> Stage:
+    """A stage that is one command of ``megainter``."""
+    return Stage(name, purpose, lambda: megainter(*arguments))
+
+
+def conversion(name: str, purpose: str, folder: Path, *arguments: object) -> Stage:
+    """A stage ``megainter convert`` that leaves ``folder``; one of a start that was killed before it was recorded is made anew."""
+
+    def run() -> None:
+        if folder.exists():
+            shutil.rmtree(folder)
+        megainter("convert", *arguments)
+
+    return Stage(name, purpose, run)
+
+
+def training(name: str, purpose: str, processes: int, *arguments: object) -> Stage:
+    """A stage ``megainter pretrain`` or ``finetune`` in so many local processes; it goes on by itself."""
+
+    def run() -> None:
+        if processes == 1:
+            megainter(*arguments)
+        else:
+            deepspeed(processes, "--module", f"megainter.{arguments[0]}", *arguments[1:])
+
+    return Stage(name, purpose, run)
 
 
 def _run(shown: str, program: list[str], arguments: Iterable[object]) -> None:

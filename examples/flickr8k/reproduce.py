@@ -4,7 +4,6 @@ Killed anywhere, the same command goes on. WORK then has the model folders ``mod
 ``megainter evaluate retrieval``, and ``table.md`` and ``table.json``.
 """
 
-import shutil
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +13,7 @@ from cyclopts import App
 
 from megainter.errors import MegainterError, UsageError
 from megainter.files import read_json, write_atomically, write_json
-from megainter.stages import Stage, deepspeed, megainter, run_stages, seconds_of
+from megainter.stages import Stage, conversion, run_stages, seconds_of, training, verb
 
 CANDIDATES = 50  # of the first stage, for the second
 ORDERS = {"first stage": "prefilter", "InterBERT, its candidates": None, "both stages": "both_stages"}  # places in a report
@@ -98,8 +97,8 @@ def _captions(flickr8k: Path, test: Path | None, test_images: Path | None, langu
     if test is not None:
         splits["test"] = (test, test_images or images)
     return [
-        _megainter(f"captions-{name}", f"captions of {name}", "prepare", "jsonl", manifest, "--captions", language, "--images", folder,
-                   "--split", name, "--output", work / f"{name}.parquet", "--replace")
+        verb(f"captions-{name}", f"captions of {name}", "prepare", "jsonl", manifest, "--captions", language, "--images", folder,
+             "--split", name, "--output", work / f"{name}.parquet", "--replace")
         for name, (manifest, folder) in splits.items()
     ]  # fmt: skip
 
@@ -108,10 +107,10 @@ def _features(images: Path, name: str, processes: int, work: Path) -> list[Stage
     """Boxes of the detector that comes along, then ImageNet features of them, of the whole photo and of a grid."""
     boxes, store = work / f"{name}-boxes.store", work / f"{name}.store"
     return [
-        _megainter(f"boxes-{name}", f"boxes of the photos in {images}", "extract", "--images", images, "--output", boxes,
-                   "--weights", "photos", "--workers", processes),
-        _megainter(f"features-{name}", "their features, and those of the photo and a grid", "features", "redescribe", boxes,
-                   "--images", images, "--output", store, "--grid", 3),
+        verb(f"boxes-{name}", f"boxes of the photos in {images}", "extract", "--images", images, "--output", boxes,
+             "--weights", "photos", "--workers", processes),
+        verb(f"features-{name}", "their features, and those of the photo and a grid", "features", "redescribe", boxes,
+             "--images", images, "--output", store, "--grid", 3),
     ]  # fmt: skip
 
 
@@ -119,10 +118,10 @@ def _start(minilm: Path, vocabulary: Path | None, work: Path) -> list[Stage]:
     """MiniLM as an InterBERT; for Chinese with the word embeddings that both vocabularies know, the others drawn."""
     start, store = work / "start", work / "grid.store"
     layers = ["--interaction-layers", 3, "--num-region-layers", 1, "--region-layers", "text", "--pooler-size", 384]
-    stages = [_folder("start", "a start from MiniLM", start, "bert", minilm, start, *layers, "--store", store)]
+    stages = [conversion("start", "a start from MiniLM", start, "bert", minilm, start, *layers, "--store", store)]
     if vocabulary is not None:
         chinese = work / "start-zh"
-        stages += [_folder("start-zh", "the Chinese vocabulary", chinese, "hf", start, chinese, "--vocabulary", vocabulary)]
+        stages += [conversion("start-zh", "the Chinese vocabulary", chinese, "hf", start, chinese, "--vocabulary", vocabulary)]
     return stages
 
 
@@ -133,40 +132,18 @@ def _training(chinese: bool, processes: int, steps: tuple[int | None, int | None
     given = [["--training.steps", number] if number is not None else [] for number in steps]
     pretrain = ["--config", "flickr8k-contrastive", *data, *given[0], "--model.start_from", start, "--output", run]
     words = ["--data.lowercase", "false"] if chinese else []
-    finetune = ["retrieval", "--config", "flickr8k-candidates", *data, *given[1], "--model.start_from", model, "--output", tuned]
+    finetune = ["--config", "flickr8k-candidates", *data, *given[1], "--model.start_from", model, "--output", tuned]
     return [
-        Stage("pretrain", "pretraining", lambda: _train("megainter.pretrain", processes, *pretrain, *words)),
-        _folder("export", "the pretrained model's folder", model, "zero", run, model),
-        Stage("finetune", "fine-tuning for retrieval", lambda: _train("megainter.finetune", processes, *finetune)),
+        training("pretrain", "pretraining", processes, "pretrain", *pretrain, *words),
+        conversion("export", "the pretrained model's folder", model, "zero", run, model),
+        training("finetune", "fine-tuning for retrieval", processes, "finetune", "retrieval", *finetune),
     ]
 
 
-def _train(module: str, processes: int, *arguments: object) -> None:
-    if processes == 1:
-        megainter(module.rpartition(".")[2], *arguments)
-    else:
-        deepspeed(processes, "--module", module, *arguments)
-
-
 def _evaluation(model: str, gallery: str, store: Path, processes: int, work: Path) -> Stage:
-    return _megainter(f"evaluate-{model}-{gallery}", f"the {MODELS[model]} model among the photos of {gallery}", "evaluate", "retrieval",
-                      work / FOLDERS[model], "--pairs", work / f"{gallery}.parquet", "--store", store, "--split", gallery,
-                      "--prefilter", CANDIDATES, "--processes", processes, "--output", work / f"{model}-{gallery}.json")  # fmt: skip
-
-
-def _megainter(name: str, purpose: str, *arguments: object) -> Stage:
-    return Stage(name, purpose, lambda: megainter(*arguments))
-
-
-def _folder(name: str, purpose: str, folder: Path, *arguments: object) -> Stage:
-    """A conversion; a folder of a start that was killed before it was recorded is made anew."""
-
-    def run() -> None:
-        if folder.exists():
-            shutil.rmtree(folder)
-        megainter("convert", *arguments)
-
-    return Stage(name, purpose, run)
+    return verb(f"evaluate-{model}-{gallery}", f"the {MODELS[model]} model among the photos of {gallery}", "evaluate", "retrieval",
+                work / FOLDERS[model], "--pairs", work / f"{gallery}.parquet", "--store", store, "--split", gallery,
+                "--prefilter", CANDIDATES, "--processes", processes, "--output", work / f"{model}-{gallery}.json")  # fmt: skip
 
 
 def _write_table(work: Path, galleries: list[str]) -> None:

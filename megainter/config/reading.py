@@ -285,6 +285,21 @@ def _check_without_contrast(config: RunConfig) -> None:
             raise UsageError(f"model.{name} is about the vectors of contrast; give training.itc_weight above 0, or leave it out")
 
 
+def _check_unmasked(config: RunConfig) -> None:
+    """What is about masks or mismatched captions, where an objective of weight 0 has none."""
+    data, training = config.data, config.training
+    if data.conditional_masking and not (training.msm_weight > 0 and training.mrm_weight > 0):
+        raise UsageError(
+            "data.conditional_masking chooses between masked text and masked regions, and one of them is never masked: leave it out, "
+            "or give training.msm_weight and training.mrm_weight above 0"
+        )
+    if training.itm_weight > 0:
+        return
+    for name, asked in (("hard_negatives", data.hard_negatives is not None), ("batch_negatives", data.batch_negatives > 0)):
+        if asked:
+            raise UsageError(f"data.{name} is about mismatched captions; give training.itm_weight above 0, or leave it out")
+
+
 def _check_recall(config: RunConfig) -> None:
     validation = config.validation
     if validation.best_by is not None and not validation.images:
@@ -314,6 +329,7 @@ def _check(config: RunConfig) -> None:
         raise UsageError("all objective weights are 0: nothing would be learned")
     if training.itc_weight == 0:
         _check_without_contrast(config)
+    _check_unmasked(config)
     _check_recall(config)
     for heads in ("num_attention_heads", "num_region_attention_heads"):
         if model.start_from is None and model.hidden_size % getattr(model, heads):

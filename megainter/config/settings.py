@@ -215,11 +215,11 @@ class PretrainingConfig(TrainingConfig):
     """How long and in what portions, exactly one of ``steps`` and ``epochs``; and how much each objective weighs."""
 
     msm_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the masked-segment loss."""
+    """Weight of the masked-segment loss; 0: no text is masked."""
     mrm_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the masked-region loss."""
+    """Weight of the masked-region loss; 0: no region is masked."""
     itm_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the image-text matching loss."""
+    """Weight of the image-text matching loss; 0: no captions are mismatched."""
     itc_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the image-text contrast loss, over all samples of a step; 0: none, and no vectors of a text or an image alone."""
 

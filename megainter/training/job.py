@@ -113,9 +113,13 @@ class Job:
 
 
 def summarise(job: Job, tallies: Tensor, counts: Tensor) -> dict[str, float]:
-    """Mean losses, accuracies and the weighted total from global ``tallies`` [2, K] and ``counts`` [K] (not clamped)."""
+    """Mean losses, accuracies and the weighted total from global ``tallies`` [2, K] and ``counts`` [K] (not clamped).
+
+    An objective of weight 0 has no figures: nothing is masked or mismatched for it.
+    """
     means = (tallies / counts.clamp(min=1)).tolist()
     values = {"loss": sum(weight * mean for weight, mean in zip(job.weights, means[0]))}
-    for position, name in enumerate(job.objectives):
-        values[f"{name}_loss"], values[f"{name}_accuracy"] = means[0][position], means[1][position]
+    for name, weight, loss, accuracy in zip(job.objectives, job.weights, *means, strict=True):
+        if weight > 0:
+            values[f"{name}_loss"], values[f"{name}_accuracy"] = loss, accuracy
     return values

@@ -548,7 +548,7 @@ def _report(run: Run, meter: Throughput, own: OwnTime, tallies: Tensor, counts: 
 
     left = (run.total_steps - finished) * values["step_seconds"]
     utilisation = f", MFU {values['model_flop_utilisation']:.1%}" if "model_flop_utilisation" in values else ""
-    losses = " ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in run.job.objectives)
+    losses = " ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in run.job.objectives if f"{name}_loss" in values)
     log.info(
         "step %d/%d loss %.3f (%s) lr %.2e, %.0f samples/s, %.0f tokens/s, waiting for data %.0f %%%s, %.1f min left",
         finished, run.total_steps, values["loss"], losses, rate, values["samples_per_second"], values["tokens_per_second"],

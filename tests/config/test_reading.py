@@ -68,6 +68,8 @@ def test_shipped_recipes_are_valid_and_say_what_they_are(recipe: Path) -> None:
         (["--data.max_text_tokens", "600"], ["600 exceeds model.max_position_embeddings 512"]),
         (["--engine.precision", "fp16", "--engine.zero_stage", "0"], ["fp16 needs engine.zero_stage 1, 2 or 3"]),
         (["--training.msm_weight", "0", "--training.mrm_weight", "0", "--training.itm_weight", "0"], ["all objective weights are 0"]),
+        (["--training.mrm_weight", "0", "--data.conditional_masking", "true"], ["one of them is never masked: leave it out"]),
+        (["--training.itm_weight", "0", "--data.hard_negatives", "hard"], ["data.hard_negatives is about mismatched captions"]),
         (["stray"], ["'stray' is not an option"]),
         (["--data.split"], ["--data.split needs a value"]),
         (["--output.deep", "1"], ["output is a value, not a section"]),

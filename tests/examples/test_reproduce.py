@@ -27,14 +27,18 @@ def few_photos(folder: Path, count: int) -> Path:
     return folder
 
 
+def small_bert(folder: Path) -> Path:
+    """A BERT of four layers with bert-base-uncased's vocabulary."""
+    sizes = {"vocab_size": 30522, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+    BertModel(BertConfig(**sizes)).save_pretrained(folder)
+    (folder / "vocab.txt").write_bytes(VOCABULARY.read_bytes())
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not FLICKR.is_dir(), reason=f"needs the photos in {FLICKR}")
 def test_the_table_is_made_from_photos_and_captions_and_a_killed_start_goes_on(tmp_path: Path) -> None:
-    flickr, bert, work = few_photos(tmp_path / "flickr8k", 40), tmp_path / "bert", tmp_path / "work"
-    BertModel(
-        BertConfig(vocab_size=30522, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96)
-    ).save_pretrained(bert)
-    (bert / "vocab.txt").write_bytes(VOCABULARY.read_bytes())
+    flickr, bert, work = few_photos(tmp_path / "flickr8k", 40), small_bert(tmp_path / "bert"), tmp_path / "work"
     script = ROOT / "examples" / "flickr8k" / "reproduce.py"
     few = ["--processes", "1", "--pretraining-steps", "3", "--finetuning-steps", "2"]
     command = [sys.executable, str(script), str(flickr), str(work), "--minilm", str(bert), *few]

@@ -38,7 +38,8 @@ class StreamSettings:
 
     ``gate_msm``: mismatched captions are not scored for masked segments (the official code scores them). ``conditional_masking``: a sample
     has either its text or its regions masked, by a fair coin, so that what is masked is predicted beside an intact other side (UNITER;
-    the official code's --cond_mask means that, but shares the zeroed features between both). ``contrast``: batches also hold each sample's
+    the official code's --cond_mask means that, but shares the zeroed features between both). ``mask_text`` and ``mask_regions`` False: that
+    side is never masked. ``contrast``: batches also hold each sample's
     own caption and its regions without masks, each for itself. ``batch_negatives``: this share of the mismatched samples is shown another
     caption of the same step in place of the drawn one, chosen when the step is trained (``fresh.py``). ``shuffle`` False: sample n is
     row n, in every epoch. ``block`` samples that come after each other are of images that lie near each other in the store; 0: all is
@@ -52,6 +53,8 @@ class StreamSettings:
     max_regions: int = 36
     masking: str = "official"
     conditional_masking: bool = False
+    mask_text: bool = True
+    mask_regions: bool = True
     mismatch_probability: float = 0.5
     hard_negative_share: float = HARD_SHARE  # of the mismatched captions, where the stream has hard negatives
     region_objective: Literal["class", "feature"] = "class"
@@ -291,11 +294,11 @@ class Sampler:
 
     def _sides(self, epochs: Int64s, numbers: Int64s) -> tuple[Bools, Bools]:
         """bool [S] each: whether text and whether regions of a sample are masked."""
+        in_text, in_regions = (np.full(len(numbers), masks) for masks in (self.settings.mask_text, self.settings.mask_regions))
         if not self.settings.conditional_masking:
-            every = np.ones(len(numbers), np.bool_)
-            return every, every
+            return in_text, in_regions
         coins = self._coins(epochs, numbers, Purpose.CONDITION)
-        return coins < 0.5, coins >= 0.5
+        return in_text & (coins < 0.5), in_regions & (coins >= 0.5)
 
     def _coins(self, epochs: Int64s, numbers: Int64s, purpose: Purpose) -> NDArray[np.float64]:
         """A uniform number in [0, 1) for each sample, float64 [S]."""

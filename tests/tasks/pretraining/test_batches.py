@@ -258,6 +258,23 @@ def test_conditional_masking_masks_one_side_of_a_sample(data: Data, masking: str
     assert abs(np.mean(turns) - 0.5) < 5 * 0.5 / np.sqrt(len(turns))
 
 
+@pytest.mark.parametrize("side", ["text", "regions"])
+def test_a_side_that_is_not_masked_leaves_everything_else_as_it_was(data: Data, side: str) -> None:
+    usual, other = data.stream(), data.stream(replace(SETTINGS, **{f"mask_{side}": False}))
+    for n in range(124):
+        before, sample = usual.sample(n // 62, n % 62), other.sample(n // 62, n % 62)
+        assert (sample.row, sample.caption_row, sample.itm_label) == (before.row, before.caption_row, before.itm_label)
+        if side == "text":
+            assert sample.ids[1:-1].tolist() == data.tokens[sample.caption_row].tolist()
+            assert len(sample.msm_positions) == 0
+            assert np.array_equal(sample.masked, before.masked)
+            assert np.array_equal(sample.zeroed, before.zeroed)
+        else:
+            assert not sample.masked.any()
+            assert not sample.zeroed.any()
+            assert np.array_equal(sample.ids, before.ids)
+
+
 @pytest.mark.parametrize("masking", ["official", "paper", "bert"])
 @pytest.mark.parametrize("conditional", [False, True])
 def test_samples_made_together_are_those_made_alone(data: Data, masking: str, conditional: bool) -> None:

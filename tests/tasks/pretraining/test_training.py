@@ -1,5 +1,6 @@
-"""What a run takes from the model it starts from, and what it refuses."""
+"""What a run takes from the model it starts from, and what it refuses; and objectives that a run leaves out."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megainter.tasks.pretraining.sources import check_store
 from megainter.tasks.pretraining.starting import with_start
 from megainter.tasks.pretraining.training import _too_few_steps, starting_model
 from megainter.tasks.starting import open_start
-from tests.synthetic import TINY, settings, write_data
+from tests.synthetic import TINY, settings, train, write_data
 from tests.tasks.retrieval.test_evaluation import write_model
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(50))]
@@ -140,3 +141,22 @@ def test_epochs_that_are_hardly_any_steps_are_told_and_steps_that_were_asked_for
     assert told(few, 640) == ""
     assert told(run(None, training__steps=13), 82) == ""
     assert told(run(start, training__steps=None, training__epochs=20), 82) == "", "a start knows something"
+
+
+def test_matching_alone_trains_on_two_ranks_and_says_nothing_of_masks(tmp_path: Path) -> None:
+    """Heads without a single masked token or region take part in every collective all the same."""
+    pairs, store = write_data(tmp_path / "data")
+    alone = {
+        "training__msm_weight": 0,
+        "training__mrm_weight": 0,
+        "training__steps": 3,
+        "engine__zero_stage": 2,
+        "validation__every_steps": 3,
+    }
+    done = train(settings(pairs, store, tmp_path / "run", **alone), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} >= {"train", "validation"}
+    for line in lines:
+        assert {key for key in line if key.endswith(("_loss", "_accuracy"))} in (set(), {"itm_loss", "itm_accuracy"})
+    assert all(line["loss"] == pytest.approx(line["itm_loss"]) for line in lines if "loss" in line)
