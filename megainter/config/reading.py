@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ COMPAT: dict[str, dict[str, Any]] = {
 SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings)} - {
     "start_from", "gradient_checkpointing", "hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob",
 }  # fmt: skip
+OF_VECTORS = {"itc_size", "itc_pooling"}  # of these, what a start without vectors does not bring
 # Settings that only recipes of one verb have.
 TELLTALES = {
     "pretrain": {"data.masking", "data.vocabulary_size", "data.mismatch_probability", "model.hidden_size", "training.itm_weight"},
@@ -188,12 +190,23 @@ def _let_portion_replace(settings: dict[str, Any], keys: list[str]) -> None:
 
 def _let_start_replace(settings: dict[str, Any], given: list[tuple[str, str]]) -> None:
     """A start given on the command line brings its sizes and vocabulary, which take the place of the recipe's."""
-    if dict(given).get("model.start_from", "none").lower() == "none":
+    start = dict(given).get("model.start_from", "none")
+    if start.lower() == "none":
         return
-    for section, names in (("model", SIZES_OF_A_START), ("data", {"vocabulary"})):
+    brought = SIZES_OF_A_START if _has_vectors(Path(start)) else SIZES_OF_A_START - OF_VECTORS
+    for section, names in (("model", brought), ("data", {"vocabulary"})):
         part = settings.get(section)
         if isinstance(part, dict):
             settings[section] = {name: value for name, value in part.items() if name not in names}
+
+
+def _has_vectors(start: Path) -> bool:
+    """Whether a model folder says that its model was trained with contrast; False of what is not there yet, as a name on the Hub is."""
+    try:
+        facts = json.loads((start / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # what is wrong with the folder is said where its weights are opened
+    return isinstance(facts, dict) and bool(facts.get("itc_size"))
 
 
 def _spell_out_compat(settings: dict[str, Any]) -> None:

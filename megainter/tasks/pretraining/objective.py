@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megainter import kernels
-from megainter.model.interbert import InterBertForPreTraining, PackedLosses
+from megainter.model.interbert import InterBertForPreTraining
+from megainter.model.outputs import PackedLosses
 from megainter.tasks.contrast import CONTRAST, contrast_sums
 from megainter.tasks.pretraining.batches import PretrainBatch
 from megainter.transfers import Constants

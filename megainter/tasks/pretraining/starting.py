@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from megainter.config.reading import SIZES_OF_A_START
+from megainter.config.reading import OF_VECTORS, SIZES_OF_A_START
 from megainter.config.settings import DataConfig, ModelSettings, RunConfig
 from megainter.data.text.vocabulary import Vocabulary, load_vocabulary
 from megainter.errors import UsageError
@@ -24,7 +24,7 @@ def with_start(config: RunConfig) -> RunConfig:
         return config
     found = locate_model(config.model.start_from, "model.start_from")
     start = read_config(found.path)
-    names = SIZES_OF_A_START if start.itc_size else SIZES_OF_A_START - {"itc_size", "itc_pooling"}  # of which it says nothing
+    names = SIZES_OF_A_START if start.itc_size else SIZES_OF_A_START - OF_VECTORS
     sizes = [field for field in dataclasses.fields(ModelSettings) if field.name in names]
     unlike = [
         f"{field.name} ({getattr(start, field.name)}, not {getattr(config.model, field.name)})"

@@ -1,6 +1,7 @@
 """What a run takes from the model it starts from, and what it refuses; and objectives that a run leaves out."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,23 @@ def test_a_start_on_the_command_line_takes_the_place_of_a_recipes_sizes(start: P
     with pytest.raises(UsageError, match=r"hidden_size \(32, not 64\)"):
         with_start(stated)
     assert load_config(Path("small"), [*paths, "--model.start_from", "none"]).model.hidden_size == 256
+
+
+def test_a_recipes_vectors_give_way_only_to_a_start_that_has_some(start: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[model]\nstart_from = "elsewhere"\nitc_pooling = "mean"\nhidden_size = 64\n[training]\nsteps = 1\nitc_weight = 1.0\n'
+    )
+    words = ["--data.pairs", "p", "--data.store", "s", "--output", "o", "--model.start_from"]
+    with_vectors = tmp_path / "with-vectors"
+    shutil.copytree(start, with_vectors)
+    facts = json.loads((start / "config.json").read_text())
+    (with_vectors / "config.json").write_text(json.dumps(facts | {"itc_size": 24, "itc_pooling": "first"}))
+
+    begun = with_start(load_config(recipe, [*words, str(start)])).model
+    assert (begun.hidden_size, begun.itc_pooling) == (TINY["hidden_size"], "mean")
+    gone_on = with_start(load_config(recipe, [*words, str(with_vectors)])).model
+    assert (gone_on.itc_size, gone_on.itc_pooling) == (24, "first")
 
 
 def test_another_vocabulary_than_the_starts_is_refused(start: Path, tmp_path: Path) -> None:
