@@ -21,6 +21,7 @@ from megainter.stages import Stage, conversion, run_stages, training, verb
 GALLERY = 100  # validation photos, five captions each
 NO_MASKS = ("--training.msm_weight", 0, "--training.mrm_weight", 0)
 CONTRAST = ("--training.itc_weight", 1, "--model.itc_pooling", "mean")
+FRESH = ("--data.batch_negatives", 0.5)
 MEASURES = {"zero-shot": "pretrained", "fine-tuned": "tuned"}  # what a table shows, and the reports' names
 FIGURES = [("text_to_image", "r_at_1"), ("text_to_image", "r_at_10"), ("image_to_text", "r_at_1")]
 
@@ -41,7 +42,8 @@ VARIANTS = {
     "msm": Variant("ITM, MSM", NO_MASKS[2:]),
     "mrm": Variant("ITM, MSM, MRM: the paper's"),
     "itc": Variant("the paper's and ITC", CONTRAST),
-    "fresh": Variant("the paper's, ITC, fresh negatives", (*CONTRAST, "--data.batch_negatives", 0.5)),
+    "fresh": Variant("the paper's, ITC, fresh negatives", (*CONTRAST, *FRESH)),
+    "similarity": Variant("the paper's, ITC, fresh negatives, similarity", (*CONTRAST, *FRESH, "--model.itm_similarity", "true")),
     "plain": Variant("the paper's, single tokens and regions masked", ("--data.masking", "bert")),
     "stream": Variant("the paper's, one stream", start="one-stream"),
 }

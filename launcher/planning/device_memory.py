@@ -9,9 +9,10 @@ from launcher.planning.shape import (
     forward_flops,
     kept_rows_bytes,
     kept_scores_bytes,
+    of_pairs,
+    of_sides,
     parameters,
     spared_bytes,
-    without_masks,
 )
 from megainter.precision import Precision
 
@@ -125,8 +126,8 @@ def _cpu_buffers(shape: Shape, load: Load, layout: Layout) -> float:
 def activations(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> float:
     """What the forward pass keeps of a micro-batch until its backward pass, logits aside; with contrast of both sides alone too, the same
     rows again."""
-    pairs = _kept_of_pass(shape, load, layout, cpu, alone=False)
-    return pairs + (_kept_of_pass(shape, without_masks(load), layout, cpu, alone=True) if shape.itc_size else 0.0)
+    pairs = _kept_of_pass(shape, of_pairs(shape, load), layout, cpu, alone=False)
+    return pairs + (_kept_of_pass(shape, of_sides(shape, load), layout, cpu, alone=True) if shape.itc_size else 0.0)
 
 
 def _kept_of_pass(shape: Shape, load: Load, layout: Layout, cpu: bool, alone: bool) -> float:

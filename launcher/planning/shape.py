@@ -15,6 +15,7 @@ class Shape:
     """Sizes of an InterBERT, in the names of its configuration; ``targets`` is the width of the region head.
 
     ``itc_size`` above 0: image-text contrast is trained, for which a step runs both sides alone, once more before it without gradients.
+    ``itc_means``: vectors are made of all rows; ``itm_similarity``: matching compares such vectors of pairs too.
     """
 
     vocab_size: int
@@ -33,6 +34,8 @@ class Shape:
     hidden_dropout: bool = True
     attention_dropout: bool = True
     itc_size: int = 0
+    itc_means: bool = False
+    itm_similarity: bool = False
 
     @property
     def layers(self) -> int:
@@ -74,6 +77,8 @@ def shape_of(config: RunConfig, vocab_size: int | None = None, features: int | N
         hidden_dropout=model.hidden_dropout_prob > 0,
         attention_dropout=model.attention_probs_dropout_prob > 0,
         itc_size=model.itc_size if config.training.itc_weight > 0 else 0,
+        itc_means=model.itc_pooling == "mean",
+        itm_similarity=model.itm_similarity,
         **{name: getattr(model, name) for name in same},
     )
 
@@ -106,14 +111,15 @@ def parameters(shape: Shape) -> int:
     regions = hidden * (shape.region_feature_size + 1) + hidden * (5 + 1) + 2 * hidden
     head = hidden * (hidden + 1) + 2 * hidden
     heads = 2 * head + shape.vocab_size + shape.targets * (hidden + 1)
-    contrast = 2 * shape.itc_size * (pooled + 1) + 1 if shape.itc_size else 0
+    contrast = 2 * shape.itc_size * ((hidden if shape.itc_means else pooled) + 1) + 1 if shape.itc_size else 0
+    contrast += 2 if shape.itm_similarity else 0
     return text + regions + shape.layers * layer_parameters(shape) + 2 * pooled * (hidden + 1) + heads + 2 * pooled + 2 + contrast
 
 
 def tensors(shape: Shape) -> int:
     """Parameter tensors: weight and bias of six linear layers and two norms in a layer, and 28 around (embeddings, poolers, heads); five
-    more of contrast."""
-    return 16 * shape.layers + 28 + (5 if shape.itc_size else 0)
+    more of contrast, two of similarity."""
+    return 16 * shape.layers + 28 + (5 if shape.itc_size else 0) + (2 if shape.itm_similarity else 0)
 
 
 def layer_parameters(shape: Shape) -> int:
@@ -126,30 +132,44 @@ def forward_flops(shape: Shape, load: Load) -> float:
     """Operations of one forward pass over a micro-batch whose samples are equally long (multiply and add are two), of both sides alone too
     where contrast is trained."""
     hidden, pooled, samples = shape.hidden_size, shape.pooler_size, load.samples
+    asked = of_pairs(shape, load)
     layers = (
         shape.num_interaction_layers * _layer_flops(shape, load.text + load.regions, load.text + load.regions)
-        + _stream_flops(shape, shape.num_text_layers, load.text, load.masked_text + 1)
-        + _stream_flops(shape, shape.num_region_layers, load.regions, load.masked_regions + 1)
+        + _stream_flops(shape, shape.num_text_layers, load.text, asked.masked_text + 1)
+        + _stream_flops(shape, shape.num_region_layers, load.regions, asked.masked_regions + 1)
     ) * samples
     embeddings = 2 * samples * load.regions * hidden * (shape.region_feature_size + 5)
     poolers = 2 * samples * (2 * hidden * pooled + 2 * pooled)
     msm = 2 * samples * load.masked_text * hidden * (hidden + shape.vocab_size)
     mrm = 2 * samples * load.masked_regions * hidden * (hidden + shape.targets)
-    return layers + embeddings + poolers + msm + mrm + (alone_flops(shape, load) if shape.itc_size else 0.0)
+    similarity = 4 * samples * (hidden if shape.itc_means else pooled) * shape.itc_size if shape.itm_similarity else 0.0
+    return layers + embeddings + poolers + similarity + msm + mrm + (alone_flops(shape, load) if shape.itc_size else 0.0)
 
 
 def alone_flops(shape: Shape, load: Load) -> float:
     """Operations of one pass of a micro-batch's texts alone and images alone, to their vectors."""
     layers = shape.num_interaction_layers * (_layer_flops(shape, load.text, load.text) + _layer_flops(shape, load.regions, load.regions))
-    streams = _stream_flops(shape, shape.num_text_layers, load.text, 1) + _stream_flops(shape, shape.num_region_layers, load.regions, 1)
+    asked = of_sides(shape, load)
+    streams = _stream_flops(shape, shape.num_text_layers, load.text, asked.masked_text + 1)
+    streams += _stream_flops(shape, shape.num_region_layers, load.regions, asked.masked_regions + 1)
     embeddings = 2 * load.regions * shape.hidden_size * (shape.region_feature_size + 5)
-    heads = 4 * shape.pooler_size * (shape.hidden_size + shape.itc_size)
+    heads = 4 * (shape.hidden_size * shape.itc_size if shape.itc_means else shape.pooler_size * (shape.hidden_size + shape.itc_size))
     return load.samples * (layers + streams + embeddings + heads)
 
 
-def without_masks(load: Load) -> Load:
-    """The same samples where no masked place is asked for, as each side alone is."""
-    return replace(load, masked_text=0.0, masked_regions=0.0)
+def of_pairs(shape: Shape, load: Load) -> Load:
+    """The same samples with the places that the last layers are asked for besides the first ones: the masked ones, or all where matching
+    compares means."""
+    return _wholly_asked(load) if shape.itm_similarity and shape.itc_means else load
+
+
+def of_sides(shape: Shape, load: Load) -> Load:
+    """The same samples as each side alone is: no masked place is asked for, or all places where vectors are means."""
+    return _wholly_asked(load) if shape.itc_means else replace(load, masked_text=0.0, masked_regions=0.0)
+
+
+def _wholly_asked(load: Load) -> Load:
+    return replace(load, masked_text=load.text - 1, masked_regions=load.regions - 1)
 
 
 def _stream_flops(shape: Shape, layers: int, length: float, asked: float) -> float:

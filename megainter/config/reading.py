@@ -28,7 +28,7 @@ COMPAT: dict[str, dict[str, Any]] = {
 SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings)} - {
     "start_from", "gradient_checkpointing", "hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob",
 }  # fmt: skip
-OF_VECTORS = {"itc_size", "itc_pooling"}  # of these, what a start without vectors does not bring
+OF_VECTORS = {"itc_size", "itc_pooling", "itm_similarity"}  # of these, what a start without vectors does not bring
 # Settings that only recipes of one verb have.
 TELLTALES = {
     "pretrain": {"data.masking", "data.vocabulary_size", "data.mismatch_probability", "model.hidden_size", "training.itm_weight"},
@@ -293,7 +293,9 @@ def _check_without_contrast(config: RunConfig) -> None:
         raise UsageError(
             f"data.batch_negatives {config.data.batch_negatives} are drawn by the vectors of contrast; give training.itc_weight above 0"
         )
-    for name in ("itc_size", "itc_pooling"):
+    if config.data.contrast_drop > 0:
+        raise UsageError(f"data.contrast_drop {config.data.contrast_drop} is of what contrast sees; give training.itc_weight above 0")
+    for name in sorted(OF_VECTORS):
         if getattr(config.model, name) != getattr(ModelSettings, name):
             raise UsageError(f"model.{name} is about the vectors of contrast; give training.itc_weight above 0, or leave it out")
 

@@ -64,6 +64,8 @@ class DataConfig:
     """Share of the mismatched captions that are hard negatives, where those are given."""
     batch_negatives: Probability = 0.0
     """Share of the mismatched captions that are drawn inside the step, the likelier the nearer to the image; needs training.itc_weight."""
+    contrast_drop: Probability = 0.0
+    """Share of a caption's tokens and of an image's regions that contrast leaves out, drawn anew each time; needs training.itc_weight."""
     gate_msm: bool = False
     """true: no masked-segment loss on mismatched captions."""
     max_bad: Probability = 0.01
@@ -140,6 +142,8 @@ class ModelSettings:
     """Width of the vectors of a text alone and an image alone, where training.itc_weight is above 0."""
     itc_pooling: Literal["first", "mean"] = "first"
     """What these vectors are made of: the pooled first token and global region, or the means of all tokens and regions."""
+    itm_similarity: bool = False
+    """true: matching also weighs how near such vectors of a pair are once both sides have seen each other; needs training.itc_weight."""
     fusion: Literal["mul", "sum"] = "mul"
     """How pooled text and image are joined for matching: product or sum."""
     region_objective: Literal["class", "feature"] = "class"

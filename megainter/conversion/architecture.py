@@ -77,7 +77,7 @@ def sizes_in_shapes(shapes: Shapes) -> dict[str, int]:
     }
     sizes = {name: shapes[place][axis] for name, (place, axis) in places.items() if len(shapes.get(place, ())) == 2}
     counts = {f"num_{stream}_layers": layer_count(shapes, f"interbert.encoder.{stream}.") for stream in ("interaction", "text", "region")}
-    return sizes | counts
+    return sizes | counts | ({"itm_similarity": True} if "itm_similarity.margin" in shapes else {})
 
 
 def layer_count(names: Shapes, prefix: str) -> int:

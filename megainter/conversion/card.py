@@ -181,6 +181,8 @@ def _model(config: Any, parameters: int, dtype: str) -> str:
     ]
     if config.itc_size:
         lines.append(f"A text alone and an image alone become vectors of {config.itc_size} values.")
+    if config.itm_similarity:
+        lines.append("Matching also weighs how near such vectors are once text and image have seen each other.")
     return "\n".join(lines)
 
 

@@ -176,8 +176,10 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Pla
     config, tensors, notes = open_ours(source)
     if config.itc_size:
         notes = [*notes, "the head of image-text contrast (itc_head) has no place in an official checkpoint; it is left out"]
-        config.itc_size = 0
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("itc_head.")}
+        if config.itm_similarity:
+            notes.append("nor has the similarity of its vectors in matching (itm_similarity): without it this model matches worse")
+        config.itc_size, config.itm_similarity = 0, False
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("itc_head.", "itm_similarity."))}
     for note in notes:
         print(f"note: {note}")
     heads = [head for head in HEADS if f"{head}.weight" in tensors]

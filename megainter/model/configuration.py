@@ -39,6 +39,7 @@ class InterBertConfig(PretrainedConfig):
     ``detector`` and ``region_classes``: whose regions the weights were trained on, and the names of that detector's classes, where known.
     ``itc_size``: width of the vectors that a text alone and an image alone become, for image-text contrast; 0: the model has no such head.
     ``itc_pooling``: what they are made of, the pooled first row ("first") or the mean of all rows ("mean").
+    ``itm_similarity``: matching also weighs how near such vectors of both sides are, made of states that have seen each other.
 
     Raises UsageError for sizes that contradict each other.
     """
@@ -72,6 +73,7 @@ class InterBertConfig(PretrainedConfig):
         tie_objects: bool = False,
         itc_size: int = 0,
         itc_pooling: str = "first",
+        itm_similarity: bool = False,
         detector: str | None = None,
         region_classes: list[str] | None = None,
         pad_token_id: int = 0,
@@ -103,6 +105,7 @@ class InterBertConfig(PretrainedConfig):
         self.tie_objects = tie_objects
         self.itc_size = itc_size
         self.itc_pooling = itc_pooling
+        self.itm_similarity = itm_similarity
         self.detector = detector
         self.region_classes = region_classes
         _check(self)
@@ -131,8 +134,11 @@ def _check(config: InterBertConfig) -> None:
     for name in _INPUT_LENGTHS:
         if getattr(config, name) is not None:
             _require_whole(name, getattr(config, name), least=1)
-    if not isinstance(config.tie_objects, bool):
-        raise UsageError(f"tie_objects is {config.tie_objects!r}; give true or false")
+    for name in ("tie_objects", "itm_similarity"):
+        if not isinstance(getattr(config, name), bool):
+            raise UsageError(f"{name} is {getattr(config, name)!r}; give true or false")
+    if config.itm_similarity and not config.itc_size:
+        raise UsageError("itm_similarity compares the vectors of image-text contrast; give itc_size above 0, or leave it out")
     if not isinstance(config.detector, str | None):
         raise UsageError(f"detector is {config.detector!r:.80}; give a feature store's, or null")
     if config.region_classes is not None and not all(isinstance(name, str) for name in list(config.region_classes)):

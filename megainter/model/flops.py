@@ -41,11 +41,14 @@ class BatchCounts:
 def forward_flops(config: InterBertConfig, counts: BatchCounts) -> int:
     """Floating-point operations of one forward pass of the pretraining model over a batch with these counts."""
     hidden, pooled, samples = config.hidden_size, config.pooler_size, counts.samples
-    layers = _layers(config, counts, samples + counts.masked_tokens, samples + counts.masked_regions)
+    whole = config.itm_similarity and config.itc_pooling == "mean"
+    asked = (counts.text_tokens, counts.regions) if whole else (samples + counts.masked_tokens, samples + counts.masked_regions)
+    layers = _layers(config, counts, *asked)
+    similarity = 4 * samples * (hidden if whole else pooled) * config.itc_size if config.itm_similarity else 0
     poolers = 2 * samples * (2 * hidden * pooled + 2 * pooled)  # both poolers, and the matching head
     msm = 2 * counts.masked_tokens * hidden * (hidden + config.vocab_size)
     mrm = 2 * counts.masked_regions * hidden * (hidden + config.region_target_size)
-    return layers + poolers + msm + mrm
+    return layers + poolers + msm + mrm + similarity
 
 
 def alone_flops(config: InterBertConfig, text_lengths: torch.Tensor, region_lengths: torch.Tensor) -> int:
@@ -58,8 +61,7 @@ def alone_flops(config: InterBertConfig, text_lengths: torch.Tensor, region_leng
         layers = sum(_layers(config, counts, counts.samples, counts.samples) for counts in (texts, images))
         return layers + 2 * sides * config.pooler_size * (hidden + config.itc_size)
     layers = sum(_layers(config, counts, counts.text_tokens, counts.regions) for counts in (texts, images))
-    means = 2 * hidden * (texts.samples * texts.text_tokens + images.samples * images.regions)
-    return layers + means + 2 * sides * hidden * config.itc_size
+    return layers + 2 * sides * hidden * config.itc_size
 
 
 def _layers(config: InterBertConfig, counts: BatchCounts, asked_text: int, asked_regions: int) -> int:

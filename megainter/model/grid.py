@@ -3,7 +3,7 @@
 The same numbers as `InterBertForRetrieval.score_packed` over these pairs, for inference alone, and cheaper in three ways. A row's
 embedding, and its query, key and value in the first interaction layer, do not depend on what it is paired with: they are computed
 once per caption and once per image. The pooled vectors see only [CLS] and the global region: the last text layer and the last region
-layer compute these rows alone. The heads of masking do not exist here.
+layer compute these rows alone, unless means of all rows are compared as well. The heads of masking do not exist here.
 
 Shape letters: C captions, I images, S pairs (of a grid I * C, all captions of the first image first), Nt and Nr rows of the captions and of
 the images, N rows of all pairs, H hidden.
@@ -17,6 +17,7 @@ from torch import nn
 
 from megainter.kernels import QueryRows, SequenceLayout, varlen_attention
 from megainter.model.encoder import SelfAttention, TransformerLayer, run_stream
+from megainter.model.heads import matching_logits, means
 from megainter.model.interbert import MATCHED, InterBertForRetrieval
 from megainter.model.packing import layouts_on
 
@@ -87,10 +88,16 @@ def score_pairs(
     layout = GridLayout.of(captions.lengths, images.lengths, caption_S, image_S, captions.rows_NH.device)
     encoder = model.interbert.encoder
     joint_NH = _interact(encoder.interaction, torch.cat([images.rows_NH, captions.rows_NH]), layout)
-    text_SH = _first_rows(encoder.text, joint_NH.index_select(0, layout.text_rows), layout.text)
-    region_SH = _first_rows(encoder.region, joint_NH.index_select(0, layout.region_rows), layout.region)
-    pooled = model.interbert.text_pooler(text_SH), model.interbert.region_pooler(region_SH)
-    logits_S2 = model.itm_head(model.fusion(*pooled)).float()
+    text_NH, region_NH = joint_NH.index_select(0, layout.text_rows), joint_NH.index_select(0, layout.region_rows)
+    sides = None
+    if model.itm_similarity is not None and model.config.itc_pooling == "mean":
+        text_NH, region_NH = run_stream(encoder.text, text_NH, layout.text), run_stream(encoder.region, region_NH, layout.region)
+        firsts = text_NH.index_select(0, _starts(layout.text)), region_NH.index_select(0, _starts(layout.region))
+        sides = means(text_NH, layout.text.cu_seqlens), means(region_NH, layout.region.cu_seqlens)
+    else:
+        firsts = _first_rows(encoder.text, text_NH, layout.text), _first_rows(encoder.region, region_NH, layout.region)
+    pooled = model.interbert.text_pooler(firsts[0]), model.interbert.region_pooler(firsts[1])
+    logits_S2 = matching_logits(model, *pooled, sides or pooled).float()
     return logits_S2[:, MATCHED] - logits_S2[:, 1 - MATCHED]
 
 
@@ -108,7 +115,12 @@ def _interact(layers: nn.ModuleList, unique_NH: torch.Tensor, layout: GridLayout
 
 def _first_rows(layers: nn.ModuleList, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     """The first row of every sequence after all ``layers``, [S, H]; the last layer computes no other."""
-    return run_stream(layers, x_NH, layout, QueryRows.of(layout.cu_seqlens[:-1].long(), layout))
+    return run_stream(layers, x_NH, layout, QueryRows.of(_starts(layout), layout))
+
+
+def _starts(layout: SequenceLayout) -> torch.Tensor:
+    """The first row of every sequence, int64 [S]."""
+    return layout.cu_seqlens[:-1].long()
 
 
 def _transformer_layers(layers: nn.ModuleList) -> Iterable[TransformerLayer]:

@@ -1,7 +1,7 @@
 """Poolers, their fusion, and the heads of the pretraining objectives and of the downstream tasks."""
 
 import math
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.encoder import LinearGelu
 
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of contrast, as in CLIP (arXiv 2103.00020)
+FIRST_FACTOR, FIRST_MARGIN = 10.0, 0.3  # of similarity: wrong pairs begin below 0, right ones above
 
 
 class Pooler(nn.Module):
@@ -25,10 +26,13 @@ class Pooler(nn.Module):
         return F.relu(self.dense(first_SH))
 
 
-def means(states_NH: torch.Tensor, sequence_N: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
-    """Each sample's mean over its rows: [N, H] with their samples int64 [N] -> [S, H]. A product, since sums by index vary on a GPU."""
-    own_SN = sequence_N[None, :] == torch.arange(len(lengths_S), device=states_NH.device)[:, None]
-    return (own_SN.to(states_NH.dtype) @ states_NH) / lengths_S[:, None]
+def means(states_NH: torch.Tensor, starts_S1: torch.Tensor) -> torch.Tensor:
+    """Each sequence's mean over its rows: packed [N, H], and where sequences begin and the last one ends, [S + 1] -> [S, H].
+
+    Rows of a sequence are summed in their order, in float32: to the same bits at every run, on GPUs too.
+    """
+    lengths_S = starts_S1.diff().long()
+    return torch.segment_reduce(states_NH.float(), "mean", lengths=lengths_S, axis=0, unsafe=True).to(states_NH.dtype)
 
 
 class Fusion(nn.Module):
@@ -102,3 +106,32 @@ class ContrastiveHead(nn.Module):
         """
         texts, regions = F.normalize(self.text(text_TP).float(), dim=-1), F.normalize(self.region(region_IP).float(), dim=-1)
         return texts, regions, self.log_scale.float() * 1.0
+
+
+class Similarity(nn.Module):
+    """Log-odds that text and image match, by the vectors of contrast made of states that have seen each other.
+
+    ``exp(log_scale) * (cosine - margin)``, both of them learned, [1] each as DeepSpeed needs it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(FIRST_FACTOR)))
+        self.margin = nn.Parameter(torch.full((1,), FIRST_MARGIN))
+
+    def forward(self, text_SD: torch.Tensor, region_SD: torch.Tensor) -> torch.Tensor:
+        """Vectors of length 1, [S, D] each -> float32 [S]."""
+        return self.log_scale.float().exp() * ((text_SD * region_SD).sum(-1) - self.margin.float())
+
+
+def matching_logits(
+    model: Any, pooled_text_SP: torch.Tensor, pooled_region_SP: torch.Tensor, sides: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """Logits [S, 2] of a ``model``'s matching head, class 0 = matched; with ``itm_similarity`` that one's log-odds are added to class 0's,
+    float32. ``sides``: what the vectors of text and of regions are made of, [S, P or H] each; None where one of them is absent."""
+    logits_S2: torch.Tensor = model.itm_head(model.fusion(pooled_text_SP, pooled_region_SP))
+    if model.itm_similarity is None or sides is None:
+        return logits_S2
+    texts, regions, _ = model.itc_head(*sides)
+    near_S = model.itm_similarity(texts, regions)
+    return logits_S2.float() + torch.stack([near_S, torch.zeros_like(near_S)], dim=1)

@@ -12,9 +12,8 @@ No parameter sits on these classes themselves: each is read inside the forward o
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +29,41 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from megainter.data.feature_store.record import RegionRecord
 from megainter.data.feature_store.views import RegionViews
 from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
 from megainter.files import renew_checksums
-from megainter.kernels import QueryRows, SequenceLayout, cross_entropy_sum, soft_label_kl_sum, squared_error_sum
+from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.model.attentions import padded_attentions, watched
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder, LinearGelu
 from megainter.model.folder import locate_model, named, read_config
-from megainter.model.heads import FIRST_SCALE, ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead, means
+from megainter.model.heads import (
+    FIRST_FACTOR,
+    FIRST_MARGIN,
+    FIRST_SCALE,
+    ContrastiveHead,
+    Decoder,
+    Fusion,
+    Pooler,
+    PredictionHead,
+    Similarity,
+    matching_logits,
+    means,
+)
+from megainter.model.outputs import (
+    Asked,
+    Encoded,
+    InterBertClassificationOutput,
+    InterBertForPreTrainingOutput,
+    InterBertForRetrievalOutput,
+    InterBertModelOutput,
+    PackedLosses,
+    PackedScores,
+)
 from megainter.model.packing import PackedLayout, pack_padded
 from megainter.model.processor import InterBertProcessor
 from megainter.model.remote_code import auto_map, write_remote_code
@@ -54,105 +74,6 @@ _HUB_OPTIONS = {"token", "cache_dir", "force_download", "proxies", "gguf_file", 
 MATCHED = 0  # class of the image-text matching head for a caption and its own image (official code)
 
 
-class Encoded(NamedTuple):
-    """What the core makes of a packed batch: ``text_states`` [Nt, H], ``region_states`` [Nr, H], and per sample ``pooled_text`` and
-    ``pooled_region`` [S, P] (0 rows for a modality that is absent)."""
-
-    text_states: torch.Tensor
-    region_states: torch.Tensor
-    pooled_text: torch.Tensor
-    pooled_region: torch.Tensor
-
-
-class PackedScores(NamedTuple):
-    """Logits where they were asked for: ``msm_logits`` [M, V], ``mrm_logits`` [K, C], and ``itm_logits`` [S, 2] (class 0 = matched)."""
-
-    msm_logits: torch.Tensor
-    mrm_logits: torch.Tensor
-    itm_logits: torch.Tensor
-
-
-class Asked(NamedTuple):
-    """The rows of a stream whose last states are wanted: what its last layer computes (None: all rows, where hardly any could be left
-    out), and where the sequences' first rows [S] and the rows asked for [M] then are."""
-
-    queries: QueryRows | None
-    starts: torch.Tensor
-    rows: torch.Tensor
-
-    @classmethod
-    def of(cls, starts: torch.Tensor, rows: torch.Tensor, layout: SequenceLayout) -> "Asked":
-        """``starts`` int64 [S] and ``rows`` int64 [M] of a stream's packed rows, in any order."""
-        wanted, order = torch.cat([starts, rows]).sort()
-        if len(wanted) >= len(layout.sequence):
-            return cls(None, starts, rows)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)
-        return cls(QueryRows.of(wanted, layout), places[: len(starts)], places[len(starts) :])
-
-
-class PackedLosses(NamedTuple):
-    """``msm_sum`` and ``msm_right``: summed cross entropy over the M masked tokens and how many are predicted right (float32 scalars);
-    ``mrm_logits`` [K, C]; ``itm_logits`` [S, 2] (class 0 = matched)."""
-
-    msm_sum: torch.Tensor
-    msm_right: torch.Tensor
-    mrm_logits: torch.Tensor
-    itm_logits: torch.Tensor
-
-
-@dataclass
-class InterBertModelOutput(ModelOutput):
-    """Padded states: ``text_states`` [B, T, H], ``region_states`` [B, R, H], ``pooled_text``, ``pooled_region`` [B, P]."""
-
-    text_states: torch.Tensor | None = None
-    region_states: torch.Tensor | None = None
-    pooled_text: torch.Tensor | None = None
-    pooled_region: torch.Tensor | None = None
-    interaction_attentions: tuple[torch.Tensor, ...] | None = None
-    text_attentions: tuple[torch.Tensor, ...] | None = None
-    region_attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class InterBertForPreTrainingOutput(ModelOutput):
-    """``loss`` is the sum of those of the three losses whose labels were given; logits are zeros at padding."""
-
-    loss: torch.Tensor | None = None
-    msm_loss: torch.Tensor | None = None
-    mrm_loss: torch.Tensor | None = None
-    itm_loss: torch.Tensor | None = None
-    text_logits: torch.Tensor | None = None
-    region_logits: torch.Tensor | None = None
-    itm_logits: torch.Tensor | None = None
-    interaction_attentions: tuple[torch.Tensor, ...] | None = None
-    text_attentions: tuple[torch.Tensor, ...] | None = None
-    region_attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class InterBertForRetrievalOutput(ModelOutput):
-    """``logits`` [B, 2] of the matching head; ``scores`` [B], the probability that caption and image match."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    interaction_attentions: tuple[torch.Tensor, ...] | None = None
-    text_attentions: tuple[torch.Tensor, ...] | None = None
-    region_attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class InterBertClassificationOutput(ModelOutput):
-    """``logits`` [B, K] over choices, or [B, num_labels]."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    interaction_attentions: tuple[torch.Tensor, ...] | None = None
-    text_attentions: tuple[torch.Tensor, ...] | None = None
-    region_attentions: tuple[torch.Tensor, ...] | None = None
-
-
 class InterBertArchitecture(PreTrainedModel):
     """What all InterBERT classes share, those of `model.plain` too: configuration, initialisation, how Hugging Face tools handle them."""
 
@@ -161,7 +82,7 @@ class InterBertArchitecture(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 - Hugging Face's name and form
     # One folder may hold the heads of several models; each model takes its own.
-    _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|itc|choice)_head\.", r"^classifier\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|itc|choice)_head\.", r"^itm_similarity\.", r"^classifier\."]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -175,6 +96,9 @@ class InterBertArchitecture(PreTrainedModel):
             init.zeros_(module.bias)
         if isinstance(module, ContrastiveHead):
             init.constant_(module.log_scale, math.log(FIRST_SCALE))
+        if isinstance(module, Similarity):
+            init.constant_(module.log_scale, math.log(FIRST_FACTOR))
+            init.constant_(module.margin, FIRST_MARGIN)
 
 
 class InterBertPreTrainedModel(InterBertArchitecture):
@@ -241,15 +165,27 @@ class InterBertModel(InterBertPreTrainedModel):
 
     def _encode_rows(self, inputs: PackedInputs, text_rows: torch.Tensor, region_rows: torch.Tensor, alone: bool) -> Encoded:
         layout, text_NH, region_NH = self._embed(inputs, alone)
-        text, region = Asked.of(layout.text_starts, text_rows, layout.text), Asked.of(layout.region_starts, region_rows, layout.region)
+        compared = self.config.itm_similarity and not alone
+        whole = compared and self.config.itc_pooling == "mean"
+        text = Asked.of(layout.text_starts, text_rows, layout.text, whole)
+        region = Asked.of(layout.region_starts, region_rows, layout.region, whole)
         text_XH, region_XH = self.encoder(text_NH, region_NH, layout, text.queries, region.queries)
         pooled_text = self.text_pooler(text_XH.index_select(0, text.starts))
         pooled_region = self.region_pooler(region_XH.index_select(0, region.starts))
-        return Encoded(text_XH.index_select(0, text.rows), region_XH.index_select(0, region.rows), pooled_text, pooled_region)
+        sides = None
+        if compared and len(pooled_text) and len(pooled_region):
+            sides = self._means(text_XH, region_XH, layout) if whole else (pooled_text, pooled_region)
+        return Encoded(text_XH.index_select(0, text.rows), region_XH.index_select(0, region.rows), pooled_text, pooled_region, sides)
 
     def pool(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The pooled text and regions alone, [S, P] each (0 rows for a modality that is absent)."""
-        return self._pooled(inputs, alone=False)
+        encoded = self.pool_and_compare(inputs)
+        return encoded.pooled_text, encoded.pooled_region
+
+    def pool_and_compare(self, inputs: PackedInputs) -> Encoded:
+        """`encode_rows` with no row asked for: what matching needs."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=inputs.input_ids.device)
+        return self.encode_rows(inputs, nothing, nothing)
 
     def pool_alone(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """One row for each text [T, P] and each image [I, P] of a batch in which every sample is a text alone or an image's regions alone.
@@ -258,16 +194,16 @@ class InterBertModel(InterBertPreTrainedModel):
         rows, or the means of all rows (then P is the hidden size). UsageError for a sample that has both.
         """
         if self.config.itc_pooling == "first":
-            return self._pooled(inputs, alone=True)
+            nothing = torch.zeros(0, dtype=torch.int64, device=inputs.input_ids.device)
+            encoded = self._encode_rows(inputs, nothing, nothing, alone=True)
+            return encoded.pooled_text, encoded.pooled_region
         layout, text_NH, region_NH = self._embed(inputs, alone=True)
-        states = zip(self.encoder(text_NH, region_NH, layout), (layout.text, layout.region), strict=True)
-        text, region = (means(rows, side.sequence, side.cu_seqlens.diff()) for rows, side in states)
-        return text, region
+        return self._means(*self.encoder(text_NH, region_NH, layout), layout)
 
-    def _pooled(self, inputs: PackedInputs, alone: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        nothing = torch.zeros(0, dtype=torch.int64, device=inputs.input_ids.device)
-        encoded = self._encode_rows(inputs, nothing, nothing, alone)
-        return encoded.pooled_text, encoded.pooled_region
+    def _means(self, text_NH: torch.Tensor, region_NH: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        streams = ((text_NH, layout.text), (region_NH, layout.region))
+        text, region = (means(rows, stream.cu_seqlens) for rows, stream in streams)
+        return text, region
 
     def _embed(self, inputs: PackedInputs, alone: bool = False) -> tuple[PackedLayout, torch.Tensor, torch.Tensor]:
         layout = PackedLayout.of(inputs, self.config.max_position_embeddings, alone)
@@ -339,6 +275,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         self.fusion = Fusion(config)
         self.itm_head = nn.Linear(config.pooler_size, 2)
         self.itc_head = ContrastiveHead(config) if config.itc_size else None
+        self.itm_similarity = Similarity() if config.itm_similarity else None
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -376,7 +313,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         return PackedScores(
             self.msm_head(encoded.text_states),
             self.mrm_head(encoded.region_states),
-            self.itm_head(self.fusion(encoded.pooled_text, encoded.pooled_region)),
+            matching_logits(self, encoded.pooled_text, encoded.pooled_region, encoded.sides),
         )
 
     def judge_packed(
@@ -388,7 +325,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         return PackedLosses(
             *self.msm_head.losses(encoded.text_states, msm_labels),
             self.mrm_head(encoded.region_states),
-            self.itm_head(self.fusion(encoded.pooled_text, encoded.pooled_region)),
+            matching_logits(self, encoded.pooled_text, encoded.pooled_region, encoded.sides),
         )
 
     def forward(
@@ -480,6 +417,7 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
         self.fusion = Fusion(config)
         self.itm_head = nn.Linear(config.pooler_size, 2)
         self.itc_head = ContrastiveHead(config) if config.itc_size else None
+        self.itm_similarity = Similarity() if config.itm_similarity else None
         self.post_init()
 
     def vectors_packed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -498,7 +436,8 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
 
     def logits_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Matching logits [S, 2], class 0 = matched."""
-        return self.itm_head(self.fusion(*self.interbert.pool(inputs)))
+        encoded = self.interbert.pool_and_compare(inputs)
+        return matching_logits(self, encoded.pooled_text, encoded.pooled_region, encoded.sides)
 
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Log-odds of "matched" as float32 [S]. Its sigmoid is the official score (softmax of the logits, class 0): the same order,

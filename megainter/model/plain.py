@@ -14,19 +14,21 @@ from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_erro
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder
-from megainter.model.heads import ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead
+from megainter.model.heads import ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead, Similarity, matching_logits
 from megainter.model.interbert import (
     MATCHED,
     InterBertArchitecture,
-    InterBertClassificationOutput,
-    InterBertForPreTrainingOutput,
-    InterBertForRetrievalOutput,
-    InterBertModelOutput,
     PairClassifier,
     beside_each_image,
     classification_losses,
     images_per_example,
     per_choice,
+)
+from megainter.model.outputs import (
+    InterBertClassificationOutput,
+    InterBertForPreTrainingOutput,
+    InterBertForRetrievalOutput,
+    InterBertModelOutput,
 )
 from megainter.model.padding import PaddedInputs, PaddedStreams, first_rows, mean_rows, positions_of, require_both_sides
 from megainter.model.plain_attentions import looking
@@ -120,6 +122,7 @@ class _WithVectors(InterBertArchitecture):
 
     interbert: InterBertModel
     itc_head: ContrastiveHead | None
+    itm_similarity: Similarity | None
 
     def encode_texts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, token_type_ids: torch.Tensor | None = None
@@ -150,6 +153,14 @@ class _WithVectors(InterBertArchitecture):
         into = self.itc_head.text if inputs.has_text else self.itc_head.region
         return F.normalize(into(pooled).float(), dim=-1)
 
+    def _matching(self, text_BTH: torch.Tensor, region_BRH: torch.Tensor, inputs: PaddedInputs) -> torch.Tensor:
+        pooled = self.interbert._pooled(text_BTH, region_BRH, inputs)
+        sides = None
+        if self.itm_similarity is not None and inputs.has_text and inputs.has_regions:
+            means = mean_rows(text_BTH, inputs.text_real), mean_rows(region_BRH, inputs.region_real)
+            sides = means if self.config.itc_pooling == "mean" else pooled
+        return matching_logits(self, *pooled, sides)
+
 
 class InterBertForPreTraining(_WithVectors):
     """InterBERT with the heads of masked segment modelling, masked region modelling and image-text matching; with ``config.itc_size`` also
@@ -165,6 +176,7 @@ class InterBertForPreTraining(_WithVectors):
         self.fusion = Fusion(config)
         self.itm_head = nn.Linear(config.pooler_size, 2)
         self.itc_head = ContrastiveHead(config) if config.itc_size else None
+        self.itm_similarity = Similarity() if config.itm_similarity else None
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -201,7 +213,7 @@ class InterBertForPreTraining(_WithVectors):
             text_BTH, region_BRH = self.interbert.encode(inputs)
         text_logits = _real_alone(self.msm_head(text_BTH), inputs.text_real)
         region_logits = _real_alone(self.mrm_head(region_BRH), inputs.region_real)
-        itm_logits = self.itm_head(self.fusion(*self.interbert._pooled(text_BTH, region_BRH, inputs)))
+        itm_logits = self._matching(text_BTH, region_BRH, inputs)
 
         # the losses whose labels are there
         msm_loss = mrm_loss = itm_loss = None
@@ -250,6 +262,7 @@ class InterBertForRetrieval(_WithVectors):
         self.fusion = Fusion(config)
         self.itm_head = nn.Linear(config.pooler_size, 2)
         self.itc_head = ContrastiveHead(config) if config.itc_size else None
+        self.itm_similarity = Similarity() if config.itm_similarity else None
         self.post_init()
 
     def forward(
@@ -267,7 +280,7 @@ class InterBertForRetrieval(_WithVectors):
         size = self.config.region_feature_size
         inputs = PaddedInputs.of(input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, size)
         with looking(self.interbert.encoder, output_attentions) as attentions:
-            logits = self.itm_head(self.fusion(*self.interbert.pool(inputs)))
+            logits = self._matching(*self.interbert.encode(inputs), inputs)
         loss = cross_entropy_sum(logits, labels) / max(len(labels), 1) if labels is not None else None
         return InterBertForRetrievalOutput(loss=loss, logits=logits, scores=logits.float().softmax(-1)[:, MATCHED], **attentions)
 

@@ -114,7 +114,8 @@ def open_start(
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob"):
         if getattr(settings, name) is not None:
             setattr(config, name, getattr(settings, name))
-    config.itc_size = config.itc_size if vectors else 0
+    if not vectors:
+        config.itc_size, config.itm_similarity = 0, False
     config.max_text_tokens = max_text_tokens or config.max_text_tokens
     config.max_regions = max_regions or config.max_regions
     if config.max_text_tokens is not None and config.max_text_tokens > config.max_position_embeddings:

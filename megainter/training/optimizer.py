@@ -48,7 +48,7 @@ def _biases_and_norms(model: nn.Module) -> set[str]:
         if isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__
         for p in module.parameters(recurse=False)
     }
-    bare = ("bias", "log_scale")  # the scale of contrast is a bias, of a logarithm
+    bare = ("bias", "log_scale", "margin")  # scales of cosines are biases of a logarithm, a margin is one of a cosine
     return {name for name, parameter in model.named_parameters() if name.endswith(bare) or id(parameter) in norm_weights}
 
 

@@ -19,7 +19,8 @@ from megainter.data.integers import Int64s
 from megainter.data.stream.masking import PAPER, overlaps
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
-from megainter.model.interbert import MATCHED, InterBertForPreTraining, InterBertForPreTrainingOutput
+from megainter.model.interbert import MATCHED, InterBertForPreTraining
+from megainter.model.outputs import InterBertForPreTrainingOutput
 from megainter.model.processor import InterBertProcessor
 
 HEADS = {"words": "msm_head", "regions": "mrm_head", "matching": "itm_head"}  # by what they are asked

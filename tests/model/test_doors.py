@@ -11,8 +11,12 @@ from tests.model.tiny import every_row, packed_batch, padded, samples_of, tiny_m
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 
-def test_packed_and_padded_agree() -> None:
-    model, inputs = tiny_model(), packed_batch()
+SIMILARITY = [{}, {"itc_size": 5, "itm_similarity": True}, {"itc_size": 5, "itm_similarity": True, "itc_pooling": "mean"}]
+
+
+@pytest.mark.parametrize("changes", SIMILARITY)
+def test_packed_and_padded_agree(changes: dict) -> None:
+    model, inputs = tiny_model(**changes), packed_batch()
     scores = model.score_packed(inputs, *every_row(inputs))
     batch = padded(inputs, extra=2)
     out = model(**batch)
@@ -21,8 +25,9 @@ def test_packed_and_padded_agree() -> None:
     torch.testing.assert_close(out.itm_logits, scores.itm_logits, **CLOSE)
 
 
-def test_only_what_is_asked_equals_the_rows_of_all() -> None:
-    model, inputs = tiny_model(), packed_batch()
+@pytest.mark.parametrize("changes", SIMILARITY)
+def test_only_what_is_asked_equals_the_rows_of_all(changes: dict) -> None:
+    model, inputs = tiny_model(**changes), packed_batch()
     everything = model.score_packed(inputs, *every_row(inputs))
     msm, mrm = torch.tensor([1, 6, 20]), torch.tensor([12, 2])
     some = model.score_packed(inputs, msm, mrm)
@@ -31,6 +36,8 @@ def test_only_what_is_asked_equals_the_rows_of_all() -> None:
     none = model.score_packed(inputs, msm[:0], mrm[:0])
     assert none.msm_logits.shape == (0, 50)
     assert none.mrm_logits.shape == (0, 7)
+    for asked in (some, none):
+        torch.testing.assert_close(asked.itm_logits, everything.itm_logits, **CLOSE)
 
 
 @pytest.mark.parametrize("order", [[0], [1], [2], [3], [3, 1, 0, 2], [2, 2]], ids=str)
@@ -143,11 +150,11 @@ def test_rows_asked_for_are_those_of_the_whole_encoding(layers: tuple[int, int],
     whole, some = model.interbert.encode(inputs), model.interbert.encode_rows(inputs, *wanted)
     expected = whole.text_states[wanted[0]], whole.region_states[wanted[1]], whole.pooled_text, whole.pooled_region
     gradients = []
-    for states in (expected, some):
+    for states in (expected, some[:4]):
         model.zero_grad(set_to_none=True)
         sum((part * torch.arange(1.0, 1 + part.numel()).view_as(part).cos()).sum() for part in states).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    for part, other in zip(some, expected, strict=True):
+    for part, other in zip(some[:4], expected, strict=True):
         torch.testing.assert_close(part, other, rtol=1e-5, atol=1e-6)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():

@@ -49,6 +49,16 @@ def test_scores_equal_those_of_the_packed_door(depths: tuple[int, int, int], fus
     torch.testing.assert_close(found, wanted, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("depths", [(2, 2, 1), (2, 0, 0)])
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_similarity_is_that_of_the_packed_door(depths: tuple[int, int, int], pooling: str) -> None:
+    model = model_of(*depths, itc_size=6, itc_pooling=pooling, itm_similarity=True)
+    captions, images, wanted = embedded(model)
+    torch.testing.assert_close(score_grid(model, captions, images), wanted, atol=1e-5, rtol=2e-5)
+    model.itm_similarity = None
+    assert (score_grid(model, captions, images) - wanted).abs().median() > 0.1
+
+
 def test_a_pair_does_not_see_its_neighbours() -> None:
     """One caption against one image, alone, scores as it does inside the grid."""
     model = model_of(2, 2, 2)

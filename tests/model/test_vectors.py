@@ -1,11 +1,13 @@
 """Vectors of texts alone and images alone: what a mixed batch gives is what each gives by itself; from Python, from a folder, converted."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megainter import InterBertForPreTraining, InterBertForRetrieval, InterBertProcessor
 from megainter.config.settings import OptimizerConfig
@@ -16,7 +18,7 @@ from megainter.data.packed import PackedInputs
 from megainter.data.tables.pairs import read_pairs
 from megainter.errors import UsageError
 from megainter.training.optimizer import parameter_groups
-from tests.model.tiny import packed_batch, tiny_config, tiny_model
+from tests.model.tiny import packed_batch, samples_of, tiny_config, tiny_model
 from tests.synthetic import write_data
 from tests.tasks.retrieval.test_evaluation import write_model
 
@@ -93,12 +95,14 @@ def test_the_head_is_there_where_it_is_asked_for_alone() -> None:
         tiny_config(itc_size=-1)
 
 
-def test_the_scale_does_not_decay() -> None:
-    model = tiny_model(itc_size=5)
+def test_scales_and_margin_do_not_decay() -> None:
+    model = tiny_model(itc_size=5, itm_similarity=True)
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     assert model.itc_head is not None
     assert decay[id(model.itc_head.log_scale)] == 0
+    assert model.itm_similarity is not None
+    assert [decay[id(parameter)] for parameter in model.itm_similarity.parameters()] == [0, 0]
     assert decay[id(model.itc_head.text.weight)] == 0.1
 
 
@@ -149,3 +153,43 @@ def test_conversions_keep_the_head_and_the_official_form_has_none(tmp_path: Path
     back = InterBertForPreTraining.from_pretrained(tmp_path / "back")
     assert back.config.itc_size == 0
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in back.named_parameters())
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_similarity_is_a_scaled_cosine_of_states_that_have_seen_each_other(pooling: str) -> None:
+    """Against a loop over single pairs: matching without it, and a cosine of what the ordinary encoding gives."""
+    model, inputs = tiny_model(itc_size=5, itc_pooling=pooling, itm_similarity=True), packed_batch()
+    assert model.itm_similarity is not None
+    assert model.itc_head is not None
+    with torch.no_grad():
+        model.itm_similarity.log_scale.fill_(1.7)
+        model.itm_similarity.margin.fill_(-0.2)
+        whole = model.score_packed(inputs, *([torch.zeros(0, dtype=torch.int64)] * 2)).itm_logits
+        for i in range(len(inputs)):
+            alone = model.interbert.encode(samples_of(inputs, [i]))
+            sides = (alone.text_states.mean(0), alone.region_states.mean(0))
+            text, region = sides if pooling == "mean" else (alone.pooled_text[0], alone.pooled_region[0])
+            cosine = F.cosine_similarity(model.itc_head.text(text), model.itc_head.region(region), dim=0)
+            plain = model.itm_head(model.fusion(alone.pooled_text, alone.pooled_region))[0]
+            expected = plain + torch.tensor([math.exp(1.7) * (float(cosine) + 0.2), 0.0])
+            torch.testing.assert_close(whole[i], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_similarity_needs_vectors_and_is_kept_but_in_the_official_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="itm_similarity compares the vectors"):
+        tiny_model(itm_similarity=True)
+    model = tiny_model(itc_size=5, itm_similarity=True)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    torch.save(model.state_dict(), weights / "pytorch_model.bin")
+    (weights / "sizes.json").write_text(json.dumps({"num_attention_heads": 4, "num_region_attention_heads": 3}))
+    convert_hugging_face(weights / "pytorch_model.bin", tmp_path / "read", config_file=weights / "sizes.json")
+    read = InterBertForPreTraining.from_pretrained(tmp_path / "read")
+    assert read.config.itm_similarity
+    assert all(torch.equal(p, read.get_parameter(name)) for name, p in model.named_parameters())
+
+    (tmp_path / "read" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(45))]) + "\n")
+    to_official(tmp_path / "read", tmp_path / "official.bin")
+    assert "without it this model matches worse" in capsys.readouterr().out
+    convert_official(tmp_path / "official.bin", tmp_path / "back")
+    assert not InterBertForPreTraining.from_pretrained(tmp_path / "back").config.itm_similarity

@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     BLOCKS = 8
     BATCH_NEGATIVE = 9
     BATCH_CHOICE = 10
+    CONTRAST_TEXT = 11
+    CONTRAST_REGION = 12
     NEGATIVE = 16  # the j-th attempt at a negative caption uses NEGATIVE + j
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from megainter.data.integers import Int64s
 from megainter.data.packed import PackedInputs, packed_locations, packed_rows
+from megainter.data.stream.masking import Bools
 from megainter.data.stream.portions import forwards, shares
 from megainter.data.stream.steps import GlobalSteps
 from megainter.errors import UsageError
@@ -63,19 +64,31 @@ class PretrainBatch:
 _TENSORS = ("msm_positions", "msm_labels", "mrm_positions", "mrm_targets", "itm_labels")
 
 
-def collate(
-    samples: Samples, settings: StreamSettings, counted: bool = True, own: OwnCaptions | None = None, places: Int64s | None = None
-) -> PretrainBatch:
+@dataclass(frozen=True)
+class Contrasted:
+    """What contrast sees of a micro-batch: the samples' own captions, which regions (bool [N], without the global ones), and the samples'
+    places in the step, int64 [S]."""
+
+    own: OwnCaptions
+    kept: Bools
+    places: Int64s
+
+    def sides(self, samples: Samples, hidden: Hidden) -> Sides:
+        """Both sides of ``samples``, where masking hid what ``hidden`` has."""
+        return Sides.of(self.own, self.places, samples.draws, hidden, samples.regions.counts, self.kept)
+
+
+def collate(samples: Samples, settings: StreamSettings, counted: bool = True, contrast: Contrasted | None = None) -> PretrainBatch:
     """Samples as one micro-batch, their features and class probabilities read; regions of each sample follow its global region.
 
-    ``own`` are the samples' own captions, where contrast is trained, and ``places`` int64 [S] the samples' places in the step.
+    ``contrast``: what is compared besides, where contrast is trained.
     ``DamagedError`` for a record that is not as it was written.
     """
     counts = samples.regions.counts
     record = np.repeat(np.arange(len(counts)), counts)  # of each region
     rows = packed_rows(counts)
     spoken = _spoken(samples.msm_positions, samples.text_lengths, samples.draws, settings.gate_msm)
-    hidden = Hidden(samples.regions.schema.feature_size) if own is not None else None
+    hidden = Hidden(samples.regions.schema.feature_size) if contrast is not None else None
     features, predicted = _features(samples, settings.region_objective == "feature", hidden)
     inputs = PackedInputs(
         input_ids=torch.from_numpy(samples.ids),
@@ -93,7 +106,7 @@ def collate(
         mrm_targets=_class_targets(samples, record) if settings.region_objective == "class" else torch.from_numpy(predicted),
         itm_labels=torch.from_numpy(samples.draws.itm_labels),
         counted=counted,
-        sides=Sides.of(own, places, samples.draws, hidden) if own is not None and places is not None and hidden is not None else None,
+        sides=contrast.sides(samples, hidden) if contrast is not None and hidden is not None else None,
     )
 
 
@@ -219,8 +232,10 @@ class PretrainStream(Dataset[list[PretrainBatch]]):
     def batch(self, draws: Draws, places: Int64s, counted: bool = True) -> PretrainBatch:
         """Samples ``places`` of ``draws`` as one micro-batch."""
         samples = self.sampler.samples(draws, places)
-        own = self.sampler.own_captions(samples.draws.rows) if self.settings.contrast else None
-        return collate(samples, self.settings, counted=counted, own=own, places=places)
+        if not self.settings.contrast:
+            return collate(samples, self.settings, counted=counted)
+        own, kept = self.sampler.own_captions(samples.draws), self.sampler.kept_regions(samples.draws, samples.regions.counts)
+        return collate(samples, self.settings, counted=counted, contrast=Contrasted(own, kept, places))
 
 
 def combined_digest(digests: list[tuple[int, str]]) -> str:

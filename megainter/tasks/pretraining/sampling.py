@@ -39,11 +39,11 @@ class StreamSettings:
     ``gate_msm``: mismatched captions are not scored for masked segments (the official code scores them). ``conditional_masking``: a sample
     has either its text or its regions masked, by a fair coin, so that what is masked is predicted beside an intact other side (UNITER;
     the official code's --cond_mask means that, but shares the zeroed features between both). ``mask_text`` and ``mask_regions`` False: that
-    side is never masked. ``contrast``: batches also hold each sample's
-    own caption and its regions without masks, each for itself. ``batch_negatives``: this share of the mismatched samples is shown another
-    caption of the same step in place of the drawn one, chosen when the step is trained (``fresh.py``). ``shuffle`` False: sample n is
-    row n, in every epoch. ``block`` samples that come after each other are of images that lie near each other in the store; 0: all is
-    shuffled.
+    side is never masked. ``contrast``: batches also hold each sample's own caption and its regions without masks, each for itself;
+    ``contrast_drop`` is the share of these tokens and regions that is left out. ``batch_negatives``: this share of the mismatched samples
+    is shown another caption of the same step in place of the drawn one, chosen when the step is trained (``fresh.py``). ``shuffle`` False:
+    sample n is row n, in every epoch. ``block`` samples that come after each other are of images that lie near each other in the store;
+    0: all is shuffled.
     """
 
     seed: int
@@ -60,6 +60,7 @@ class StreamSettings:
     region_objective: Literal["class", "feature"] = "class"
     gate_msm: bool = False
     contrast: bool = False
+    contrast_drop: float = 0.0
     batch_negatives: float = 0.0
     shuffle: bool = True
     block: int = 0
@@ -199,8 +200,9 @@ class Sampler:
             by_storage = rows_by_storage(pairs, self.store_rows, store)
         self.by_storage = by_storage
         self.recipe = recipe(settings.masking)
-        self._text_draws, self._region_draws = (
-            SampleGenerators(settings.seed, purpose) for purpose in (Purpose.TEXT_MASK, Purpose.REGION_MASK)
+        purposes = (Purpose.TEXT_MASK, Purpose.REGION_MASK, Purpose.CONTRAST_TEXT, Purpose.CONTRAST_REGION)
+        self._text_draws, self._region_draws, self._text_drops, self._region_drops = (
+            SampleGenerators(settings.seed, purpose) for purpose in purposes
         )
 
     def draws(self, epochs: Int64s, numbers: Int64s) -> Draws:
@@ -256,13 +258,30 @@ class Sampler:
         scored = masked & np.repeat(here.itm_labels == 0, regions.counts)
         return Samples(here, *self._texts(here, in_text), regions, masked, zeroed, scored, self.settings.region_objective == "class")
 
-    def own_captions(self, rows: Int64s) -> OwnCaptions:
-        """The captions of ``rows`` int64 [S] of the pairs, whatever a sample of theirs shows."""
-        captions = [self.tokens[row] for row in rows.tolist()]
+    def own_captions(self, draws: Draws) -> OwnCaptions:
+        """The captions of the images of samples ``draws``, whatever they show, but for the tokens that ``contrast_drop`` leaves out."""
+        captions = [self.tokens[row] for row in draws.rows.tolist()]
         lengths = np.array([len(caption) for caption in captions], dtype=np.int64)
-        ids = marked_end_to_end(np.concatenate([np.zeros(0, np.int32), *captions]), lengths, self.vocabulary.cls_id, self.vocabulary.sep_id)
-        keys = [self.pairs.image_numbers[rows], text_keys(self.pairs, rows)]
+        kept = self._kept_by_contrast(self._text_drops, draws, lengths)
+        tokens, lengths = np.concatenate([np.zeros(0, np.int32), *captions])[kept], counted(kept, lengths)
+        ids = marked_end_to_end(tokens, lengths, self.vocabulary.cls_id, self.vocabulary.sep_id)
+        keys = [self.pairs.image_numbers[draws.rows], text_keys(self.pairs, draws.rows)]
         return OwnCaptions(ids, lengths + 2, np.stack(keys, axis=1).astype(np.int64))
+
+    def kept_regions(self, draws: Draws, counts: Int64s) -> Bools:
+        """bool [N]: which regions of the samples' images, ``counts`` int64 [S] of them, contrast sees."""
+        return self._kept_by_contrast(self._region_drops, draws, counts)
+
+    def _kept_by_contrast(self, generators: SampleGenerators, draws: Draws, sizes: Int64s) -> Bools:
+        """bool [sum of ``sizes``]: all but a share ``contrast_drop``; of a sample that has some, one stays in any case."""
+        share = self.settings.contrast_drop
+        if share == 0:
+            return np.ones(int(sizes.sum()), np.bool_)
+        uniforms = _drawn(generators, 1, draws, sizes)[0]
+        some = sizes > 0
+        largest = np.maximum.reduceat(uniforms, (np.cumsum(sizes) - sizes)[some]) if some.any() else np.zeros(0)
+        kept: Bools = (uniforms >= share) | (uniforms == np.repeat(largest, sizes[some]))
+        return kept
 
     def drawn_in_step(self, draws: Draws) -> Bools:
         """bool [S]: which samples are shown another caption of their step, by ``batch_negatives``."""
@@ -350,6 +369,11 @@ class Sampler:
         for array in (sample.ids, sample.msm_positions, sample.masked, sample.zeroed):
             total.update(np.ascontiguousarray(array).tobytes())
         return total.digest()
+
+
+def counted(chosen: Bools, sizes: Int64s) -> Int64s:
+    """int64 [S]: how many of each sample's ``sizes`` [S] are ``chosen``, bool [sum of ``sizes``]."""
+    return np.bincount(np.repeat(np.arange(len(sizes)), sizes)[chosen], minlength=len(sizes)).astype(np.int64)
 
 
 def _drawn(generators: SampleGenerators, each: int, draws: Draws, sizes: Int64s) -> Uniforms:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from megainter.data.integers import Int64s
-from megainter.data.packed import PackedInputs
+from megainter.data.packed import PackedInputs, packed_rows
+from megainter.data.stream.masking import Bools
 from megainter.tasks.contrast import Answers
-from megainter.tasks.pretraining.sampling import Draws, OwnCaptions
+from megainter.tasks.pretraining.sampling import Draws, OwnCaptions, counted
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Sides:
 
     ``places`` int64 [S] in the global step, and ``keys`` int64 [S, 3]: the image's number, a hash of the text, the pair's row; both stay
     on the CPU, as ``text_lengths`` int64 [S]. ``input_ids`` int64 [Nt]. Regions are those of the batch, but for the rows that masking
-    changed: ``hidden_rows`` int64 [Z] were ``hidden_features`` float16 [Z, F]. ``draws`` are the samples as the stream drew them.
+    changed: ``hidden_rows`` int64 [Z] were ``hidden_features`` float16 [Z, F]; of them ``kept_rows`` int64 are seen (None: all), and
+    ``region_lengths`` int64 [S] on the CPU are how many of each image. ``draws`` are the samples as the stream drew them.
     """
 
     places: Tensor
@@ -31,12 +33,17 @@ class Sides:
     input_ids: Tensor
     hidden_rows: Tensor
     hidden_features: Tensor
+    region_lengths: Tensor
     draws: Draws
+    kept_rows: Tensor | None = None
     answers: Answers | None = None
 
     @classmethod
-    def of(cls, own: OwnCaptions, places: Int64s, draws: Draws, hidden: "Hidden") -> "Sides":
-        """The sides of samples ``draws``, whose own captions and hidden regions are these."""
+    def of(cls, own: OwnCaptions, places: Int64s, draws: Draws, hidden: "Hidden", counts: Int64s, kept: Bools) -> "Sides":
+        """The sides of samples ``draws``, whose own captions and hidden regions are these. ``counts`` int64 [S] are their regions without
+        the global ones, of which ``kept`` bool are seen."""
+        seen = np.ones(len(kept) + len(counts), np.bool_)
+        seen[packed_rows(counts)] = kept
         return cls(
             places=torch.from_numpy(places),
             keys=torch.from_numpy(np.concatenate([own.keys, draws.rows[:, None]], axis=1)),
@@ -44,34 +51,40 @@ class Sides:
             input_ids=torch.from_numpy(own.ids),
             hidden_rows=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *hidden.rows])),
             hidden_features=torch.cat([torch.zeros(0, hidden.width, dtype=torch.float16), *hidden.features]),
+            region_lengths=torch.from_numpy(counted(kept, counts) + 1),
             draws=draws,
+            kept_rows=None if kept.all() else torch.from_numpy(np.flatnonzero(seen)),
         )
 
     def inputs(self, shown: PackedInputs) -> PackedInputs:
         """S texts alone and then S images alone, in one batch, where ``shown`` are the inputs of the micro-batch, as masked."""
         # In place, in a copy: under autocast on a CPU index_copy refuses half precision.
         features = shown.region_features.clone().index_copy_(0, self.hidden_rows, self.hidden_features.to(shown.region_features.dtype))
-        nothing = torch.zeros_like(self.text_lengths)
+        locations, nothing = shown.region_locations, torch.zeros_like(self.text_lengths)
+        if self.kept_rows is not None:
+            features, locations = features.index_select(0, self.kept_rows), locations.index_select(0, self.kept_rows)
         return PackedInputs(
             input_ids=self.input_ids,
             token_type_ids=torch.zeros_like(self.input_ids),
             text_lengths=torch.cat([self.text_lengths, nothing]),
             region_features=features,
-            region_locations=shown.region_locations,
-            region_lengths=torch.cat([nothing, shown.region_lengths]),
+            region_locations=locations,
+            region_lengths=torch.cat([nothing, self.region_lengths]),
         )
 
     def to(self, device: torch.device | str) -> "Sides":
         """The same on ``device``, copied without waiting where its memory is pinned."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _MOVED}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
         return replace(self, answers=self.answers.to(device) if self.answers is not None else None, **moved)
 
     def pin_memory(self) -> "Sides":
         """The same in page-locked memory."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in _MOVED})
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
 
-
-_MOVED = ("input_ids", "hidden_rows", "hidden_features")
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the model's device needs, by name."""
+        named = {name: getattr(self, name) for name in ("input_ids", "hidden_rows", "hidden_features", "kept_rows")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 @dataclass

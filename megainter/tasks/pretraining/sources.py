@@ -208,6 +208,7 @@ def _stream(
         region_objective=config.model.region_objective,
         gate_msm=data.gate_msm,
         contrast=training.itc_weight > 0,
+        contrast_drop=data.contrast_drop if name == "train" else 0.0,
         batch_negatives=data.batch_negatives if name == "train" else 0.0,
         shuffle=name == "train",
         block=(data.block or BLOCK) if by_storage is not None else 0,

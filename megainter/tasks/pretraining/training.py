@@ -91,7 +91,7 @@ def _forward_flops(config: InterBertConfig, batch: PretrainBatch) -> int:
     counts = BatchCounts.of(batch.inputs.text_lengths, batch.inputs.region_lengths, len(batch.msm_positions), len(batch.mrm_positions))
     if batch.sides is None:
         return forward_flops(config, counts)
-    return forward_flops(config, counts) + alone_flops(config, batch.sides.text_lengths, batch.inputs.region_lengths)
+    return forward_flops(config, counts) + alone_flops(config, batch.sides.text_lengths, batch.sides.region_lengths)
 
 
 def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertForPreTraining:
@@ -104,7 +104,7 @@ def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertFor
         return InterBertForPreTraining(settings)
     transformers_logging.disable_progress_bar()
     found = read_config(start)
-    for name in (*DROPOUTS, "max_regions", "max_text_tokens", "itc_size", "itc_pooling", "detector", "region_classes"):
+    for name in (*DROPOUTS, "max_regions", "max_text_tokens", "itc_size", "itc_pooling", "itm_similarity", "detector", "region_classes"):
         setattr(found, name, getattr(settings, name))
     started: InterBertForPreTraining = InterBertForPreTraining.from_pretrained(start, config=found)
     return started

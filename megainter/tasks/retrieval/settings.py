@@ -101,6 +101,8 @@ class RetrievalStart(StartConfig):
     """Width of the vectors of a text alone and an image alone, where training.itc_weight asks for them and the start has none."""
     itc_pooling: Literal["first", "mean"] = "first"
     """What these fresh vectors are made of: the pooled first token and global region, or the means of all tokens and regions."""
+    itm_similarity: bool | None = None
+    """Whether matching also weighs how near the vectors of a pair are once both sides have seen each other; none: as the start has it."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -65,10 +65,8 @@ def open_job(config: RetrievalConfig, world: World) -> Job:
     data = config.data
     store = FeatureStore(data.store)
     start = open_start(config.model, config.output, data.max_text_tokens, data.max_regions, store, data.other_detector, vectors=True)
-    contrast, fresh = _contrast_weight(config, start), r"(?!)" if start.config.itc_size else "itc_head"
-    if fresh == "itc_head":
-        start.config.itc_pooling = config.model.itc_pooling
-    start.config.itc_size = (start.config.itc_size or config.model.itc_size) if contrast else 0
+    contrast = _contrast_weight(config, start)
+    fresh = _with_vectors(config, start.config, contrast > 0)
     lengths = start.config.max_text_tokens or USUAL_LENGTH, start.config.max_regions or USUAL_LENGTH
     start.config.max_text_tokens, start.config.max_regions = lengths
 
@@ -115,6 +113,20 @@ def _contrast_weight(config: RetrievalConfig, start: Start) -> float:
     """As the settings say, else 1 for a model that has vectors, whose fine-tuning would spoil them without."""
     given = config.training.itc_weight
     return given if given is not None else float(start.config.itc_size > 0)
+
+
+def _with_vectors(config: RetrievalConfig, model: InterBertConfig, contrast: bool) -> str:
+    """Give ``model``'s configuration the vectors and the similarity that are asked for. Returns what fresh parameters' names begin with."""
+    asked, had = config.model, model.itm_similarity
+    similarity = had if asked.itm_similarity is None else asked.itm_similarity
+    if similarity and not contrast:
+        remedy = "give training.itc_weight above 0, or model.itm_similarity false"
+        raise UsageError(f"matching would weigh how near vectors are (itm_similarity), and none are trained: {remedy}")
+    fresh = [] if model.itc_size else ["itc_head"]
+    if fresh:
+        model.itc_pooling = asked.itc_pooling
+    model.itc_size, model.itm_similarity = (model.itc_size or asked.itc_size) if contrast else 0, similarity
+    return "|".join([*fresh, *(["itm_similarity"] if similarity and not had else [])]) or r"(?!)"
 
 
 def _forward_flops(config: InterBertConfig, batch: RetrievalBatch) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megainter.tasks.contrast import Gathering, Vectors, add_vectors, answered, 
 from megainter.tasks.pretraining.batches import PretrainBatch, PretrainStream
 from megainter.tasks.pretraining.fresh import choose, with_fresh_captions
 from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
+from megainter.tasks.pretraining.sampling import Draws, Sampler
 from megainter.tasks.pretraining.sources import open_sources
 from megainter.training.arrival import Arrivals
 from megainter.training.world import World
@@ -129,10 +131,43 @@ def test_sides_are_own_captions_and_regions_without_masks(stream: PretrainStream
         assert not torch.equal(batch.inputs.region_features, alone.region_features), "the batch itself is masked"
 
 
+def test_contrast_drops_a_share_of_tokens_and_regions_and_nothing_else(stream: PretrainStream) -> None:
+    """Against a search for what is left in what was there, in order; one of each sample stays, and pairs are as they were."""
+    settings = replace(stream.settings, contrast_drop=0.4)
+    sampler = stream.sampler
+    dropping = PretrainStream(Sampler(sampler.pairs, sampler.store, sampler.tokens, sampler.vocabulary, settings), 0, 1)
+    left, seen = np.zeros(2), np.zeros(2)
+    for step in range(8):
+        for usual, batch in zip(stream[step], dropping[step], strict=True):
+            assert usual.sides is not None
+            assert batch.sides is not None
+            assert torch.equal(usual.inputs.region_features, batch.inputs.region_features)
+            assert torch.equal(usual.inputs.input_ids, batch.inputs.input_ids)
+            whole, alone = usual.sides.inputs(usual.inputs), batch.sides.inputs(batch.inputs)
+            samples = len(batch.itm_labels)
+            for text, part in zip(whole.input_ids.split(usual.sides.text_lengths.tolist()),
+                                  alone.input_ids.split(batch.sides.text_lengths.tolist()), strict=True):  # fmt: skip
+                words = iter(text.tolist())
+                assert all(word in words for word in part.tolist()), "what is left stands in its order"
+                assert (part[0], part[-1]) == (text[0], text[-1])
+                assert len(part) > 2
+                left[0], seen[0] = left[0] + len(part) - 2, seen[0] + len(text) - 2
+            lengths = [each.region_lengths[samples:].tolist() for each in (whole, alone)]
+            for image, part in zip(
+                *(each.region_features.split(own) for each, own in zip((whole, alone), lengths, strict=True)), strict=True
+            ):
+                rows = iter(image)
+                assert all(any(torch.equal(row, other) for other in rows) for row in part)
+                assert torch.equal(part[0], image[0]), "the global region stays"
+                left[1], seen[1] = left[1] + len(part) - 1, seen[1] + len(image) - 1
+            assert len(alone.region_locations) == len(alone.region_features)
+    assert (left / seen) == pytest.approx([0.6, 0.6], abs=0.06)
+
+
 def test_captions_that_read_the_same_have_the_same_key(stream: PretrainStream) -> None:
     pairs = stream.sampler.pairs
     rows = np.arange(len(pairs))
-    keys = stream.sampler.own_captions(rows).keys
+    keys = stream.sampler.own_captions(Draws(rows * 0, rows, rows, rows, rows * 0)).keys
     texts = ["".join(filter(str.isalnum, caption.casefold())) for caption in pairs.captions(rows)]
     assert len(set(texts)) < len(texts), "there are equal ones"
     for i in range(len(rows)):
