@@ -198,7 +198,8 @@ class InterBertModel(InterBertPreTrainedModel):
             encoded = self._encode_rows(inputs, nothing, nothing, alone=True)
             return encoded.pooled_text, encoded.pooled_region
         layout, text_NH, region_NH = self._embed(inputs, alone=True)
-        return self._means(*self.encoder(text_NH, region_NH, layout), layout)
+        text_NH, region_NH = self.encoder(text_NH, region_NH, layout)
+        return self._means(text_NH, region_NH, layout)
 
     def _means(self, text_NH: torch.Tensor, region_NH: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
         streams = ((text_NH, layout.text), (region_NH, layout.region))

@@ -5,6 +5,7 @@ changed, F width of a feature.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,12 +75,13 @@ class Sides:
 
     def to(self, device: torch.device | str) -> "Sides":
         """The same on ``device``, copied without waiting where its memory is pinned."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
         return replace(self, answers=self.answers.to(device) if self.answers is not None else None, **moved)
 
     def pin_memory(self) -> "Sides":
         """The same in page-locked memory."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        return replace(self, **pinned)
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the model's device needs, by name."""
