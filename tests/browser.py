@@ -17,7 +17,7 @@ MARKS = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is
 def chromium() -> Iterator[Any]:
     """A running browser."""
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # as root there is no sandbox
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)  # as root there is no sandbox
         yield browser
         browser.close()
 

@@ -20,11 +20,13 @@ from megainter.config.reading import load_config
 from megainter.errors import UsageError
 from megainter.verbs.finetune import configuration
 from megainter.verbs.pretrain import PRINT_CONFIG, split_config
+from tests.commands import FENCE, blocks
+from tests.pictures import PICTURES
 from tests.places import ROOT
 
 OURS = ("megainter", "preprocessing", "launcher", "benchmarks", "tests", "examples", "website")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in (*OURS, "docs", "ds_configs") for page in (ROOT / folder).rglob("*.md"))])
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+PICTURE = re.compile(r"!\[[^\]]+\]\(([^)\s]+)\)")
 INLINE = re.compile(r"`([^`\n]+)`")
 # What a line that ends in "..." leaves out; what it says itself wins.
 LEFT_OUT = ["--data.pairs", "pairs.parquet", "--data.store", "regions.store", "--output", "run", "--training.steps", "1"]
@@ -144,18 +146,24 @@ def test_commands_in_the_text_have_verbs_and_options_that_exist(page: Path) -> N
     assert wrong == []
 
 
-def test_the_first_run_has_the_same_commands_in_both_languages() -> None:
-    english, chinese = (FENCE.findall((ROOT / "docs" / name).read_text()) for name in ("first-run.md", "first-run.zh.md"))
-    assert len(english) == 5
-    assert chinese == english
+def test_the_first_run_has_the_same_commands_outputs_and_pictures_in_both_languages() -> None:
+    english, chinese = ((ROOT / "docs" / name).read_text() for name in ("first-run.md", "first-run.zh.md"))
+    assert len(FENCE.findall(english)) >= 10
+    assert FENCE.findall(chinese) == FENCE.findall(english)
+    assert PICTURE.findall(chinese) == PICTURE.findall(english) == list(PICTURES)
+
+
+def test_every_picture_has_a_page_that_shows_it_and_a_command_that_makes_it() -> None:
+    shown = {(page.parent / name).resolve() for page in PAGES for name in PICTURE.findall(page.read_text())}
+    there = {file for kind in ("webp", "png", "jpg", "svg") for file in (ROOT / "docs").rglob(f"*.{kind}")}
+    made = {ROOT / "docs" / name for name in PICTURES}
+    assert shown == there == made
 
 
 def commands(page: Path) -> Iterator[str]:
     """The command lines of a page's code blocks that run something of ours, continued lines joined."""
-    text = page.read_text()
-    blocks = [block for language, block in FENCE.findall(text) if language in ("", "sh")]
-    indented = [line[4:] for line in FENCE.sub("", text).splitlines() if line.startswith("    ")]
-    for line in "\n".join([*blocks, *indented]).replace("\\\n", " ").splitlines():
+    indented = [line[4:] for line in prose(page).splitlines() if line.startswith("    ")]
+    for line in "\n".join([*blocks(str(page.relative_to(ROOT)), "", "sh"), *indented]).replace("\\\n", " ").splitlines():
         line = re.sub(r" > [\w.-]+$", "", line)  # what the shell does with the output
         line = re.sub(r"^\s*(?:do |\$ )?(?:[A-Z_0-9]+=\S+ )*", "", line)
         if re.match(r"(?:megainter|deepspeed|torchrun|mpirun|srun|docker run|make|python3?) ", line):

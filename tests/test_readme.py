@@ -1,8 +1,8 @@
-"""The README's commands and Python, run as they stand, on a few composed scenes."""
+"""The commands of the README and of the first run, and the README's Python, run as they stand, on a few composed scenes or photos."""
 
 import json
-import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from preprocessing.scenes.scenes import write_scenes
+from tests.commands import blocks, lines, run_line
 from tests.places import ROOT
+from tests.preprocessing.detector.test_photos import sample_photo
 from tests.synthetic import environment
 from tests.tasks.retrieval.web.server import started
 
@@ -25,9 +27,30 @@ SMALL = (
 OF_OTHER_RUNS = {"origin.json", "logs/hang-*", "left_out.json", "logs/tracking/", "watch/"}
 
 
-def blocks(language: str, page: str = "README.md") -> list[str]:
-    """The fenced blocks of a page in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+# Lines of the first run that only a person's machine runs: the demo has tests of its own, and a test's environment is set up.
+BY_THE_READER = ("make demo", "source .venv/bin/activate")
+
+
+def shortened(line: str, weights: str = "demo") -> str:
+    """A page's line with a small model, few steps, and the detector ``weights`` in the place of the one for photos."""
+    more = f" {SMALL}" if " pretrain " in line else f" {SHORT}" if " finetune " in line else ""
+    return line.replace("--weights photos", f"--weights {weights}") + more
+
+
+def follow(page: list[str], folder: Path, weights: str = "demo") -> None:
+    """Run lines of a page in ``folder``, shortened; what serves must answer."""
+    for line in page:
+        if line.startswith("megainter serve "):
+            with started(folder / line.split()[2]) as (_, client, _):
+                assert client.get("/").status == 200
+                assert client.get("/api/search?q=two%20apples").status == 200
+        else:
+            run_line(shortened(line, weights), folder)
+
+
+def first_run() -> list[str]:
+    """The lines of the first run that a test can follow."""
+    return [line for line in lines("docs/first-run.md") if line not in BY_THE_READER]
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +62,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     files = write_scenes(folder, {"train": 24, "val": 8, "test": 8}, seed=3, progress=False)
     files.images.rename(folder / "photos")
-    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
-    bare = [json.dumps({key: value for key, value in line.items() if key != "split"}) for line in lines]
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    bare = [json.dumps({key: value for key, value in line.items() if key != "split"}) for line in rows]
     (folder / "captions.jsonl").write_text("\n".join(bare) + "\n")
-    for command in "\n".join(blocks("sh")).strip().splitlines():
-        command = command.replace("--weights photos", "--weights demo")
-        words = command + (f" {SMALL}" if " pretrain " in command else f" {SHORT}" if " finetune " in command else "")
-        bin_folder = Path(sys.executable).parent
-        done = subprocess.run(
-            words, shell=True, cwd=folder, capture_output=True, text=True, check=False, timeout=300,
-            env=environment() | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"},
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    follow(lines("README.md"), folder)
     return folder
 
 
@@ -60,10 +75,52 @@ def test_commands_leave_what_they_promise(workplace: Path) -> None:
         assert (workplace / name).exists(), name
 
 
-def test_the_road_ends_in_a_page_that_answers(workplace: Path) -> None:
-    with started(workplace / "photos.index") as (_, client, _):
-        assert client.get("/").status == 200
-        assert client.get("/api/search?q=two%20apples").status == 200
+@pytest.fixture(scope="module")
+def demo_run(workplace: Path) -> Path:
+    """A finished demo, of the workplace's small model, with the scene that the first run looks at."""
+    folder = workplace / "demo-run"
+    shutil.copytree(workplace / "photos", folder / "images")
+    for line in first_run():
+        for name in re.findall(r"demo-run/images/([\w-]+\.jpg)", line):
+            shutil.copyfile(workplace / "photos" / "scene-000000.jpg", folder / "images" / name)
+    for name in ("model", "pairs.parquet", "regions.store"):
+        (folder / name).symlink_to(workplace / name)
+    (folder / "index.html").symlink_to(workplace / "page.html")
+    return folder
+
+
+def test_the_first_run_goes_through(workplace: Path, demo_run: Path) -> None:
+    """Lines that the README has too ran with it, in the same folder; pages answer at both ends."""
+    known = lines("README.md")
+    here = [line for line in first_run() if line not in known]
+    follow(here, workplace)
+    assert len(here) < len(first_run()) - 6, "most lines are the README's"
+    assert (demo_run / "believes.html").exists()
+
+
+@pytest.mark.slow
+def test_the_first_run_goes_through_with_photos(tmp_path: Path) -> None:
+    """The part with one's own photos, by the detector that the page names."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the detector for photos needs the imagenet extra")
+    write_photos(tmp_path)
+    here = [line for line in first_run() if "demo-run" not in line]
+    follow(here, tmp_path, weights="photos")
+    assert len(here) >= 8
+    assert (tmp_path / "page.html").exists()
+
+
+def write_photos(folder: Path) -> None:
+    """photos/ and captions.jsonl: pieces of the two photos that scikit-learn ships."""
+    (folder / "photos").mkdir()
+    described = {"flower": ["A pink flower.", "A flower before dark leaves."], "china": ["A temple.", "The roofs of a temple."]}
+    rows = []
+    for name, captions in described.items():
+        whole = sample_photo(name)
+        for number in range(20):
+            piece = whole.crop((8 * number, 4 * number, 440 + 8 * number, 330 + 4 * number))
+            piece.save(folder / "photos" / f"{name}-{number}.jpg")
+            rows.append({"image": f"{name}-{number}.jpg", "captions": captions})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_run_folder_is_as_documented(workplace: Path) -> None:
@@ -77,7 +134,7 @@ def test_run_folder_is_as_documented(workplace: Path) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_python_runs(page: str, workplace: Path) -> None:
-    for code in blocks("python", page):
+    for code in blocks(page, "python"):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False, timeout=120, env=environment()
         )
