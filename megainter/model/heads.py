@@ -15,6 +15,11 @@ FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of contrast, as in CLIP (arXiv 2
 FIRST_FACTOR, FIRST_MARGIN = 10.0, 0.3  # of similarity: wrong pairs begin below 0, right ones above
 
 
+def at_least_single(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or in double precision where it has that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class Pooler(nn.Module):
     """Linear + ReLU on the first row of every sample: [S, H] -> [S, P]."""
 
@@ -32,7 +37,7 @@ def means(states_NH: torch.Tensor, starts_S1: torch.Tensor) -> torch.Tensor:
     Rows of a sequence are summed in their order, in float32: to the same bits at every run, on GPUs too.
     """
     lengths_S = starts_S1.diff().long()
-    return torch.segment_reduce(states_NH.float(), "mean", lengths=lengths_S, axis=0, unsafe=True).to(states_NH.dtype)
+    return torch.segment_reduce(at_least_single(states_NH), "mean", lengths=lengths_S, axis=0, unsafe=True).to(states_NH.dtype)
 
 
 class Fusion(nn.Module):
@@ -104,7 +109,9 @@ class ContrastiveHead(nn.Module):
 
         That is a product and not the parameter itself, which ZeRO-3 takes away when this forward ends.
         """
-        texts, regions = F.normalize(self.text(text_TP).float(), dim=-1), F.normalize(self.region(region_IP).float(), dim=-1)
+        texts, regions = (
+            F.normalize(at_least_single(into(rows)), dim=-1) for into, rows in ((self.text, text_TP), (self.region, region_IP))
+        )
         return texts, regions, self.log_scale.float() * 1.0
 
 
@@ -121,7 +128,7 @@ class Similarity(nn.Module):
 
     def forward(self, text_SD: torch.Tensor, region_SD: torch.Tensor) -> torch.Tensor:
         """Vectors of length 1, [S, D] each -> float32 [S]."""
-        return self.log_scale.float().exp() * ((text_SD * region_SD).sum(-1) - self.margin.float())
+        return at_least_single(self.log_scale).exp() * ((text_SD * region_SD).sum(-1) - at_least_single(self.margin))
 
 
 def matching_logits(
@@ -134,4 +141,4 @@ def matching_logits(
         return logits_S2
     texts, regions, _ = model.itc_head(*sides)
     near_S = model.itm_similarity(texts, regions)
-    return logits_S2.float() + torch.stack([near_S, torch.zeros_like(near_S)], dim=1)
+    return at_least_single(logits_S2) + torch.stack([near_S, torch.zeros_like(near_S)], dim=1)

@@ -14,7 +14,7 @@ from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_erro
 from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import RegionEmbeddings, TextEmbeddings
 from megainter.model.encoder import Encoder
-from megainter.model.heads import ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead, Similarity, matching_logits
+from megainter.model.heads import ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead, Similarity, at_least_single, matching_logits
 from megainter.model.interbert import (
     MATCHED,
     InterBertArchitecture,
@@ -151,7 +151,7 @@ class _WithVectors(InterBertArchitecture):
         else:
             pooled = (self.interbert.text_pooler if inputs.has_text else self.interbert.region_pooler)(first_rows(states, real))
         into = self.itc_head.text if inputs.has_text else self.itc_head.region
-        return F.normalize(into(pooled).float(), dim=-1)
+        return F.normalize(at_least_single(into(pooled)), dim=-1)
 
     def _matching(self, text_BTH: torch.Tensor, region_BRH: torch.Tensor, inputs: PaddedInputs) -> torch.Tensor:
         pooled = self.interbert._pooled(text_BTH, region_BRH, inputs)
