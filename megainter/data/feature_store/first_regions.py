@@ -61,6 +61,8 @@ class FirstRegions:
         no longer there.
         """
         stored = out if out.dtype == self._dtype else np.empty(out.shape, self._dtype)
+        if not stored.size:
+            return stored  # nothing to read, and no bytes to look at
         at = self._features_at[i]
         got = self._fill(i, stored.data, at)
         if got != stored.nbytes:
