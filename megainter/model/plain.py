@@ -157,8 +157,9 @@ class _WithVectors(InterBertArchitecture):
         pooled = self.interbert._pooled(text_BTH, region_BRH, inputs)
         sides = None
         if self.itm_similarity is not None and inputs.has_text and inputs.has_regions:
-            means = mean_rows(text_BTH, inputs.text_real), mean_rows(region_BRH, inputs.region_real)
-            sides = means if self.config.itc_pooling == "mean" else pooled
+            sides = pooled
+            if self.config.itc_pooling == "mean":
+                sides = mean_rows(text_BTH, inputs.text_real), mean_rows(region_BRH, inputs.region_real)
         return matching_logits(self, *pooled, sides)
 
 
