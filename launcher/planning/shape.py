@@ -15,7 +15,8 @@ class Shape:
     """Sizes of an InterBERT, in the names of its configuration; ``targets`` is the width of the region head.
 
     ``itc_size`` above 0: image-text contrast is trained, for which a step runs both sides alone, once more before it without gradients.
-    ``itc_means``: vectors are made of all rows; ``itm_similarity``: matching compares such vectors of pairs too.
+    ``itc_means``: vectors are made of all rows; ``itc_feature``: images' of a feature instead; ``itm_similarity``: matching compares
+    such vectors of pairs too.
     """
 
     vocab_size: int
@@ -35,7 +36,14 @@ class Shape:
     attention_dropout: bool = True
     itc_size: int = 0
     itc_means: bool = False
+    itc_feature: bool = False
     itm_similarity: bool = False
+
+    @property
+    def vector_widths(self) -> tuple[int, int]:
+        """How wide is what the vectors of a text and of an image are made of."""
+        states = self.hidden_size if self.itc_means else self.pooler_size
+        return states, self.region_feature_size if self.itc_feature else states
 
     @property
     def layers(self) -> int:
@@ -78,6 +86,7 @@ def shape_of(config: RunConfig, vocab_size: int | None = None, features: int | N
         attention_dropout=model.attention_probs_dropout_prob > 0,
         itc_size=model.itc_size if config.training.itc_weight > 0 else 0,
         itc_means=model.itc_pooling == "mean",
+        itc_feature=model.itc_regions == "feature",
         itm_similarity=model.itm_similarity,
         **{name: getattr(model, name) for name in same},
     )
@@ -111,7 +120,7 @@ def parameters(shape: Shape) -> int:
     regions = hidden * (shape.region_feature_size + 1) + hidden * (5 + 1) + 2 * hidden
     head = hidden * (hidden + 1) + 2 * hidden
     heads = 2 * head + shape.vocab_size + shape.targets * (hidden + 1)
-    contrast = 2 * shape.itc_size * ((hidden if shape.itc_means else pooled) + 1) + 1 if shape.itc_size else 0
+    contrast = shape.itc_size * (sum(shape.vector_widths) + 2) + 1 if shape.itc_size else 0
     contrast += 2 if shape.itm_similarity else 0
     return text + regions + shape.layers * layer_parameters(shape) + 2 * pooled * (hidden + 1) + heads + 2 * pooled + 2 + contrast
 
@@ -142,34 +151,39 @@ def forward_flops(shape: Shape, load: Load) -> float:
     poolers = 2 * samples * (2 * hidden * pooled + 2 * pooled)
     msm = 2 * samples * load.masked_text * hidden * (hidden + shape.vocab_size)
     mrm = 2 * samples * load.masked_regions * hidden * (hidden + shape.targets)
-    similarity = 4 * samples * (hidden if shape.itc_means else pooled) * shape.itc_size if shape.itm_similarity else 0.0
+    similarity = 2 * samples * sum(shape.vector_widths) * shape.itc_size if shape.itm_similarity else 0.0
     return layers + embeddings + poolers + similarity + msm + mrm + (alone_flops(shape, load) if shape.itc_size else 0.0)
 
 
 def alone_flops(shape: Shape, load: Load) -> float:
     """Operations of one pass of a micro-batch's texts alone and images alone, to their vectors."""
-    layers = shape.num_interaction_layers * (_layer_flops(shape, load.text, load.text) + _layer_flops(shape, load.regions, load.regions))
-    asked = of_sides(shape, load)
-    streams = _stream_flops(shape, shape.num_text_layers, load.text, asked.masked_text + 1)
-    streams += _stream_flops(shape, shape.num_region_layers, load.regions, asked.masked_regions + 1)
-    embeddings = 2 * load.regions * shape.hidden_size * (shape.region_feature_size + 5)
-    heads = 4 * (shape.hidden_size * shape.itc_size if shape.itc_means else shape.pooler_size * (shape.hidden_size + shape.itc_size))
-    return load.samples * (layers + streams + embeddings + heads)
+    sides = of_sides(shape, load)
+    text, regions = sides.text, sides.regions
+    layers = shape.num_interaction_layers * (_layer_flops(shape, text, text) + _layer_flops(shape, regions, regions))
+    streams = _stream_flops(shape, shape.num_text_layers, text, sides.masked_text + 1)
+    streams += _stream_flops(shape, shape.num_region_layers, regions, sides.masked_regions + 1)
+    embeddings = 2 * regions * shape.hidden_size * (shape.region_feature_size + 5)
+    poolers = 0 if shape.itc_means else 2 * shape.hidden_size * shape.pooler_size * (1 if shape.itc_feature else 2)
+    return load.samples * (layers + streams + embeddings + poolers + 2 * sum(shape.vector_widths) * shape.itc_size)
 
 
 def of_pairs(shape: Shape, load: Load) -> Load:
     """The same samples with the places that the last layers are asked for besides the first ones: the masked ones, or all where matching
     compares means."""
-    return _wholly_asked(load) if shape.itm_similarity and shape.itc_means else load
+    if not (shape.itm_similarity and shape.itc_means):
+        return load
+    return replace(_wholly_asked(load), masked_regions=load.masked_regions) if shape.itc_feature else _wholly_asked(load)
 
 
 def of_sides(shape: Shape, load: Load) -> Load:
-    """The same samples as each side alone is: no masked place is asked for, or all places where vectors are means."""
+    """The same samples as each side alone is: no masked place is asked for, or all places where vectors are means; and no regions where
+    images' vectors are made of a feature."""
+    load = replace(load, regions=0.0) if shape.itc_feature else load
     return _wholly_asked(load) if shape.itc_means else replace(load, masked_text=0.0, masked_regions=0.0)
 
 
 def _wholly_asked(load: Load) -> Load:
-    return replace(load, masked_text=load.text - 1, masked_regions=load.regions - 1)
+    return replace(load, masked_text=load.text - 1, masked_regions=max(load.regions - 1, 0.0))
 
 
 def _stream_flops(shape: Shape, layers: int, length: float, asked: float) -> float:

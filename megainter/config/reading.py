@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -25,10 +25,10 @@ COMPAT: dict[str, dict[str, Any]] = {
     "official": {"bias_correction": False, "clip": "tensor", "decay_groups": "swapped", "start_rate": 0.1},
 }
 # Settings in [model] that a start brings; dropouts and the like stay the run's.
-SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings)} - {
-    "start_from", "gradient_checkpointing", "hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob",
-}  # fmt: skip
-OF_VECTORS = {"itc_size", "itc_pooling", "itm_similarity"}  # of these, what a start without vectors does not bring
+_OF_A_RUN = ("start_from", "gradient_checkpointing")
+SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings) if not field.name.endswith((*_OF_A_RUN, "_dropout_prob"))}
+OF_VECTORS = {"itc_size", "itc_pooling", "itc_regions", "itm_similarity"}  # of these, what a start without vectors does not bring
+OF_FEATURES = {"standardize_regions"}  # nor does one bring this that takes features as they are
 # Settings that only recipes of one verb have.
 TELLTALES = {
     "pretrain": {"data.masking", "data.vocabulary_size", "data.mismatch_probability", "model.hidden_size", "training.itm_weight"},
@@ -193,20 +193,25 @@ def _let_start_replace(settings: dict[str, Any], given: list[tuple[str, str]]) -
     start = dict(given).get("model.start_from", "none")
     if start.lower() == "none":
         return
-    brought = SIZES_OF_A_START if _has_vectors(Path(start)) else SIZES_OF_A_START - OF_VECTORS
+    brought = brought_from(Path(start))
     for section, names in (("model", brought), ("data", {"vocabulary"})):
         part = settings.get(section)
         if isinstance(part, dict):
             settings[section] = {name: value for name, value in part.items() if name not in names}
 
 
-def _has_vectors(start: Path) -> bool:
-    """Whether a model folder says that its model was trained with contrast; False of what is not there yet, as a name on the Hub is."""
+def brought_by(start: Mapping[str, Any]) -> set[str]:
+    """The settings in [model] that a start with this configuration brings."""
+    return SIZES_OF_A_START - (set() if start.get("itc_size") else OF_VECTORS) - (set() if start.get("region_mean") else OF_FEATURES)
+
+
+def brought_from(folder: Path) -> set[str]:
+    """``brought_by`` of a model folder; of one that is not there yet, as a name on the Hub is, what all bring."""
     try:
-        facts = json.loads((start / "config.json").read_text(encoding="utf-8"))
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False  # what is wrong with the folder is said where its weights are opened
-    return isinstance(facts, dict) and bool(facts.get("itc_size"))
+        facts = {}  # what is wrong with the folder is said where its weights are opened
+    return brought_by(facts if isinstance(facts, dict) else {})
 
 
 def _spell_out_compat(settings: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megainter.config.reading import SIZES_OF_A_START, Stated, read_stated
+from megainter.config.reading import Stated, brought_from, read_stated
 from megainter.config.settings import as_dict
 
 ORIGIN_COLUMN = 60  # where comments begin, unless a value is longer
@@ -28,10 +28,11 @@ def resolved_settings(config: Any, path: Path | None, overrides: Sequence[str]) 
 
 def _section(section: str, values: dict[str, Any], stated: Stated) -> Iterator[str]:
     """The lines of one section; sizes that a start brings are not known before its weights are opened."""
-    started = section == "model" and values.get("start_from") is not None
+    start = values.get("start_from") if section == "model" else None
+    sizes = brought_from(Path(start)) if start is not None else set()
     said = stated.settings.get(section, {})
     for name, value in values.items():
-        brought = started and name in SIZES_OF_A_START and name not in said
+        brought = name in sizes and name not in said
         if section == "training" and name == "micro_batch" and values["micro_tokens"] is not None:
             yield _line(name, None, "training.micro_tokens stands in its place")
         elif brought:

@@ -136,14 +136,20 @@ class ModelSettings:
     """Dropout of attention weights."""
     region_hidden_dropout_prob: Probability = 0.2
     """Dropout of hidden states in the region layers."""
+    region_feature_dropout_prob: Probability = 0.0
+    """Dropout of the numbers of region features."""
     pooler_size: Positive = 1024
     """Width of the pooled text and image."""
     itc_size: Positive = 256
     """Width of the vectors of a text alone and an image alone, where training.itc_weight is above 0."""
     itc_pooling: Literal["first", "mean"] = "first"
     """What these vectors are made of: the pooled first token and global region, or the means of all tokens and regions."""
+    itc_regions: Literal["states", "feature"] = "states"
+    """What an image's vector is made of: what the layers make of its regions; or its mean region feature, for a few thousand images."""
     itm_similarity: bool = False
     """true: matching also weighs how near such vectors of a pair are once both sides have seen each other; needs training.itc_weight."""
+    standardize_regions: bool = False
+    """true: region features are brought to mean 0 and deviation 1 in each of their numbers, by those of the feature store, first of all."""
     fusion: Literal["mul", "sum"] = "mul"
     """How pooled text and image are joined for matching: product or sum."""
     region_objective: Literal["class", "feature"] = "class"
@@ -172,6 +178,8 @@ class StartConfig:
     """Dropout of attention weights."""
     region_hidden_dropout_prob: Probability | None = None
     """Dropout of hidden states in the region layers."""
+    region_feature_dropout_prob: Probability | None = None
+    """Dropout of the numbers of region features."""
     gradient_checkpointing: bool = False
     """true: recompute activations in the backward pass; less memory, about a third more time."""
 

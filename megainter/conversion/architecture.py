@@ -61,7 +61,7 @@ def stated_sizes(config_file: Path | None) -> dict[str, Any]:
     return {ours: settings[name] for name, ours in OURS_OF_OFFICIAL.items() if name in settings}
 
 
-def sizes_in_shapes(shapes: Shapes) -> dict[str, int]:
+def sizes_in_shapes(shapes: Shapes) -> dict[str, Any]:
     """The sizes that can be read from the shapes of tensors under our names; those of absent tensors are left out."""
     embeddings, layer = "interbert.text_embeddings", "interbert.encoder.interaction.0"
     places = {
@@ -77,7 +77,13 @@ def sizes_in_shapes(shapes: Shapes) -> dict[str, int]:
     }
     sizes = {name: shapes[place][axis] for name, (place, axis) in places.items() if len(shapes.get(place, ())) == 2}
     counts = {f"num_{stream}_layers": layer_count(shapes, f"interbert.encoder.{stream}.") for stream in ("interaction", "text", "region")}
-    return sizes | counts | ({"itm_similarity": True} if "itm_similarity.margin" in shapes else {})
+    found: dict[str, Any] = sizes | counts
+    if "itm_similarity.margin" in shapes:
+        found["itm_similarity"] = True
+    vectors, features = (shapes.get(name, ()) for name in ("itc_head.region.weight", "interbert.region_embeddings.feature.weight"))
+    if vectors[1:] and vectors[1:] == features[1:] and vectors != shapes.get("itc_head.text.weight"):
+        found["itc_regions"] = "feature"
+    return found
 
 
 def layer_count(names: Shapes, prefix: str) -> int:

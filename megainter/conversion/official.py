@@ -167,7 +167,8 @@ def compare(tensors: Mapping[str, LazyTensor], plan: Plan, folder: Path) -> str:
 def to_official(source: Path, destination: Path, *, verify: bool = False) -> Plan:
     """Write a folder of ours as an official ``.bin``, the tied decoder included, and its JSON beside it (``NAME.json``).
 
-    fp32 tensors arrive bit-equal. ``UsageError`` where files exist or the source is not a pretraining folder of ours.
+    fp32 tensors arrive bit-equal, but for the embedding of features that the model standardizes: the official one takes features as they
+    are, and gets a weight and a bias that do both. ``UsageError`` where files exist or the source is not a pretraining folder of ours.
     """
     settings = destination.with_suffix(".json")
     for path in (destination, settings):
@@ -180,6 +181,9 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Pla
             notes.append("nor has the similarity of its vectors in matching (itm_similarity): without it this model matches worse")
         config.itc_size, config.itm_similarity = 0, False
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("itc_head.", "itm_similarity."))}
+    if config.standardize_regions:
+        notes = [*notes, "features are standardized by the weight and bias of their embedding, which differ from ours"]
+        tensors = _with_scaling_inside(tensors, config)
     for note in notes:
         print(f"note: {note}")
     heads = [head for head in HEADS if f"{head}.weight" in tensors]
@@ -195,6 +199,19 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Pla
         write_json(settings, official_settings(config))
     print(f"{source} -> {destination}: {len(state)} tensors, and its settings in {settings.name}")
     return plan
+
+
+def _with_scaling_inside(tensors: Mapping[str, LazyTensor], config: InterBertConfig) -> dict[str, LazyTensor]:
+    """``tensors`` with mean and deviation of the features in the layer that embeds them: W ((x - m) / d) + b = (W / d) x + (b - W (m / d)).
+
+    Takes both from ``config``, which says of these tensors that there are none.
+    """
+    weight_name, bias_name = (f"interbert.region_embeddings.feature.{name}" for name in ("weight", "bias"))
+    weight, bias = tensors[weight_name].read().double(), tensors[bias_name].read().double()
+    mean, deviation = (torch.tensor(values, dtype=torch.float64) for values in (config.region_mean, config.region_deviation))
+    config.region_mean = config.region_deviation = None
+    folded = {weight_name: (weight / deviation).float(), bias_name: (bias - weight @ (mean / deviation)).float()}
+    return {**tensors, **{name: LazyTensor.of(tensor) for name, tensor in folded.items()}}
 
 
 def official_state(tensors: Mapping[str, Tensor], config: InterBertConfig) -> "OrderedDict[str, Tensor]":

@@ -105,6 +105,14 @@ class PackedInputs:
         """The same batch in page-locked memory; the lengths stay as they are, they never leave the CPU."""
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._rows().items()})
 
+    def texts_alone(self) -> "PackedInputs":
+        """The texts of a batch of sides alone, without its images."""
+        lengths = self.text_lengths[self.text_lengths > 0]
+        features, locations = self.region_features[:0], self.region_locations[:0]
+        return replace(
+            self, text_lengths=lengths, region_lengths=torch.zeros_like(lengths), region_features=features, region_locations=locations
+        )
+
     def _rows(self) -> dict[str, torch.Tensor]:
         """The tensors with a row for each token or region, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("text_lengths", "region_lengths")}

@@ -1,5 +1,6 @@
 """The architecture of an InterBERT, as Hugging Face stores it (config.json, model_type "interbert")."""
 
+import math
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -8,7 +9,7 @@ from megainter.errors import UsageError
 
 FUSIONS = ("mul", "sum")
 REGION_OBJECTIVES = ("class", "feature")
-ITC_POOLINGS = ("first", "mean")
+ITC_POOLINGS, ITC_REGIONS = ("first", "mean"), ("states", "feature")
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -23,7 +24,8 @@ _POSITIVE = (
 )
 _COUNTS = ("num_interaction_layers", "num_text_layers", "num_region_layers", "itc_size")
 _INPUT_LENGTHS = ("max_regions", "max_text_tokens")
-_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob")
+_CHOICES = {"fusion": FUSIONS, "region_objective": REGION_OBJECTIVES, "itc_pooling": ITC_POOLINGS, "itc_regions": ITC_REGIONS}
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob", "region_feature_dropout_prob")
 
 
 class InterBertConfig(PretrainedConfig):
@@ -39,7 +41,12 @@ class InterBertConfig(PretrainedConfig):
     ``detector`` and ``region_classes``: whose regions the weights were trained on, and the names of that detector's classes, where known.
     ``itc_size``: width of the vectors that a text alone and an image alone become, for image-text contrast; 0: the model has no such head.
     ``itc_pooling``: what they are made of, the pooled first row ("first") or the mean of all rows ("mean").
+    ``itc_regions``: "states": regions pass the layers to become a vector; "feature": an image's mean region feature becomes one by a linear
+    layer alone, which learns less from many images and more from few.
     ``itm_similarity``: matching also weighs how near such vectors of both sides are, made of states that have seen each other.
+    ``region_mean`` and ``region_deviation``, lists of ``region_feature_size`` numbers: what is subtracted from a region feature, and what
+    the rest is divided by, before it is embedded; None: it is embedded as it is (official). ``region_feature_dropout_prob``: of the numbers
+    of a feature, in training.
 
     Raises UsageError for sizes that contradict each other.
     """
@@ -59,6 +66,7 @@ class InterBertConfig(PretrainedConfig):
         hidden_dropout_prob: float = 0.1,
         attention_probs_dropout_prob: float = 0.1,
         region_hidden_dropout_prob: float = 0.2,
+        region_feature_dropout_prob: float = 0.0,
         region_feature_size: int = 2048,
         num_region_classes: int = 1601,
         pooler_size: int = 1024,
@@ -73,7 +81,10 @@ class InterBertConfig(PretrainedConfig):
         tie_objects: bool = False,
         itc_size: int = 0,
         itc_pooling: str = "first",
+        itc_regions: str = "states",
         itm_similarity: bool = False,
+        region_mean: list[float] | None = None,
+        region_deviation: list[float] | None = None,
         detector: str | None = None,
         region_classes: list[str] | None = None,
         pad_token_id: int = 0,
@@ -91,6 +102,7 @@ class InterBertConfig(PretrainedConfig):
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.region_hidden_dropout_prob = region_hidden_dropout_prob
+        self.region_feature_dropout_prob = region_feature_dropout_prob
         self.region_feature_size = region_feature_size
         self.num_region_classes = num_region_classes
         self.pooler_size = pooler_size
@@ -105,7 +117,10 @@ class InterBertConfig(PretrainedConfig):
         self.tie_objects = tie_objects
         self.itc_size = itc_size
         self.itc_pooling = itc_pooling
+        self.itc_regions = itc_regions
         self.itm_similarity = itm_similarity
+        self.region_mean = region_mean
+        self.region_deviation = region_deviation
         self.detector = detector
         self.region_classes = region_classes
         _check(self)
@@ -119,6 +134,11 @@ class InterBertConfig(PretrainedConfig):
     def num_hidden_layers(self) -> int:
         """Layers a text token passes through; tools made for other models ask for this name."""
         return self.num_interaction_layers + self.num_text_layers
+
+    @property
+    def standardize_regions(self) -> bool:
+        """Whether region features are brought to mean 0 and deviation 1 before they are embedded."""
+        return self.region_mean is not None
 
     @property
     def region_target_size(self) -> int:
@@ -143,16 +163,33 @@ def _check(config: InterBertConfig) -> None:
         raise UsageError(f"detector is {config.detector!r:.80}; give a feature store's, or null")
     if config.region_classes is not None and not all(isinstance(name, str) for name in list(config.region_classes)):
         raise UsageError(f"region_classes is {config.region_classes!r:.80}; give a list of names, or null")
-    for name in _PROBABILITIES:
+    for name in DROPOUTS:
         if not isinstance(getattr(config, name), int | float) or not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} is {getattr(config, name)}; give a probability of at least 0 and below 1")
     for name in ("num_attention_heads", "num_region_attention_heads"):
         if config.hidden_size % getattr(config, name):
             heads = getattr(config, name)
             raise UsageError(f"hidden_size {config.hidden_size} cannot be shared out over {name} = {heads}; give a divisor of it")
-    for name, choices in (("fusion", FUSIONS), ("region_objective", REGION_OBJECTIVES), ("itc_pooling", ITC_POOLINGS)):
+    for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise UsageError(f"{name} is {getattr(config, name)!r}; give one of {', '.join(map(repr, choices))}")
+    _check_scaling(config)
+
+
+def _check_scaling(config: InterBertConfig) -> None:
+    mean, deviation = config.region_mean, config.region_deviation
+    if (mean is None) != (deviation is None):
+        raise UsageError("region_mean and region_deviation belong together; one of them is missing")
+    for name, values in (("region_mean", mean), ("region_deviation", deviation)):
+        is_list = isinstance(values, list | tuple) and len(values) == config.region_feature_size and all(map(_is_finite, values))
+        if values is not None and not is_list:
+            raise UsageError(f"{name} is {values!r:.80}; give a list of {config.region_feature_size} numbers, or null")
+    if deviation is not None and min(deviation) <= 0:
+        raise UsageError(f"region_deviation has {min(deviation)}; features are divided by it: give numbers above 0")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require_whole(name: str, value: object, least: int) -> None:

@@ -7,6 +7,11 @@ from megainter.kernels import dropout, dropout_add_layer_norm
 from megainter.model.configuration import InterBertConfig
 
 
+def at_least_single(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or in double precision where it has that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class DropoutAddLayerNorm(nn.Module):
     """LayerNorm(dropout(x) + residual); parameters ``weight`` and ``bias`` [H], as in nn.LayerNorm."""
 
@@ -38,11 +43,33 @@ class TextEmbeddings(nn.Module):
         return dropout(x_NH, self.dropout_p, self.training)
 
 
+class RegionScaling(nn.Module):
+    """Region features brought to mean 0 and deviation 1 in each of their numbers, by the configuration's.
+
+    A detector's features are lopsided and of unlike size: numbers that hardly vary would cost a linear layer as much as those that tell
+    photos apart. Mean and deviation are the configuration's, not weights: they are not trained, and belong to no checkpoint.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, config: InterBertConfig) -> None:
+        super().__init__()
+        for name in ("mean", "deviation"):
+            self.register_buffer(name, torch.tensor(getattr(config, f"region_{name}"), dtype=torch.float32), persistent=False)
+
+    def forward(self, features_NF: torch.Tensor) -> torch.Tensor:
+        """[..., F] of any floating dtype -> the same in float32, or double precision where they have that."""
+        return (at_least_single(features_NF) - self.mean) / self.deviation
+
+
 class RegionEmbeddings(nn.Module):
     """Linear(feature) + Linear(location), layer norm, dropout. Regions have no position and no token type in the official code."""
 
     def __init__(self, config: InterBertConfig) -> None:
         super().__init__()
+        self.scaling = RegionScaling(config) if config.standardize_regions else None
+        self.feature_dropout_p = config.region_feature_dropout_prob
         self.feature = nn.Linear(config.region_feature_size, config.hidden_size)
         self.location = nn.Linear(5, config.hidden_size)
         self.norm = DropoutAddLayerNorm(config, 0.0)
@@ -51,6 +78,12 @@ class RegionEmbeddings(nn.Module):
 
     def forward(self, features_NF: torch.Tensor, locations_N5: torch.Tensor) -> torch.Tensor:
         """Features [Nr, F] of any floating dtype (stores keep float16) and locations [Nr, 5] -> [Nr, H]."""
-        dtype = self.feature.weight.dtype
-        x_NH = self.norm(self.feature(features_NF.to(dtype)), self.location(locations_N5.to(dtype)))
+        seen_NF = self.seen(features_NF)
+        x_NH = self.norm(self.feature(seen_NF), self.location(locations_N5.to(seen_NF.dtype)))
         return dropout(x_NH, self.dropout_p, self.training)
+
+    def seen(self, features_NF: torch.Tensor) -> torch.Tensor:
+        """Features [..., F] as they are embedded: standardized where the configuration says so, in training with dropout."""
+        if self.scaling is not None:
+            features_NF = self.scaling(features_NF)
+        return dropout(features_NF.to(self.feature.weight.dtype), self.feature_dropout_p, self.training)

@@ -42,9 +42,10 @@ def forward_flops(config: InterBertConfig, counts: BatchCounts) -> int:
     """Floating-point operations of one forward pass of the pretraining model over a batch with these counts."""
     hidden, pooled, samples = config.hidden_size, config.pooler_size, counts.samples
     whole = config.itm_similarity and config.itc_pooling == "mean"
-    asked = (counts.text_tokens, counts.regions) if whole else (samples + counts.masked_tokens, samples + counts.masked_regions)
-    layers = _layers(config, counts, *asked)
-    similarity = 4 * samples * (hidden if whole else pooled) * config.itc_size if config.itm_similarity else 0
+    asked_text = counts.text_tokens if whole else samples + counts.masked_tokens
+    asked_regions = counts.regions if whole and config.itc_regions == "states" else samples + counts.masked_regions
+    layers = _layers(config, counts, asked_text, asked_regions)
+    similarity = 2 * samples * sum(_vector_widths(config)) * config.itc_size if config.itm_similarity else 0
     poolers = 2 * samples * (2 * hidden * pooled + 2 * pooled)  # both poolers, and the matching head
     msm = 2 * counts.masked_tokens * hidden * (hidden + config.vocab_size)
     mrm = 2 * counts.masked_regions * hidden * (hidden + config.region_target_size)
@@ -55,13 +56,20 @@ def alone_flops(config: InterBertConfig, text_lengths: torch.Tensor, region_leng
     """Operations of one pass of texts alone and images alone, CPU int64 lengths [T] and [I], to their vectors of contrast."""
     no_text, no_regions = torch.zeros_like(region_lengths), torch.zeros_like(text_lengths)
     texts, images = BatchCounts.of(text_lengths, no_regions, 0, 0), BatchCounts.of(no_text, region_lengths, 0, 0)
-    hidden, sides = config.hidden_size, texts.samples + images.samples
+    passing = (texts, images) if config.itc_regions == "states" else (texts,)  # the layers
 
-    if config.itc_pooling == "first":
-        layers = sum(_layers(config, counts, counts.samples, counts.samples) for counts in (texts, images))
-        return layers + 2 * sides * config.pooler_size * (hidden + config.itc_size)
-    layers = sum(_layers(config, counts, counts.text_tokens, counts.regions) for counts in (texts, images))
-    return layers + 2 * sides * hidden * config.itc_size
+    first = config.itc_pooling == "first"
+    asked = [(counts.samples, counts.samples) if first else (counts.text_tokens, counts.regions) for counts in passing]
+    layers = sum(_layers(config, counts, *rows) for counts, rows in zip(passing, asked, strict=True))
+    poolers = 2 * sum(counts.samples for counts in passing) * config.hidden_size * config.pooler_size if first else 0
+    of_text, of_regions = _vector_widths(config)
+    return layers + poolers + 2 * (texts.samples * of_text + images.samples * of_regions) * config.itc_size
+
+
+def _vector_widths(config: InterBertConfig) -> tuple[int, int]:
+    """How wide is what the vectors of a text and of an image are made of."""
+    states = config.pooler_size if config.itc_pooling == "first" else config.hidden_size
+    return states, config.region_feature_size if config.itc_regions == "feature" else states
 
 
 def _layers(config: InterBertConfig, counts: BatchCounts, asked_text: int, asked_regions: int) -> int:

@@ -24,10 +24,12 @@ from megainter.model.packing import layouts_on
 
 @dataclass(frozen=True)
 class EmbeddedRows:
-    """Embedded rows [N, H] of several captions or images, end to end, and how many rows each has (CPU int64)."""
+    """Embedded rows [N, H] of several captions or images, end to end, and how many rows each has (CPU int64). ``seen_IF``: the mean region
+    features of images, for a model that compares them."""
 
     rows_NH: torch.Tensor
     lengths: torch.Tensor
+    seen_IF: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ def embed_captions(model: InterBertForRetrieval, input_ids: torch.Tensor, length
 
 def embed_images(model: InterBertForRetrieval, features: torch.Tensor, locations: torch.Tensor, lengths: torch.Tensor) -> EmbeddedRows:
     """``features`` [Nr, F] of any floating dtype and ``locations`` [Nr, 5], the global region first in each image; ``lengths`` CPU [I]."""
-    return EmbeddedRows(model.interbert.region_embeddings(features, locations), lengths)
+    embeddings, seen = model.interbert.region_embeddings, None
+    if model.itm_similarity is not None and model.config.itc_regions == "feature":
+        starts = (lengths.cumsum(0) - lengths).to(features.device)
+        seen = embeddings.seen(features.index_select(0, starts))
+    return EmbeddedRows(embeddings(features, locations), lengths, seen)
 
 
 def score_grid(model: InterBertForRetrieval, captions: EmbeddedRows, images: EmbeddedRows) -> torch.Tensor:
@@ -89,15 +95,15 @@ def score_pairs(
     encoder = model.interbert.encoder
     joint_NH = _interact(encoder.interaction, torch.cat([images.rows_NH, captions.rows_NH]), layout)
     text_NH, region_NH = joint_NH.index_select(0, layout.text_rows), joint_NH.index_select(0, layout.region_rows)
-    sides = None
-    if model.itm_similarity is not None and model.config.itc_pooling == "mean":
-        text_NH, region_NH = run_stream(encoder.text, text_NH, layout.text), run_stream(encoder.region, region_NH, layout.region)
-        firsts = text_NH.index_select(0, _starts(layout.text)), region_NH.index_select(0, _starts(layout.region))
-        sides = means(text_NH, layout.text.cu_seqlens), means(region_NH, layout.region.cu_seqlens)
-    else:
-        firsts = _first_rows(encoder.text, text_NH, layout.text), _first_rows(encoder.region, region_NH, layout.region)
-    pooled = model.interbert.text_pooler(firsts[0]), model.interbert.region_pooler(firsts[1])
-    logits_S2 = matching_logits(model, *pooled, sides or pooled).float()
+    whole = model.itm_similarity is not None and model.config.itc_pooling == "mean"
+    first_text, mean_text = _last_states(encoder.text, text_NH, layout.text, whole)
+    first_region, mean_region = _last_states(encoder.region, region_NH, layout.region, whole and images.seen_IF is None)
+    pooled = model.interbert.text_pooler(first_text), model.interbert.region_pooler(first_region)
+    compared_text = pooled[0] if mean_text is None else mean_text
+    compared_region = pooled[1] if mean_region is None else mean_region
+    if images.seen_IF is not None:
+        compared_region = images.seen_IF.index_select(0, image_S.to(images.seen_IF.device))
+    logits_S2 = matching_logits(model, *pooled, (compared_text, compared_region)).float()
     return logits_S2[:, MATCHED] - logits_S2[:, 1 - MATCHED]
 
 
@@ -113,9 +119,15 @@ def _interact(layers: nn.ModuleList, unique_NH: torch.Tensor, layout: GridLayout
     return joint_NH
 
 
-def _first_rows(layers: nn.ModuleList, x_NH: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-    """The first row of every sequence after all ``layers``, [S, H]; the last layer computes no other."""
-    return run_stream(layers, x_NH, layout, QueryRows.of(_starts(layout), layout))
+def _last_states(
+    layers: nn.ModuleList, x_NH: torch.Tensor, layout: SequenceLayout, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sequences' first rows after all ``layers``, [S, H], and if ``whole`` the means; else the last layer computes no other row."""
+    starts = _starts(layout)
+    if not whole:
+        return run_stream(layers, x_NH, layout, QueryRows.of(starts, layout)), None
+    x_NH = run_stream(layers, x_NH, layout)
+    return x_NH.index_select(0, starts), means(x_NH, layout.cu_seqlens)
 
 
 def _starts(layout: SequenceLayout) -> torch.Tensor:

@@ -9,15 +9,11 @@ from torch import nn
 
 from megainter.kernels import dropout, linear_cross_entropy_sum
 from megainter.model.configuration import InterBertConfig
+from megainter.model.embeddings import at_least_single
 from megainter.model.encoder import LinearGelu
 
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of contrast, as in CLIP (arXiv 2103.00020)
 FIRST_FACTOR, FIRST_MARGIN = 10.0, 0.3  # of similarity: wrong pairs begin below 0, right ones above
-
-
-def at_least_single(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32, or in double precision where it has that."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class Pooler(nn.Module):
@@ -101,11 +97,11 @@ class ContrastiveHead(nn.Module):
         super().__init__()
         size = config.pooler_size if config.itc_pooling == "first" else config.hidden_size
         self.text = nn.Linear(size, config.itc_size)
-        self.region = nn.Linear(size, config.itc_size)
+        self.region = nn.Linear(config.region_feature_size if config.itc_regions == "feature" else size, config.itc_size)
         self.log_scale = nn.Parameter(torch.full((1,), math.log(FIRST_SCALE)))
 
     def forward(self, text_TP: torch.Tensor, region_IP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Texts [T, P] and regions [I, P], one row each -> float32 vectors of length 1, [T, D] and [I, D], and ``log_scale`` [1].
+        """Texts [T, P] and regions [I, P or F], one row each -> float32 vectors of length 1, [T, D] and [I, D], and ``log_scale`` [1].
 
         That is a product and not the parameter itself, which ZeRO-3 takes away when this forward ends.
         """
@@ -135,7 +131,7 @@ def matching_logits(
     model: Any, pooled_text_SP: torch.Tensor, pooled_region_SP: torch.Tensor, sides: tuple[torch.Tensor, torch.Tensor] | None
 ) -> torch.Tensor:
     """Logits [S, 2] of a ``model``'s matching head, class 0 = matched; with ``itm_similarity`` that one's log-odds are added to class 0's,
-    float32. ``sides``: what the vectors of text and of regions are made of, [S, P or H] each; None where one of them is absent."""
+    float32. ``sides``: what the vectors of text and of regions are made of, [S, P, H or F] each; None where one of them is absent."""
     logits_S2: torch.Tensor = model.itm_head(model.fusion(pooled_text_SP, pooled_region_SP))
     if model.itm_similarity is None or sides is None:
         return logits_S2

@@ -38,7 +38,7 @@ from megainter.files import renew_checksums
 from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.model.attentions import padded_attentions, watched
 from megainter.model.configuration import InterBertConfig
-from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, TextEmbeddings
+from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, RegionScaling, TextEmbeddings
 from megainter.model.encoder import Encoder, LinearGelu
 from megainter.model.folder import locate_model, named, read_config
 from megainter.model.heads import (
@@ -99,6 +99,9 @@ class InterBertArchitecture(PreTrainedModel):
         if isinstance(module, Similarity):
             init.constant_(module.log_scale, math.log(FIRST_FACTOR))
             init.constant_(module.margin, FIRST_MARGIN)
+        if isinstance(module, RegionScaling):
+            init.copy_(module.mean, torch.tensor(self.config.region_mean))
+            init.copy_(module.deviation, torch.tensor(self.config.region_deviation))
 
 
 class InterBertPreTrainedModel(InterBertArchitecture):
@@ -168,13 +171,15 @@ class InterBertModel(InterBertPreTrainedModel):
         compared = self.config.itm_similarity and not alone
         whole = compared and self.config.itc_pooling == "mean"
         text = Asked.of(layout.text_starts, text_rows, layout.text, whole)
-        region = Asked.of(layout.region_starts, region_rows, layout.region, whole)
+        region = Asked.of(layout.region_starts, region_rows, layout.region, whole and self.config.itc_regions == "states")
         text_XH, region_XH = self.encoder(text_NH, region_NH, layout, text.queries, region.queries)
         pooled_text = self.text_pooler(text_XH.index_select(0, text.starts))
         pooled_region = self.region_pooler(region_XH.index_select(0, region.starts))
         sides = None
         if compared and len(pooled_text) and len(pooled_region):
             sides = self._means(text_XH, region_XH, layout) if whole else (pooled_text, pooled_region)
+            if self.config.itc_regions == "feature":
+                sides = sides[0], self._seen(inputs, layout)
         return Encoded(text_XH.index_select(0, text.rows), region_XH.index_select(0, region.rows), pooled_text, pooled_region, sides)
 
     def pool(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,8 +196,22 @@ class InterBertModel(InterBertPreTrainedModel):
         """One row for each text [T, P] and each image [I, P] of a batch in which every sample is a text alone or an image's regions alone.
 
         In any mixture: one pass of all layers for both kinds, in which no sample sees another. By ``config.itc_pooling`` the pooled first
-        rows, or the means of all rows (then P is the hidden size). UsageError for a sample that has both.
+        rows, or the means of all rows (then P is the hidden size); with ``config.itc_regions`` "feature" an image's is its mean region
+        feature, [I, F]. UsageError for a sample that has both.
         """
+        if self.config.itc_regions == "feature":
+            layout = PackedLayout.of(inputs, self.config.max_position_embeddings, alone=True)
+            return self._pool_texts(inputs.texts_alone()), self._seen(inputs, layout)
+        return self._pool_states(inputs)
+
+    def _pool_texts(self, inputs: PackedInputs) -> torch.Tensor:
+        """`_pool_states` of texts; where there are none the layers have nothing to do."""
+        if len(inputs):
+            return self._pool_states(inputs)[0]
+        size = self.config.pooler_size if self.config.itc_pooling == "first" else self.config.hidden_size
+        return self.text_embeddings.word.weight.new_zeros(0, size)
+
+    def _pool_states(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
         if self.config.itc_pooling == "first":
             nothing = torch.zeros(0, dtype=torch.int64, device=inputs.input_ids.device)
             encoded = self._encode_rows(inputs, nothing, nothing, alone=True)
@@ -200,6 +219,11 @@ class InterBertModel(InterBertPreTrainedModel):
         layout, text_NH, region_NH = self._embed(inputs, alone=True)
         text_NH, region_NH = self.encoder(text_NH, region_NH, layout)
         return self._means(text_NH, region_NH, layout)
+
+    def _seen(self, inputs: PackedInputs, layout: PackedLayout) -> torch.Tensor:
+        """The mean region feature of each image as it is embedded, [I, F]: that of its global region."""
+        seen: torch.Tensor = self.region_embeddings.seen(inputs.region_features.index_select(0, layout.region_starts))
+        return seen
 
     def _means(self, text_NH: torch.Tensor, region_NH: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
         streams = ((text_NH, layout.text), (region_NH, layout.region))

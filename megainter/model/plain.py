@@ -12,9 +12,9 @@ from torch import nn
 from megainter.errors import UsageError
 from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
 from megainter.model.configuration import InterBertConfig
-from megainter.model.embeddings import RegionEmbeddings, TextEmbeddings
+from megainter.model.embeddings import RegionEmbeddings, TextEmbeddings, at_least_single
 from megainter.model.encoder import Encoder
-from megainter.model.heads import ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead, Similarity, at_least_single, matching_logits
+from megainter.model.heads import ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead, Similarity, matching_logits
 from megainter.model.interbert import (
     MATCHED,
     InterBertArchitecture,
@@ -144,6 +144,8 @@ class _WithVectors(InterBertArchitecture):
     def _vectors(self, inputs: PaddedInputs) -> torch.Tensor:
         if self.itc_head is None:
             raise UsageError("the model has no vectors (itc_size 0): it was not trained with image-text contrast")
+        if self.config.itc_regions == "feature" and not inputs.has_text:
+            return F.normalize(at_least_single(self.itc_head.region(self._seen(inputs))), dim=-1)
         text_BTH, region_BRH = self.interbert.encode(inputs)
         states, real = (text_BTH, inputs.text_real) if inputs.has_text else (region_BRH, inputs.region_real)
         if self.config.itc_pooling == "mean":
@@ -160,7 +162,14 @@ class _WithVectors(InterBertArchitecture):
             sides = pooled
             if self.config.itc_pooling == "mean":
                 sides = mean_rows(text_BTH, inputs.text_real), mean_rows(region_BRH, inputs.region_real)
+            if self.config.itc_regions == "feature":
+                sides = sides[0], self._seen(inputs)
         return matching_logits(self, *pooled, sides)
+
+    def _seen(self, inputs: PaddedInputs) -> torch.Tensor:
+        """The mean region feature of each image as it is embedded, [B, F]: that of its global region."""
+        seen: torch.Tensor = self.interbert.region_embeddings.seen(first_rows(inputs.region_features, inputs.region_real))
+        return seen
 
 
 class InterBertForPreTraining(_WithVectors):

@@ -18,7 +18,7 @@ from megainter.data.packed import PackedInputs
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
 from megainter.files import aside
-from megainter.model.configuration import InterBertConfig
+from megainter.model.configuration import DROPOUTS, InterBertConfig
 from megainter.model.detector import keep_detector, require_detector
 from megainter.model.flops import BatchCounts, forward_flops
 from megainter.model.folder import locate_model, read_config, read_vocabulary
@@ -111,7 +111,7 @@ def open_start(
     folder, config = found.path, read_config(found.path)
     if store is not None:
         _take_regions_of(store, config, folder, other_detector)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob"):
+    for name in DROPOUTS:
         if getattr(settings, name) is not None:
             setattr(config, name, getattr(settings, name))
     if not vectors:

@@ -18,7 +18,7 @@ from megainter.conversion.plain_official import difference
 from megainter.errors import DamagedError, UsageError
 from megainter.verbs.convert import convert_app
 from tests.model.test_golden import GOLDEN, OURS_OF_OFFICIAL, drawn_weight
-from tests.model.tiny import tiny_config, tiny_model
+from tests.model.tiny import every_row, packed_batch, tiny_config, tiny_model
 
 CONFIG = tiny_config(initializer_range=0.02)
 
@@ -306,6 +306,18 @@ def test_settings_beside_the_checkpoint_are_read_and_options_may_not_contradict_
     (tmp_path / "official.json").unlink()
     with pytest.raises(UsageError, match="needs a region head of"):
         convert_official(tmp_path / "official.bin", tmp_path / "other", choices={"region_objective": "feature"})
+
+
+def test_standardized_features_are_so_in_the_official_form_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model(region_mean=[0.5 * number for number in range(10)], region_deviation=[0.25] * 5 + [2.0] * 5)
+    model.save_pretrained(tmp_path / "model")
+    to_official(tmp_path / "model", tmp_path / "official.bin")
+    assert "features are standardized by the weight and bias" in capsys.readouterr().out
+    convert_official(tmp_path / "official.bin", tmp_path / "back")
+    back, inputs = InterBertForPreTraining.from_pretrained(tmp_path / "back").eval(), packed_batch()
+    assert back.config.region_mean is None
+    for found, right in zip(back.score_packed(inputs, *every_row(inputs)), model.score_packed(inputs, *every_row(inputs)), strict=True):
+        torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-4)
 
 
 def test_an_incomplete_checkpoint_is_verified_as_far_as_it_can_be(

@@ -43,8 +43,16 @@ def outcome(path: Path, given: dict[str, torch.Tensor]) -> np.ndarray:
     [
         {"itc_size": 5, "itc_pooling": "first", "fusion": "mul", "tie_objects": True},
         {"itc_size": 6, "itc_pooling": "mean", "fusion": "sum", "region_objective": "feature"},
+        {
+            "itc_size": 6,
+            "itc_pooling": "mean",
+            "itc_regions": "feature",
+            "itm_similarity": True,
+            "region_mean": [0.5] * 10,
+            "region_deviation": [0.25] * 10,
+        },
     ],
-    ids=["first", "mean"],
+    ids=["first", "mean", "feature"],
 )
 def test_scores_and_vectors_are_the_models_over_ragged_batches(changes: dict[str, Any], tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", **changes)

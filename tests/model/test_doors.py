@@ -11,7 +11,9 @@ from tests.model.tiny import every_row, packed_batch, padded, samples_of, tiny_m
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 
-SIMILARITY = [{}, {"itc_size": 5, "itm_similarity": True}, {"itc_size": 5, "itm_similarity": True, "itc_pooling": "mean"}]
+VECTORS = {"itc_size": 5, "itm_similarity": True}
+STANDARDIZED = {"region_mean": [0.5] * 10, "region_deviation": [0.25] * 5 + [2.0] * 5, "region_feature_dropout_prob": 0.5}
+SIMILARITY = [{}, VECTORS, VECTORS | {"itc_pooling": "mean"}, VECTORS | {"itc_pooling": "mean", "itc_regions": "feature"}, STANDARDIZED]
 
 
 @pytest.mark.parametrize("changes", SIMILARITY)

@@ -18,10 +18,11 @@ def test_equals_the_counter(objective: str) -> None:
     assert forward_flops(model.config, counts) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("of_regions", ["states", "feature"])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_sides_alone_equal_the_counter(pooling: str) -> None:
+def test_sides_alone_equal_the_counter(pooling: str, of_regions: str) -> None:
     """A batch of texts alone and one of images alone: in one batch the CPU's attention would pad the shorter side."""
-    model = tiny_model(itc_size=5, itc_pooling=pooling)
+    model = tiny_model(itc_size=5, itc_pooling=pooling, itc_regions=of_regions)
     text, regions = torch.full((3,), 6), torch.full((2,), 4)
     none = torch.zeros(0, dtype=torch.int64)
     batches = packed_batch(text=(6, 6, 6), regions=(0, 0, 0)), packed_batch(text=(0, 0), regions=(4, 4))

@@ -48,6 +48,15 @@ WORDS = [
 VARIANTS: dict[str, dict[str, Any]] = {
     "first": {"itc_size": 5, "itc_pooling": "first", "fusion": "mul", "region_objective": "class", "tie_objects": True},
     "mean": {"itc_size": 6, "itc_pooling": "mean", "itm_similarity": True, "fusion": "sum", "region_objective": "feature"},
+    "feature": {
+        "itc_size": 6,
+        "itc_pooling": "mean",
+        "itc_regions": "feature",
+        "itm_similarity": True,
+        "region_mean": [0.5] * 10,
+        "region_deviation": [0.25] * 10,
+        "region_feature_dropout_prob": 0.5,
+    },
     "flat": {"num_interaction_layers": 0, "num_text_layers": 0, "num_region_layers": 0},
 }
 TEXTS = ["Red apples", "CAFE café caf\u00e9 [MASK] 鹤鹤!", "", "w1 " * 30, "[SEP] w2\u200bw3\x07 ÀÉ ß"]

@@ -63,6 +63,21 @@ def test_means_are_those_of_every_text_and_image_by_themselves() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_an_images_vector_may_be_made_of_its_feature_alone(pooling: str) -> None:
+    """Of the global region's feature, standardized; texts' vectors are those of a model with layers for both."""
+    size = tiny_model().config.region_feature_size
+    scaling = {"region_mean": [0.25] * size, "region_deviation": [0.5] * size}
+    model = tiny_model(itc_size=5, itc_pooling=pooling, itc_regions="feature", region_feature_dropout_prob=0.5, **scaling)
+    texts, images, both = mixed()
+    firsts = images.region_features[images.region_lengths.cumsum(0) - images.region_lengths]
+    found_texts, found_images, _ = model.vectors_packed(both)
+    assert model.itc_head is not None
+    torch.testing.assert_close(found_images, F.normalize(model.itc_head.region((firsts - 0.25) / 0.5), dim=-1))
+    model.config.itc_regions = "states"
+    torch.testing.assert_close(found_texts, F.normalize(model.itc_head.text(model.interbert.pool_alone(texts)[0]), dim=-1))
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_a_text_sees_neither_other_texts_nor_any_image(pooling: str) -> None:
     model = tiny_model(itc_size=5, itc_pooling=pooling).double()
     texts, _, both = mixed()
@@ -155,10 +170,11 @@ def test_conversions_keep_the_head_and_the_official_form_has_none(tmp_path: Path
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in back.named_parameters())
 
 
+@pytest.mark.parametrize("of_regions", ["states", "feature"])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_similarity_is_a_scaled_cosine_of_states_that_have_seen_each_other(pooling: str) -> None:
+def test_similarity_is_a_scaled_cosine_of_states_that_have_seen_each_other(pooling: str, of_regions: str) -> None:
     """Against a loop over single pairs: matching without it, and a cosine of what the ordinary encoding gives."""
-    model, inputs = tiny_model(itc_size=5, itc_pooling=pooling, itm_similarity=True), packed_batch()
+    model, inputs = tiny_model(itc_size=5, itc_pooling=pooling, itc_regions=of_regions, itm_similarity=True), packed_batch()
     assert model.itm_similarity is not None
     assert model.itc_head is not None
     with torch.no_grad():
@@ -166,9 +182,11 @@ def test_similarity_is_a_scaled_cosine_of_states_that_have_seen_each_other(pooli
         model.itm_similarity.margin.fill_(-0.2)
         whole = model.score_packed(inputs, *([torch.zeros(0, dtype=torch.int64)] * 2)).itm_logits
         for i in range(len(inputs)):
-            alone = model.interbert.encode(samples_of(inputs, [i]))
+            sample = samples_of(inputs, [i])
+            alone = model.interbert.encode(sample)
             sides = (alone.text_states.mean(0), alone.region_states.mean(0))
             text, region = sides if pooling == "mean" else (alone.pooled_text[0], alone.pooled_region[0])
+            region = sample.region_features[0] if of_regions == "feature" else region
             cosine = F.cosine_similarity(model.itc_head.text(text), model.itc_head.region(region), dim=0)
             plain = model.itm_head(model.fusion(alone.pooled_text, alone.pooled_region))[0]
             expected = plain + torch.tensor([math.exp(1.7) * (float(cosine) + 0.2), 0.0])

@@ -25,6 +25,7 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.detector import keep_detector, require_detector, require_same_detector
 from megainter.tasks.pretraining.batches import PretrainStream
 from megainter.tasks.pretraining.sampling import Sampler, StreamSettings
+from megainter.tasks.pretraining.scaling import keep_scaling
 from megainter.training.collective import first_said, on_first_rank
 
 BLOCK = 4096  # samples, some hundred megabytes of records
@@ -269,12 +270,9 @@ def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureS
     model = config.model
     if model.vocab_size is not None and model.vocab_size < vocabulary_size:
         raise UsageError(f"model.vocab_size {model.vocab_size} is smaller than the vocabulary's {vocabulary_size} entries; leave it out")
-    names = [
-        name
-        for name in vars(model)
-        if name not in ("start_from", "gradient_checkpointing", "vocab_size", "region_feature_size", "num_region_classes", "itc_size")
-        and not name.startswith("_")
-    ]
+    apart = {"start_from", "gradient_checkpointing", "vocab_size", "region_feature_size", "num_region_classes", "itc_size"}
+    apart |= {"standardize_regions"}
+    names = [name for name in vars(model) if name not in apart and not name.startswith("_")]
     found = InterBertConfig(
         vocab_size=model.vocab_size or vocabulary_size,
         region_feature_size=store.schema.feature_size,
@@ -284,5 +282,7 @@ def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureS
         itc_size=model.itc_size if config.training.itc_weight > 0 else 0,
         **{name: getattr(model, name) for name in names},
     )
+    if model.standardize_regions:
+        keep_scaling(found, store, config.data.max_regions, model.start_from)
     keep_detector(found, store.schema)
     return found

@@ -4,14 +4,13 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from megainter.config.reading import OF_VECTORS, SIZES_OF_A_START
+from megainter.config.reading import brought_by
 from megainter.config.settings import DataConfig, ModelSettings, RunConfig
 from megainter.data.text.vocabulary import Vocabulary, load_vocabulary
 from megainter.errors import UsageError
 from megainter.model.folder import locate_model, read_config, read_vocabulary
 from megainter.tasks.starting import record_start
 
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob")
 log = logging.getLogger("megainter")
 
 
@@ -24,7 +23,7 @@ def with_start(config: RunConfig) -> RunConfig:
         return config
     found = locate_model(config.model.start_from, "model.start_from")
     start = read_config(found.path)
-    names = SIZES_OF_A_START if start.itc_size else SIZES_OF_A_START - OF_VECTORS
+    names = brought_by(start.to_dict())
     sizes = [field for field in dataclasses.fields(ModelSettings) if field.name in names]
     unlike = [
         f"{field.name} ({getattr(start, field.name)}, not {getattr(config.model, field.name)})"
@@ -34,6 +33,12 @@ def with_start(config: RunConfig) -> RunConfig:
     if unlike:
         raise UsageError(
             f"model.start_from {found.name} differs from [model] in {', '.join(unlike)}; leave them out: a start brings its own"
+        )
+
+    if config.model.standardize_regions and not start.standardize_regions and start.detector is not None:
+        raise UsageError(
+            f"model.standardize_regions is true, and model.start_from {found.name} was trained on features of {start.detector:.80} as they "
+            "are: leave it out"
         )
 
     if config.data.max_text_tokens > start.max_position_embeddings:

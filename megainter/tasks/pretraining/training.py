@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from megainter.config.settings import RunConfig
-from megainter.model.configuration import InterBertConfig
+from megainter.model.configuration import DROPOUTS, InterBertConfig
 from megainter.model.flops import BatchCounts, alone_flops, forward_flops
 from megainter.model.folder import read_config
 from megainter.model.interbert import InterBertForPreTraining
@@ -18,13 +18,17 @@ from megainter.tasks.pretraining.batches import PretrainBatch, validation_batche
 from megainter.tasks.pretraining.fresh import with_fresh_captions
 from megainter.tasks.pretraining.objective import ObjectiveWeights, PretrainingStep
 from megainter.tasks.pretraining.sources import Sources, model_configuration, open_sources
-from megainter.tasks.pretraining.starting import DROPOUTS, with_start
+from megainter.tasks.pretraining.starting import with_start
 from megainter.tasks.retrieval.recall import HeldOut, open_held_out, recall_figures
 from megainter.training.collective import summed
 from megainter.training.job import Job, summarise
 from megainter.training.loop import counted, steps_of, train
 from megainter.training.world import World
 
+_OF_THE_RUN = (
+    "max_regions", "max_text_tokens", "itc_size", "itc_pooling", "itc_regions", "itm_similarity", "region_mean", "region_deviation",
+    "detector", "region_classes",
+)  # fmt: skip
 FEW_STEPS, ENOUGH_FOR_FEW = 100, 300  # below how many a run is warned about, and how many it is told to take: minutes for some dozen photos
 
 
@@ -104,7 +108,7 @@ def starting_model(config: RunConfig, settings: InterBertConfig) -> InterBertFor
         return InterBertForPreTraining(settings)
     transformers_logging.disable_progress_bar()
     found = read_config(start)
-    for name in (*DROPOUTS, "max_regions", "max_text_tokens", "itc_size", "itc_pooling", "itm_similarity", "detector", "region_classes"):
+    for name in (*DROPOUTS, *_OF_THE_RUN):
         setattr(found, name, getattr(settings, name))
     started: InterBertForPreTraining = InterBertForPreTraining.from_pretrained(start, config=found)
     return started

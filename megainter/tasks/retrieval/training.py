@@ -124,7 +124,7 @@ def _with_vectors(config: RetrievalConfig, model: InterBertConfig, contrast: boo
         raise UsageError(f"matching would weigh how near vectors are (itm_similarity), and none are trained: {remedy}")
     fresh = [] if model.itc_size else ["itc_head"]
     if fresh:
-        model.itc_pooling = asked.itc_pooling
+        model.itc_pooling, model.itc_regions = asked.itc_pooling, asked.itc_regions
     model.itc_size, model.itm_similarity = (model.itc_size or asked.itc_size) if contrast else 0, similarity
     return "|".join([*fresh, *(["itm_similarity"] if similarity and not had else [])]) or r"(?!)"
 

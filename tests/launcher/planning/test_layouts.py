@@ -39,11 +39,12 @@ def recipe(name: str, *settings: str) -> RunConfig:
 
 def configuration(shape: Shape) -> InterBertConfig:
     """The model's own configuration for a shape."""
-    others = ("targets", "hidden_dropout", "attention_dropout", "itc_means")
+    others = ("targets", "hidden_dropout", "attention_dropout", "itc_means", "itc_feature")
     values = {name: value for name, value in dataclasses.asdict(shape).items() if name not in others}
     drop = 0.1 if shape.hidden_dropout else 0.0
     return InterBertConfig(
         **values, num_region_classes=shape.targets, itc_pooling="mean" if shape.itc_means else "first",
+        itc_regions="feature" if shape.itc_feature else "states",
         hidden_dropout_prob=drop, region_hidden_dropout_prob=drop,
         attention_probs_dropout_prob=0.1 if shape.attention_dropout else 0.0,
     )  # fmt: skip
@@ -59,13 +60,14 @@ def test_every_recipe_has_the_size_it_says(name: str) -> None:
     assert len(list(model.parameters())) == tensors(shape)
 
 
+@pytest.mark.parametrize("feature", [False, True])
 @pytest.mark.parametrize(("means", "similarity"), [(False, False), (True, False), (False, True), (True, True)])
-def test_operations_are_those_the_trainer_counts(means: bool, similarity: bool) -> None:
+def test_operations_are_those_the_trainer_counts(means: bool, similarity: bool, feature: bool) -> None:
     load = Load(samples=4, text=9, regions=6, masked_text=2, masked_regions=1)
     lengths = torch.full((4,), 9), torch.full((4,), 6)
     pairs = counted_flops(configuration(SMALL), BatchCounts.of(*lengths, 8, 4))
     assert forward_flops(SMALL, load) == pairs
-    contrast = dataclasses.replace(SMALL, itc_size=24, itc_means=means, itm_similarity=similarity)
+    contrast = dataclasses.replace(SMALL, itc_size=24, itc_means=means, itc_feature=feature, itm_similarity=similarity)
     pairs = counted_flops(configuration(contrast), BatchCounts.of(*lengths, 8, 4))
     assert forward_flops(contrast, load) == pairs + counted_alone(configuration(contrast), *lengths)
     step = flops_per_step(contrast, load, Layout(0, 1, accumulation=2))
@@ -85,10 +87,12 @@ def test_activations_are_what_autograd_keeps(dropout: bool) -> None:
     assert expected == pytest.approx(kept_by_autograd(shape, load), rel=0.05)
 
 
-@pytest.mark.parametrize(("means", "similarity"), [(False, False), (True, False), (True, True)])
-def test_activations_of_contrast_are_what_autograd_keeps(means: bool, similarity: bool) -> None:
+@pytest.mark.parametrize(
+    ("means", "similarity", "feature"), [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+)
+def test_activations_of_contrast_are_what_autograd_keeps(means: bool, similarity: bool, feature: bool) -> None:
     """Within 6 %: both sides alone beside the pairs; with means the last layers keep all rows."""
-    shape = dataclasses.replace(SMALL, itc_size=24, itc_means=means, itm_similarity=similarity)
+    shape = dataclasses.replace(SMALL, itc_size=24, itc_means=means, itc_feature=feature, itm_similarity=similarity)
     load = Load(samples=8, text=24, regions=16, masked_text=0, masked_regions=0)
     expected = activations(shape, load, Layout(0, 1, "fp32"), cpu=True)
     assert expected == pytest.approx(kept_by_autograd(shape, load), rel=0.06)
