@@ -15,7 +15,7 @@ from megainter.errors import MegainterError, UsageError
 from megainter.files import read_json, write_atomically, write_json
 from megainter.stages import Stage, conversion, run_stages, seconds_of, training, verb
 
-CANDIDATES = 50  # of the first stage, for the second
+CANDIDATES = 20  # of the first stage, for the second
 ORDERS = {"first stage": "prefilter", "InterBERT, its candidates": None, "both stages": "both_stages"}  # places in a report
 WAYS = ("text_to_image", "image_to_text")
 MODELS = {"pretrained": "pretrained", "tuned": "fine-tuned"}
@@ -60,9 +60,9 @@ def main(
     processes
         Processes that train, and that extract.
     pretraining_steps
-        Steps of 256 samples. Default: the recipe's.
+        Steps of 512 samples. Default: the recipe's.
     finetuning_steps
-        Steps of 64 captions. Default: the recipe's.
+        Steps of 256 captions. Default: the recipe's.
     """
     if language == "zh" and vocabulary is None:
         raise UsageError("Chinese captions need --vocabulary, the vocab.txt of bert-base-chinese")

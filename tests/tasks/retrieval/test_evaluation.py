@@ -34,7 +34,7 @@ def evaluate(model: Path, pairs: Path, store: Path, **given: Any) -> RetrievalRe
     return evaluation.evaluate(model, RetrievalEvaluation(pairs=pairs, store=store, **given))
 
 
-def write_model(folder: Path, pairs: Path, **sizes: int) -> Path:
+def write_model(folder: Path, pairs: Path, **sizes: Any) -> Path:
     """A random model wide enough that scores differ, as a Hugging Face folder with its vocabulary."""
     table = read_pairs(pairs).table
     folder.mkdir()

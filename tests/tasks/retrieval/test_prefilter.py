@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 
 from megainter.data.feature_store import FeatureStore
 from megainter.data.tables.pairs import read_pairs
@@ -28,6 +29,7 @@ from megainter.tasks.retrieval.prefilter.towers import PrefilterSettings, captio
 from megainter.tasks.retrieval.prefilter.training import PrefilterTraining, batches, contrastive_loss, finetune
 from megainter.tasks.retrieval.ranking import rank_scores
 from megainter.tasks.retrieval.report import RetrievalReport
+from tests.hub import COMMIT, Hub, serve
 from tests.synthetic import write_data
 from tests.tasks.retrieval.test_evaluation import write_model
 from tests.tasks.retrieval.test_ranking import brute_force
@@ -266,9 +268,10 @@ def test_a_prefilter_that_does_not_fit_is_refused(data: tuple[Path, Path, Path],
     assert PrefilterSettings(**settings).format == 1
 
 
-def test_a_model_with_vectors_is_its_own_first_stage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [{}, {"itc_regions": "feature", "itm_similarity": True}], ids=["states", "feature"])
+def test_a_model_with_vectors_is_its_own_first_stage(sizes: dict[str, Any], tmp_path: Path) -> None:
     pairs, path = write_data(tmp_path, images=IMAGES, captions=CAPTIONS)
-    folder = write_model(tmp_path / "model", pairs, itc_size=8)
+    folder = write_model(tmp_path / "model", pairs, itc_size=8, **sizes)
     report = evaluate(folder, pairs, path, output=tmp_path / "out.json", split="train", prefilter=KEEP, scores=tmp_path / "scores.parquet")
 
     store, model = FeatureStore(path), InterBertForRetrieval.from_pretrained(folder).eval()
@@ -299,6 +302,22 @@ def test_a_model_with_vectors_is_its_own_first_stage(tmp_path: Path) -> None:
     ahead = (total > np.where(right, total, np.inf).min(1, keepdims=True)).sum(1)
     assert again.both_stages.text_to_image.r_at_1 == ((ahead == 0) & right.any(1)).mean()
     assert again.text_to_image == report.text_to_image
+
+
+def test_a_model_by_its_name_is_its_own_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, path = write_data(tmp_path, images=IMAGES, captions=CAPTIONS)
+    folder = write_model(tmp_path / "model", pairs, itc_size=8)
+    by_path = evaluate(folder, pairs, path, output=tmp_path / "path.json", split="train", prefilter=KEEP)
+    with serve(Hub(files={"team/interbert": {file.name: file.read_bytes() for file in folder.iterdir()}})) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        by_name = evaluate(Path("hf:team/interbert"), pairs, path, output=tmp_path / "name.json", split="train", prefilter=KEEP)
+    assert by_name.prefilter is not None
+    assert by_path.prefilter is not None
+    assert by_name.prefilter.model == f"hf:team/interbert@{COMMIT}"
+    assert by_name.prefilter.text_to_image == by_path.prefilter.text_to_image
+    assert (by_name.text_to_image, by_name.both_stages) == (by_path.text_to_image, by_path.both_stages)
 
 
 def test_options_that_cannot_be_are_one_clear_line(data: tuple[Path, Path, Path], trained: Path, tmp_path: Path) -> None:
