@@ -3,20 +3,19 @@
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import megainter
+from megainter.conversion.evaluations import plain, read_evaluations, results, section, table
 from megainter.errors import UsageError, one_line
 from megainter.files import README, read_json, write_atomically
 from megainter.model.remote_code import AUTO_CLASSES
 from megainter.weights import HUB, origin_name
 
 PAPER = "2003.13198"
-_BOTH = {"text_to_image": "text to image", "image_to_text": "image to text"}
-_RECALLS = {"r_at_1": "R@1", "r_at_5": "R@5", "r_at_10": "R@10"}
 # What a pipeline of the Hub would do with it; other heads may be made for anything.
 _PIPELINES = {
     "InterBertForPreTraining": "feature-extraction",
@@ -42,7 +41,7 @@ class CardOptions:
     base_model: str | None = None
     """Model it started from, OWNER/NAME. Default: where the weights came by name, that repository."""
     evaluation: tuple[Path, ...] = ()
-    """Report of `megainter evaluate retrieval` on these weights, whose figures the card then has; may be given several times."""
+    """Report of `megainter evaluate` on these weights, whose figures the card then has; may be given several times."""
 
     def __post_init__(self) -> None:
         if self.license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.license):
@@ -93,13 +92,13 @@ def write_card(folder: Path, title: str, config: Any, parameters: int, dtype: st
     Of the earlier folder's card the front matter goes on (without figures of evaluation, which are those of its weights), and so do
     sections that are not made here. ``UsageError`` for an evaluation of another model, or a file that is none.
     """
-    reports = _evaluations(card, folder)
+    reports = read_evaluations(card.options.evaluation, folder, card.earlier, card.changed)
     metadata, opening, sections = _earlier(card.earlier)
     made = {
         "Model": _model(config, parameters, dtype),
         "Use": _use(config),
         "Training": _training(card.trained) if card.trained else None,
-        "Evaluation": _evaluation(reports) if reports else None,
+        "Evaluation": section(reports) if reports else None,
         "How it was made": _how(card),
     }
     kept = {name: text for name, text in sections.items() if name not in made or (name == "Training" and made[name] is None)}
@@ -125,9 +124,9 @@ def _front_matter(metadata: dict[str, Any], title: str, config: Any, card: Card,
         "tags": list(dict.fromkeys([*_listed(metadata.get("tags")), "interbert"])),
     }
     merged = metadata | {name: value for name, value in known.items() if value is not None}
-    results = [result for report in reports for result in _results(report)]
-    if results:
-        merged |= {"eval_results": results, "model_name": title}
+    found = [result for report in reports for result in results(report)]
+    if found:
+        merged |= {"eval_results": found, "model_name": title}
     return ModelCardData(**merged).to_yaml().strip()
 
 
@@ -169,8 +168,8 @@ def _opening(title: str, earlier: str, before: str | None) -> str:
     words = f"An InterBERT ([arXiv:{PAPER}](https://arxiv.org/abs/{PAPER})): a BERT over the words of a text and the regions of an image."
     heading, _, rest = earlier.partition("\n")
     if not earlier:
-        return f"# {_plain(title)}\n\n{words}"
-    return f"# {_plain(title)}\n{rest}" if before is not None and heading == f"# {_plain(before)}" else earlier
+        return f"# {plain(title)}\n\n{words}"
+    return f"# {plain(title)}\n{rest}" if before is not None and heading == f"# {plain(before)}" else earlier
 
 
 def _model(config: Any, parameters: int, dtype: str) -> str:
@@ -187,7 +186,7 @@ def _model(config: Any, parameters: int, dtype: str) -> str:
 
 
 def _whose(config: Any) -> str:
-    return f", from the detector `{_plain(config.detector)}`." if config.detector else "."
+    return f", from the detector `{plain(config.detector)}`." if config.detector else "."
 
 
 def _use(config: Any) -> str:
@@ -228,10 +227,10 @@ def _training(trained: TrainedBy) -> str | None:
         for name in names
         if isinstance(settings.get(part), dict) and settings[part].get(name) is not None
     ]
-    lines = [f"Saved at step {trained.step:,}.", "", *_table(("setting", "value"), stated)]
+    lines = [f"Saved at step {trained.step:,}.", "", *table(("setting", "value"), stated)]
     for kind, record in _last_figures(trained).items():
         figures = [(name, f"{value:.6g}") for name, value in record.items() if _CURVES.fullmatch(name) and isinstance(value, int | float)]
-        lines += ["", *_table((f"{kind}, step {record['step']:,}", "last figure"), figures)]
+        lines += ["", *table((f"{kind}, step {record['step']:,}", "last figure"), figures)]
     environment = _object(trained.run / "environment.json")
     packages = environment.get("packages")
     versions = packages if isinstance(packages, dict) else {}
@@ -240,7 +239,7 @@ def _training(trained: TrainedBy) -> str | None:
     if isinstance(command, list) and command:
         lines += ["", "```sh", one_line(command_of([str(word) for word in command])), "```"]
     if told:
-        lines += ["", f"With {', '.join(map(_plain, told))}, Python {_plain(str(environment.get('python', '')))}."]
+        lines += ["", f"With {', '.join(map(plain, told))}, Python {plain(str(environment.get('python', '')))}."]
     return "\n".join(lines)
 
 
@@ -263,91 +262,10 @@ def _within(step: Any, most: int) -> bool:
 
 
 def _how(card: Card) -> str:
-    lines = [f"From the weights `{_plain(card.name)}`.", ""] if card.name else []
+    lines = [f"From the weights `{plain(card.name)}`.", ""] if card.name else []
     if card.command:
         lines += ["```sh", one_line(card.command), "```", ""]
     return "\n".join([*lines, f"With megainter {megainter.__version__}."])
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------------------------
-
-
-def _evaluations(card: Card, folder: Path) -> list[dict[str, Any]]:
-    """The reports that were given, each of the weights in ``folder`` or of those that these were made from."""
-    if not card.options.evaluation:
-        return []
-    from megainter.model.folder import model_digest
-
-    own = model_digest(folder)
-    before = model_digest(card.earlier) if card.earlier is not None else own
-    reports = []
-    for path in card.options.evaluation:
-        report = read_json(path)
-        _require_report(report, path)
-        if report["model_digest"] not in (own, before):
-            raise UsageError(f"{path} was measured with other weights ({report['model']!s:.120}); evaluate these, or leave it out")
-        reports.append(report | {"of_the_source": card.changed})
-    return reports
-
-
-def _require_report(report: Any, path: Path) -> None:
-    whole = isinstance(report, dict) and isinstance(report.get("model_digest"), str) and isinstance(report.get("pairs"), str)
-    for way in _BOTH:
-        figures = report.get(way) if whole else None
-        whole = whole and isinstance(figures, dict) and all(isinstance(figures.get(name), int | float) for name in _RECALLS)
-    if not whole:
-        raise UsageError(f"{path} is no report of `megainter evaluate retrieval`")
-
-
-def _results(report: Mapping[str, Any]) -> list[Any]:
-    """Recalls both ways as the Hub's model-index has them, in percent."""
-    from huggingface_hub import EvalResult
-
-    name = Path(report["pairs"]).stem
-    counts = {part: report[part] for part in ("images", "captions", "pairs_digest") if report.get(part) is not None}
-    return [
-        EvalResult(
-            task_type="image-text-retrieval",
-            task_name="Image-text retrieval",
-            dataset_type=re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "pairs",
-            dataset_name=one_line(name),
-            dataset_split=report.get("split"),
-            dataset_args=counts,
-            metric_type="recall",
-            metric_name=f"{way} {recall}",
-            metric_value=round(100 * report[key][value], 2),
-        )
-        for key, way in _BOTH.items()
-        for value, recall in _RECALLS.items()
-    ]
-
-
-def _evaluation(reports: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for report in reports:
-        gallery = f"{_plain(Path(report['pairs']).stem)}, {_plain(str(report.get('split')))}: {report.get('images')} images"
-        first = report.get("prefilter")
-        candidates = f", {first['candidates']} candidates of a first stage" if isinstance(first, dict) and "candidates" in first else ""
-        made = f" ({report.get('precision')}{candidates}{', before this conversion' if report['of_the_source'] else ''})"
-        for key, way in _BOTH.items():
-            figures = [f"{report[key][name]:.1%}" for name in _RECALLS]
-            rows.append((gallery + made, way, *figures, report[key].get("median_rank", ""), _share(report[key].get("chance_at_1"))))
-    head = ("gallery", "direction", *_RECALLS.values(), "median rank", "chance R@1")
-    return "\n".join(["By `megainter evaluate retrieval`:", "", *_table(head, rows)])
-
-
-def _share(value: Any) -> str:
-    return f"{value:.2%}" if isinstance(value, int | float) else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    cells = [[_plain(str(cell)) for cell in row] for row in rows]
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in cells)] if cells else []
-
-
-def _plain(text: str) -> str:
-    """``text`` as a page shows it and nothing acts on it: one line, no markup, no cell's end."""
-    return one_line(text).replace("`", "'").replace("|", "/").replace("<", "‹").replace(">", "›")
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -140,8 +140,40 @@ def test_an_evaluation_of_other_weights_or_none_at_all_is_refused(model: Path, t
         convert_hugging_face(model, tmp_path / "out", card=card)
     assert not (tmp_path / "out").exists()
     scores.write_text(json.dumps({"accuracy": 1}))
-    with pytest.raises(UsageError, match="no report of `megainter evaluate retrieval`"):
+    with pytest.raises(UsageError, match="no report of `megainter evaluate` that has figures"):
         convert_hugging_face(model, tmp_path / "out", card=card)
+
+
+def test_reports_of_other_tasks_have_tables_of_their_own(model: Path, tmp_path: Path) -> None:
+    same = {"model": str(model), "model_digest": model_digest(model), "split": "val", "precision": "bf16"}
+    vcr = {"answer": 0.5, "rationale": 0.25, "both": None, "labelled": 40, "questions_file": "/d/vcr.parquet", "chance": {"both": 0.0625}}
+    reviews = {
+        "task": "sentiment",
+        "figures": {"accuracy": 0.84437, "loss": 0.41},
+        "count": 7,
+        "examples": "reviews|.parquet",
+        "store": None,
+    }
+    answers = reviews | {"task": "vqa", "figures": {"vqa_accuracy": 0.5}, "examples": "vqa.parquet", "store": "regions.store"}
+    paths = []
+    for name, report in (("a", vcr), ("b", reviews), ("c", answers), ("d", report_of(model))):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(same | report))
+    convert_hugging_face(model, tmp_path / "out", card=Card(CardOptions(evaluation=tuple(paths))))
+    card = card_in(tmp_path / "out")
+    assert "| vcr, val: 40 with labels (bf16) | 50.0% | 25.0% |  | 6.25% |" in card.text
+    assert "| reviews/, val: 7 (bf16) | accuracy | 0.8444 |" in card.text
+    assert [f"By `megainter evaluate {task}`:" in card.text for task in ("retrieval", "vcr", "classification")] == [True] * 3
+    found = {(result.task_type, result.metric_name): result.metric_value for result in card.data.eval_results or []}
+    assert found["visual-question-answering", "Q->A"] == 50.0
+    assert ("visual-question-answering", "Q->AR") not in found
+    assert found["text-classification", "accuracy"] == 0.8444
+    assert found["visual-question-answering", "vqa accuracy"] == 0.5
+    assert found["image-text-retrieval", "text to image R@1"] == 20.0
+
+    paths[0].write_text(json.dumps(same | vcr | {"answer": None, "rationale": None}))
+    with pytest.raises(UsageError, match="no report of `megainter evaluate` that has figures"):
+        convert_hugging_face(model, tmp_path / "more", card=Card(CardOptions(evaluation=(paths[0],))))
 
 
 def test_figures_of_the_weights_before_a_cast_say_so(model: Path, tmp_path: Path) -> None:
