@@ -1,23 +1,19 @@
 """The InterBERT models, as Hugging Face classes with two doors onto one core.
 
 The packed door (`encode`, `score_packed`) takes `PackedInputs` and computes only what is asked for; training and evaluation use it.
-The padded door (`forward`) takes ordinary padded tensors with masks, packs them, calls the same core, and pads the results again
-(zeros at padding). With ``output_attentions`` it also says where every layer looks, as ``attentions.Watched.padded``.
+The padded door (`forward`, of `model.architecture`) takes ordinary padded tensors with masks; here they are packed, the same core is
+called, and the results are padded again (zeros at padding). With ``output_attentions`` it also says where every layer looks, as
+``attentions.Watched.padded``.
 
-Shape letters: S samples, Nt text tokens, Nr regions, H hidden, P pooled, V vocabulary, C region target size, B, T, R a padded batch,
-K choices.
-
-No parameter sits on these classes themselves: each is read inside the forward of the module that owns it, where ZeRO-3 gathers it.
+Shape letters: S samples, Nt text tokens, Nr regions, H hidden, P pooled, V vocabulary, C region target size, B, T, R a padded batch.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,45 +21,34 @@ from transformers import (
     AutoModelForNextSentencePrediction,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
-    PretrainedConfig,
     PreTrainedModel,
 )
-from transformers import initialization as init
 
 from megainter.data.feature_store.record import RegionRecord
 from megainter.data.feature_store.views import RegionViews
 from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
 from megainter.files import renew_checksums
-from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
+from megainter.model.architecture import (
+    MATCHED,
+    Attentions,
+    InterBertArchitecture,
+    JudgedRows,
+    Matching,
+    MultipleChoice,
+    OnTrunk,
+    PreTraining,
+    Retrieval,
+    SequenceClassification,
+    ThreeTensors,
+    Trunk,
+    masked_regions,
+)
 from megainter.model.attentions import padded_attentions, watched
 from megainter.model.configuration import InterBertConfig
-from megainter.model.embeddings import DropoutAddLayerNorm, RegionEmbeddings, RegionScaling, TextEmbeddings
-from megainter.model.encoder import Encoder, LinearGelu
 from megainter.model.folder import locate_model, named, read_config
-from megainter.model.heads import (
-    FIRST_FACTOR,
-    FIRST_MARGIN,
-    FIRST_SCALE,
-    ContrastiveHead,
-    Decoder,
-    Fusion,
-    Pooler,
-    PredictionHead,
-    Similarity,
-    matching_logits,
-    means,
-)
-from megainter.model.outputs import (
-    Asked,
-    Encoded,
-    InterBertClassificationOutput,
-    InterBertForPreTrainingOutput,
-    InterBertForRetrievalOutput,
-    InterBertModelOutput,
-    PackedLosses,
-    PackedScores,
-)
+from megainter.model.heads import matching_logits, means
+from megainter.model.outputs import Asked, Encoded, InterBertForPreTrainingOutput, InterBertModelOutput, PackedLosses, PackedScores
 from megainter.model.packing import PackedLayout, pack_padded
 from megainter.model.processor import InterBertProcessor
 from megainter.model.remote_code import auto_map, write_remote_code
@@ -71,37 +56,6 @@ from megainter.model.vectors import BATCH, contrastive_vectors, ready_processor,
 
 # Options of transformers' ``from_pretrained`` about its own way to the Hub.
 _HUB_OPTIONS = {"token", "cache_dir", "force_download", "proxies", "gguf_file", "state_dict"}
-MATCHED = 0  # class of the image-text matching head for a caption and its own image (official code)
-
-
-class InterBertArchitecture(PreTrainedModel):
-    """What all InterBERT classes share, those of `model.plain` too: configuration, initialisation, how Hugging Face tools handle them."""
-
-    config_class = InterBertConfig
-    base_model_prefix = "interbert"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 - Hugging Face's name and form
-    # One folder may hold the heads of several models; each model takes its own.
-    _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|itc|choice)_head\.", r"^itm_similarity\.", r"^classifier\."]  # noqa: RUF012
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Weights N(0, initializer_range), the padding row of the word embeddings too; biases 0, norms 1 and 0 (official code)."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            init.zeros_(module.bias)
-        if isinstance(module, DropoutAddLayerNorm | nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        if isinstance(module, ContrastiveHead):
-            init.constant_(module.log_scale, math.log(FIRST_SCALE))
-        if isinstance(module, Similarity):
-            init.constant_(module.log_scale, math.log(FIRST_FACTOR))
-            init.constant_(module.margin, FIRST_MARGIN)
-        if isinstance(module, RegionScaling):
-            init.copy_(module.mean, torch.tensor(self.config.region_mean))
-            init.copy_(module.deviation, torch.tensor(self.config.region_deviation))
 
 
 class InterBertPreTrainedModel(InterBertArchitecture):
@@ -133,23 +87,8 @@ class InterBertPreTrainedModel(InterBertArchitecture):
         renew_checksums(Path(save_directory))
 
 
-class InterBertModel(InterBertPreTrainedModel):
+class InterBertModel(Trunk, InterBertPreTrainedModel):
     """Embeddings, encoder and poolers, without heads."""
-
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.text_embeddings = TextEmbeddings(config)
-        self.region_embeddings = RegionEmbeddings(config)
-        self.encoder = Encoder(config)
-        self.text_pooler = Pooler(config)
-        self.region_pooler = Pooler(config)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_embeddings.word
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_embeddings.word = value  # type: ignore[assignment]
 
     def encode(self, inputs: PackedInputs) -> Encoded:
         """The packed door. ``inputs`` must be on the model's device. UsageError when its lengths do not fit the model or its tensors."""
@@ -238,33 +177,10 @@ class InterBertModel(InterBertPreTrainedModel):
             text_NH = add_named_regions(text_NH, region_NH, inputs.text_regions)
         return layout, text_NH, region_NH
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        region_features: torch.Tensor | None = None,
-        region_locations: torch.Tensor | None = None,
-        region_mask: torch.Tensor | None = None,
-        text_regions: torch.Tensor | None = None,
-        output_attentions: bool = False,
+    def encode_padded(
+        self, texts: ThreeTensors, images: ThreeTensors, text_regions: torch.Tensor | None, output_attentions: bool
     ) -> InterBertModelOutput:
-        """The padded door: text [B, T] and/or regions [B, R, F] with locations [B, R, 5]; row 0 of the regions is the global region.
-
-        ``text_regions`` int64 [B, T], for models with ``tie_objects``: the row of the region that a token names, or -1.
-        ``output_attentions``: also where every layer looks, as ``attentions.Watched.padded``.
-        """
-        size = self.config.region_feature_size
-        inputs, places = pack_padded(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            region_features=region_features,
-            region_locations=region_locations,
-            region_mask=region_mask,
-            feature_size=size,
-            text_regions=text_regions,
-        )
+        inputs, places = pack_padded(*texts, *images, self.config.region_feature_size, text_regions)
         with watched(self.encoder, output_attentions) as found:
             encoded = self.encode(inputs)
         return InterBertModelOutput(
@@ -274,6 +190,14 @@ class InterBertModel(InterBertPreTrainedModel):
             pooled_region=encoded.pooled_region,
             **padded_attentions(found, places),
         )
+
+    def pool_padded(
+        self, texts: ThreeTensors, images: ThreeTensors, text_regions: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], Attentions]:
+        inputs, places = pack_padded(*texts, *images, self.config.region_feature_size, text_regions)
+        with watched(self.encoder, output_attentions) as found:
+            pooled = self.pool(inputs)
+        return pooled, padded_attentions(found, places)
 
 
 def add_named_regions(text_NH: torch.Tensor, region_NH: torch.Tensor, text_regions_N: torch.Tensor) -> torch.Tensor:
@@ -286,31 +210,15 @@ def add_named_regions(text_NH: torch.Tensor, region_NH: torch.Tensor, text_regio
     return text_NH + F.embedding(rows_N, F.pad(region_NH, (0, 0, 0, 1)), padding_idx=nothing)
 
 
-class InterBertForPreTraining(InterBertPreTrainedModel):
-    """InterBERT with the heads of masked segment modelling, masked region modelling and image-text matching; with ``config.itc_size`` also
-    that of image-text contrast."""
+class _Packed(OnTrunk):
+    """A model on the packed trunk."""
 
-    _tied_weights_keys = {"msm_head.decoder.weight": "interbert.text_embeddings.word.weight"}  # noqa: RUF012
+    trunk = InterBertModel
+    interbert: InterBertModel
 
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.interbert = InterBertModel(config)
-        self.msm_head = PredictionHead(config, config.vocab_size)
-        self.mrm_head = PredictionHead(config, config.region_target_size)
-        self.fusion = Fusion(config)
-        self.itm_head = nn.Linear(config.pooler_size, 2)
-        self.itc_head = ContrastiveHead(config) if config.itc_size else None
-        self.itm_similarity = Similarity() if config.itm_similarity else None
-        self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.msm_head.decoder
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """``value`` may be an ordinary linear layer (that of a resized vocabulary): its parameters are taken."""
-        decoder = Decoder(value.in_features, value.out_features, device="meta")
-        decoder.weight, decoder.bias = value.weight, value.bias
-        self.msm_head.decoder = decoder
+class _WithVectors(_Packed, Matching):
+    """`Matching` on the packed trunk: a text alone and an image alone as vectors, where the model has them."""
 
     def vectors_packed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Vectors of the T texts alone [T, D] and of the I images alone [I, D] in ``inputs``, float32 and of length 1, and the logarithm of
@@ -331,6 +239,14 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         """Vectors of images' regions, float32 [N, itc_size] of length 1 on the CPU; the rest as ``encode_texts``."""
         return vectors_of_images(self, records, processor, batch_images)
 
+    def _matching(self, encoded: Encoded) -> torch.Tensor:
+        return matching_logits(self, encoded.pooled_text, encoded.pooled_region, encoded.sides)
+
+
+class InterBertForPreTraining(PreTraining, _WithVectors, InterBertPreTrainedModel):
+    """InterBERT with the heads of masked segment modelling, masked region modelling and image-text matching; with ``config.itc_size`` also
+    that of image-text contrast."""
+
     def score_packed(self, inputs: PackedInputs, msm_positions: torch.Tensor, mrm_positions: torch.Tensor) -> PackedScores:
         """The packed door: logits only at ``msm_positions`` [M] (rows of the Nt tokens) and ``mrm_positions`` [K] (rows of the Nr
         regions), both int64 and possibly empty. Every parameter takes part even then, so ranks always reduce the same gradients."""
@@ -338,7 +254,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         return PackedScores(
             self.msm_head(encoded.text_states),
             self.mrm_head(encoded.region_states),
-            matching_logits(self, encoded.pooled_text, encoded.pooled_region, encoded.sides),
+            self._matching(encoded),
         )
 
     def judge_packed(
@@ -350,7 +266,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         return PackedLosses(
             *self.msm_head.losses(encoded.text_states, msm_labels),
             self.mrm_head(encoded.region_states),
-            matching_logits(self, encoded.pooled_text, encoded.pooled_region, encoded.sides),
+            self._matching(encoded),
         )
 
     def forward(
@@ -380,31 +296,22 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
             input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
         )
         msm_rows, msm_targets = _msm_targets(msm_labels, places.text_rows)
-        mrm_rows, region_targets = _mrm_targets(mrm_labels, mrm_targets, itm_labels, places.region_rows)
+        mrm_rows, region_targets = _mrm_targets(masked_regions(mrm_labels, mrm_targets, itm_labels), places.region_rows)
         wanted_t = torch.arange(len(places.text_rows), device=msm_rows.device) if output_logits else msm_rows
         wanted_r = torch.arange(len(places.region_rows), device=mrm_rows.device) if output_logits else mrm_rows
         with watched(self.interbert.encoder, output_attentions) as found:
             scores = self.score_packed(inputs, wanted_t, wanted_r)
         msm_logits = scores.msm_logits[msm_rows] if output_logits else scores.msm_logits
         mrm_logits = scores.mrm_logits[mrm_rows] if output_logits else scores.mrm_logits
-        msm_loss = cross_entropy_sum(msm_logits, msm_targets) / max(len(msm_rows), 1) if msm_targets is not None else None
-        mrm_loss = self._region_sum(mrm_logits, region_targets) / max(len(mrm_rows), 1) if region_targets is not None else None
-        itm_loss = cross_entropy_sum(scores.itm_logits, itm_labels) / max(len(inputs), 1) if itm_labels is not None else None
-        losses = [loss for loss in (msm_loss, mrm_loss, itm_loss) if loss is not None]
-        return InterBertForPreTrainingOutput(
-            loss=torch.stack(losses).sum() if losses else None,
-            msm_loss=msm_loss,
-            mrm_loss=mrm_loss,
-            itm_loss=itm_loss,
+        return self._output(
+            JudgedRows(msm_logits, msm_targets, max(len(msm_rows), 1)) if msm_targets is not None else None,
+            JudgedRows(mrm_logits, region_targets, max(len(mrm_rows), 1)) if region_targets is not None else None,
+            itm_labels,
+            itm_logits=scores.itm_logits,
             text_logits=places.text(scores.msm_logits) if output_logits else None,
             region_logits=places.region(scores.mrm_logits) if output_logits else None,
-            itm_logits=scores.itm_logits,
-            **padded_attentions(found, places),
+            attentions=padded_attentions(found, places),
         )
-
-    def _region_sum(self, logits_KC: torch.Tensor, targets_KC: torch.Tensor) -> torch.Tensor:
-        by_class = self.config.region_objective == "class"
-        return soft_label_kl_sum(logits_KC, targets_KC) if by_class else squared_error_sum(logits_KC, targets_KC)
 
 
 def _msm_targets(labels_BT: torch.Tensor | None, text_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -416,53 +323,23 @@ def _msm_targets(labels_BT: torch.Tensor | None, text_rows: torch.Tensor) -> tup
     return rows, labels[rows]
 
 
-def _mrm_targets(
-    labels: torch.Tensor | None, targets: torch.Tensor | None, itm_labels: torch.Tensor | None, region_rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Packed rows of the masked regions of matched pairs, and their targets (None when no labels were given)."""
-    if labels is None and targets is None:
+def _mrm_targets(masked: tuple[torch.Tensor, torch.Tensor] | None, region_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Packed rows of `masked_regions`, and their targets (None when no labels were given)."""
+    if masked is None:
         return region_rows[:0], None
-    if labels is None or targets is None:
-        raise UsageError("mrm_labels and mrm_targets belong together; one of them is missing")
-    masked = labels == 1
-    if itm_labels is not None:
-        masked = masked & (itm_labels == MATCHED)[:, None]
-    with_global = F.pad(masked, (1, 0))  # the global region is never masked
+    masked_BR, targets = masked
+    with_global = F.pad(masked_BR, (1, 0))
     rows = with_global.flatten()[region_rows].nonzero()[:, 0]
     flat_targets = F.pad(targets, (0, 0, 1, 0)).flatten(0, 1)
     return rows, flat_targets[region_rows[rows]]
 
 
-class InterBertForRetrieval(InterBertPreTrainedModel):
+class InterBertForRetrieval(Retrieval, _WithVectors, InterBertPreTrainedModel):
     """Scores how well caption and image match, with the matching head of pretraining (zero-shot as it comes, or fine-tuned)."""
-
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.interbert = InterBertModel(config)
-        self.fusion = Fusion(config)
-        self.itm_head = nn.Linear(config.pooler_size, 2)
-        self.itc_head = ContrastiveHead(config) if config.itc_size else None
-        self.itm_similarity = Similarity() if config.itm_similarity else None
-        self.post_init()
-
-    def vectors_packed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As ``InterBertForPreTraining.vectors_packed``."""
-        return contrastive_vectors(self, inputs)
-
-    def encode_texts(self, texts: Sequence[str], processor: InterBertProcessor | None = None, batch_texts: int = BATCH) -> torch.Tensor:
-        """As ``InterBertForPreTraining.encode_texts``."""
-        return vectors_of_texts(self, texts, processor, batch_texts)
-
-    def encode_images(
-        self, records: Sequence[RegionRecord | RegionViews], processor: InterBertProcessor | None = None, batch_images: int = BATCH
-    ) -> torch.Tensor:
-        """As ``InterBertForPreTraining.encode_images``."""
-        return vectors_of_images(self, records, processor, batch_images)
 
     def logits_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Matching logits [S, 2], class 0 = matched."""
-        encoded = self.interbert.pool_and_compare(inputs)
-        return matching_logits(self, encoded.pooled_text, encoded.pooled_region, encoded.sides)
+        return self._matching(self.interbert.pool_and_compare(inputs))
 
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Log-odds of "matched" as float32 [S]. Its sigmoid is the official score (softmax of the logits, class 0): the same order,
@@ -498,27 +375,11 @@ class InterBertForRetrieval(InterBertPreTrainedModel):
             scores[chosen] = self.score_packed(inputs.to(self.device)).cpu()
         return scores
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        region_features: torch.Tensor | None = None,
-        region_locations: torch.Tensor | None = None,
-        region_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> InterBertForRetrievalOutput:
-        """Pairs of caption and image, row by row. ``labels`` int64 [B], 0 = matched: mean two-way cross entropy (official code).
-        ``output_attentions`` as in ``InterBertModel``."""
-        inputs, places = pack_padded(
-            input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, self.config.region_feature_size
-        )
+    def match_padded(self, texts: ThreeTensors, images: ThreeTensors, output_attentions: bool) -> tuple[torch.Tensor, Attentions]:
+        inputs, places = pack_padded(*texts, *images, self.config.region_feature_size)
         with watched(self.interbert.encoder, output_attentions) as found:
             logits = self.logits_packed(inputs)
-        loss = cross_entropy_sum(logits, labels) / max(len(labels), 1) if labels is not None else None
-        scores = logits.float().softmax(-1)[:, MATCHED]
-        return InterBertForRetrievalOutput(loss=loss, logits=logits, scores=scores, **padded_attentions(found, places))
+        return logits, padded_attentions(found, places)
 
 
 def _side_by_side(
@@ -540,81 +401,15 @@ def _side_by_side(
     return all_texts, all_records
 
 
-class InterBertForMultipleChoice(InterBertPreTrainedModel):
+class InterBertForMultipleChoice(MultipleChoice, _Packed, InterBertPreTrainedModel):
     """One score per choice of text for an image (VCR: question and answer, or question, answer and rationale)."""
-
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.interbert = InterBertModel(config)
-        self.fusion = Fusion(config)
-        self.choice_head = nn.Linear(config.pooler_size, 1)
-        self.post_init()
 
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """One logit per packed sample (a sample is one choice with its image), [S]."""
-        return self.choice_head(self.fusion(*self.interbert.pool(inputs)))[:, 0]
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        region_features: torch.Tensor | None = None,
-        region_locations: torch.Tensor | None = None,
-        region_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        text_regions: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> InterBertClassificationOutput:
-        """Texts [B, K, T]; regions [B, K, R, F], or [B, R, F] when all choices of an example look at the same image (likewise locations
-        and mask). ``labels`` int64 [B], the index of the right choice. ``text_regions`` int64 [B, K, T], for models with ``tie_objects``:
-        the row of the region that a token names, or -1. Returns logits [B, K]. ``output_attentions`` as in ``InterBertModel``, of the B * K
-        choices in order."""
-        batch, choices = input_ids.shape[:2]
-        per_token = (input_ids, attention_mask, token_type_ids, text_regions)
-        ids, mask, types, named = (t.flatten(0, 1) if t is not None else None for t in per_token)
-        features, locations = (per_choice(t, choices, shared_dims=3) for t in (region_features, region_locations))
-        real = per_choice(region_mask, choices, shared_dims=2)
-        inputs, places = pack_padded(
-            input_ids=ids,
-            attention_mask=mask,
-            token_type_ids=types,
-            region_features=features,
-            region_locations=locations,
-            region_mask=real,
-            feature_size=self.config.region_feature_size,
-            text_regions=named,
-        )
-        with watched(self.interbert.encoder, output_attentions) as found:
-            logits = self.score_packed(inputs).view(batch, choices)
-        loss = cross_entropy_sum(logits, labels) / max(batch, 1) if labels is not None else None
-        return InterBertClassificationOutput(loss=loss, logits=logits, **padded_attentions(found, places))
+        return self.logits_of(*self.interbert.pool(inputs))
 
 
-def per_choice(tensor: torch.Tensor | None, choices: int, shared_dims: int) -> torch.Tensor | None:
-    """[B, ...] shared by all choices, or [B, K, ...] -> [B * K, ...]."""
-    if tensor is None:
-        return None
-    return tensor.repeat_interleave(choices, 0) if tensor.dim() == shared_dims else tensor.flatten(0, 1)
-
-
-class PairClassifier(nn.Module):
-    """From an example's two images, each fused with the same text, to its logits: both vectors side by side through a hidden layer.
-
-    A sum of each image's own logits could not say that one image shows more than the other, which is what such sentences are about.
-    """
-
-    def __init__(self, pooler_size: int, num_labels: int) -> None:
-        super().__init__()
-        self.hidden = LinearGelu(2 * pooler_size, pooler_size)
-        self.output = nn.Linear(pooler_size, num_labels)
-
-    def forward(self, fused_SP: torch.Tensor) -> torch.Tensor:
-        """[2E, P], an example's two rows together -> [E, num_labels]."""
-        return self.output(self.hidden(fused_SP.unflatten(0, (-1, 2)).flatten(1)))
-
-
-class InterBertForSequenceClassification(InterBertPreTrainedModel):
+class InterBertForSequenceClassification(SequenceClassification, _Packed, InterBertPreTrainedModel):
     """``config.num_labels`` classes for a text and an image, or for a text or an image alone.
 
     ``config.num_images`` 2 (default 1): an example is a text with two images (NLVR2), two packed samples one after the other.
@@ -623,72 +418,9 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
     says nothing, one label means regression.
     """
 
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.interbert = InterBertModel(config)
-        self.fusion = Fusion(config)
-        labels = int(config.num_labels)  # type: ignore[arg-type]
-        pairs = images_per_example(config) == 2
-        self.classifier = PairClassifier(config.pooler_size, labels) if pairs else nn.Linear(config.pooler_size, labels)
-        self.post_init()
-
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Logits [E, num_labels] of E examples: as many as samples, or half as many where an example has two images."""
-        return self.classifier(self.fusion(*self.interbert.pool(inputs)))
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        region_features: torch.Tensor | None = None,
-        region_locations: torch.Tensor | None = None,
-        region_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> InterBertClassificationOutput:
-        """The padded door: texts [B, T] with regions [B, R, F], or [B, 2, R, F] of two images (likewise locations and mask).
-
-        ``labels`` int64 [B] classes, float [B, num_labels] soft labels, or float [B] values, by the problem. The loss is the mean over
-        examples; over labels it is summed, so that its size does not depend on how many answers nobody gave. Logits [B, num_labels].
-        ``output_attentions`` as in ``InterBertModel``, of two images of B * 2 samples in order.
-        """
-        texts, images = (input_ids, attention_mask, token_type_ids), (region_features, region_locations, region_mask)
-        if images_per_example(self.config) == 2:
-            texts, images = beside_each_image(texts, images)
-        inputs, places = pack_padded(*texts, *images, self.config.region_feature_size)
-        with watched(self.interbert.encoder, output_attentions) as found:
-            logits = self.score_packed(inputs)
-        loss = classification_losses(logits, labels, self.config).sum() / max(len(labels), 1) if labels is not None else None
-        return InterBertClassificationOutput(loss=loss, logits=logits, **padded_attentions(found, places))
-
-
-ThreeTensors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-
-
-def beside_each_image(texts: ThreeTensors, images: ThreeTensors) -> tuple[ThreeTensors, ThreeTensors]:
-    """Texts [B, T] and regions [B, 2, R, ...] as [2B, ...]: every text twice, beside one of its images each."""
-    if images[0] is None or images[0].dim() != 4 or images[0].shape[1] != 2:
-        raise UsageError("a model of two images for each text takes region_features [B, 2, R, F]")
-    ids, mask, types = (t.repeat_interleave(2, 0) if t is not None else None for t in texts)
-    features, locations, real = (t.flatten(0, 1) if t is not None else None for t in images)
-    return (ids, mask, types), (features, locations, real)
-
-
-def images_per_example(config: PretrainedConfig) -> int:
-    """2 for a model of two images for each text, else 1; 0 says that it was trained on texts alone, which takes the same head as 1."""
-    return int(getattr(config, "num_images", 1))
-
-
-def classification_losses(logits_EK: torch.Tensor, labels: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """The loss of each example, float32 [E]: by ``config.problem_type``, see ``InterBertForSequenceClassification``."""
-    logits_EK = logits_EK.float()
-    problem = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
-    if problem == "regression":
-        return (logits_EK[:, 0] - labels).square()
-    if problem == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(logits_EK, labels.float(), reduction="none").sum(1)
-    return F.cross_entropy(logits_EK, labels, reduction="none")
+        return self.logits_of(*self.interbert.pool(inputs))
 
 
 def _register(*pairs: tuple[Any, type[PreTrainedModel]]) -> None:

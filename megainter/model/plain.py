@@ -2,55 +2,36 @@
 
 The same parameters under the same names as `model.interbert`, and the same numbers. This is what a model's folder carries along for
 those who have transformers alone (`model.remote_code` writes this module and what it uses into one file), and what ONNX is made of.
-Shape letters: B samples, T text columns, R region columns, H hidden, P pooled, V vocabulary, C region target size, K choices.
+Shape letters: B samples, T text columns, R region columns, H hidden, P pooled, V vocabulary, C region target size,
+L columns of either side, X any width.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from megainter.errors import UsageError
-from megainter.kernels import cross_entropy_sum, soft_label_kl_sum, squared_error_sum
-from megainter.model.configuration import InterBertConfig
-from megainter.model.embeddings import RegionEmbeddings, TextEmbeddings, at_least_single
-from megainter.model.encoder import Encoder
-from megainter.model.heads import ContrastiveHead, Decoder, Fusion, Pooler, PredictionHead, Similarity, matching_logits
-from megainter.model.interbert import (
-    MATCHED,
-    InterBertArchitecture,
-    PairClassifier,
-    beside_each_image,
-    classification_losses,
-    images_per_example,
-    per_choice,
+from megainter.model.architecture import (
+    Attentions,
+    JudgedRows,
+    Matching,
+    MultipleChoice,
+    OnTrunk,
+    PreTraining,
+    Retrieval,
+    SequenceClassification,
+    ThreeTensors,
+    Trunk,
+    masked_regions,
 )
-from megainter.model.outputs import (
-    InterBertClassificationOutput,
-    InterBertForPreTrainingOutput,
-    InterBertForRetrievalOutput,
-    InterBertModelOutput,
-)
+from megainter.model.embeddings import at_least_single
+from megainter.model.heads import matching_logits
+from megainter.model.outputs import InterBertForPreTrainingOutput, InterBertModelOutput
 from megainter.model.padding import PaddedInputs, PaddedStreams, first_rows, mean_rows, positions_of, require_both_sides
 from megainter.model.plain_attentions import looking
 
 
-class InterBertModel(InterBertArchitecture):
+class InterBertModel(Trunk):
     """Embeddings, encoder and poolers, without heads."""
-
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.text_embeddings = TextEmbeddings(config)
-        self.region_embeddings = RegionEmbeddings(config)
-        self.encoder = Encoder(config)
-        self.text_pooler = Pooler(config)
-        self.region_pooler = Pooler(config)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_embeddings.word
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_embeddings.word = value  # type: ignore[assignment]
 
     def encode(self, inputs: PaddedInputs, text_regions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Last states of text [B, T, H] and of regions [B, R, H]; those of padding mean nothing."""
@@ -73,24 +54,10 @@ class InterBertModel(InterBertArchitecture):
         firsts = first_rows(text_BTH, inputs.text_real), first_rows(region_BRH, inputs.region_real)
         return self.text_pooler(firsts[0]), self.region_pooler(firsts[1])
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        region_features: torch.Tensor | None = None,
-        region_locations: torch.Tensor | None = None,
-        region_mask: torch.Tensor | None = None,
-        text_regions: torch.Tensor | None = None,
-        output_attentions: bool = False,
+    def encode_padded(
+        self, texts: ThreeTensors, images: ThreeTensors, text_regions: torch.Tensor | None, output_attentions: bool
     ) -> InterBertModelOutput:
-        """Text [B, T] and/or regions [B, R, F] with locations [B, R, 5]; row 0 of the regions is the global region.
-
-        ``text_regions`` int64 [B, T], for models with ``tie_objects``: the row of the region that a token names, or -1.
-        ``output_attentions``: also where every layer looks, as ``looking`` says.
-        """
-        size = self.config.region_feature_size
-        inputs = PaddedInputs.of(input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, size)
+        inputs = PaddedInputs.of(*texts, *images, self.config.region_feature_size)
         with looking(self.encoder, output_attentions) as attentions:
             text_BTH, region_BRH = self.encode(inputs, text_regions)
         pooled_text, pooled_region = self._pooled(text_BTH, region_BRH, inputs)
@@ -101,6 +68,14 @@ class InterBertModel(InterBertArchitecture):
             pooled_region=pooled_region,
             **attentions,
         )
+
+    def pool_padded(
+        self, texts: ThreeTensors, images: ThreeTensors, text_regions: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], Attentions]:
+        inputs = PaddedInputs.of(*texts, *images, self.config.region_feature_size)
+        with looking(self.encoder, output_attentions) as attentions:
+            pooled = self.pool(inputs, text_regions)
+        return pooled, attentions
 
 
 def add_named_columns(
@@ -117,12 +92,15 @@ def _real_alone(rows_BLX: torch.Tensor, real_BL: torch.Tensor) -> torch.Tensor:
     return torch.where(real_BL[..., None], rows_BLX, 0.0)
 
 
-class _WithVectors(InterBertArchitecture):
-    """Models that may have the head of image-text contrast (``config.itc_size``): a text alone and an image alone as vectors."""
+class _Plain(OnTrunk):
+    """A model on the plain trunk."""
 
+    trunk = InterBertModel
     interbert: InterBertModel
-    itc_head: ContrastiveHead | None
-    itm_similarity: Similarity | None
+
+
+class _WithVectors(_Plain, Matching):
+    """`Matching` on the plain trunk: a text alone and an image alone as vectors, where the model has them (``config.itc_size``)."""
 
     def encode_texts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, token_type_ids: torch.Tensor | None = None
@@ -172,30 +150,9 @@ class _WithVectors(InterBertArchitecture):
         return seen
 
 
-class InterBertForPreTraining(_WithVectors):
+class InterBertForPreTraining(PreTraining, _WithVectors):
     """InterBERT with the heads of masked segment modelling, masked region modelling and image-text matching; with ``config.itc_size`` also
     that of image-text contrast."""
-
-    _tied_weights_keys = {"msm_head.decoder.weight": "interbert.text_embeddings.word.weight"}  # noqa: RUF012
-
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.interbert = InterBertModel(config)
-        self.msm_head = PredictionHead(config, config.vocab_size)
-        self.mrm_head = PredictionHead(config, config.region_target_size)
-        self.fusion = Fusion(config)
-        self.itm_head = nn.Linear(config.pooler_size, 2)
-        self.itc_head = ContrastiveHead(config) if config.itc_size else None
-        self.itm_similarity = Similarity() if config.itm_similarity else None
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.msm_head.decoder
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        decoder = Decoder(value.in_features, value.out_features, device="meta")
-        decoder.weight, decoder.bias = value.weight, value.bias
-        self.msm_head.decoder = decoder
 
     def forward(
         self,
@@ -225,144 +182,34 @@ class InterBertForPreTraining(_WithVectors):
         region_logits = _real_alone(self.mrm_head(region_BRH), inputs.region_real)
         itm_logits = self._matching(text_BTH, region_BRH, inputs)
 
-        # the losses whose labels are there
-        msm_loss = mrm_loss = itm_loss = None
+        # what the losses are about
+        msm = mrm = None
         if msm_labels is not None:
-            rows = inputs.text_real & (msm_labels != -100)
-            msm_loss = cross_entropy_sum(text_logits[rows], msm_labels[rows]) / rows.sum().clamp(min=1)
-        if mrm_labels is not None or mrm_targets is not None:
-            mrm_loss = self._region_loss(region_logits, inputs.region_real, mrm_labels, mrm_targets, itm_labels)
-        if itm_labels is not None:
-            itm_loss = cross_entropy_sum(itm_logits, itm_labels) / max(len(itm_labels), 1)
-        losses = [loss for loss in (msm_loss, mrm_loss, itm_loss) if loss is not None]
-        return InterBertForPreTrainingOutput(
-            loss=torch.stack(losses).sum() if losses else None,
-            msm_loss=msm_loss,
-            mrm_loss=mrm_loss,
-            itm_loss=itm_loss,
-            text_logits=text_logits,
-            region_logits=region_logits,
-            itm_logits=itm_logits,
-            **attentions,
-        )
-
-    def _region_loss(
-        self,
-        logits_BRC: torch.Tensor,
-        real_BR: torch.Tensor,
-        labels: torch.Tensor | None,
-        targets: torch.Tensor | None,
-        itm_labels: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if labels is None or targets is None:
-            raise UsageError("mrm_labels and mrm_targets belong together; one of them is missing")
-        rows = real_BR[:, 1:] & (labels == 1)  # the global region is never masked
-        if itm_labels is not None:
-            rows = rows & (itm_labels == MATCHED)[:, None]
-        summed = soft_label_kl_sum if self.config.region_objective == "class" else squared_error_sum
-        return summed(logits_BRC[:, 1:][rows], targets[rows]) / rows.sum().clamp(min=1)
+            msm = _judged(text_logits, msm_labels, inputs.text_real & (msm_labels != -100))
+        masked = masked_regions(mrm_labels, mrm_targets, itm_labels)
+        if masked is not None:
+            mrm = _judged(region_logits[:, 1:], masked[1], inputs.region_real[:, 1:] & masked[0])
+        return self._output(msm, mrm, itm_labels, itm_logits, text_logits, region_logits, attentions)
 
 
-class InterBertForRetrieval(_WithVectors):
+def _judged(logits_BLX: torch.Tensor, targets_BL: torch.Tensor, rows_BL: torch.Tensor) -> JudgedRows:
+    return JudgedRows(logits_BLX[rows_BL], targets_BL[rows_BL], rows_BL.sum().clamp(min=1))
+
+
+class InterBertForRetrieval(Retrieval, _WithVectors):
     """Scores how well caption and image match, with the matching head of pretraining (zero-shot as it comes, or fine-tuned)."""
 
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.interbert = InterBertModel(config)
-        self.fusion = Fusion(config)
-        self.itm_head = nn.Linear(config.pooler_size, 2)
-        self.itc_head = ContrastiveHead(config) if config.itc_size else None
-        self.itm_similarity = Similarity() if config.itm_similarity else None
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        region_features: torch.Tensor | None = None,
-        region_locations: torch.Tensor | None = None,
-        region_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> InterBertForRetrievalOutput:
-        """Pairs of caption and image, row by row. ``labels`` int64 [B], 0 = matched: mean two-way cross entropy."""
-        size = self.config.region_feature_size
-        inputs = PaddedInputs.of(input_ids, attention_mask, token_type_ids, region_features, region_locations, region_mask, size)
-        with looking(self.interbert.encoder, output_attentions) as attentions:
-            logits = self._matching(*self.interbert.encode(inputs), inputs)
-        loss = cross_entropy_sum(logits, labels) / max(len(labels), 1) if labels is not None else None
-        return InterBertForRetrievalOutput(loss=loss, logits=logits, scores=logits.float().softmax(-1)[:, MATCHED], **attentions)
-
-
-class InterBertForMultipleChoice(InterBertArchitecture):
-    """One score per choice of text for an image (VCR: question and answer, or question, answer and rationale)."""
-
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.interbert = InterBertModel(config)
-        self.fusion = Fusion(config)
-        self.choice_head = nn.Linear(config.pooler_size, 1)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        region_features: torch.Tensor | None = None,
-        region_locations: torch.Tensor | None = None,
-        region_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        text_regions: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> InterBertClassificationOutput:
-        """Texts [B, K, T]; regions [B, K, R, F], or [B, R, F] when all choices of an example look at the same image (locations and mask
-        too). ``labels`` int64 [B], the index of the right choice. ``text_regions`` int64 [B, K, T], for models with ``tie_objects``: the
-        row of the region that a token names, or -1. Returns logits [B, K]."""
-        batch, choices = input_ids.shape[:2]
-        per_token = (input_ids, attention_mask, token_type_ids, text_regions)
-        ids, mask, types, named = (t.flatten(0, 1) if t is not None else None for t in per_token)
-        features, locations = (per_choice(t, choices, shared_dims=3) for t in (region_features, region_locations))
-        real = per_choice(region_mask, choices, shared_dims=2)
-        inputs = PaddedInputs.of(ids, mask, types, features, locations, real, self.config.region_feature_size)
-        with looking(self.interbert.encoder, output_attentions) as attentions:
-            logits = self.choice_head(self.fusion(*self.interbert.pool(inputs, named))).view(batch, choices)
-        loss = cross_entropy_sum(logits, labels) / max(batch, 1) if labels is not None else None
-        return InterBertClassificationOutput(loss=loss, logits=logits, **attentions)
-
-
-class InterBertForSequenceClassification(InterBertArchitecture):
-    """``config.num_labels`` classes for a text and an image, or for a text or an image alone; ``config.num_images`` 2: for a text with two
-    images. ``config.problem_type`` says what logits mean and what the loss is, as in other models of transformers."""
-
-    def __init__(self, config: InterBertConfig) -> None:
-        super().__init__(config)
-        self.interbert = InterBertModel(config)
-        self.fusion = Fusion(config)
-        labels = int(config.num_labels)  # type: ignore[arg-type]
-        pairs = images_per_example(config) == 2
-        self.classifier = PairClassifier(config.pooler_size, labels) if pairs else nn.Linear(config.pooler_size, labels)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        region_features: torch.Tensor | None = None,
-        region_locations: torch.Tensor | None = None,
-        region_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> InterBertClassificationOutput:
-        """Texts [B, T] with regions [B, R, F], or [B, 2, R, F] of two images (locations and mask too). ``labels`` int64 [B] classes, float
-        [B, num_labels] soft labels, or float [B] values, by the problem. Logits [B, num_labels]."""
-        texts, images = (input_ids, attention_mask, token_type_ids), (region_features, region_locations, region_mask)
-        if images_per_example(self.config) == 2:
-            texts, images = beside_each_image(texts, images)
+    def match_padded(self, texts: ThreeTensors, images: ThreeTensors, output_attentions: bool) -> tuple[torch.Tensor, Attentions]:
         inputs = PaddedInputs.of(*texts, *images, self.config.region_feature_size)
         with looking(self.interbert.encoder, output_attentions) as attentions:
-            logits = self.classifier(self.fusion(*self.interbert.pool(inputs)))
-        loss = classification_losses(logits, labels, self.config).sum() / max(len(labels), 1) if labels is not None else None
-        return InterBertClassificationOutput(loss=loss, logits=logits, **attentions)
+            logits = self._matching(*self.interbert.encode(inputs), inputs)
+        return logits, attentions
+
+
+class InterBertForMultipleChoice(MultipleChoice, _Plain):
+    """One score per choice of text for an image (VCR: question and answer, or question, answer and rationale)."""
+
+
+class InterBertForSequenceClassification(SequenceClassification, _Plain):
+    """``config.num_labels`` classes for a text and an image, or for a text or an image alone; ``config.num_images`` 2: for a text with two
+    images. ``config.problem_type`` says what logits mean and what the loss is, as in other models of transformers."""

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megainter.data.tables.labelled import TaskFacts
+from megainter.model.architecture import classification_losses
 from megainter.model.configuration import InterBertConfig
-from megainter.model.interbert import classification_losses
 
 # In the words of transformers, where a model's configuration says what its logits mean.
 PROBLEM_TYPES = {

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from megainter.model.interbert import InterBertForSequenceClassification, classification_losses
+from megainter.model.architecture import classification_losses
+from megainter.model.interbert import InterBertForSequenceClassification
 from megainter.tasks.classification.batches import LabelledBatch
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megainter import InterBertForSequenceClassification
 from megainter.data.packed import PackedInputs
 from megainter.errors import UsageError
-from megainter.model.interbert import classification_losses
+from megainter.model.architecture import classification_losses
 from tests.model.tiny import packed_batch, padded, samples_of, tiny_config
 
 
