@@ -127,7 +127,8 @@ def activations(shape: Shape, load: Load, layout: Layout, cpu: bool = False) -> 
     """What the forward pass keeps of a micro-batch until its backward pass, logits aside; with contrast of both sides alone too, the same
     rows again."""
     pairs = _kept_of_pass(shape, of_pairs(shape, load), layout, cpu, alone=False)
-    return pairs + (_kept_of_pass(shape, of_sides(shape, load), layout, cpu, alone=True) if shape.itc_size else 0.0)
+    passes = (shape.itc_size > 0) + shape.itm_vectors
+    return pairs + (passes * _kept_of_pass(shape, of_sides(shape, load), layout, cpu, alone=True) if passes else 0.0)
 
 
 def _kept_of_pass(shape: Shape, load: Load, layout: Layout, cpu: bool, alone: bool) -> float:

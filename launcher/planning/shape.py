@@ -16,7 +16,7 @@ class Shape:
 
     ``itc_size`` above 0: image-text contrast is trained, for which a step runs both sides alone, once more before it without gradients.
     ``itc_means``: vectors are made of all rows; ``itc_feature``: images' of a feature instead; ``itm_similarity``: matching compares
-    such vectors of pairs too.
+    such vectors of pairs too; ``itm_vectors``: and those of their texts and images alone, for which these run once more.
     """
 
     vocab_size: int
@@ -38,6 +38,7 @@ class Shape:
     itc_means: bool = False
     itc_feature: bool = False
     itm_similarity: bool = False
+    itm_vectors: bool = False
 
     @property
     def vector_widths(self) -> tuple[int, int]:
@@ -88,6 +89,7 @@ def shape_of(config: RunConfig, vocab_size: int | None = None, features: int | N
         itc_means=model.itc_pooling == "mean",
         itc_feature=model.itc_regions == "feature",
         itm_similarity=model.itm_similarity,
+        itm_vectors=model.itm_vectors,
         **{name: getattr(model, name) for name in same},
     )
 
@@ -121,14 +123,14 @@ def parameters(shape: Shape) -> int:
     head = hidden * (hidden + 1) + 2 * hidden
     heads = 2 * head + shape.vocab_size + shape.targets * (hidden + 1)
     contrast = shape.itc_size * (sum(shape.vector_widths) + 2) + 1 if shape.itc_size else 0
-    contrast += 2 if shape.itm_similarity else 0
+    contrast += 2 * (shape.itm_similarity + shape.itm_vectors)
     return text + regions + shape.layers * layer_parameters(shape) + 2 * pooled * (hidden + 1) + heads + 2 * pooled + 2 + contrast
 
 
 def tensors(shape: Shape) -> int:
     """Parameter tensors: weight and bias of six linear layers and two norms in a layer, and 28 around (embeddings, poolers, heads); five
     more of contrast, two of similarity."""
-    return 16 * shape.layers + 28 + (5 if shape.itc_size else 0) + (2 if shape.itm_similarity else 0)
+    return 16 * shape.layers + 28 + (5 if shape.itc_size else 0) + 2 * (shape.itm_similarity + shape.itm_vectors)
 
 
 def layer_parameters(shape: Shape) -> int:
@@ -152,7 +154,8 @@ def forward_flops(shape: Shape, load: Load) -> float:
     msm = 2 * samples * load.masked_text * hidden * (hidden + shape.vocab_size)
     mrm = 2 * samples * load.masked_regions * hidden * (hidden + shape.targets)
     similarity = 2 * samples * sum(shape.vector_widths) * shape.itc_size if shape.itm_similarity else 0.0
-    return layers + embeddings + poolers + similarity + msm + mrm + (alone_flops(shape, load) if shape.itc_size else 0.0)
+    sides = alone_flops(shape, load) * ((shape.itc_size > 0) + shape.itm_vectors)
+    return layers + embeddings + poolers + similarity + msm + mrm + sides
 
 
 def alone_flops(shape: Shape, load: Load) -> float:

@@ -150,6 +150,8 @@ class ModelSettings:
     """true: matching also weighs how near such vectors of a pair are once both sides have seen each other; needs training.itc_weight."""
     standardize_regions: bool = False
     """true: region features are brought to mean 0 and deviation 1 in each of their numbers, by those of the feature store, first of all."""
+    itm_vectors: bool = False
+    """true: matching also weighs how near the vectors of a pair are, each side alone; needs training.itc_weight."""
     fusion: Literal["mul", "sum"] = "mul"
     """How pooled text and image are joined for matching: product or sum."""
     region_objective: Literal["class", "feature"] = "class"

@@ -6,7 +6,7 @@ from typing import Any
 
 from megainter.errors import DamagedError, UsageError
 from megainter.files import followed, read_json
-from megainter.model.configuration import InterBertConfig
+from megainter.model.configuration import NEARNESS, InterBertConfig
 
 # The official configuration's names, and ours. pooler and region widths have other names there, layers count per module.
 OURS_OF_OFFICIAL = {
@@ -78,8 +78,7 @@ def sizes_in_shapes(shapes: Shapes) -> dict[str, Any]:
     sizes = {name: shapes[place][axis] for name, (place, axis) in places.items() if len(shapes.get(place, ())) == 2}
     counts = {f"num_{stream}_layers": layer_count(shapes, f"interbert.encoder.{stream}.") for stream in ("interaction", "text", "region")}
     found: dict[str, Any] = sizes | counts
-    if "itm_similarity.margin" in shapes:
-        found["itm_similarity"] = True
+    found |= {name: True for name in NEARNESS if f"{name}.margin" in shapes}
     vectors, features = (shapes.get(name, ()) for name in ("itc_head.region.weight", "interbert.region_embeddings.feature.weight"))
     if vectors[1:] and vectors[1:] == features[1:] and vectors != shapes.get("itc_head.text.weight"):
         found["itc_regions"] = "feature"

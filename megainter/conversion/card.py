@@ -182,6 +182,8 @@ def _model(config: Any, parameters: int, dtype: str) -> str:
         lines.append(f"A text alone and an image alone become vectors of {config.itc_size} values.")
     if config.itm_similarity:
         lines.append("Matching also weighs how near such vectors are once text and image have seen each other.")
+    if config.itm_vectors:
+        lines.append("Matching also weighs how near the vectors of text and image alone are.")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from megainter.conversion.ours import config_of, has_our_names, open_ours, plan_
 from megainter.conversion.vocabulary import NO_VOCABULARY, find_vocabulary, require_room
 from megainter.errors import DamagedError, UsageError
 from megainter.files import aside, write_json
-from megainter.model.configuration import InterBertConfig
+from megainter.model.configuration import NEARNESS, InterBertConfig
 
 WORD, TIED = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 # Two heads of the official VL-task model that none of its tasks trains, the buffer of token positions newer tools add, an untied decoder.
@@ -177,10 +177,12 @@ def to_official(source: Path, destination: Path, *, verify: bool = False) -> Pla
     config, tensors, notes = open_ours(source)
     if config.itc_size:
         notes = [*notes, "the head of image-text contrast (itc_head) has no place in an official checkpoint; it is left out"]
-        if config.itm_similarity:
-            notes.append("nor has the similarity of its vectors in matching (itm_similarity): without it this model matches worse")
-        config.itc_size, config.itm_similarity = 0, False
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("itc_head.", "itm_similarity."))}
+        for part in (name for name in NEARNESS if getattr(config, name)):
+            notes.append(f"nor has the similarity of its vectors in matching ({part}): without it this model matches worse")
+            setattr(config, part, False)
+        config.itc_size = 0
+        lost = tuple(f"{part}." for part in ("itc_head", *NEARNESS))
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(lost)}
     if config.standardize_regions:
         notes = [*notes, "features are standardized by the weight and bias of their embedding, which differ from ours"]
         tensors = _with_scaling_inside(tensors, config)

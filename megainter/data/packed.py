@@ -105,6 +105,12 @@ class PackedInputs:
         """The same batch in page-locked memory; the lengths stay as they are, they never leave the CPU."""
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._rows().items()})
 
+    def apart(self) -> "PackedInputs":
+        """The texts of S pairs alone, and then their images alone, as one batch of 2 S samples."""
+        nothing = torch.zeros_like(self.text_lengths)
+        text, regions = torch.cat([self.text_lengths, nothing]), torch.cat([nothing, self.region_lengths])
+        return replace(self, text_lengths=text, region_lengths=regions, text_regions=None)
+
     def texts_alone(self) -> "PackedInputs":
         """The texts of a batch of sides alone, without its images."""
         lengths = self.text_lengths[self.text_lengths > 0]

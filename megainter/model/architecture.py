@@ -56,7 +56,7 @@ class InterBertArchitecture(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 - Hugging Face's name and form
     # One folder may hold the heads of several models; each model takes its own.
-    _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|itc|choice)_head\.", r"^itm_similarity\.", r"^classifier\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^(msm|mrm|itm|itc|choice)_head\.", r"^itm_(similarity|vectors)\.", r"^classifier\."]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -144,12 +144,14 @@ class Matching(OnTrunk):
 
     itc_head: ContrastiveHead | None
     itm_similarity: Similarity | None
+    itm_vectors: Similarity | None
 
     def _add_matching_heads(self, config: InterBertConfig) -> None:
         self.fusion = Fusion(config)
         self.itm_head = nn.Linear(config.pooler_size, 2)
         self.itc_head = ContrastiveHead(config) if config.itc_size else None
         self.itm_similarity = Similarity() if config.itm_similarity else None
+        self.itm_vectors = Similarity() if config.itm_vectors else None
 
 
 class JudgedRows(NamedTuple):

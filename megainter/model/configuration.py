@@ -24,6 +24,7 @@ _POSITIVE = (
 )
 _COUNTS = ("num_interaction_layers", "num_text_layers", "num_region_layers", "itc_size")
 _INPUT_LENGTHS = ("max_regions", "max_text_tokens")
+NEARNESS = ("itm_similarity", "itm_vectors")  # of text and image, by which matching may be helped: need vectors
 _CHOICES = {"fusion": FUSIONS, "region_objective": REGION_OBJECTIVES, "itc_pooling": ITC_POOLINGS, "itc_regions": ITC_REGIONS}
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "region_hidden_dropout_prob", "region_feature_dropout_prob")
 
@@ -43,7 +44,8 @@ class InterBertConfig(PretrainedConfig):
     ``itc_pooling``: what they are made of, the pooled first row ("first") or the mean of all rows ("mean").
     ``itc_regions``: "states": regions pass the layers to become a vector; "feature": an image's mean region feature becomes one by a linear
     layer alone, which learns less from many images and more from few.
-    ``itm_similarity``: matching also weighs how near such vectors of both sides are, made of states that have seen each other.
+    ``itm_similarity``: matching also weighs how near such vectors of both sides are, made of states that have seen each other;
+    ``itm_vectors``: how near those of each side alone are.
     ``region_mean`` and ``region_deviation``, lists of ``region_feature_size`` numbers: what is subtracted from a region feature, and what
     the rest is divided by, before it is embedded; None: it is embedded as it is (official). ``region_feature_dropout_prob``: of the numbers
     of a feature, in training.
@@ -83,6 +85,7 @@ class InterBertConfig(PretrainedConfig):
         itc_pooling: str = "first",
         itc_regions: str = "states",
         itm_similarity: bool = False,
+        itm_vectors: bool = False,
         region_mean: list[float] | None = None,
         region_deviation: list[float] | None = None,
         detector: str | None = None,
@@ -119,6 +122,7 @@ class InterBertConfig(PretrainedConfig):
         self.itc_pooling = itc_pooling
         self.itc_regions = itc_regions
         self.itm_similarity = itm_similarity
+        self.itm_vectors = itm_vectors
         self.region_mean = region_mean
         self.region_deviation = region_deviation
         self.detector = detector
@@ -154,11 +158,12 @@ def _check(config: InterBertConfig) -> None:
     for name in _INPUT_LENGTHS:
         if getattr(config, name) is not None:
             _require_whole(name, getattr(config, name), least=1)
-    for name in ("tie_objects", "itm_similarity"):
+    for name in ("tie_objects", *NEARNESS):
         if not isinstance(getattr(config, name), bool):
             raise UsageError(f"{name} is {getattr(config, name)!r}; give true or false")
-    if config.itm_similarity and not config.itc_size:
-        raise UsageError("itm_similarity compares the vectors of image-text contrast; give itc_size above 0, or leave it out")
+    for name in NEARNESS:
+        if getattr(config, name) and not config.itc_size:
+            raise UsageError(f"{name} compares the vectors of image-text contrast; give itc_size above 0, or leave it out")
     if not isinstance(config.detector, str | None):
         raise UsageError(f"detector is {config.detector!r:.80}; give a feature store's, or null")
     if config.region_classes is not None and not all(isinstance(name, str) for name in list(config.region_classes)):

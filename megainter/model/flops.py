@@ -4,7 +4,7 @@ Multiply and add count as two; only matrix products count (as is usual), padding
 what a kernel happens to spend. A training step needs three times the forward pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,13 +49,23 @@ def forward_flops(config: InterBertConfig, counts: BatchCounts) -> int:
     poolers = 2 * samples * (2 * hidden * pooled + 2 * pooled)  # both poolers, and the matching head
     msm = 2 * counts.masked_tokens * hidden * (hidden + config.vocab_size)
     mrm = 2 * counts.masked_regions * hidden * (hidden + config.region_target_size)
-    return layers + poolers + msm + mrm + similarity
+    return layers + poolers + msm + mrm + similarity + (_alone(config, *_apart(counts)) if config.itm_vectors else 0)
+
+
+def _apart(counts: BatchCounts) -> tuple[BatchCounts, BatchCounts]:
+    """The texts of pairs alone, and their images alone."""
+    nothing = {"masked_tokens": 0, "masked_regions": 0}
+    texts = replace(counts, regions=0, region_squares=0, joint_squares=counts.text_squares, **nothing)
+    return texts, replace(counts, text_tokens=0, text_squares=0, joint_squares=counts.region_squares, **nothing)
 
 
 def alone_flops(config: InterBertConfig, text_lengths: torch.Tensor, region_lengths: torch.Tensor) -> int:
     """Operations of one pass of texts alone and images alone, CPU int64 lengths [T] and [I], to their vectors of contrast."""
     no_text, no_regions = torch.zeros_like(region_lengths), torch.zeros_like(text_lengths)
-    texts, images = BatchCounts.of(text_lengths, no_regions, 0, 0), BatchCounts.of(no_text, region_lengths, 0, 0)
+    return _alone(config, BatchCounts.of(text_lengths, no_regions, 0, 0), BatchCounts.of(no_text, region_lengths, 0, 0))
+
+
+def _alone(config: InterBertConfig, texts: BatchCounts, images: BatchCounts) -> int:
     passing = (texts, images) if config.itc_regions == "states" else (texts,)  # the layers
 
     first = config.itc_pooling == "first"

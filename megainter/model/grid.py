@@ -15,21 +15,24 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megainter.data.packed import images_alone, texts_alone
 from megainter.kernels import QueryRows, SequenceLayout, varlen_attention
 from megainter.model.encoder import SelfAttention, TransformerLayer, run_stream
 from megainter.model.heads import matching_logits, means
 from megainter.model.interbert import MATCHED, InterBertForRetrieval
 from megainter.model.packing import layouts_on
+from megainter.model.vectors import contrastive_vectors
 
 
 @dataclass(frozen=True)
 class EmbeddedRows:
-    """Embedded rows [N, H] of several captions or images, end to end, and how many rows each has (CPU int64). ``seen_IF``: the mean region
-    features of images, for a model that compares them."""
+    """Embedded rows [N, H] of several captions or images, end to end, and how many rows each has (CPU int64). For models that
+    compare them: ``seen_IF``, the mean region features of images, and ``vectors_XD``, of captions or images, each alone."""
 
     rows_NH: torch.Tensor
     lengths: torch.Tensor
     seen_IF: torch.Tensor | None = None
+    vectors_XD: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,21 @@ class GridLayout:
 def embed_captions(model: InterBertForRetrieval, input_ids: torch.Tensor, lengths: torch.Tensor) -> EmbeddedRows:
     """``input_ids`` int64 [Nt] on the model's device, each caption's [CLS] first; token types 0; ``lengths`` CPU int64 [C]."""
     positions = SequenceLayout.of(lengths, input_ids.device).position
-    return EmbeddedRows(model.interbert.text_embeddings(input_ids, positions, torch.zeros_like(input_ids)), lengths)
+    rows_NH, vectors_CD = model.interbert.text_embeddings(input_ids, positions, torch.zeros_like(input_ids)), None
+    if model.itm_vectors is not None:
+        vectors_CD = contrastive_vectors(model, texts_alone(input_ids, lengths, model.config.region_feature_size).to(input_ids.device))[0]
+    return EmbeddedRows(rows_NH, lengths, vectors_XD=vectors_CD)
 
 
 def embed_images(model: InterBertForRetrieval, features: torch.Tensor, locations: torch.Tensor, lengths: torch.Tensor) -> EmbeddedRows:
     """``features`` [Nr, F] of any floating dtype and ``locations`` [Nr, 5], the global region first in each image; ``lengths`` CPU [I]."""
-    embeddings, seen = model.interbert.region_embeddings, None
+    embeddings, seen, vectors_ID = model.interbert.region_embeddings, None, None
     if model.itm_similarity is not None and model.config.itc_regions == "feature":
         starts = (lengths.cumsum(0) - lengths).to(features.device)
         seen = embeddings.seen(features.index_select(0, starts))
-    return EmbeddedRows(embeddings(features, locations), lengths, seen)
+    if model.itm_vectors is not None:
+        vectors_ID = contrastive_vectors(model, images_alone(features, locations, lengths).to(features.device))[1]
+    return EmbeddedRows(embeddings(features, locations), lengths, seen, vectors_ID)
 
 
 def score_grid(model: InterBertForRetrieval, captions: EmbeddedRows, images: EmbeddedRows) -> torch.Tensor:
@@ -103,7 +111,11 @@ def score_pairs(
     compared_region = pooled[1] if mean_region is None else mean_region
     if images.seen_IF is not None:
         compared_region = images.seen_IF.index_select(0, image_S.to(images.seen_IF.device))
-    logits_S2 = matching_logits(model, *pooled, (compared_text, compared_region)).float()
+    alone = None
+    if captions.vectors_XD is not None and images.vectors_XD is not None:
+        device = captions.vectors_XD.device
+        alone = captions.vectors_XD.index_select(0, caption_S.to(device)), images.vectors_XD.index_select(0, image_S.to(device))
+    logits_S2 = matching_logits(model, *pooled, (compared_text, compared_region), alone).float()
     return logits_S2[:, MATCHED] - logits_S2[:, 1 - MATCHED]
 
 

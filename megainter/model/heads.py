@@ -12,6 +12,7 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.embeddings import at_least_single
 from megainter.model.encoder import LinearGelu
 
+TwoSides = tuple[torch.Tensor, torch.Tensor]  # of texts, and of regions
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of contrast, as in CLIP (arXiv 2103.00020)
 FIRST_FACTOR, FIRST_MARGIN = 10.0, 0.3  # of similarity: wrong pairs begin below 0, right ones above
 
@@ -112,7 +113,7 @@ class ContrastiveHead(nn.Module):
 
 
 class Similarity(nn.Module):
-    """Log-odds that text and image match, by the vectors of contrast made of states that have seen each other.
+    """Log-odds that text and image match, by their vectors of contrast: of states that have seen each other, or of each side alone.
 
     ``exp(log_scale) * (cosine - margin)``, both of them learned, [1] each as DeepSpeed needs it.
     """
@@ -128,13 +129,21 @@ class Similarity(nn.Module):
 
 
 def matching_logits(
-    model: Any, pooled_text_SP: torch.Tensor, pooled_region_SP: torch.Tensor, sides: tuple[torch.Tensor, torch.Tensor] | None
+    model: Any, pooled_text_SP: torch.Tensor, pooled_region_SP: torch.Tensor, sides: TwoSides | None, alone: TwoSides | None
 ) -> torch.Tensor:
-    """Logits [S, 2] of a ``model``'s matching head, class 0 = matched; with ``itm_similarity`` that one's log-odds are added to class 0's,
-    float32. ``sides``: what the vectors of text and of regions are made of, [S, P, H or F] each; None where one of them is absent."""
+    """Logits [S, 2] of a ``model``'s matching head, class 0 = matched; log-odds by ``itm_similarity`` and ``itm_vectors``, where the model
+    has them, are added to class 0's, float32.
+
+    ``sides``: what the vectors of text and of regions are made of once they have seen each other, [S, P, H or F] each; ``alone``: the
+    vectors of each alone, [S, D]. None where text or regions are absent.
+    """
     logits_S2: torch.Tensor = model.itm_head(model.fusion(pooled_text_SP, pooled_region_SP))
-    if model.itm_similarity is None or sides is None:
+    near = []
+    if model.itm_similarity is not None and sides is not None:
+        near.append(model.itm_similarity(*model.itc_head(*sides)[:2]))
+    if model.itm_vectors is not None and alone is not None:
+        near.append(model.itm_vectors(*alone))
+    if not near:
         return logits_S2
-    texts, regions, _ = model.itc_head(*sides)
-    near_S = model.itm_similarity(texts, regions)
+    near_S = torch.stack(near).sum(0)
     return at_least_single(logits_S2) + torch.stack([near_S, torch.zeros_like(near_S)], dim=1)

@@ -239,8 +239,11 @@ class _WithVectors(_Packed, Matching):
         """Vectors of images' regions, float32 [N, itc_size] of length 1 on the CPU; the rest as ``encode_texts``."""
         return vectors_of_images(self, records, processor, batch_images)
 
-    def _matching(self, encoded: Encoded) -> torch.Tensor:
-        return matching_logits(self, encoded.pooled_text, encoded.pooled_region, encoded.sides)
+    def _matching(self, encoded: Encoded, inputs: PackedInputs) -> torch.Tensor:
+        alone = None
+        if self.itm_vectors is not None and len(encoded.pooled_text) and len(encoded.pooled_region):
+            alone = contrastive_vectors(self, inputs.apart())[:2]
+        return matching_logits(self, encoded.pooled_text, encoded.pooled_region, encoded.sides, alone)
 
 
 class InterBertForPreTraining(PreTraining, _WithVectors, InterBertPreTrainedModel):
@@ -250,12 +253,11 @@ class InterBertForPreTraining(PreTraining, _WithVectors, InterBertPreTrainedMode
     def score_packed(self, inputs: PackedInputs, msm_positions: torch.Tensor, mrm_positions: torch.Tensor) -> PackedScores:
         """The packed door: logits only at ``msm_positions`` [M] (rows of the Nt tokens) and ``mrm_positions`` [K] (rows of the Nr
         regions), both int64 and possibly empty. Every parameter takes part even then, so ranks always reduce the same gradients."""
-        encoded = self.interbert.encode_rows(inputs, msm_positions, mrm_positions)
-        return PackedScores(
-            self.msm_head(encoded.text_states),
-            self.mrm_head(encoded.region_states),
-            self._matching(encoded),
-        )
+        return self._scores(self.interbert.encode_rows(inputs, msm_positions, mrm_positions), inputs)
+
+    def _scores(self, encoded: Encoded, inputs: PackedInputs) -> PackedScores:
+        matching = self._matching(encoded, inputs)
+        return PackedScores(self.msm_head(encoded.text_states), self.mrm_head(encoded.region_states), matching)
 
     def judge_packed(
         self, inputs: PackedInputs, msm_positions: torch.Tensor, msm_labels: torch.Tensor, mrm_positions: torch.Tensor
@@ -266,7 +268,7 @@ class InterBertForPreTraining(PreTraining, _WithVectors, InterBertPreTrainedMode
         return PackedLosses(
             *self.msm_head.losses(encoded.text_states, msm_labels),
             self.mrm_head(encoded.region_states),
-            self._matching(encoded),
+            self._matching(encoded, inputs),
         )
 
     def forward(
@@ -300,7 +302,8 @@ class InterBertForPreTraining(PreTraining, _WithVectors, InterBertPreTrainedMode
         wanted_t = torch.arange(len(places.text_rows), device=msm_rows.device) if output_logits else msm_rows
         wanted_r = torch.arange(len(places.region_rows), device=mrm_rows.device) if output_logits else mrm_rows
         with watched(self.interbert.encoder, output_attentions) as found:
-            scores = self.score_packed(inputs, wanted_t, wanted_r)
+            encoded = self.interbert.encode_rows(inputs, wanted_t, wanted_r)
+        scores = self._scores(encoded, inputs)
         msm_logits = scores.msm_logits[msm_rows] if output_logits else scores.msm_logits
         mrm_logits = scores.mrm_logits[mrm_rows] if output_logits else scores.mrm_logits
         return self._output(
@@ -339,7 +342,7 @@ class InterBertForRetrieval(Retrieval, _WithVectors, InterBertPreTrainedModel):
 
     def logits_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Matching logits [S, 2], class 0 = matched."""
-        return self._matching(self.interbert.pool_and_compare(inputs))
+        return self._matching(self.interbert.pool_and_compare(inputs), inputs)
 
     def score_packed(self, inputs: PackedInputs) -> torch.Tensor:
         """Log-odds of "matched" as float32 [S]. Its sigmoid is the official score (softmax of the logits, class 0): the same order,
@@ -378,8 +381,8 @@ class InterBertForRetrieval(Retrieval, _WithVectors, InterBertPreTrainedModel):
     def match_padded(self, texts: ThreeTensors, images: ThreeTensors, output_attentions: bool) -> tuple[torch.Tensor, Attentions]:
         inputs, places = pack_padded(*texts, *images, self.config.region_feature_size)
         with watched(self.interbert.encoder, output_attentions) as found:
-            logits = self.logits_packed(inputs)
-        return logits, padded_attentions(found, places)
+            encoded = self.interbert.pool_and_compare(inputs)
+        return self._matching(encoded, inputs), padded_attentions(found, places)
 
 
 def _side_by_side(

@@ -24,7 +24,7 @@ from megainter.model.architecture import (
     masked_regions,
 )
 from megainter.model.embeddings import at_least_single
-from megainter.model.heads import matching_logits
+from megainter.model.heads import TwoSides, matching_logits
 from megainter.model.outputs import InterBertForPreTrainingOutput, InterBertModelOutput
 from megainter.model.padding import PaddedInputs, PaddedStreams, first_rows, mean_rows, positions_of, require_both_sides
 from megainter.model.plain_attentions import looking
@@ -142,7 +142,16 @@ class _WithVectors(_Plain, Matching):
                 sides = mean_rows(text_BTH, inputs.text_real), mean_rows(region_BRH, inputs.region_real)
             if self.config.itc_regions == "feature":
                 sides = sides[0], self._seen(inputs)
-        return matching_logits(self, *pooled, sides)
+        return matching_logits(self, *pooled, sides, self._alone(inputs))
+
+    def _alone(self, inputs: PaddedInputs) -> TwoSides | None:
+        """Vectors of texts and of images, each alone, where matching weighs them and both are there."""
+        if self.itm_vectors is None or not (inputs.has_text and inputs.has_regions):
+            return None
+        size = self.config.region_feature_size
+        texts = PaddedInputs.of(inputs.input_ids, inputs.text_real, inputs.token_type_ids, None, None, None, size)
+        images = PaddedInputs.of(None, None, None, inputs.region_features, inputs.region_locations, inputs.region_real, size)
+        return self._vectors(texts), self._vectors(images)
 
     def _seen(self, inputs: PaddedInputs) -> torch.Tensor:
         """The mean region feature of each image as it is embedded, [B, F]: that of its global region."""
@@ -202,8 +211,8 @@ class InterBertForRetrieval(Retrieval, _WithVectors):
     def match_padded(self, texts: ThreeTensors, images: ThreeTensors, output_attentions: bool) -> tuple[torch.Tensor, Attentions]:
         inputs = PaddedInputs.of(*texts, *images, self.config.region_feature_size)
         with looking(self.interbert.encoder, output_attentions) as attentions:
-            logits = self._matching(*self.interbert.encode(inputs), inputs)
-        return logits, attentions
+            states = self.interbert.encode(inputs)
+        return self._matching(*states, inputs), attentions
 
 
 class InterBertForMultipleChoice(MultipleChoice, _Plain):

@@ -115,7 +115,7 @@ def open_start(
         if getattr(settings, name) is not None:
             setattr(config, name, getattr(settings, name))
     if not vectors:
-        config.itc_size, config.itm_similarity = 0, False
+        config.itc_size, config.itm_similarity, config.itm_vectors = 0, False, False
     config.max_text_tokens = max_text_tokens or config.max_text_tokens
     config.max_regions = max_regions or config.max_regions
     if config.max_text_tokens is not None and config.max_text_tokens > config.max_position_embeddings:

@@ -48,6 +48,7 @@ def outcome(path: Path, given: dict[str, torch.Tensor]) -> np.ndarray:
             "itc_pooling": "mean",
             "itc_regions": "feature",
             "itm_similarity": True,
+            "itm_vectors": True,
             "region_mean": [0.5] * 10,
             "region_deviation": [0.25] * 10,
         },

@@ -52,11 +52,12 @@ def test_scores_equal_those_of_the_packed_door(depths: tuple[int, int, int], fus
 @pytest.mark.parametrize("depths", [(2, 2, 1), (2, 0, 0)])
 @pytest.mark.parametrize("regions", ["states", "feature"])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_similarity_is_that_of_the_packed_door(depths: tuple[int, int, int], pooling: str, regions: str) -> None:
-    model = model_of(*depths, itc_size=6, itc_pooling=pooling, itc_regions=regions, itm_similarity=True)
+@pytest.mark.parametrize("name", ["itm_similarity", "itm_vectors"])
+def test_nearness_is_that_of_the_packed_door(depths: tuple[int, int, int], pooling: str, regions: str, name: str) -> None:
+    model = model_of(*depths, itc_size=6, itc_pooling=pooling, itc_regions=regions, **{name: True})
     captions, images, wanted = embedded(model)
     torch.testing.assert_close(score_grid(model, captions, images), wanted, atol=1e-5, rtol=2e-5)
-    model.itm_similarity = None
+    setattr(model, name, None)
     assert (score_grid(model, captions, images) - wanted).abs().median() > 0.1
 
 

@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "itc_pooling": "mean",
         "itc_regions": "feature",
         "itm_similarity": True,
+        "itm_vectors": True,
         "region_mean": [0.5] * 10,
         "region_deviation": [0.25] * 10,
         "region_feature_dropout_prob": 0.5,

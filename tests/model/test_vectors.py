@@ -193,21 +193,46 @@ def test_similarity_is_a_scaled_cosine_of_states_that_have_seen_each_other(pooli
             torch.testing.assert_close(whole[i], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("of_regions", ["states", "feature"])
+def test_matching_may_weigh_the_vectors_of_each_side_alone(of_regions: str) -> None:
+    """Against a loop over single pairs, whose text and image are encoded each by itself; a text without an image has none to weigh."""
+    model, inputs = tiny_model(itc_size=5, itc_pooling="mean", itc_regions=of_regions, itm_vectors=True), packed_batch()
+    assert model.itm_vectors is not None
+    nothing = [torch.zeros(0, dtype=torch.int64)] * 2
+    with torch.no_grad():
+        model.itm_vectors.log_scale.fill_(1.7)
+        model.itm_vectors.margin.fill_(-0.2)
+        whole = model.score_packed(inputs, *nothing).itm_logits
+        for i in range(len(inputs)):
+            pair = samples_of(inputs, [i])
+            text, image, _ = model.vectors_packed(pair.apart())
+            encoded = model.interbert.encode(pair)
+            plain = model.itm_head(model.fusion(encoded.pooled_text, encoded.pooled_region))[0]
+            expected = plain + torch.tensor([math.exp(1.7) * (float(text[0] @ image[0]) + 0.2), 0.0])
+            torch.testing.assert_close(whole[i], expected, atol=1e-5, rtol=1e-5)
+        texts = packed_batch(0, TEXT, (0,) * len(TEXT))
+        alone = model.interbert.encode(texts)
+        bare = model.itm_head(model.fusion(alone.pooled_text, alone.pooled_region))
+        torch.testing.assert_close(model.score_packed(texts, *nothing).itm_logits, bare, atol=1e-6, rtol=1e-5)
+
+
 def test_similarity_needs_vectors_and_is_kept_but_in_the_official_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="itm_similarity compares the vectors"):
         tiny_model(itm_similarity=True)
-    model = tiny_model(itc_size=5, itm_similarity=True)
+    with pytest.raises(UsageError, match="itm_vectors compares the vectors"):
+        tiny_model(itm_vectors=True)
+    model = tiny_model(itc_size=5, itm_similarity=True, itm_vectors=True)
     weights = tmp_path / "weights"
     weights.mkdir()
     torch.save(model.state_dict(), weights / "pytorch_model.bin")
     (weights / "sizes.json").write_text(json.dumps({"num_attention_heads": 4, "num_region_attention_heads": 3}))
     convert_hugging_face(weights / "pytorch_model.bin", tmp_path / "read", config_file=weights / "sizes.json")
     read = InterBertForPreTraining.from_pretrained(tmp_path / "read")
-    assert read.config.itm_similarity
+    assert (read.config.itm_similarity, read.config.itm_vectors) == (True, True)
     assert all(torch.equal(p, read.get_parameter(name)) for name, p in model.named_parameters())
 
     (tmp_path / "read" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(45))]) + "\n")
     to_official(tmp_path / "read", tmp_path / "official.bin")
-    assert "without it this model matches worse" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("without it this model matches worse") == 2
     convert_official(tmp_path / "official.bin", tmp_path / "back")
     assert not InterBertForPreTraining.from_pretrained(tmp_path / "back").config.itm_similarity

@@ -105,6 +105,8 @@ class RetrievalStart(StartConfig):
     """What fresh vectors of images are made of: what the layers make of the regions, or the mean region feature."""
     itm_similarity: bool | None = None
     """Whether matching also weighs how near the vectors of a pair are once both sides have seen each other; none: as the start has it."""
+    itm_vectors: bool | None = None
+    """Whether matching also weighs how near the vectors of a pair are, each side alone; none: as the start has it."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

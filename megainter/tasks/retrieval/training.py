@@ -16,7 +16,7 @@ from megainter.data.stream.negatives import require_two_images
 from megainter.data.tables.pairs import Pairs, has_split, read_pairs
 from megainter.data.text.token_table import build_token_table, open_token_table, table_key
 from megainter.errors import UsageError
-from megainter.model.configuration import InterBertConfig
+from megainter.model.configuration import NEARNESS, InterBertConfig
 from megainter.model.detector import require_same_detector
 from megainter.model.flops import alone_flops
 from megainter.model.interbert import InterBertForRetrieval
@@ -117,16 +117,21 @@ def _contrast_weight(config: RetrievalConfig, start: Start) -> float:
 
 def _with_vectors(config: RetrievalConfig, model: InterBertConfig, contrast: bool) -> str:
     """Give ``model``'s configuration the vectors and the similarity that are asked for. Returns what fresh parameters' names begin with."""
-    asked, had = config.model, model.itm_similarity
-    similarity = had if asked.itm_similarity is None else asked.itm_similarity
-    if similarity and not contrast:
-        remedy = "give training.itc_weight above 0, or model.itm_similarity false"
-        raise UsageError(f"matching would weigh how near vectors are (itm_similarity), and none are trained: {remedy}")
+    asked = config.model
     fresh = [] if model.itc_size else ["itc_head"]
-    if fresh:
+    for name in NEARNESS:
+        had, wanted = getattr(model, name), getattr(asked, name)
+        if wanted is None:
+            wanted = had
+        if wanted and not contrast:
+            remedy = f"give training.itc_weight above 0, or model.{name} false"
+            raise UsageError(f"matching would weigh how near vectors are ({name}), and none are trained: {remedy}")
+        setattr(model, name, wanted)
+        fresh += [name] if wanted and not had else []
+    if not model.itc_size:
         model.itc_pooling, model.itc_regions = asked.itc_pooling, asked.itc_regions
-    model.itc_size, model.itm_similarity = (model.itc_size or asked.itc_size) if contrast else 0, similarity
-    return "|".join([*fresh, *(["itm_similarity"] if similarity and not had else [])]) or r"(?!)"
+    model.itc_size = (model.itc_size or asked.itc_size) if contrast else 0
+    return "|".join(fresh) or r"(?!)"
 
 
 def _forward_flops(config: InterBertConfig, batch: RetrievalBatch) -> int:

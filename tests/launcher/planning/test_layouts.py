@@ -60,14 +60,14 @@ def test_every_recipe_has_the_size_it_says(name: str) -> None:
     assert len(list(model.parameters())) == tensors(shape)
 
 
-@pytest.mark.parametrize("feature", [False, True])
+@pytest.mark.parametrize(("feature", "vectors"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("means", "similarity"), [(False, False), (True, False), (False, True), (True, True)])
-def test_operations_are_those_the_trainer_counts(means: bool, similarity: bool, feature: bool) -> None:
+def test_operations_are_those_the_trainer_counts(means: bool, similarity: bool, feature: bool, vectors: bool) -> None:
     load = Load(samples=4, text=9, regions=6, masked_text=2, masked_regions=1)
     lengths = torch.full((4,), 9), torch.full((4,), 6)
     pairs = counted_flops(configuration(SMALL), BatchCounts.of(*lengths, 8, 4))
     assert forward_flops(SMALL, load) == pairs
-    contrast = dataclasses.replace(SMALL, itc_size=24, itc_means=means, itc_feature=feature, itm_similarity=similarity)
+    contrast = dataclasses.replace(SMALL, itc_size=24, itc_means=means, itc_feature=feature, itm_similarity=similarity, itm_vectors=vectors)
     pairs = counted_flops(configuration(contrast), BatchCounts.of(*lengths, 8, 4))
     assert forward_flops(contrast, load) == pairs + counted_alone(configuration(contrast), *lengths)
     step = flops_per_step(contrast, load, Layout(0, 1, accumulation=2))
@@ -88,11 +88,18 @@ def test_activations_are_what_autograd_keeps(dropout: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("means", "similarity", "feature"), [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+    ("means", "similarity", "feature", "vectors"),
+    [
+        (False, False, False, False),
+        (True, False, False, False),
+        (True, True, False, False),
+        (True, True, True, False),
+        (True, True, False, True),
+    ],
 )
-def test_activations_of_contrast_are_what_autograd_keeps(means: bool, similarity: bool, feature: bool) -> None:
+def test_activations_of_contrast_are_what_autograd_keeps(means: bool, similarity: bool, feature: bool, vectors: bool) -> None:
     """Within 6 %: both sides alone beside the pairs; with means the last layers keep all rows."""
-    shape = dataclasses.replace(SMALL, itc_size=24, itc_means=means, itc_feature=feature, itm_similarity=similarity)
+    shape = dataclasses.replace(SMALL, itc_size=24, itc_means=means, itc_feature=feature, itm_similarity=similarity, itm_vectors=vectors)
     load = Load(samples=8, text=24, regions=16, masked_text=0, masked_regions=0)
     expected = activations(shape, load, Layout(0, 1, "fp32"), cpu=True)
     assert expected == pytest.approx(kept_by_autograd(shape, load), rel=0.06)
