@@ -87,7 +87,7 @@ def shape_of(config: RunConfig, vocab_size: int | None = None, features: int | N
         attention_dropout=model.attention_probs_dropout_prob > 0,
         itc_size=model.itc_size if config.training.itc_weight > 0 else 0,
         itc_means=model.itc_pooling == "mean",
-        itc_feature=model.itc_regions == "feature",
+        itc_feature=model.itc_regions != "states",
         itm_similarity=model.itm_similarity,
         itm_vectors=model.itm_vectors,
         **{name: getattr(model, name) for name in same},

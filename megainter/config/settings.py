@@ -144,8 +144,8 @@ class ModelSettings:
     """Width of the vectors of a text alone and an image alone, where training.itc_weight is above 0."""
     itc_pooling: Literal["first", "mean"] = "first"
     """What these vectors are made of: the pooled first token and global region, or the means of all tokens and regions."""
-    itc_regions: Literal["states", "feature"] = "states"
-    """What an image's vector is made of: what the layers make of its regions; or its mean region feature, for a few thousand images."""
+    itc_regions: Literal["states", "mean_feature", "first_feature"] = "states"
+    """What an image's vector is made of: what layers make of its regions; its mean region feature; or that of its first region."""
     itm_similarity: bool = False
     """true: matching also weighs how near such vectors of a pair are once both sides have seen each other; needs training.itc_weight."""
     standardize_regions: bool = False

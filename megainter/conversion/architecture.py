@@ -81,7 +81,7 @@ def sizes_in_shapes(shapes: Shapes) -> dict[str, Any]:
     found |= {name: True for name in NEARNESS if f"{name}.margin" in shapes}
     vectors, features = (shapes.get(name, ()) for name in ("itc_head.region.weight", "interbert.region_embeddings.feature.weight"))
     if vectors[1:] and vectors[1:] == features[1:] and vectors != shapes.get("itc_head.text.weight"):
-        found["itc_regions"] = "feature"
+        found["itc_regions"] = "mean_feature"  # nothing in the weights tells it from the first region's
     return found
 
 

@@ -9,7 +9,7 @@ from megainter.errors import UsageError
 
 FUSIONS = ("mul", "sum")
 REGION_OBJECTIVES = ("class", "feature")
-ITC_POOLINGS, ITC_REGIONS = ("first", "mean"), ("states", "feature")
+ITC_POOLINGS, ITC_REGIONS = ("first", "mean"), ("states", "mean_feature", "first_feature")
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -42,8 +42,8 @@ class InterBertConfig(PretrainedConfig):
     ``detector`` and ``region_classes``: whose regions the weights were trained on, and the names of that detector's classes, where known.
     ``itc_size``: width of the vectors that a text alone and an image alone become, for image-text contrast; 0: the model has no such head.
     ``itc_pooling``: what they are made of, the pooled first row ("first") or the mean of all rows ("mean").
-    ``itc_regions``: "states": regions pass the layers to become a vector; "feature": an image's mean region feature becomes one by a linear
-    layer alone, which learns less from many images and more from few.
+    ``itc_regions``: "states": regions pass the layers to become a vector; "mean_feature": an image's mean region feature becomes one by a
+    linear layer alone, and "first_feature" that of its first region, which in a store with a grid is the whole image.
     ``itm_similarity``: matching also weighs how near such vectors of both sides are, made of states that have seen each other;
     ``itm_vectors``: how near those of each side alone are.
     ``region_mean`` and ``region_deviation``, lists of ``region_feature_size`` numbers: what is subtracted from a region feature, and what
@@ -138,6 +138,11 @@ class InterBertConfig(PretrainedConfig):
     def num_hidden_layers(self) -> int:
         """Layers a text token passes through; tools made for other models ask for this name."""
         return self.num_interaction_layers + self.num_text_layers
+
+    @property
+    def itc_of_features(self) -> bool:
+        """Whether the vector of an image is made of a feature, and not of states."""
+        return self.itc_regions != "states"
 
     @property
     def standardize_regions(self) -> bool:

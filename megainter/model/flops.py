@@ -43,7 +43,7 @@ def forward_flops(config: InterBertConfig, counts: BatchCounts) -> int:
     hidden, pooled, samples = config.hidden_size, config.pooler_size, counts.samples
     whole = config.itm_similarity and config.itc_pooling == "mean"
     asked_text = counts.text_tokens if whole else samples + counts.masked_tokens
-    asked_regions = counts.regions if whole and config.itc_regions == "states" else samples + counts.masked_regions
+    asked_regions = counts.regions if whole and not config.itc_of_features else samples + counts.masked_regions
     layers = _layers(config, counts, asked_text, asked_regions)
     similarity = 2 * samples * sum(_vector_widths(config)) * config.itc_size if config.itm_similarity else 0
     poolers = 2 * samples * (2 * hidden * pooled + 2 * pooled)  # both poolers, and the matching head
@@ -66,7 +66,7 @@ def alone_flops(config: InterBertConfig, text_lengths: torch.Tensor, region_leng
 
 
 def _alone(config: InterBertConfig, texts: BatchCounts, images: BatchCounts) -> int:
-    passing = (texts, images) if config.itc_regions == "states" else (texts,)  # the layers
+    passing = (texts, images) if not config.itc_of_features else (texts,)  # the layers
 
     first = config.itc_pooling == "first"
     asked = [(counts.samples, counts.samples) if first else (counts.text_tokens, counts.regions) for counts in passing]
@@ -79,7 +79,7 @@ def _alone(config: InterBertConfig, texts: BatchCounts, images: BatchCounts) -> 
 def _vector_widths(config: InterBertConfig) -> tuple[int, int]:
     """How wide is what the vectors of a text and of an image are made of."""
     states = config.pooler_size if config.itc_pooling == "first" else config.hidden_size
-    return states, config.region_feature_size if config.itc_regions == "feature" else states
+    return states, config.region_feature_size if config.itc_of_features else states
 
 
 def _layers(config: InterBertConfig, counts: BatchCounts, asked_text: int, asked_regions: int) -> int:

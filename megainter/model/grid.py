@@ -18,7 +18,7 @@ from torch import nn
 from megainter.data.packed import images_alone, texts_alone
 from megainter.kernels import QueryRows, SequenceLayout, varlen_attention
 from megainter.model.encoder import SelfAttention, TransformerLayer, run_stream
-from megainter.model.heads import matching_logits, means
+from megainter.model.heads import matching_logits, means, rows_compared
 from megainter.model.interbert import MATCHED, InterBertForRetrieval
 from megainter.model.packing import layouts_on
 from megainter.model.vectors import contrastive_vectors
@@ -27,7 +27,7 @@ from megainter.model.vectors import contrastive_vectors
 @dataclass(frozen=True)
 class EmbeddedRows:
     """Embedded rows [N, H] of several captions or images, end to end, and how many rows each has (CPU int64). For models that
-    compare them: ``seen_IF``, the mean region features of images, and ``vectors_XD``, of captions or images, each alone."""
+    compare them: ``seen_IF``, the features of images that make their vectors, and ``vectors_XD``, of captions or images, each alone."""
 
     rows_NH: torch.Tensor
     lengths: torch.Tensor
@@ -79,9 +79,9 @@ def embed_captions(model: InterBertForRetrieval, input_ids: torch.Tensor, length
 def embed_images(model: InterBertForRetrieval, features: torch.Tensor, locations: torch.Tensor, lengths: torch.Tensor) -> EmbeddedRows:
     """``features`` [Nr, F] of any floating dtype and ``locations`` [Nr, 5], the global region first in each image; ``lengths`` CPU [I]."""
     embeddings, seen, vectors_ID = model.interbert.region_embeddings, None, None
-    if model.itm_similarity is not None and model.config.itc_regions == "feature":
-        starts = (lengths.cumsum(0) - lengths).to(features.device)
-        seen = embeddings.seen(features.index_select(0, starts))
+    if model.itm_similarity is not None and model.config.itc_of_features:
+        rows = rows_compared(lengths.cumsum(0) - lengths, lengths, model.config)
+        seen = embeddings.seen(features.index_select(0, rows.to(features.device)))
     if model.itm_vectors is not None:
         vectors_ID = contrastive_vectors(model, images_alone(features, locations, lengths).to(features.device))[1]
     return EmbeddedRows(embeddings(features, locations), lengths, seen, vectors_ID)

@@ -37,6 +37,12 @@ def means(states_NH: torch.Tensor, starts_S1: torch.Tensor) -> torch.Tensor:
     return torch.segment_reduce(at_least_single(states_NH), "mean", lengths=lengths_S, axis=0, unsafe=True).to(states_NH.dtype)
 
 
+def rows_compared(starts_I: torch.Tensor, lengths_I: torch.Tensor, config: Any) -> torch.Tensor:
+    """Which row of its regions makes an image's vector, where a feature does: the global region, the mean of all; or the first one after
+    it, if there is one. ``starts_I`` int64 [I] are the global regions' rows, ``lengths_I`` the numbers of rows."""
+    return starts_I + (lengths_I > 1) if config.itc_regions == "first_feature" else starts_I
+
+
 class Fusion(nn.Module):
     """Pooled text and pooled regions into one vector per sample, [S, P]; then dropout (official: 0.1, our hidden_dropout_prob)."""
 
@@ -98,7 +104,7 @@ class ContrastiveHead(nn.Module):
         super().__init__()
         size = config.pooler_size if config.itc_pooling == "first" else config.hidden_size
         self.text = nn.Linear(size, config.itc_size)
-        self.region = nn.Linear(config.region_feature_size if config.itc_regions == "feature" else size, config.itc_size)
+        self.region = nn.Linear(config.region_feature_size if config.itc_of_features else size, config.itc_size)
         self.log_scale = nn.Parameter(torch.full((1,), math.log(FIRST_SCALE)))
 
     def forward(self, text_TP: torch.Tensor, region_IP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -47,7 +47,7 @@ from megainter.model.architecture import (
 from megainter.model.attentions import padded_attentions, watched
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import locate_model, named, read_config
-from megainter.model.heads import matching_logits, means
+from megainter.model.heads import matching_logits, means, rows_compared
 from megainter.model.outputs import Asked, Encoded, InterBertForPreTrainingOutput, InterBertModelOutput, PackedLosses, PackedScores
 from megainter.model.packing import PackedLayout, pack_padded
 from megainter.model.processor import InterBertProcessor
@@ -110,14 +110,14 @@ class InterBertModel(Trunk, InterBertPreTrainedModel):
         compared = self.config.itm_similarity and not alone
         whole = compared and self.config.itc_pooling == "mean"
         text = Asked.of(layout.text_starts, text_rows, layout.text, whole)
-        region = Asked.of(layout.region_starts, region_rows, layout.region, whole and self.config.itc_regions == "states")
+        region = Asked.of(layout.region_starts, region_rows, layout.region, whole and not self.config.itc_of_features)
         text_XH, region_XH = self.encoder(text_NH, region_NH, layout, text.queries, region.queries)
         pooled_text = self.text_pooler(text_XH.index_select(0, text.starts))
         pooled_region = self.region_pooler(region_XH.index_select(0, region.starts))
         sides = None
         if compared and len(pooled_text) and len(pooled_region):
             sides = self._means(text_XH, region_XH, layout) if whole else (pooled_text, pooled_region)
-            if self.config.itc_regions == "feature":
+            if self.config.itc_of_features:
                 sides = sides[0], self._seen(inputs, layout)
         return Encoded(text_XH.index_select(0, text.rows), region_XH.index_select(0, region.rows), pooled_text, pooled_region, sides)
 
@@ -135,10 +135,10 @@ class InterBertModel(Trunk, InterBertPreTrainedModel):
         """One row for each text [T, P] and each image [I, P] of a batch in which every sample is a text alone or an image's regions alone.
 
         In any mixture: one pass of all layers for both kinds, in which no sample sees another. By ``config.itc_pooling`` the pooled first
-        rows, or the means of all rows (then P is the hidden size); with ``config.itc_regions`` "feature" an image's is its mean region
-        feature, [I, F]. UsageError for a sample that has both.
+        rows, or the means of all rows (then P is the hidden size); where ``config.itc_regions`` is a feature an image's is that,
+        [I, F]. UsageError for a sample that has both.
         """
-        if self.config.itc_regions == "feature":
+        if self.config.itc_of_features:
             layout = PackedLayout.of(inputs, self.config.max_position_embeddings, alone=True)
             return self._pool_texts(inputs.texts_alone()), self._seen(inputs, layout)
         return self._pool_states(inputs)
@@ -160,8 +160,9 @@ class InterBertModel(Trunk, InterBertPreTrainedModel):
         return self._means(text_NH, region_NH, layout)
 
     def _seen(self, inputs: PackedInputs, layout: PackedLayout) -> torch.Tensor:
-        """The mean region feature of each image as it is embedded, [I, F]: that of its global region."""
-        seen: torch.Tensor = self.region_embeddings.seen(inputs.region_features.index_select(0, layout.region_starts))
+        """The feature that makes each image's vector, as it is embedded, [I, F]."""
+        rows = rows_compared(layout.region_starts, layout.region.cu_seqlens.diff(), self.config)
+        seen: torch.Tensor = self.region_embeddings.seen(inputs.region_features.index_select(0, rows))
         return seen
 
     def _means(self, text_NH: torch.Tensor, region_NH: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from megainter.model.architecture import (
     masked_regions,
 )
 from megainter.model.embeddings import at_least_single
-from megainter.model.heads import TwoSides, matching_logits
+from megainter.model.heads import TwoSides, matching_logits, rows_compared
 from megainter.model.outputs import InterBertForPreTrainingOutput, InterBertModelOutput
 from megainter.model.padding import PaddedInputs, PaddedStreams, first_rows, mean_rows, positions_of, require_both_sides
 from megainter.model.plain_attentions import looking
@@ -122,7 +122,7 @@ class _WithVectors(_Plain, Matching):
     def _vectors(self, inputs: PaddedInputs) -> torch.Tensor:
         if self.itc_head is None:
             raise UsageError("the model has no vectors (itc_size 0): it was not trained with image-text contrast")
-        if self.config.itc_regions == "feature" and not inputs.has_text:
+        if self.config.itc_of_features and not inputs.has_text:
             return F.normalize(at_least_single(self.itc_head.region(self._seen(inputs))), dim=-1)
         text_BTH, region_BRH = self.interbert.encode(inputs)
         states, real = (text_BTH, inputs.text_real) if inputs.has_text else (region_BRH, inputs.region_real)
@@ -140,7 +140,7 @@ class _WithVectors(_Plain, Matching):
             sides = pooled
             if self.config.itc_pooling == "mean":
                 sides = mean_rows(text_BTH, inputs.text_real), mean_rows(region_BRH, inputs.region_real)
-            if self.config.itc_regions == "feature":
+            if self.config.itc_of_features:
                 sides = sides[0], self._seen(inputs)
         return matching_logits(self, *pooled, sides, self._alone(inputs))
 
@@ -154,8 +154,11 @@ class _WithVectors(_Plain, Matching):
         return self._vectors(texts), self._vectors(images)
 
     def _seen(self, inputs: PaddedInputs) -> torch.Tensor:
-        """The mean region feature of each image as it is embedded, [B, F]: that of its global region."""
-        seen: torch.Tensor = self.interbert.region_embeddings.seen(first_rows(inputs.region_features, inputs.region_real))
+        """The feature that makes each image's vector, as it is embedded, [B, F]."""
+        lengths_B = inputs.region_real.sum(1)
+        numbers_B = rows_compared(torch.zeros_like(lengths_B), lengths_B, self.config)  # among the image's own rows
+        here = inputs.region_real & (inputs.region_real.cumsum(1) - 1 == numbers_B[:, None])
+        seen: torch.Tensor = self.interbert.region_embeddings.seen(first_rows(inputs.region_features, here))
         return seen
 
 

@@ -46,7 +46,7 @@ def outcome(path: Path, given: dict[str, torch.Tensor]) -> np.ndarray:
         {
             "itc_size": 6,
             "itc_pooling": "mean",
-            "itc_regions": "feature",
+            "itc_regions": "mean_feature",
             "itm_similarity": True,
             "itm_vectors": True,
             "region_mean": [0.5] * 10,

@@ -13,8 +13,9 @@ CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 VECTORS = {"itc_size": 5, "itm_similarity": True}
 STANDARDIZED = {"region_mean": [0.5] * 10, "region_deviation": [0.25] * 5 + [2.0] * 5, "region_feature_dropout_prob": 0.5}
-SIMILARITY = [{}, VECTORS, VECTORS | {"itc_pooling": "mean"}, VECTORS | {"itc_pooling": "mean", "itc_regions": "feature"}, STANDARDIZED]
-SIMILARITY += [{"itc_size": 5, "itm_vectors": True}, VECTORS | {"itm_vectors": True, "itc_pooling": "mean", "itc_regions": "feature"}]
+OF_FEATURES = VECTORS | {"itc_pooling": "mean", "itc_regions": "first_feature"}
+SIMILARITY = [{}, VECTORS, VECTORS | {"itc_pooling": "mean"}, OF_FEATURES | {"itc_regions": "mean_feature"}, STANDARDIZED]
+SIMILARITY += [{"itc_size": 5, "itm_vectors": True}, OF_FEATURES | {"itm_vectors": True}]
 
 
 @pytest.mark.parametrize("changes", SIMILARITY)

@@ -18,7 +18,7 @@ def test_equals_the_counter(objective: str) -> None:
     assert forward_flops(model.config, counts) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("of_regions", ["states", "feature"])
+@pytest.mark.parametrize("of_regions", ["states", "mean_feature", "first_feature"])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_sides_alone_equal_the_counter(pooling: str, of_regions: str) -> None:
     """A batch of texts alone and one of images alone: in one batch the CPU's attention would pad the shorter side."""

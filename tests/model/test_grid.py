@@ -50,7 +50,7 @@ def test_scores_equal_those_of_the_packed_door(depths: tuple[int, int, int], fus
 
 
 @pytest.mark.parametrize("depths", [(2, 2, 1), (2, 0, 0)])
-@pytest.mark.parametrize("regions", ["states", "feature"])
+@pytest.mark.parametrize("regions", ["states", "mean_feature", "first_feature"])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 @pytest.mark.parametrize("name", ["itm_similarity", "itm_vectors"])
 def test_nearness_is_that_of_the_packed_door(depths: tuple[int, int, int], pooling: str, regions: str, name: str) -> None:

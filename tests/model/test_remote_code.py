@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "feature": {
         "itc_size": 6,
         "itc_pooling": "mean",
-        "itc_regions": "feature",
+        "itc_regions": "first_feature",
         "itm_similarity": True,
         "itm_vectors": True,
         "region_mean": [0.5] * 10,

@@ -62,14 +62,17 @@ def test_means_are_those_of_every_text_and_image_by_themselves() -> None:
     assert model.itc_head.text.weight.shape == (5, model.config.hidden_size)
 
 
+@pytest.mark.parametrize("of_regions", ["mean_feature", "first_feature"])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_an_images_vector_may_be_made_of_its_feature_alone(pooling: str) -> None:
-    """Of the global region's feature, standardized; texts' vectors are those of a model with layers for both."""
+def test_an_images_vector_may_be_made_of_a_feature_alone(pooling: str, of_regions: str) -> None:
+    """Of the global region's, or of the first one after it where there is one, standardized; texts pass the layers as ever."""
     size = tiny_model().config.region_feature_size
     scaling = {"region_mean": [0.25] * size, "region_deviation": [0.5] * size}
-    model = tiny_model(itc_size=5, itc_pooling=pooling, itc_regions="feature", region_feature_dropout_prob=0.5, **scaling)
+    model = tiny_model(itc_size=5, itc_pooling=pooling, itc_regions=of_regions, region_feature_dropout_prob=0.5, **scaling)
     texts, images, both = mixed()
-    firsts = images.region_features[images.region_lengths.cumsum(0) - images.region_lengths]
+    later = torch.tensor([int(of_regions == "first_feature" and length > 1) for length in images.region_lengths])
+    assert 1 in images.region_lengths
+    firsts = images.region_features[images.region_lengths.cumsum(0) - images.region_lengths + later]
     found_texts, found_images, _ = model.vectors_packed(both)
     assert model.itc_head is not None
     torch.testing.assert_close(found_images, F.normalize(model.itc_head.region((firsts - 0.25) / 0.5), dim=-1))
@@ -170,7 +173,7 @@ def test_conversions_keep_the_head_and_the_official_form_has_none(tmp_path: Path
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in back.named_parameters())
 
 
-@pytest.mark.parametrize("of_regions", ["states", "feature"])
+@pytest.mark.parametrize("of_regions", ["states", "mean_feature", "first_feature"])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_similarity_is_a_scaled_cosine_of_states_that_have_seen_each_other(pooling: str, of_regions: str) -> None:
     """Against a loop over single pairs: matching without it, and a cosine of what the ordinary encoding gives."""
@@ -186,14 +189,16 @@ def test_similarity_is_a_scaled_cosine_of_states_that_have_seen_each_other(pooli
             alone = model.interbert.encode(sample)
             sides = (alone.text_states.mean(0), alone.region_states.mean(0))
             text, region = sides if pooling == "mean" else (alone.pooled_text[0], alone.pooled_region[0])
-            region = sample.region_features[0] if of_regions == "feature" else region
+            if of_regions != "states":
+                later = of_regions == "first_feature" and len(sample.region_features) > 1
+                region = sample.region_features[int(later)]
             cosine = F.cosine_similarity(model.itc_head.text(text), model.itc_head.region(region), dim=0)
             plain = model.itm_head(model.fusion(alone.pooled_text, alone.pooled_region))[0]
             expected = plain + torch.tensor([math.exp(1.7) * (float(cosine) + 0.2), 0.0])
             torch.testing.assert_close(whole[i], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("of_regions", ["states", "feature"])
+@pytest.mark.parametrize("of_regions", ["states", "mean_feature", "first_feature"])
 def test_matching_may_weigh_the_vectors_of_each_side_alone(of_regions: str) -> None:
     """Against a loop over single pairs, whose text and image are encoded each by itself; a text without an image has none to weigh."""
     model, inputs = tiny_model(itc_size=5, itc_pooling="mean", itc_regions=of_regions, itm_vectors=True), packed_batch()

@@ -101,8 +101,8 @@ class RetrievalStart(StartConfig):
     """Width of the vectors of a text alone and an image alone, where training.itc_weight asks for them and the start has none."""
     itc_pooling: Literal["first", "mean"] = "first"
     """What these fresh vectors are made of: the pooled first token and global region, or the means of all tokens and regions."""
-    itc_regions: Literal["states", "feature"] = "states"
-    """What fresh vectors of images are made of: what the layers make of the regions, or the mean region feature."""
+    itc_regions: Literal["states", "mean_feature", "first_feature"] = "states"
+    """What fresh vectors of images are made of: what layers make of their regions, or the mean or the first region feature."""
     itm_similarity: bool | None = None
     """Whether matching also weighs how near the vectors of a pair are once both sides have seen each other; none: as the start has it."""
     itm_vectors: bool | None = None

@@ -44,7 +44,7 @@ def configuration(shape: Shape) -> InterBertConfig:
     drop = 0.1 if shape.hidden_dropout else 0.0
     return InterBertConfig(
         **values, num_region_classes=shape.targets, itc_pooling="mean" if shape.itc_means else "first",
-        itc_regions="feature" if shape.itc_feature else "states",
+        itc_regions="mean_feature" if shape.itc_feature else "states",
         hidden_dropout_prob=drop, region_hidden_dropout_prob=drop,
         attention_probs_dropout_prob=0.1 if shape.attention_dropout else 0.0,
     )  # fmt: skip

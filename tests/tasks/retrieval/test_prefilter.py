@@ -268,7 +268,7 @@ def test_a_prefilter_that_does_not_fit_is_refused(data: tuple[Path, Path, Path],
     assert PrefilterSettings(**settings).format == 1
 
 
-@pytest.mark.parametrize("sizes", [{}, {"itc_regions": "feature", "itm_similarity": True}], ids=["states", "feature"])
+@pytest.mark.parametrize("sizes", [{}, {"itc_regions": "mean_feature", "itm_similarity": True}], ids=["states", "feature"])
 def test_a_model_with_vectors_is_its_own_first_stage(sizes: dict[str, Any], tmp_path: Path) -> None:
     pairs, path = write_data(tmp_path, images=IMAGES, captions=CAPTIONS)
     folder = write_model(tmp_path / "model", pairs, itc_size=8, **sizes)
