@@ -56,7 +56,8 @@ class RegionScaling(nn.Module):
     def __init__(self, config: InterBertConfig) -> None:
         super().__init__()
         for name in ("mean", "deviation"):
-            self.register_buffer(name, torch.tensor(getattr(config, f"region_{name}"), dtype=torch.float32), persistent=False)
+            numbers = torch.tensor(getattr(config, f"region_{name}"), dtype=torch.float32, device="cpu")  # never "meta": no file has them
+            self.register_buffer(name, numbers, persistent=False)
 
     def forward(self, features_NF: torch.Tensor) -> torch.Tensor:
         """[..., F] of any floating dtype -> the same in float32, or double precision where they have that."""
