@@ -17,6 +17,7 @@ from megainter.stages import Stage, conversion, run_stages, seconds_of, training
 
 CANDIDATES = 20  # of the first stage, for the second
 ORDERS = {"first stage": "prefilter", "InterBERT, its candidates": None, "both stages": "both_stages"}  # places in a report
+FRESH_WORDS = ["--optimizer.start_rate", 0.5, "--data.contrast_drop", 0.2]  # most word embeddings are drawn, and have all to learn
 WAYS = ("text_to_image", "image_to_text")
 MODELS = {"pretrained": "pretrained", "tuned": "fine-tuned"}
 FOLDERS = {"pretrained": "model", "tuned": "tuned/model"}
@@ -131,7 +132,7 @@ def _training(chinese: bool, processes: int, steps: tuple[int | None, int | None
     data = ["--data.pairs", work / "train.parquet", "--data.store", work / "grid.store", "--validation.pairs", work / "val.parquet"]
     given = [["--training.steps", number] if number is not None else [] for number in steps]
     pretrain = ["--config", "flickr8k-contrastive", *data, *given[0], "--model.start_from", start, "--output", run]
-    words = ["--data.lowercase", "false"] if chinese else []
+    words = ["--data.lowercase", "false", *FRESH_WORDS] if chinese else []
     finetune = ["--config", "flickr8k-candidates", *data, *given[1], "--model.start_from", model, "--output", tuned]
     return [
         training("pretrain", "pretraining", processes, "pretrain", *pretrain, *words),
