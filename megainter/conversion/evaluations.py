@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from megainter.errors import UsageError, one_line
 from megainter.files import read_json
-from megainter.model.folder import model_digest
 
 Report = Mapping[str, Any]
 _BOTH = {"text_to_image": "text to image", "image_to_text": "image to text"}
@@ -23,6 +22,8 @@ def read_evaluations(paths: Sequence[Path], folder: Path, earlier: Path | None, 
     """
     if not paths:
         return []
+    from megainter.model.folder import model_digest  # with transformers, which help must not wait for
+
     own = model_digest(folder)
     before = model_digest(earlier) if earlier is not None else own
     reports = []
