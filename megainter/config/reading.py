@@ -25,8 +25,8 @@ COMPAT: dict[str, dict[str, Any]] = {
     "official": {"bias_correction": False, "clip": "tensor", "decay_groups": "swapped", "start_rate": 0.1},
 }
 # Settings in [model] that a start brings; dropouts and the like stay the run's.
-_OF_A_RUN = ("start_from", "gradient_checkpointing")
-SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings) if not field.name.endswith((*_OF_A_RUN, "_dropout_prob"))}
+_OF_A_RUN = {"start_from", "gradient_checkpointing"}
+SIZES_OF_A_START = {field.name for field in dataclasses.fields(ModelSettings) if not field.name.endswith("_dropout_prob")} - _OF_A_RUN
 # Of these, what a start without vectors does not bring.
 OF_VECTORS = {"itc_size", "itc_pooling", "itc_regions", "itm_similarity", "itm_vectors"}
 OF_FEATURES = {"standardize_regions"}  # nor does one bring this that takes features as they are

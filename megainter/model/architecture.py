@@ -12,6 +12,7 @@ No parameter sits on these classes themselves: each is read inside the forward o
 """
 
 import math
+from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -96,17 +97,17 @@ class Trunk(InterBertArchitecture):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_embeddings.word = value  # type: ignore[assignment]
 
+    @abstractmethod
     def encode_padded(
         self, texts: ThreeTensors, images: ThreeTensors, text_regions: torch.Tensor | None, output_attentions: bool
     ) -> InterBertModelOutput:
         """What ``forward`` gives; ``InterBertModel`` has it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pool_padded(
         self, texts: ThreeTensors, images: ThreeTensors, text_regions: torch.Tensor | None, output_attentions: bool
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], Attentions]:
         """Pooled text and pooled regions, [B, P] each (0 rows for a side that is absent), and where layers look."""
-        raise NotImplementedError
 
     def forward(
         self,
@@ -236,9 +237,9 @@ class Retrieval(Matching):
         self._add_matching_heads(config)
         self.post_init()
 
+    @abstractmethod
     def match_padded(self, texts: ThreeTensors, images: ThreeTensors, output_attentions: bool) -> tuple[torch.Tensor, Attentions]:
         """Matching logits [B, 2], class 0 = matched, and where layers look."""
-        raise NotImplementedError
 
     def forward(
         self,
