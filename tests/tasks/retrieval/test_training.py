@@ -302,25 +302,25 @@ def test_the_tuned_folder_is_its_own_first_stage(seeing_start: Data, tmp_path: P
 
 
 @pytest.mark.slow
-def test_similarity_is_added_to_a_start_with_vectors_alike_over_processes(seeing_start: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["itm_similarity", "itm_vectors"])
+def test_nearness_is_added_to_a_start_with_vectors_alike_over_processes(part: str, seeing_start: Data, tmp_path: Path) -> None:
     for name, processes, stage in (("one", 1, 1), ("two", 2, 3)):
-        given = {"model__itm_similarity": "true", "engine__zero_stage": stage, "training__micro_batch": 2, "training__log_every": 1}
+        given = {f"model__{part}": "true", "engine__zero_stage": stage, "training__micro_batch": 2, "training__log_every": 1}
         done = finetune(arguments(seeing_start, tmp_path / name, **given), processes)
         assert done.returncode == 0, done.stderr
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl", "train") for name in ("one", "two"))
     for name in ("matching_loss", "itc_loss"):
         assert [record[name] for record in one] == pytest.approx([record[name] for record in two], abs=1e-4), name
     model = InterBertForRetrieval.from_pretrained(tmp_path / "two" / "model")
-    assert model.itm_similarity is not None
-    assert model.itm_similarity.margin.item() != pytest.approx(0.3, abs=1e-6), "it was not trained"
+    assert getattr(model, part).margin.item() != pytest.approx(0.3, abs=1e-6), "it was not trained"
 
     refused = finetune(arguments((tmp_path / "one" / "model", *seeing_start[1:]), tmp_path / "left", training__itc_weight=0))
     assert refused.returncode == 2
-    assert "model.itm_similarity false" in refused.stderr
-    again = {"training__itc_weight": 0, "model__itm_similarity": "false"}
+    assert f"model.{part} false" in refused.stderr
+    again = {"training__itc_weight": 0, f"model__{part}": "false"}
     done = finetune(arguments((tmp_path / "one" / "model", *seeing_start[1:]), tmp_path / "left", **again))
     assert done.returncode == 0, done.stderr
-    assert InterBertForRetrieval.from_pretrained(tmp_path / "left" / "model").itm_similarity is None
+    assert getattr(InterBertForRetrieval.from_pretrained(tmp_path / "left" / "model"), part) is None
 
 
 @pytest.mark.slow
