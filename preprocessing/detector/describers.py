@@ -1,22 +1,26 @@
-"""Networks that know ImageNet and say what is in a region: the mean of their last map over its box."""
+"""Networks that say what is in a region: the mean of their last map over its box. One knows ImageNet, and one beside it COCO's objects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import roi_align
 
+from megainter.files import sha256_of
+from megainter.weights import packaged_weights
 from preprocessing.detector.backbones import efficientnet_lite0, load_body, packaged_efficientnet_weights
+from preprocessing.detector.nanodet import NanoDet, normalised
 
 BINS = 3  # per side of a region, each the mean of 2 x 2 samples of the map
 STRIDE = 32  # pixels of the network's input per place of its map
 
 
 class Describer(nn.Module):
-    """What an ImageNet network sees at every place: RGB in 0..1 [S, 3, H, W] -> its last map [S, ``out_channels``, H / 32, W / 32]."""
+    """What a network sees at every place: RGB in 0..1 [S, 3, H, W] -> its last map [S, ``out_channels``, H / 32, W / 32]."""
 
     out_channels: int
 
@@ -53,13 +57,53 @@ def _fold_normalisation(body: Any) -> None:
         setattr(owner, norm_name, nn.Identity())
 
 
-def _packaged_describer() -> tuple[Describer, Path]:
+class NanoDetDescriber(Describer):
+    """The backbone of NanoDet-g, which the detector for photos has its boxes from: it was trained on COCO's scenes and their objects."""
+
+    out_channels = 512
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        self.body = NanoDet()
+        self.body.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body.levels(normalised(images))[-1]
+
+
+class SideBySide(Describer):
+    """The maps of several networks over the same places, their channels one after the other."""
+
+    def __init__(self, parts: Sequence[Describer]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.out_channels = sum(part.out_channels for part in parts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([part(images) for part in self.parts], dim=1)
+
+
+def _imagenet() -> tuple[Describer, tuple[Path, ...]]:
     weights = packaged_efficientnet_weights()
-    return EfficientNetLite0Describer(weights), weights
+    return EfficientNetLite0Describer(weights), (weights,)
 
 
-# name -> function that gives a network with its ImageNet weights, and the file they came from
-DESCRIBERS: dict[str, Callable[[], tuple[Describer, Path]]] = {"efficientnet_lite0": _packaged_describer}
+def _imagenet_and_coco() -> tuple[Describer, tuple[Path, ...]]:
+    describer, weights = _imagenet()
+    nanodet = packaged_weights("photos")
+    return SideBySide([describer, NanoDetDescriber(nanodet)]), (*weights, nanodet)
+
+
+# name -> function that gives a network with its weights, and the files they came from
+DESCRIBERS: dict[str, Callable[[], tuple[Describer, tuple[Path, ...]]]] = {
+    "efficientnet_lite0": _imagenet,
+    "efficientnet_lite0+nanodet": _imagenet_and_coco,
+}
+
+
+def digest_of(weights: Sequence[Path]) -> str:
+    """SHA-256 of each file, with a plus between them."""
+    return "+".join(sha256_of(path) for path in weights)
 
 
 def region_means(map_SCHW: Tensor, boxes: list[Tensor]) -> Tensor:

