@@ -15,6 +15,7 @@ from megainter.errors import MegainterError, UsageError
 from megainter.files import read_json, write_atomically, write_json
 from megainter.stages import Stage, conversion, run_stages, seconds_of, training, verb
 
+NETWORK = "efficientnet_lite0+nanodet"  # ImageNet's and COCO's: docs/features.md
 CANDIDATES = 20  # of the first stage, for the second
 ORDERS = {"first stage": "prefilter", "InterBERT, its candidates": None, "both stages": "both_stages"}  # places in a report
 FRESH_WORDS = ["--optimizer.start_rate", 0.5, "--data.contrast_drop", 0.2]  # most word embeddings are drawn, and have all to learn
@@ -105,13 +106,13 @@ def _captions(flickr8k: Path, test: Path | None, test_images: Path | None, langu
 
 
 def _features(images: Path, name: str, processes: int, work: Path) -> list[Stage]:
-    """Boxes of the detector that comes along, then ImageNet features of them, of the whole photo and of a grid."""
+    """Boxes of the detector that comes along, then what two networks see in them, in the whole photo and in a grid."""
     boxes, store = work / f"{name}-boxes.store", work / f"{name}.store"
     return [
         verb(f"boxes-{name}", f"boxes of the photos in {images}", "extract", "--images", images, "--output", boxes,
              "--weights", "photos", "--workers", processes),
         verb(f"features-{name}", "their features, and those of the photo and a grid", "features", "redescribe", boxes,
-             "--images", images, "--output", store, "--grid", 3),
+             "--images", images, "--output", store, "--grid", 3, "--network", NETWORK),
     ]  # fmt: skip
 
 
