@@ -92,7 +92,10 @@ class Description:
             return None
         made = cls(settings["feature_network"], settings["feature_side"], settings.get("feature_grid", 0), device)
         if made.settings["feature_network_sha256"] != settings["feature_network_sha256"]:
-            raise UsageError(f"the store's features are of other weights of {settings['feature_network']} than those installed here")
+            raise UsageError(
+                f"the store's features are of other weights of {settings['feature_network']} than those installed here: install the "
+                "release they came from, or make the store anew by `megainter features redescribe`"
+            )
         return made
 
     def schema(self, given: StoreSchema) -> StoreSchema:
