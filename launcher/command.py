@@ -8,14 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from launcher.hostfile import Host
+from launcher.options import Engine, RemoteShell
 from megainter.errors import UsageError
 from megainter.process import RANKS_VARIABLE
 
-Engine = Literal["deepspeed", "torchrun", "mpirun", "srun"]
-RemoteShell = Literal["pdsh", "openmpi", "mpich"]
 MODULE = "megainter.pretrain"  # what ranks run where nothing else is said
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")

@@ -15,9 +15,7 @@ from launcher import slurm
 from launcher.command import (
     MODULE,
     PASSED_ON,
-    Engine,
     Job,
-    RemoteShell,
     build,
     check_arguments,
     check_environment,
@@ -26,6 +24,7 @@ from launcher.command import (
     require_programs,
 )
 from launcher.hostfile import HOST, Host, format_hostfile, read_hostfile, select
+from launcher.options import NO_RESTARTS, THIS_MACHINE, Placement, Supervision
 from launcher.supervise import SIGNALS, adopt_orphans, control_variables, run_attempt, supervise
 from megainter.config.portions import check_portions
 from megainter.config.settings import TrainingConfig
@@ -52,18 +51,8 @@ class LaunchSettings:
     arguments: tuple[str, ...]
     training: TrainingConfig
     output: Path
-    hostfile: Path | None = None
-    include: str = ""
-    exclude: str = ""
-    processes: int | None = None  # on this machine, or per Slurm node
-    engine: Engine | None = None
-    remote_shell: RemoteShell = "pdsh"
-    master: str | None = None
-    port: int | None = None
-    environment: tuple[str, ...] = ()
-    restarts: int = 0
-    min_nodes: int | None = None
-    grace: float = 120.0
+    placement: Placement = THIS_MACHINE
+    supervision: Supervision = NO_RESTARTS
     request: slurm.SlurmRequest | None = None  # for Slurm
     module: str = MODULE
 
@@ -86,7 +75,7 @@ def launch(settings: LaunchSettings, own_words: tuple[str, ...], dry_run: bool) 
         return
     require_programs(job)
     if job.engine == "deepspeed" and job.remote_shell == "pdsh":
-        _require_answers(hosts, settings.min_nodes or len(hosts))
+        _require_answers(hosts, settings.supervision.min_nodes or len(hosts))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "command.txt", describe(job, settings) + "\n")
     code = _supervised(settings, hosts, folder)
@@ -100,15 +89,16 @@ def hosts_of(settings: LaunchSettings) -> tuple[Host, ...]:
     """The hosts of the job, () for this machine alone; ``UsageError`` for settings that contradict each other."""
     if settings.request is not None:
         return slurm.allocated_hosts(os.environ, settings.request.processes)
-    if settings.hostfile is None:
-        if settings.include or settings.exclude:
+    at, least = settings.placement, settings.supervision.min_nodes
+    if at.hostfile is None:
+        if at.include or at.exclude:
             raise UsageError("--include and --exclude choose among the hosts of a --hostfile")
         return ()
-    hosts = select(read_hostfile(settings.hostfile), settings.include, settings.exclude)
-    if settings.processes is not None:
+    hosts = select(read_hostfile(at.hostfile), at.include, at.exclude)
+    if at.processes is not None:
         raise UsageError("--processes is for one machine; a hostfile gives slots, --include chooses among them")
-    if not 1 <= (settings.min_nodes or 1) <= len(hosts):
-        raise UsageError(f"--min-nodes {settings.min_nodes} does not fit the {len(hosts)} hosts that are chosen")
+    if not 1 <= (least or 1) <= len(hosts):
+        raise UsageError(f"--min-nodes {least} does not fit the {len(hosts)} hosts that are chosen")
     return hosts
 
 
@@ -145,18 +135,18 @@ def visible_devices(environment: Mapping[str, str]) -> int:
 
 def job_of(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> Job:
     """The job on these hosts; ``UsageError`` for arguments or variables that do not travel safely."""
-    remote = bool(hosts)
+    at, remote = settings.placement, bool(hosts)
     check_arguments(settings.arguments, remote)
-    given = check_environment(settings.environment, remote)
-    if settings.master is not None and HOST.fullmatch(settings.master) is None:
-        raise UsageError(f"--master-addr {settings.master!a} is not a host name")
-    processes = settings.processes or visible_devices(os.environ) or 1
+    given = check_environment(at.env, remote)
+    if at.master_addr is not None and HOST.fullmatch(at.master_addr) is None:
+        raise UsageError(f"--master-addr {at.master_addr!a} is not a host name")
+    processes = at.processes or visible_devices(os.environ) or 1
     environment = (inherited_environment(os.environ) if remote else {}) | given | control_variables(folder, remote)
     if not remote and os.environ.get("CUDA_VISIBLE_DEVICES"):
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(os.environ["CUDA_VISIBLE_DEVICES"].split(",")[:processes])
-    master = settings.master or (hosts[0].name if hosts else "127.0.0.1")
-    engine = settings.engine or ("srun" if settings.request is not None else "deepspeed")
-    port = settings.port or (20000 + secrets.randbelow(10000) if remote else free_port())
+    master = at.master_addr or (hosts[0].name if hosts else "127.0.0.1")
+    engine = at.engine or ("srun" if settings.request is not None else "deepspeed")
+    port = at.port or (20000 + secrets.randbelow(10000) if remote else free_port())
     return Job(
         engine=engine,
         arguments=settings.arguments,
@@ -166,7 +156,7 @@ def job_of(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path) -> J
         folder=folder,
         master=master,
         port=port,
-        remote_shell=settings.remote_shell,
+        remote_shell=at.remote_shell,
         module=settings.module,
     )
 
@@ -211,14 +201,15 @@ def _supervised(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path)
         if requests.count:
             return STOPPED_EARLY
         write_attempt(job)
-        return run_attempt(build(job), engine_environment(job, os.environ), job.folder, requests, settings.grace, remote=bool(job.hosts))
+        environment, grace = engine_environment(job, os.environ), settings.supervision.grace
+        return run_attempt(build(job), environment, job.folder, requests, grace, remote=bool(job.hosts))
 
     def newest_checkpoint() -> str | None:
         with contextlib.suppress(OSError):
             return (settings.output / "checkpoints" / "latest").read_text()
         return None
 
-    return supervise(attempt, settings.restarts, requests, folder / "attempts.jsonl", newest_checkpoint)
+    return supervise(attempt, settings.supervision.restarts, requests, folder / "attempts.jsonl", newest_checkpoint)
 
 
 def _job_of_attempt(settings: LaunchSettings, hosts: tuple[Host, ...], folder: Path, first: bool, requests: StopRequest) -> Job:
@@ -240,7 +231,7 @@ def _job_of_attempt(settings: LaunchSettings, hosts: tuple[Host, ...], folder: P
 
 def _wait_for(settings: LaunchSettings, hosts: tuple[Host, ...], requests: StopRequest) -> tuple[Host, ...]:
     """The hosts that answer, at least ``min_nodes`` (default: all); ``UsageError`` where they stay away for ten minutes."""
-    least = settings.min_nodes or len(hosts)
+    least = settings.supervision.min_nodes or len(hosts)
     deadline = time.monotonic() + WAIT_FOR_HOSTS
     while True:
         alive = answering(hosts) if settings.request is None else hosts_of(settings)
@@ -283,7 +274,7 @@ def answering(hosts: tuple[Host, ...], seconds: int = 10) -> tuple[Host, ...]:
 
 def _submit(settings: LaunchSettings, request: slurm.SlurmRequest, own_words: tuple[str, ...], folder: Path, dry_run: bool) -> None:
     check_arguments(own_words, remote=False)
-    check_environment(settings.environment, remote=True)
+    check_environment(settings.placement.env, remote=True)
     text = slurm.sbatch_file(request, _without_dry_run(own_words), folder, Path.cwd())
     check_portions(settings.training, request.nodes * request.processes)
     slurm.parse_sbatch(text)

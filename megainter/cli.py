@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from cyclopts import App, Argument, CoercionError, CycloptsError, MissingArgumentError
+from cyclopts import App, Argument, CoercionError, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError, one_line
 from megainter.files import FULL, is_full
@@ -117,6 +117,9 @@ def _mistake(error: CycloptsError, tokens: Sequence[str]) -> str:
         text = f"{text}. {guess}" if guess else text
     elif isinstance(error, CoercionError) and error.token is not None and "Did you mean" not in text:
         text += f". {near}" if (near := _near_command(words, [*words.split(), error.token.value])) else ""
+    elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        named = ", ".join(f"{token!r:.80}" for token in error.unused_tokens[:3])
+        text = f"{words} has no use for {named}; in a shell, what has spaces in it stands in quotes"
     return f"{text} (see {f'megainter {words}'.strip()} --help)"
 
 

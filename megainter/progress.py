@@ -62,6 +62,8 @@ class Progress:
 
     def _pace(self) -> str:
         """Units per second; of slow ones the seconds that each takes."""
+        if self.rate >= 1000:
+            return f"{self.rate:,.0f}/s"
         return f"{self.rate:.1f}/s" if self.rate >= 1 or self.rate <= 0 else f"{shown_seconds(1 / self.rate)} each"
 
     def __enter__(self) -> Self:

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -19,6 +18,7 @@ from typing import Any, Literal, NoReturn
 
 from megainter.errors import DamagedError, MegainterError, NoSpaceError, UsageError
 from megainter.files import is_full, read_json, sha256_of, write_json
+from megainter.paths import near_paths
 
 Kind = Literal["model", "detector"]
 # Weights of a Hugging Face folder, in one file or in shards; the first that is there is read, and no other fetched.
@@ -140,7 +140,7 @@ def _is_path(path: Path, kind: Kind) -> bool:
 def _remedy(text: str, kind: Kind) -> str:
     """The nearest name, a file beside it among them; what has the form of a repository's name, as that."""
     known = [*PACKAGED, *USUAL, *(f"{TABLE}{model}" for model in TORCHVISION)] if kind == "detector" else []
-    if near := difflib.get_close_matches(text, known, n=1) or _near_files(Path(text)):
+    if near := difflib.get_close_matches(text, known, n=1) or near_paths(Path(text)):
         return f"; did you mean {near[0]}?"
     if is_repository(text):
         return f"; a repository of the Hub is named {HUB}{text}"
@@ -151,21 +151,6 @@ def _remedy(text: str, kind: Kind) -> str:
 def is_repository(text: str) -> bool:
     """Whether ``text`` has the form OWNER/NAME of a repository of the Hub, and is no place on this machine."""
     return re.fullmatch(rf"{_PART}/{_PART}", text) is not None and not Path(text).exists() and not Path(text).parent.exists()
-
-
-def _near_files(path: Path) -> list[str]:
-    """At most one path beside ``path`` of nearly its name."""
-    with suppress(OSError):
-        found = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1, cutoff=0.75)
-        return [str(path.parent / name) for name in found]
-    return []
-
-
-def require_there(path: Path | None, option: str) -> None:
-    """``UsageError`` where ``path`` is given and nothing is there, with the nearest name: asked before anything heavy is imported."""
-    if path is not None and not path.exists():
-        near = _near_files(path)
-        raise UsageError(f"{option} {path} does not exist" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 # --- torchvision's table -------------------------------------------------------------------------------------------------------------

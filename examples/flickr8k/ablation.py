@@ -18,7 +18,7 @@ from megainter.errors import MegainterError, UsageError
 from megainter.files import read_json, write_atomically, write_json
 from megainter.stages import Stage, conversion, run_stages, training, verb
 
-GALLERY = 100  # validation photos, five captions each
+GALLERY, CAPTIONS = 100, 2  # validation photos, and captions of each
 NO_MASKS = ("--training.msm_weight", 0, "--training.mrm_weight", 0)
 CONTRAST = ("--training.itc_weight", 1, "--model.itc_pooling", "mean")
 FRESH = ("--data.batch_negatives", 0.5)
@@ -77,7 +77,7 @@ def run(
     from reproduce import packaged_minilm
 
     folder = output / f"seed-{seed}"
-    budget = {"pretraining steps": steps, "fine-tuning steps": tuning, "gallery": GALLERY}
+    budget = {"pretraining steps": steps, "fine-tuning steps": tuning, "gallery": GALLERY, "captions of a photo": CAPTIONS}
     _refuse_other_budget(folder, budget)
     stages = [_one_stream(minilm or packaged_minilm(), work, folder)]
     for name, variant in VARIANTS.items():
@@ -162,6 +162,7 @@ def _stages_of(name: str, variant: Variant, seed: int, processes: int, budget: t
 
 def _evaluation(name: str, model: Path, processes: int, work: Path, report: Path) -> Stage:
     gallery = ["--pairs", work / "val.parquet", "--store", work / "grid.store", "--split", "val", "--images", GALLERY]
+    gallery += ["--captions-per-image", CAPTIONS]
     return verb(name, "its recall", "evaluate", "retrieval", model, *gallery, "--processes", processes, "--output", report)
 
 

@@ -184,7 +184,10 @@ def _already_finished(run: "Run") -> Path:
     last = run.config.output / "checkpoints" / checkpoint.step_name(run.start)
     length = "steps" if run.config.training.steps is not None else "epochs"
     more = f"a larger training.{length} goes on from there, with the learning rate of a run that long; another --output begins anew"
-    log.info("already finished: %s, %d of %d steps; %s", last, run.start, run.total_steps, more)
+    asked = (
+        f"{run.start} of {run.total_steps} steps" if run.start == run.total_steps else f"{run.start} steps, {run.total_steps} are asked for"
+    )
+    log.info("already finished: %s, %s; %s", last, asked, more)
     return last
 
 

@@ -11,8 +11,9 @@ from cyclopts import App, Parameter
 
 from megainter.conversion.card import Card, CardOptions, command_of
 from megainter.errors import UsageError
+from megainter.paths import require_there
 from megainter.verbs.as_json import lines_aside, print_object
-from megainter.weights import Kind, check_name, require_there
+from megainter.weights import Kind, check_name
 
 if TYPE_CHECKING:
     from megainter.conversion.mapping import Plan

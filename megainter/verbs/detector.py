@@ -5,8 +5,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from megainter.paths import require_there
 from megainter.verbs.as_json import lines_aside, print_object
-from megainter.weights import check_name, require_there
+from megainter.weights import check_name
 from preprocessing.detector.settings import DetectorRun, DetectorTraining
 
 detector_app = App(name="detector", help="Train a detector on boxes of your own, or try one on a known photo.")

@@ -5,11 +5,12 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from megainter.paths import require_there
 from megainter.tasks.classification.options import ClassificationEvaluation
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.vcr.options import VcrEvaluation
 from megainter.verbs.as_json import lines_aside, print_object
-from megainter.weights import check_name, require_there
+from megainter.weights import check_name
 
 evaluate_app = App(name="evaluate", help="Measure a model on a task.")
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from megainter.paths import require_there
 from megainter.precision import AskedPrecision
-from megainter.weights import check_name, require_there
+from megainter.weights import check_name
 
 
 def extract(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from megainter.errors import UsageError
+from megainter.paths import require_there
 from megainter.tracking import require_trackers
 from megainter.verbs.pretrain import PRINT_CONFIG, PRINTING, require_paths, split_config, take_flag
-from megainter.weights import check_name, require_there
+from megainter.weights import check_name
 
 if TYPE_CHECKING:
     from megainter.config.settings import FinetuneConfig

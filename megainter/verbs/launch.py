@@ -1,14 +1,14 @@
 """`megainter launch`: training on many devices or machines, supervised."""
 
 import difflib
-import inspect
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from launcher.options import NO_RESTARTS, NOTHING_SAID, THIS_MACHINE, Placement, SlurmOptions, Supervision
 from megainter.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,30 +17,10 @@ if TYPE_CHECKING:
 
 def launch(
     *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    hostfile: Path | None = None,
     slurm: bool = False,
-    include: str = "",
-    exclude: str = "",
-    processes: int | None = None,
-    engine: Literal["deepspeed", "torchrun", "mpirun", "srun"] | None = None,
-    remote_shell: Literal["pdsh", "openmpi", "mpich"] = "pdsh",
-    master_addr: str | None = None,
-    port: int | None = None,
-    env: list[str] | None = None,
-    restarts: int = 0,
-    min_nodes: int | None = None,
-    grace: float = 120.0,
-    nodes: int | None = None,
-    time: str | None = None,
-    partition: str | None = None,
-    account: str | None = None,
-    gpus: bool | None = None,
-    gres: str | None = None,
-    mem: str | None = None,
-    cpus_per_task: int | None = None,
-    qos: str | None = None,
-    constraint: str | None = None,
-    module: list[str] | None = None,
+    placement: Annotated[Placement, Parameter(name="*", negative_iterable=())] = THIS_MACHINE,
+    supervision: Annotated[Supervision, Parameter(name="*")] = NO_RESTARTS,
+    batch: Annotated[SlurmOptions, Parameter(name="*", negative_iterable=())] = NOTHING_SAID,
     dry_run: bool = False,
 ) -> None:
     """Start pretraining or fine-tuning on the devices of this machine, of a hostfile's or of a Slurm job, and stay until it is done.
@@ -52,113 +32,30 @@ def launch(
     ----------
     command
         After "--": pretrain or finetune TASK, and its settings.
-    hostfile
-        Lines of "host slots=8".
     slurm
         Write and submit a batch job; inside a job, run it there.
-    include
-        Hosts and devices to use: "a@b:0,2" is all of host a and two devices of b.
-    exclude
-        Hosts and devices to leave out.
-    processes
-        Processes on this machine (default one per GPU), or on each Slurm node (no default).
-    engine
-        What starts the processes; default deepspeed, and srun in Slurm jobs.
-    remote_shell
-        How the deepspeed engine reaches other hosts.
-    master_addr
-        Host where ranks meet; default the first.
-    port
-        Port where ranks meet; default a free one.
-    env
-        NAME=VALUE for every rank; may be repeated.
-    restarts
-        Starts again after a failure, from the newest whole checkpoint, at most so many times.
-    min_nodes
-        Go on with so few hosts where others stay away; the global batch stays. Default: all.
-    grace
-        Seconds that a stopped job gets to save.
-    nodes
-        Slurm nodes; default 1.
-    time
-        Slurm time limit, days-hours:minutes:seconds; default 24:00:00.
-    partition
-        Slurm partition.
-    account
-        Slurm account.
-    gpus
-        Ask Slurm for a GPU per process; the default, where --gres names none.
-    gres
-        Slurm's generic resources of each node: "gpu:a100:8".
-    mem
-        Memory of each Slurm node: "200G"; "0" is all of it.
-    cpus_per_task
-        CPU cores of each process in Slurm.
-    qos
-        Slurm quality of service.
-    constraint
-        Features that Slurm nodes must have.
-    module
-        Environment module to load in the Slurm job; may be repeated.
     dry_run
         Print what would run, and run nothing.
     """
     from launcher.command import check_arguments
     from launcher.launch import LaunchSettings
     from launcher.launch import launch as run
-    from launcher.slurm import SlurmRequest
 
-    if hostfile is not None and slurm:
+    if placement.hostfile is not None and slurm:
         raise UsageError("give --hostfile or --slurm, not both: Slurm chooses the hosts")
-    for name, value, least, most in (("restarts", restarts, 0, 1000), ("grace", grace, 1, 86400), ("port", port, 1024, 65535)):
-        if value is not None and not least <= value <= most:
-            raise UsageError(f"--{name} is {value}; give {least} to {most}")
-    if processes is not None and not 1 <= processes <= 1024:
-        raise UsageError(f"--processes is {processes}; give 1 to 1024")
-    check_arguments([*command, *map(str, (hostfile, include, exclude))], remote=False)
+    placement.check()
+    supervision.check()
+    check_arguments([*command, *map(str, (placement.hostfile, placement.include, placement.exclude))], remote=False)
     config = _configuration(command)
-    request = None
-    if slurm:
-        if processes is None:
-            raise UsageError("--slurm needs --processes: how many on each node, one per GPU there (this machine may have others)")
-        request = SlurmRequest(
-            nodes=1 if nodes is None else nodes,
-            processes=processes,
-            time="24:00:00" if time is None else time,
-            min_nodes=min_nodes,
-            partition=partition,
-            account=account,
-            gpus=gpus is not False,
-            gres=gres,
-            mem=mem,
-            cpus_per_task=cpus_per_task,
-            qos=qos,
-            constraint=constraint,
-            modules=tuple(module or ()),
-        )
-    for_slurm = {
-        "--nodes": nodes, "--time": time, "--partition": partition, "--account": account, "--gpus": gpus, "--gres": gres, "--mem": mem,
-        "--cpus-per-task": cpus_per_task, "--qos": qos, "--constraint": constraint, "--module": module,
-    }  # fmt: skip
-    given = [name for name, value in for_slurm.items() if value is not None]
-    if given and not slurm:
-        raise UsageError(f"{given[0]} is for Slurm; give --slurm too, or a --hostfile with the hosts")
+    request = batch.request(placement.processes, supervision.min_nodes) if slurm else None
+    if batch.given and not slurm:
+        raise UsageError(f"{batch.given[0]} is for Slurm; give --slurm too, or a --hostfile with the hosts")
     settings = LaunchSettings(
         arguments=command[1:],
         training=config.training,
         output=config.output,
-        hostfile=hostfile,
-        include=include,
-        exclude=exclude,
-        processes=processes,
-        engine=engine,
-        remote_shell=remote_shell,
-        master=master_addr,
-        port=port,
-        environment=tuple(env or ()),
-        restarts=restarts,
-        min_nodes=min_nodes,
-        grace=grace,
+        placement=placement,
+        supervision=supervision,
         request=request,
         module=f"megainter.{command[0]}",
     )
@@ -186,7 +83,8 @@ def _not_launched(command: list[str]) -> str:
         return f"say what to launch: {usage}"
     word = command[0]
     if word.startswith("-"):
-        options = [f"--{name.replace('_', '-')}" for name in inspect.signature(launch).parameters if name != "command"]
+        names = [*(each.name for kind in (Placement, Supervision, SlurmOptions) for each in fields(kind)), "slurm", "dry_run"]
+        options = [f"--{name.replace('_', '-')}" for name in names]
         near = difflib.get_close_matches(word.partition("=")[0], options, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; settings stand after the command: {usage}"
         return f"launch has no option {word!a:.80}{hint} (see megainter launch --help)"

@@ -1,23 +1,16 @@
 """`megainter preflight`: is everything there that a long run needs?"""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
+from launcher.options import THIS_MACHINE, Placement
 from megainter.verbs.as_json import lines_aside, print_object
 
 
 def preflight(
     *settings: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    hostfile: Path | None = None,
-    include: str = "",
-    exclude: str = "",
-    processes: int | None = None,
-    engine: Literal["deepspeed", "torchrun", "mpirun", "srun"] | None = None,
-    remote_shell: Literal["pdsh", "openmpi", "mpich"] = "pdsh",
-    master_addr: str | None = None,
-    env: list[str] | None = None,
+    placement: Annotated[Placement, Parameter(name="*", negative_iterable=())] = THIS_MACHINE,
     steps: bool = True,
     json: bool = False,
 ) -> None:
@@ -30,22 +23,6 @@ def preflight(
     ----------
     settings
         --config RECIPE.toml, and settings laid over it.
-    hostfile
-        Lines of "host slots=8".
-    include
-        Hosts and devices to use: "a@b:0,2".
-    exclude
-        Hosts and devices to leave out.
-    processes
-        Processes on this machine; default one per GPU.
-    engine
-        What starts the processes; default deepspeed.
-    remote_shell
-        How the deepspeed engine reaches other hosts.
-    master_addr
-        Host where ranks meet; default the first.
-    env
-        NAME=VALUE for every rank; may be repeated.
     steps
         Also run three steps of the run itself.
     json
@@ -57,21 +34,10 @@ def preflight(
     from megainter.config.reading import load_config
     from megainter.verbs.pretrain import settings_of_pretrain, split_config
 
+    placement.check()
     words = tuple(settings_of_pretrain(settings, "preflight"))
     config = load_config(*split_config(words))
-    asked = LaunchSettings(
-        arguments=words,
-        training=config.training,
-        output=config.output,
-        hostfile=hostfile,
-        include=include,
-        exclude=exclude,
-        processes=processes,
-        engine=engine,
-        remote_shell=remote_shell,
-        master=master_addr,
-        environment=tuple(env or ()),
-    )
+    asked = LaunchSettings(arguments=words, training=config.training, output=config.output, placement=placement)
     with lines_aside(json):
         checks = check(config, asked, dry_run_step=steps)
     if json:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from megainter.errors import UsageError
+from megainter.paths import require_there
 from megainter.tracking import require_trackers
-from megainter.weights import check_name, require_there
+from megainter.weights import check_name
 
 PRINT_CONFIG = "--print-config"  # a flag among settings, which all take a value
 PRINTING = f"{PRINT_CONFIG} prints what recipe and command line come to, each value with its origin, and trains nothing."

@@ -6,7 +6,8 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from megainter.errors import UsageError
-from megainter.weights import check_name, require_there
+from megainter.paths import require_there
+from megainter.weights import check_name
 
 view_app = App(name="view", help="Write one HTML page to look at: of images, a run and scores, or of what its commands say.")
 

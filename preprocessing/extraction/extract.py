@@ -290,7 +290,7 @@ def _run(
             for job in jobs[: len(jobs) - len(helpers)]:
                 workers.append(start_child(job))
             expectation = Expectation(total - done, workers)
-            print(f"extract: {total - done:,} of {total:,} images to do; {expectation.crew} load the detector", flush=True)
+            print(f"extract: {total - done:,} of {total:,} images to do; loading the detector in {expectation.crew}", flush=True)
             while not all(worker.closed for worker in workers):
                 for worker in workers:
                     feed(worker, batches)
@@ -314,8 +314,9 @@ def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failur
     why = f" (most often: {most[0][0]:.200})" if most else ""
     listed = f"{len(failures):,} of {total:,} images failed{why}, listed in {output / 'failed.tsv'}"
     if len(failures) > tolerated(max_bad, total):
+        remedy = "install that" if "pip install" in why else "repair them"
         raise TooManyBadInputsError(
-            f"{listed}: more than --max-bad {max_bad:g} of them; the others are kept: repair them, or allow more, and run again"
+            f"{listed}: more than --max-bad {max_bad:g} of them; the others are kept: {remedy}, or allow more, and run again"
         )
     if failures:
         print(listed, flush=True)

@@ -17,6 +17,7 @@ from megainter.data.tables.boxes import is_boxes_manifest, read_boxes
 from megainter.data.tables.pairs import read_pairs
 from megainter.data.tables.parquet import check_relative
 from megainter.errors import UsageError
+from megainter.paths import require_file
 from megainter.progress import Progress
 from preprocessing.images.decode import MORE_SUFFIXES, SUFFIXES, Part, find_images
 from preprocessing.prepare.delimited import Fault, delimited_rows, header_cells, literal_notes, shown_names
@@ -95,8 +96,7 @@ def list_images(images: Path, manifest: Path | None = None) -> ImageList:
 
 
 def _manifest_items(manifest: Path) -> Iterator[ListedImage]:
-    if not manifest.is_file():
-        raise UsageError(f"{manifest} does not exist or is not a file")
+    require_file(manifest)
     with open(manifest, "rb") as file:
         parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
     if not parquet:

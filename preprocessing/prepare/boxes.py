@@ -19,6 +19,7 @@ from megainter.data.tables.boxes import BOX_TOLERANCE, ImageBoxes, box_problem, 
 from megainter.data.tables.parquet import SPLITS, check_relative
 from megainter.errors import UsageError
 from megainter.files import read_json
+from megainter.paths import require_file
 from preprocessing.prepare.caption_sources.annotations import coco_paths
 from preprocessing.prepare.finding import Finder
 from preprocessing.prepare.kinds import BOXES, refuse_another_kind
@@ -94,8 +95,7 @@ def prepare_boxes(
     than ``max_bad`` of the boxes, and more than one line, are malformed or without image; then nothing is written. ``encoding``,
     ``similar_names`` and ``replace_table`` as for captions.
     """
-    if not src.is_file():
-        raise UsageError(f"{src} does not exist or is not a file")
+    require_file(src)
     splitting, find = Splitting(split, shares), Finder(images, similar_names)
     refuse_overwriting(output, src)
     refuse_another_kind(src, "json" if source == "coco" else source, BOXES)

@@ -17,6 +17,7 @@ from megainter.data.image_ids import match, renamer
 from megainter.data.tables.pairs import DuplicatePairError, Pair, write_pairs
 from megainter.data.tables.parquet import SPLITS, check_relative
 from megainter.errors import UsageError
+from megainter.paths import not_a_file
 from preprocessing.prepare import kinds
 from preprocessing.prepare.caption_sources import addresses, annotations, tables
 from preprocessing.prepare.finding import Finder
@@ -113,7 +114,7 @@ def _open(source: str, src: Path, fields: Fields, images: Path | None, encoding:
     """The captions of ``src`` in any of the formats; images that stand in it are written to the folder ``images``."""
     tabular = source == "parquet" or (source in ("conceptual-captions", "sbu") and tables.is_download(src))
     if not (src.is_file() or (src.is_dir() and (tabular or source == "sbu"))):
-        raise UsageError(f"{src} does not exist or is not a file")
+        raise UsageError(not_a_file(src))
     if encoding is not None and source not in ("jsonl", "csv"):
         raise UsageError(f"{source} is always UTF-8; --encoding is for jsonl and csv")
     if not tabular:
@@ -152,7 +153,7 @@ def _pairs(
             report.drop(OTHER_SPLIT, f"{item.where}: {item.split}", len(item.captions))
         elif (path := find(item.paths)) is None:
             reason, words = find.missing(item.paths)
-            report.drop(reason, f"{item.where}: {words}", len(item.captions))
+            report.drop(reason, f"{item.where}: {words}{_exchanged(item, find)}", len(item.captions))
         else:
             try:
                 image_id = rename(item.image_id or os.path.splitext(path)[0])
@@ -162,6 +163,12 @@ def _pairs(
             for pair in _item_pairs(item, image_id, path, splitting, report):
                 lines.append(item.where)
                 yield pair
+
+
+def _exchanged(item: Item, find: Finder) -> str:
+    """What is said where the caption names an image that is there, in place of the path."""
+    names = tuple(text for text in item.captions if not check_relative(text))
+    return "; its caption is an image's name: --captions and --image-field may be exchanged" if find(names) is not None else ""
 
 
 def _item_pairs(item: Item, image_id: str, path: str, splitting: Splitting, report: Report) -> Iterator[Pair]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from megainter.data.tables.labelled import Example, Problem, TaskFacts, write_examples
 from megainter.errors import UsageError
+from megainter.paths import require_file
 from preprocessing.prepare import coco, labelled_images
 from preprocessing.prepare.captions import names_in_store, normalise
 from preprocessing.prepare.delimited import shown_names
@@ -92,8 +93,7 @@ def prepare_examples(
     if not sources:
         raise UsageError("give at least one file to read")
     for src in sources:
-        if not src.is_file():
-            raise UsageError(f"{src} does not exist or is not a file")
+        require_file(src)
     refuse_overwriting(output, *sources, *options.images.annotations)
     readings = [(src, reading) for src, reading in zip(sources, _open(source, sources, options, encoding))]
     report = Report(place="entry" if source == "vqa" else "line")

@@ -13,6 +13,7 @@ from megainter.data.image_ids import SUFFIXES
 from megainter.data.tables.labelled import Example, TaskFacts, answer_accuracy
 from megainter.errors import UsageError
 from megainter.files import read_json
+from megainter.paths import require_file
 from preprocessing.prepare import coco
 from preprocessing.prepare.captions import normalise
 from preprocessing.prepare.reading import NOT_ITS_FORM, Reading, json_object, parsed, read_lines, text
@@ -133,8 +134,7 @@ def _snli_ve(value: dict[str, Any], names: str, split: str) -> Example:
 
 def _annotations(src: Path) -> Iterator[tuple[str, AnswerOf]]:
     """Answers by question, read as they are needed, of VQA's document or of VQA-CP's bare list. ``UsageError`` for another file."""
-    if not src.is_file():
-        raise UsageError(f"{src} does not exist or is not a file")
+    require_file(src)
     found = False
     with open(src, "rb") as file:
         listed = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")

@@ -14,6 +14,7 @@ from megainter.data.tables.parquet import SPLITS, check_relative
 from megainter.data.tables.questions import CHOICES, Question, Tokens, check_question, write_questions
 from megainter.errors import UsageError
 from megainter.files import inside, read_json
+from megainter.paths import require_file
 from megainter.progress import Progress
 from preprocessing.prepare.captions import names_in_store
 from preprocessing.prepare.reading import Unusable, json_object, read_lines, shown, text, texts
@@ -43,8 +44,7 @@ def prepare_vcr(
     split = split if split is not None else _split_of(src)
     if split not in SPLITS[:-1]:
         raise UsageError(f"{src}: its name tells no split; give --split train, val or test")
-    if not src.is_file():
-        raise UsageError(f"{src} does not exist or is not a file")
+    require_file(src)
     if boxes is not None and images is None:
         raise UsageError("boxes are read from the metadata in the images folder; give --images")
     if images is not None and not images.is_dir():

@@ -17,6 +17,7 @@ from megainter.data.mapped import string_buffers
 from megainter.errors import UsageError
 from megainter.files import aside
 from megainter.kinds import instead
+from megainter.paths import not_a_file
 
 SPLITS = ("train", "val", "test", "")
 ROWS_PER_GROUP = 65536
@@ -74,7 +75,7 @@ def write_parquet(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatc
 def open_parquet(path: Path, made_by: str = "`megainter prepare` writes manifests") -> pq.ParquetFile:
     """Open a Parquet file; a ``UsageError`` where it is missing or something else."""
     if not path.is_file():
-        raise UsageError(f"{path} does not exist or is not a file; {made_by}{instead(path)}")
+        raise UsageError(f"{not_a_file(path)}; {made_by}{instead(path)}")
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:

@@ -100,7 +100,8 @@ def summary(report: RetrievalReport) -> str:
     if first is not None:
         share = first.pairs / (report.images * report.captions)
         found = f"text to image {first.bound_text_to_image:.1%}, image to text {first.bound_image_to_text:.1%}"
-        lines.append(f"first stage: {first.candidates:,} candidates each, {share:.1%} of all pairs; the right one is among them: {found}")
+        each = f"{first.candidates:,} candidates each" + (f" (all {report.images:,} images)" if first.candidates >= report.images else "")
+        lines.append(f"first stage: {each}, {share:.1%} of all pairs; the right one is among them: {found}")
         lines.append(f"first stage alone: {_both_ways(first)}")
     if report.both_stages is not None:
         counts = "" if report.both_stages.weight == 1 else f" (the first counts {report.both_stages.weight:.3g} to 1)"

@@ -155,7 +155,7 @@ def test_epochs_that_are_hardly_any_steps_are_told_and_steps_that_were_asked_for
         return " ".join(_too_few_steps(config, samples))
 
     few = run(None, training__steps=None, training__epochs=20, training__global_batch=128)
-    assert told(few, 82).startswith("13 steps (20 epochs of 82 captions) teach fresh weights next to nothing: give --training.steps 300")
+    assert told(few, 82).startswith("13 steps (20 epochs of 82 captions) teach fresh weights next to nothing: give --training.steps 150")
     assert told(few, 640) == ""
     assert told(run(None, training__steps=13), 82) == ""
     assert told(run(start, training__steps=None, training__epochs=20), 82) == "", "a start knows something"

@@ -4,6 +4,9 @@ import shutil
 import unicodedata
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megainter.tasks.retrieval.search.index import Index
 from megainter.tasks.retrieval.search.searching import Found, Hit
 from megainter.view.pages import plain
@@ -13,7 +16,8 @@ WIDEST_COLUMN = 60  # letters of a caption in a table that no terminal limits
 
 def images_answer(query: str, found: Found, index: Index, notes: list[str]) -> dict[str, Any]:
     """What a text found, ready for JSON; scores are rounded nowhere."""
-    return {"query": query, "images": [image_item(hit, rank, index) for rank, hit in enumerate(found.hits, 1)], **_rest(found, notes)}
+    images = [image_item(hit, rank, index, found.query) for rank, hit in enumerate(found.hits, 1)]
+    return {"query": query, "images": images, **_rest(found, notes)}
 
 
 def captions_answer(image: str, found: Found, similar: Found, index: Index) -> dict[str, Any]:
@@ -24,12 +28,12 @@ def captions_answer(image: str, found: Found, similar: Found, index: Index) -> d
 
 def similar_items(similar: Found, index: Index) -> list[dict[str, Any]]:
     """Images nearest to an image, each with the cosine."""
-    return [_image(hit.number, rank, index) | {"cosine": hit.first} for rank, hit in enumerate(similar.hits, 1)]
+    return [_image(hit.number, rank, index, similar.query) | {"cosine": hit.first} for rank, hit in enumerate(similar.hits, 1)]
 
 
-def image_item(hit: Hit, rank: int, index: Index) -> dict[str, Any]:
-    """An image that was found."""
-    return _image(hit.number, rank, index) | _scores(hit)
+def image_item(hit: Hit, rank: int, index: Index, query: NDArray[np.float32] | None = None) -> dict[str, Any]:
+    """An image that was found; its captions that are nearest to the query's vector [D] first, where there is one."""
+    return _image(hit.number, rank, index, query) | _scores(hit)
 
 
 def caption_item(hit: Hit, rank: int, index: Index) -> dict[str, Any]:
@@ -39,8 +43,8 @@ def caption_item(hit: Hit, rank: int, index: Index) -> dict[str, Any]:
     return caption | {"row": row, "image_id": index.image_id(row)} | _scores(hit)
 
 
-def _image(row: int, rank: int, index: Index) -> dict[str, Any]:
-    return {"rank": rank, "row": row, "image_id": index.image_id(row), "captions": index.captions_of(row)}
+def _image(row: int, rank: int, index: Index, query: NDArray[np.float32] | None) -> dict[str, Any]:
+    return {"rank": rank, "row": row, "image_id": index.image_id(row), "captions": index.captions_of(row, query)}
 
 
 def _scores(hit: Hit) -> dict[str, float]:

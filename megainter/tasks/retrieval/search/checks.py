@@ -5,8 +5,9 @@ from pathlib import Path
 from megainter.errors import UsageError
 from megainter.files import require_file_place
 from megainter.kinds import instead
+from megainter.paths import not_a_file, require_there
 from megainter.tasks.retrieval.search.options import IndexOptions, SearchOptions
-from megainter.weights import check_name, require_there
+from megainter.weights import check_name
 
 DESCRIPTION = "index.json"  # of an index, as of all mapped arrays
 MOST_CANDIDATES = 10_000
@@ -44,7 +45,7 @@ def check_search(index: Path, queries: tuple[str, ...], options: SearchOptions, 
     if not 1 <= top <= MOST_SHOWN:
         raise UsageError(f"--top is {top}; give 1 to {MOST_SHOWN:,}")
     if image is not None and not image.is_file():
-        raise UsageError(f"--image {image} does not exist or is not a file")
+        raise UsageError(f"--image {not_a_file(image)}")
     check_options(options)
     if page is not None:
         require_file_place(page, "--page")

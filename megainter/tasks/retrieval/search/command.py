@@ -14,7 +14,10 @@ from megainter.tasks.retrieval.search.options import Order, SearchOptions
 from megainter.tasks.retrieval.search.pictures import Pictures, images_folder
 from megainter.tasks.retrieval.search.searching import Searcher, take_threads
 
-UNKNOWN = "the model's vocabulary has no word of this query, so that what it found is chance"
+UNKNOWN = {
+    "all": "the model's vocabulary has no word of this query, so that what it found is chance",
+    "some": "the model's vocabulary lacks a part of this query, and the rest was searched for",
+}
 
 
 def run_search(
@@ -47,8 +50,13 @@ def run_search(
 
 
 def _text_answer(searcher: Searcher, query: str, top: int) -> dict[str, Any]:
-    notes = [UNKNOWN] if searcher.unknown(query) else []
-    return images_answer(query, searcher.images_of([query], top)[0], searcher.index, notes)
+    return images_answer(query, searcher.images_of([query], top)[0], searcher.index, notes_on(searcher, query))
+
+
+def notes_on(searcher: Searcher, query: str) -> list[str]:
+    """What is to be said of a query beside what it found."""
+    unknown = searcher.unknown(query)
+    return [] if unknown == "none" else [UNKNOWN[unknown]]
 
 
 def photo_answer(searcher: Searcher, photo: Path, name: str, top: int, order: Order | None = None) -> tuple[dict[str, Any], RegionRecord]:
@@ -69,5 +77,6 @@ def _settings(searcher: Searcher) -> dict[str, Any]:
 
 def _closing(searcher: Searcher, index: Index, loaded: float) -> str:
     facts, options = index.facts, searcher.options
-    looked = "by their vectors alone" if options.order == "first" else f"{options.candidates:,} of each query looked at closely"
+    closely = f"{min(options.candidates, facts.image_count):,} for each query looked at closely"
+    looked = "by their vectors alone" if options.order == "first" else closely
     return f"{facts.image_count:,} images, {facts.caption_count:,} captions, {looked}; {searcher.precision_note}; loaded in {loaded:.1f} s"

@@ -81,10 +81,13 @@ class Index:
     def caption(self, number: int) -> str:
         return str(self.captions[number].as_py())
 
-    def captions_of(self, row: int) -> list[str]:
-        """All captions of an image."""
-        found: list[str] = self.captions[int(self.caption_starts[row]) : int(self.caption_starts[row + 1])].to_pylist()
-        return found
+    def captions_of(self, row: int, query: NDArray[np.float32] | None = None) -> list[str]:
+        """All captions of an image; with ``query`` float32 [D], a vector, the nearest to it first."""
+        rows = slice(int(self.caption_starts[row]), int(self.caption_starts[row + 1]))
+        found: list[str] = self.captions[rows].to_pylist()
+        if query is None:
+            return found
+        return [found[place] for place in np.argsort(-(self.caption_vectors[rows] @ query), kind="stable")]
 
 
 def open_index(path: Path) -> Index:

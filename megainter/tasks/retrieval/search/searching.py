@@ -8,8 +8,9 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from megainter.tasks.retrieval.search.options import Order, SearchOptions
 from megainter.tasks.retrieval.search.photo import PhotoReader
 from megainter.tasks.retrieval.search.vectors import FirstStage, open_first_stage
 from megainter.tasks.scoring.models import choose_devices
-from megainter.weights import locate
+from megainter.weights import HUB, locate
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class Hit:
 
 @dataclass(frozen=True)
 class Found:
-    """What one query found, best first, and how many milliseconds its vector, the nearest and the close look took."""
+    """What one query found, best first, how many milliseconds its vector, the nearest and the close look took, and its vector [D]."""
 
     hits: list[Hit]
     encode_ms: float
     nearest_ms: float
     second_ms: float
+    query: NDArray[np.float32] | None = None
 
 
 class Searcher:
@@ -66,7 +68,7 @@ class Searcher:
         self.index, self.options = index, options
         facts = index.facts
         self.device = torch_device(options.device)
-        self.model_folder = locate(options.model or facts.model, option="the model").path
+        self.model_folder = locate(_model_of(index, options), option="--model").path
         self.config: InterBertConfig = read_config(self.model_folder)
         self.vocabulary: Vocabulary = read_vocabulary(self.model_folder, self.config)
         self.store = FeatureStore(options.store or Path(facts.store))
@@ -110,7 +112,7 @@ class Searcher:
         def look() -> NDArray[np.float32]:
             return self.look.score(texts, self.regions(pictures, self.look.most), text_S, image_S.ravel())
 
-        return self._ordered(numbers, firsts, top, order, look, (start, encoded, found))
+        return self._ordered(numbers, firsts, top, order, look, (start, encoded, found), queries)
 
     def captions_of(self, image: RegionRecord | RegionViews, top: int, order: Order | None = None) -> Found:
         """The ``top`` best captions for one image; none where the index has none."""
@@ -126,7 +128,7 @@ class Searcher:
         def look() -> NDArray[np.float32]:
             return self.look.score(texts, [image], np.arange(len(texts)), np.zeros(len(texts), np.int64))
 
-        return self._ordered(numbers, firsts, top, order, look, (start, encoded, found))[0]
+        return self._ordered(numbers, firsts, top, order, look, (start, encoded, found), query)[0]
 
     def similar_to(self, image: RegionRecord | RegionViews, top: int) -> Found:
         """The ``top`` images nearest to an image by their vectors; their scores are cosines."""
@@ -137,7 +139,7 @@ class Searcher:
     def similar_to_row(self, row: int, top: int) -> Found:
         """The ``top`` images nearest to one of the index, itself left out."""
         found = self._similar(self.index.image_vectors[row : row + 1], top + 1, time.monotonic())
-        return Found([hit for hit in found.hits if hit.number != row][:top], found.encode_ms, found.nearest_ms, 0.0)
+        return replace(found, hits=[hit for hit in found.hits if hit.number != row][:top])
 
     def regions(self, rows: NDArray[np.integer], most: int | None = None) -> list[RegionViews]:
         """The first ``most`` regions of images of the index."""
@@ -160,17 +162,18 @@ class Searcher:
         scores = zip(rows, firsts, seconds, self.both.of(seconds, firsts), strict=True)
         return [Hit(int(row), float(first), float(second), float(both)) for row, first, second, both in scores]
 
-    def unknown(self, text: str) -> bool:
-        """Whether the model's vocabulary has nothing of a text."""
+    def unknown(self, text: str) -> Literal["all", "some", "none"]:
+        """How much of a text the model's vocabulary has nothing of."""
         ids = self.vocabulary.encode([text], max(1, len(text)))[0]
-        return bool((ids == self.vocabulary.facts.unk_id).all())
+        unknown = ids == self.vocabulary.facts.unk_id
+        return "all" if unknown.all() else "some" if unknown.any() else "none"
 
     def _similar(self, query: NDArray[np.float32], top: int, start: float) -> Found:
         encoded = time.monotonic()
         near = nearest(self._on_device(query), self._image_vectors, top)
         order = np.argsort(-near.scores[0], kind="stable")
         hits = [Hit(int(near.numbers[0, i]), float(near.scores[0, i])) for i in order]
-        return Found(hits, 1e3 * (encoded - start), 1e3 * (time.monotonic() - encoded), 0.0)
+        return Found(hits, 1e3 * (encoded - start), 1e3 * (time.monotonic() - encoded), 0.0, query[0])
 
     def _nearest(
         self, queries: NDArray[np.float32], vectors: torch.Tensor, top: int, order: Order | None
@@ -196,6 +199,7 @@ class Searcher:
         order: Order | None,
         look: Callable[[], NDArray[np.float32]],
         times: tuple[float, float, float],
+        queries: NDArray[np.float32],
     ) -> list[Found]:
         order = order or self.options.order
         seconds = look().reshape(numbers.shape) if order != "first" else None
@@ -209,7 +213,7 @@ class Searcher:
             looked = (float(seconds[place]), float(both[place])) if seconds is not None and both is not None else (None, None)
             return Hit(int(numbers[place]), float(firsts[place]), *looked)
 
-        return [Found([hit((q, int(i))) for i in best[q]], *spent) for q in range(len(numbers))]
+        return [Found([hit((q, int(i))) for i in best[q]], *spent, queries[q]) for q in range(len(numbers))]
 
     def _require_the_same(self) -> None:
         """``UsageError`` where model, first stage or store are others than those the index was made with."""
@@ -222,6 +226,14 @@ class Searcher:
             if noted != here:
                 another = f"the {what} is another than {self.index.path} was made with"
                 raise UsageError(f"{another}; run `megainter index` again, to a new folder")
+
+
+def _model_of(index: Index, options: SearchOptions) -> Path | str:
+    """The model that is asked for, else the index's; ``UsageError`` that names the option where that one was moved."""
+    noted = index.facts.model
+    if options.model is None and not noted.startswith(HUB) and not Path(noted).exists():
+        raise UsageError(f"{noted}, the model that {index.path} was made with, is not there any more; say with --model where it is")
+    return options.model or noted
 
 
 def take_threads(options: SearchOptions) -> None:

@@ -35,7 +35,7 @@ from megainter.data.feature_store.record import RegionRecord
 from megainter.errors import MegainterError
 from megainter.tasks.retrieval.search.answers import image_item, images_answer, similar_items
 from megainter.tasks.retrieval.search.checks import is_unicode
-from megainter.tasks.retrieval.search.command import UNKNOWN, photo_answer
+from megainter.tasks.retrieval.search.command import notes_on, photo_answer
 from megainter.tasks.retrieval.search.options import Order, ServeOptions
 from megainter.tasks.retrieval.search.searching import Found, Searcher
 from megainter.tasks.retrieval.web.batching import Batcher, BusyError, Call, Scoring, Search
@@ -79,8 +79,7 @@ class Service:
         query = _query(request.query_params.get("q", ""))
         top, order = _number(request, "top", TOP, MAX_TOP), self._order(request)
         found: Found = await self.batcher.ask(Search(query, top, order))
-        notes = [UNKNOWN] if self.searcher.unknown(query) else []
-        return JSONResponse(images_answer(query, found, self.index, notes) | {"order": order})
+        return JSONResponse(images_answer(query, found, self.index, notes_on(self.searcher, query)) | {"order": order})
 
     async def photo(self, request: Request) -> Response:
         if not self.photos:

@@ -165,8 +165,9 @@ def test_photos_without_captions_are_found_as_with_them(
 
 
 def test_words_that_the_model_does_not_know_are_told(searcher: Searcher) -> None:
-    assert searcher.unknown("ሰላም ዓለም")
-    assert not searcher.unknown("red")
+    assert searcher.unknown("ሰላም ዓለም") == "all"
+    assert searcher.unknown("red ሰላም") == "some"
+    assert searcher.unknown("red") == "none"
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
