@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from launcher.options import Placement, SlurmOptions, Supervision
 from megainter.training.checkpoint import damage
 from tests.synthetic import environment
 
@@ -82,3 +85,11 @@ def assert_no_orphan(run: Path, seconds: float = 10) -> None:
 def whole_checkpoints(run: Path) -> list[int]:
     """Steps of the checkpoints whose every file matches its digest."""
     return sorted(int(folder.name[5:]) for folder in (run / "checkpoints").glob("step_*") if damage(folder) is None)
+
+
+def asked(**options: Any) -> dict[str, Any]:
+    """Options of `megainter launch` as its function takes them: in their groups."""
+    groups = {"placement": Placement, "supervision": Supervision, "batch": SlurmOptions}
+    taken = {name: {each.name for each in fields(kind)} for name, kind in groups.items()}
+    made = {name: groups[name](**{key: options[key] for key in options if key in taken[name]}) for name in groups}
+    return made | {key: options[key] for key in options if not any(key in names for names in taken.values())}

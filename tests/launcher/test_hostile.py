@@ -11,6 +11,7 @@ import megainter.training.engine  # noqa: F401 - DeepSpeed starts programs of it
 from launcher.command import check_environment, inherited_environment
 from megainter.errors import UsageError
 from megainter.verbs.launch import launch
+from tests.launcher.jobs import asked
 
 CANARY = "canary"
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "pty.spawn")
@@ -217,5 +218,5 @@ def good_hosts(folder: Path) -> Path:
 def assert_refused(command: tuple[str, ...], **options: Any) -> None:
     """A usage error of one printable line."""
     with pytest.raises(UsageError) as caught:
-        launch(*command, **options)
+        launch(*command, **asked(**options))
     assert str(caught.value).isprintable(), repr(str(caught.value))

@@ -20,7 +20,7 @@ from launcher.command import Job, RemoteShell, build
 from launcher.hostfile import Host
 from megainter.errors import UsageError
 from megainter.verbs.launch import launch
-from tests.launcher.jobs import agents_of, assert_no_orphan, last_step, ranks_of, start_launch, wait_for_step, whole_checkpoints
+from tests.launcher.jobs import agents_of, asked, assert_no_orphan, last_step, ranks_of, start_launch, wait_for_step, whole_checkpoints
 from tests.launcher.test_supervise import wait_until
 from tests.synthetic import environment, losses, settings, train, write_data
 from tests.tasks.classification.data import settings as classification
@@ -107,7 +107,7 @@ def test_mpirun_alone_trains(data: tuple[Path, Path], tmp_path: Path) -> None:
 def test_fine_tuning_is_printed_with_its_own_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data.pairs", "p", "--data.store", "s"]
     arguments = ["--config", "retrieval", "--model.start_from", "m", *data, "--output", str(tmp_path / "r")]
-    launch("finetune", "retrieval", *arguments, processes=4, engine="torchrun", dry_run=True)
+    launch("finetune", "retrieval", *arguments, **asked(processes=4, engine="torchrun", dry_run=True))
     printed = capsys.readouterr().out
     assert f"--module megainter.finetune retrieval {' '.join(arguments)}\n" in printed
     assert "4 processes: this machine x 4" in printed

@@ -14,7 +14,7 @@ from launcher.launch import fit_batch, reduced
 from launcher.slurm import SlurmRequest, parse_sbatch, sbatch_file
 from megainter.errors import UsageError
 from megainter.verbs.launch import launch
-from tests.launcher.jobs import last_step
+from tests.launcher.jobs import asked, last_step
 from tests.launcher.slurm_here import slurm
 from tests.synthetic import environment as quiet
 from tests.synthetic import losses, settings, train, write_data
@@ -100,7 +100,7 @@ def test_what_is_printed_first_is_what_is_submitted(
     options = ["launch", "--slurm", "--processes", "8", "--dry-run"]
     command = ["pretrain", "--config", "base", "--output", str(tmp_path / "run"), "--data.split", "--dry-run"]
     monkeypatch.setattr(sys, "argv", ["megainter", *options, "--", *command])
-    launch(*command, slurm=True, processes=8, dry_run=True)
+    launch(*command, **asked(slurm=True, processes=8, dry_run=True))
     words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
     assert words == ["exec", sys.executable, "-m", "megainter", *options[:-1], "--", *command]
 
