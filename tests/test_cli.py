@@ -110,11 +110,16 @@ def test_unknown_verb_and_option() -> None:
     assert_one_line(run("pretrian"), 2, "pretrian")
     assert_one_line(run("extract", "--imagse", "x"), 2, "--imagse")
     assert_one_line(run("prepare", "tsv", "x", "--output", "y"), 2, "tsv")
+    words = ["--images", "my", "photos", "--output", "store", "--weights", "photos"]  # a folder "my photos" without quotes
+    assert_one_line(run("extract", *words), 2, "extract has no use for 'photos'; in a shell, what has spaces in it stands in quotes")
 
 
 def test_missing_files(tmp_path: Path) -> None:
     assert_one_line(run("pretrain", "--config", tmp_path / "no.toml"), 2, "no.toml does not exist")
     assert_one_line(run("prepare", "jsonl", tmp_path / "no.jsonl", "--output", tmp_path / "p.parquet"), 2, "no.jsonl")
+    (tmp_path / "captions.csv").touch()
+    mistyped = run("prepare", "csv", tmp_path / "caption.csv", "--output", tmp_path / "p.parquet")
+    assert_one_line(mistyped, 2, f"is not a file; did you mean {tmp_path / 'captions.csv'}?")
     assert_one_line(run("convert", "zero", tmp_path / "no-run", tmp_path / "hf"), 2, "no-run does not exist")
     assert not (tmp_path / "p.parquet").exists()
     assert not (tmp_path / "hf").exists()

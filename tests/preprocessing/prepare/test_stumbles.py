@@ -202,6 +202,17 @@ def test_two_files_of_nearly_one_name_are_never_guessed_between_and_links_out_ne
     assert report.dropped == {"image file missing": 2}
 
 
+def test_exchanged_columns_are_told(tmp_path: Path) -> None:
+    images = folder_of(tmp_path / "photos", "a.jpg")
+    (tmp_path / "x.csv").write_text("photo,says\na.jpg,a dog\na.jpg,a cat\n")
+    with pytest.raises(TooManyBadInputsError, match="its caption is an image's name: --captions and --image-field may be exchanged"):
+        prepare("csv", tmp_path / "x.csv", tmp_path / "p.parquet", images=images, fields=Fields(captions="photo", image="says"))
+    others, right = folder_of(tmp_path / "others", "b.jpg"), Fields(captions="says", image="photo")
+    with pytest.raises(TooManyBadInputsError) as caught:
+        prepare("csv", tmp_path / "x.csv", tmp_path / "p.parquet", images=others, fields=right)
+    assert "--captions" not in str(caught.value)
+
+
 def test_a_path_with_the_images_folder_in_front_is_told_what_to_give(tmp_path: Path) -> None:
     images = folder_of(tmp_path / "photos", "a.jpg")
     (tmp_path / "x.csv").write_text("image,caption\nphotos/a.jpg,x\nphotos/a.jpg,y\n")

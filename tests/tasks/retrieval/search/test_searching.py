@@ -23,7 +23,7 @@ from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval import evaluation
 from megainter.tasks.retrieval.both import FILE, Learned
 from megainter.tasks.retrieval.options import RetrievalEvaluation
-from megainter.tasks.retrieval.search.answers import captions_answer, shortened, shown_width, table
+from megainter.tasks.retrieval.search.answers import captions_answer, images_answer, shortened, shown_width, similar_items, table
 from megainter.tasks.retrieval.search.command import run_search
 from megainter.tasks.retrieval.search.index import Index
 from megainter.tasks.retrieval.search.options import SearchOptions
@@ -113,6 +113,28 @@ def test_the_best_come_first_among_the_candidates(searcher: Searcher, index: Ind
     found = few.images_of([text], 3, order)[0]  # type: ignore[arg-type]
     assert [hit.number for hit in found.hits] == sorted(nearest, key=lambda number: -value(number))[:3]
     assert all((hit.second is None) == (order == "first") for hit in found.hits)
+
+
+def test_of_an_images_captions_the_nearest_to_the_query_stands_first(searcher: Searcher, index: Index) -> None:
+    """For a sentence, and for a photo's similar images; without a query as they were written."""
+    text = index.captions_of(3)[1]
+    items = images_answer(text, searcher.images_of([text], IMAGES)[0], index, [])["images"]
+    vectors = dict(zip(index.captions.to_pylist(), index.caption_vectors, strict=True))
+    own = next(item for item in items if item["row"] == 3)
+    assert own["captions"][0] == text
+    similar = similar_items(searcher.similar_to_row(5, 4), index)
+    for query, found in ((vectors[text], items), (index.image_vectors[5], similar)):
+        for item in found:
+            assert sorted(item["captions"]) == sorted(index.captions_of(item["row"]))
+            nearness = [float(vectors[caption] @ query) for caption in item["captions"]]
+            assert nearness == sorted(nearness, reverse=True)
+
+
+def test_a_model_that_was_moved_is_asked_for_by_its_option(gallery: Gallery, index: Index, tmp_path: Path) -> None:
+    moved = replace(index, facts=replace(index.facts, model=str(tmp_path / "gone")))
+    with pytest.raises(UsageError, match=r"gone, the model that .* was made with, is not there any more; say with --model where it is"):
+        Searcher(moved, SearchOptions(**EXACT))
+    assert Searcher(moved, SearchOptions(**EXACT, model=gallery.model, prefilter_model=gallery.prefilter)).model_folder == gallery.model
 
 
 def test_chinese_and_english_find_the_same_images(searcher: Searcher, index: Index) -> None:
