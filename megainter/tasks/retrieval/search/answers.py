@@ -72,18 +72,17 @@ def table(answer: dict[str, Any]) -> str:
 
 
 def _lines(items: list[dict[str, Any]]) -> list[str]:
-    """One line for each item: rank, scores, image, caption."""
+    """One line for each item: rank, scores, image, and the caption where any has one."""
     names = [name for name in ("both_stages", "second_stage", "first_stage", "cosine") if items and name in items[0]]
-    head = ["", *(name.removesuffix("_stages").removesuffix("_stage") for name in names), "image", "caption"]
-    rows = [
-        [str(item["rank"]), *(f"{item[name]:.3f}" for name in names), plain(item["image_id"]), plain(item.get("caption") or _first(item))]
-        for item in items
-    ]
-    widths = [max(shown_width(row[column]) for row in [head, *rows]) for column in range(len(head) - 1)]
-    room = max(20, shutil.get_terminal_size((sum(widths) + 2 * len(widths) + WIDEST_COLUMN, 0)).columns - sum(widths) - 2 * len(widths))
-    return [
-        "  ".join([*map(_padded, row[:-1], widths, [True] * (len(names) + 1) + [False]), shortened(row[-1], room)]) for row in [head, *rows]
-    ]
+    head = ["", *(name.removesuffix("_stages").removesuffix("_stage") for name in names), "image"]
+    rows = [[str(item["rank"]), *(f"{item[name]:.3f}" for name in names), plain(item["image_id"])] for item in items]
+    captions = [plain(item.get("caption") or _first(item)) for item in items]
+    widths = [max(shown_width(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    taken = sum(widths) + 2 * len(widths)
+    room = max(20, shutil.get_terminal_size((taken + WIDEST_COLUMN, 0)).columns - taken)
+    shown = [shortened(text, room) for text in ["caption", *captions]] if any(captions) else [""] * (1 + len(items))
+    rights = [True] * (len(names) + 1) + [False]
+    return ["  ".join([*map(_padded, row, widths, rights), text]).rstrip() for row, text in zip([head, *rows], shown, strict=True)]
 
 
 def _first(item: dict[str, Any]) -> str:
