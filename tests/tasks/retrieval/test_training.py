@@ -270,6 +270,15 @@ def seeing_start(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return pretrained(folder, pairs, store, **CONTRAST)
 
 
+@pytest.fixture(scope="module")
+def featured_start(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """The same, its vectors of images those of the whole image's feature, standardized, as in flickr8k-contrastive."""
+    folder = tmp_path_factory.mktemp("featured")
+    pairs, store = write_data(folder, images=48)
+    of_features = {"model__itc_regions": "first_feature", "model__standardize_regions": "true"}
+    return pretrained(folder, pairs, store, **CONTRAST, **of_features)
+
+
 @pytest.mark.slow
 def test_vectors_are_trained_further_alike_over_processes_and_stages(seeing_start: Data, tmp_path: Path) -> None:
     runs = {"one": (1, 1), "two": (2, 3), "three": (3, 2)}
@@ -302,8 +311,13 @@ def test_the_tuned_folder_is_its_own_first_stage(seeing_start: Data, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["itm_similarity", "itm_vectors"])
-def test_nearness_is_added_to_a_start_with_vectors_alike_over_processes(part: str, seeing_start: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "begun"), [("itm_similarity", "seeing_start"), ("itm_vectors", "seeing_start"), ("itm_vectors", "featured_start")]
+)
+def test_nearness_is_added_to_a_start_with_vectors_alike_over_processes(
+    part: str, begun: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    seeing_start: Data = request.getfixturevalue(begun)
     for name, processes, stage in (("one", 1, 1), ("two", 2, 3)):
         given = {f"model__{part}": "true", "engine__zero_stage": stage, "training__micro_batch": 2, "training__log_every": 1}
         done = finetune(arguments(seeing_start, tmp_path / name, **given), processes)
