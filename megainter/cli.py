@@ -118,8 +118,8 @@ def _mistake(error: CycloptsError, tokens: Sequence[str]) -> str:
     elif isinstance(error, CoercionError) and error.token is not None and "Did you mean" not in text:
         text += f". {near}" if (near := _near_command(words, [*words.split(), error.token.value])) else ""
     elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
-        named = ", ".join(f"{token!r:.80}" for token in error.unused_tokens[:3])
-        text = f"{words} has no use for {named}; in a shell, what has spaces in it stands in quotes"
+        unused = ", ".join(f"{token!r:.80}" for token in error.unused_tokens[:3])
+        text = f"{words} has no use for {unused}; in a shell, what has spaces in it stands in quotes"
     return f"{text} (see {f'megainter {words}'.strip()} --help)"
 
 

@@ -1,6 +1,6 @@
 """Which ZeRO stage, micro-batch and accumulation: every layout's memory and time for a recipe on a number of devices, and the best."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -50,12 +50,38 @@ class Corpus:
     regions: float
 
 
-def choices(config: RunConfig, ranks: int, cluster: Cluster, corpus: Corpus) -> list[Choice]:
-    """One choice for each ZeRO stage, with and without offload and checkpointing; of a recipe's ``micro_tokens`` as they are."""
-    if config.training.micro_tokens is None and config.training.global_batch % ranks:
-        raise UsageError(_undivided(config.training.global_batch, ranks))
-    shape = shape_of(config)
-    return [_choice(config, shape, layout, cluster, corpus) for layout in _layouts(config, ranks, cluster.device)]
+STAGE, OFFLOAD, CHECKPOINTING, MICRO_BATCH = (
+    "engine.zero_stage", "engine.offload_optimizer", "model.gradient_checkpointing", "training.micro_batch",
+)  # fmt: skip
+
+
+def choices(config: RunConfig, ranks: int, cluster: Cluster, corpus: Corpus, typed: Sequence[str] = ()) -> list[Choice]:
+    """One choice for each ZeRO stage, with and without offload and checkpointing; of a recipe's ``micro_tokens`` as they are.
+
+    Of what is ``typed`` only what the configuration says: a stage, offload, checkpointing, a micro-batch. ``UsageError`` where no layout
+    has all that, and where the micro-batch does not divide what a device has of a step.
+    """
+    training = config.training
+    if training.micro_tokens is None and training.global_batch % ranks:
+        raise UsageError(_undivided(training.global_batch, ranks))
+    fixed = training.micro_batch if MICRO_BATCH in typed else None
+    if fixed is not None and (share := training.global_batch // ranks) % fixed:
+        near = [size for size in range(1, share + 1) if share % size == 0 and fixed / 2 <= size <= 2 * fixed] or [share]
+        parts = f"the {share} samples that each of {ranks} devices has of a step"
+        raise UsageError(f"{MICRO_BATCH} {fixed} does not divide {parts}: give {' or '.join(map(str, near))}")
+
+    shape, wanted = shape_of(config), {STAGE: config.engine.zero_stage, OFFLOAD: config.engine.offload_optimizer}
+    wanted |= {CHECKPOINTING: config.model.gradient_checkpointing}
+    layouts = [layout for layout in _layouts(config, ranks, cluster.device) if _is_as_typed(layout, wanted, typed)]
+    if not layouts:
+        said = ", ".join(f"--{name} {str(wanted[name]).lower()}" for name in wanted if name in typed)
+        raise UsageError(f"no layout has {said}: offload needs ZeRO stage 1 to 3, and so does fp16")
+    return [_choice(config, shape, layout, cluster, corpus, fixed) for layout in layouts]
+
+
+def _is_as_typed(layout: Layout, wanted: dict[str, Any], typed: Sequence[str]) -> bool:
+    has = {STAGE: layout.stage, OFFLOAD: layout.offload, CHECKPOINTING: layout.checkpointing}
+    return all(has[name] == wanted[name] for name in wanted if name in typed)
 
 
 def _undivided(batch: int, ranks: int) -> str:
@@ -87,15 +113,15 @@ def _layouts(config: RunConfig, ranks: int, device: Device) -> Iterator[Layout]:
                 )
 
 
-def _choice(config: RunConfig, shape: Shape, layout: Layout, cluster: Cluster, corpus: Corpus) -> Choice:
+def _choice(config: RunConfig, shape: Shape, layout: Layout, cluster: Cluster, corpus: Corpus, fixed: int | None) -> Choice:
     if config.training.micro_tokens is not None:
         return _choice_by_tokens(config, shape, layout, cluster, corpus)
     share = config.training.global_batch // layout.ranks
     room = cluster.device.memory * 2**30 * HEADROOM
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    sizes = [size for size in range(share, 0, -1) if share % size == 0] if fixed is None else [fixed]
     fitting = (size for size in sizes if memory(shape, load_of(config, size), layout).device <= room)
     size = next(fitting, 0)
-    fits, size = size > 0, size or 1
+    fits, size = size > 0, size or fixed or 1
     layout = replace(layout, accumulation=share // size)
     mean = load_of(config, size, corpus.text, corpus.regions)
     return Choice(layout, size, memory(shape, load_of(config, size), layout), step_time(shape, mean, layout, cluster), fits)
@@ -129,7 +155,11 @@ def recommended(options: list[Choice]) -> Choice:
     if not fitting:
         least = min(options, key=lambda choice: choice.memory.device)
         tokens = least.micro_tokens
-        portion, remedy = ("micro-batch 1", "") if tokens is None else (f"{tokens:,} tokens a micro-batch", "lower training.micro_tokens, ")
+        portion, remedy = (
+            (f"micro-batch {least.micro_batch}", "")
+            if tokens is None
+            else (f"{tokens:,} tokens a micro-batch", "lower training.micro_tokens, ")
+        )
         raise UsageError(
             f"nothing fits: even stage {least.layout.stage} with {portion} needs {least.memory.device / 2**30:.1f} GiB a device; "
             f"{remedy}use more devices, or devices with more memory"

@@ -10,7 +10,7 @@ from launcher.planning.layouts import Choice, Corpus, choices, deepspeed_setting
 from launcher.planning.settings import PlanSettings
 from launcher.planning.shape import Shape, parameters, shape_of
 from launcher.planning.timing import Cluster, device
-from megainter.config.reading import load_config
+from megainter.config.reading import load_config, read_stated
 from megainter.config.settings import RunConfig
 from megainter.files import write_json
 from megainter.progress import shown_time
@@ -27,7 +27,7 @@ def tell(options: PlanSettings, overrides: Sequence[str]) -> dict[str, Any]:
     cluster = Cluster(device(options.gpu), options.per_node, options.network * 1e9, efficiency=options.efficiency)
     regions = options.regions if options.regions is not None else run.data.max_regions + 1
     corpus = Corpus(options.pairs, options.text_tokens, regions)
-    layouts, shape = choices(run, options.gpus, cluster, corpus), shape_of(run)
+    layouts, shape = choices(run, options.gpus, cluster, corpus, read_stated(options.config, overrides).typed), shape_of(run)
 
     # The best layout first, and what all of it rests on.
     best = recommended(layouts)
@@ -75,7 +75,11 @@ def assumed(run: RunConfig, shape: Shape, corpus: Corpus, options: PlanSettings)
     told.append(
         f"{corpus.pairs:,} captions (--pairs) of {corpus.text:g} tokens (--text-tokens) with {corpus.regions:g} regions ({regions})"
     )
-    return [*told, f"{options.network:g} GB/s between nodes (--network)"] if options.gpus > options.per_node else told
+    if options.gpus > options.per_node:
+        rest = options.gpus % options.per_node
+        told.append(f"{options.per_node} devices a node (--per-node){f', {rest} in the last' if rest else ''}")
+        told.append(f"{options.network:g} GB/s between nodes (--network)")
+    return told
 
 
 def _print_table(options: list[Choice]) -> None:

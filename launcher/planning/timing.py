@@ -106,8 +106,8 @@ def device(name: str) -> Device:
     if not table:
         raise UsageError(f"{name} is empty; it needs one table like those of launcher/planning/gpus.toml")
     if chosen not in table:
-        near = difflib.get_close_matches(chosen, table, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = [known for known in table if known.startswith(chosen)] or difflib.get_close_matches(chosen, table, n=1)
+        hint = f"did you mean {' or '.join(near)}? " if near and chosen else ""
         raise UsageError(f"no device {name!r}; {hint}known: {', '.join(table)}; or give a TOML file with one table like them")
     try:
         facts = table[chosen]

@@ -7,6 +7,7 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import StoreSchema
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
+from megainter.weights import origin_name
 
 
 def keep_detector(config: InterBertConfig, schema: StoreSchema) -> None:
@@ -24,11 +25,27 @@ def require_detector(config: InterBertConfig, model: object, store: FeatureStore
     if config.detector is None:
         return f"{model} names no detector that its regions were found by: whether {store.path} has the same one's is not checked"
     if store.schema.described_by != config.detector:
-        theirs = f"{config.detector!r:.120}, and {store.path} has those of {store.schema.described_by!r:.120}"
-        raise UsageError(f"{model} was trained on regions of {theirs}: {_remedy(option)}")
+        raise UsageError(f"{model} was trained on regions of {config.detector!r:.120}, and {_of(store)}: {_remedy(option)}")
     if config.region_classes is not None and list(store.schema.class_names) != config.region_classes:
         raise UsageError(f"{model} was trained on regions of other classes than {store.path} has, by one detector: {_remedy(option)}")
     return ""
+
+
+def require_width(width: int, model: object, store: FeatureStore) -> None:
+    """``UsageError`` where the ``store`` has features of another width than the ``model``, or first stage, takes."""
+    if store.schema.feature_size != width:
+        sizes = f"{width} numbers a region, and {store.path} has {store.schema.feature_size}, of {_detector(store)}"
+        raise UsageError(f"{model} takes features of {sizes}: extract these images with the detector of its training")
+
+
+def _of(store: FeatureStore) -> str:
+    return f"{store.path} has those of {_detector(store)}"
+
+
+def _detector(store: FeatureStore) -> str:
+    """The store's detector, by the name of its weights too where they came by one."""
+    name = origin_name(store.path)
+    return f"{f'{name}, ' if name is not None else ''}{store.schema.described_by!r:.120}"
 
 
 def require_same_detector(store: FeatureStore, other: FeatureStore, option: str) -> None:

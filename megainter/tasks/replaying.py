@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from megainter.config.reading import path_settings
 from megainter.config.settings import RunConfig
 from megainter.errors import UsageError
 from megainter.files import read_json
@@ -46,9 +47,24 @@ def settings_of(run: Path) -> tuple[Any, Callable[..., Job]]:
     kind, open_job = _task(run)
     settings = {key: value for key, value in read_json(run / "config.json").items() if key not in NOT_SETTINGS}
     try:
-        return TypeAdapter(kind).validate_python(settings), open_job
+        config = TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
         raise UsageError(f"{run / 'config.json'} is of another version: {error.errors()[0]['msg']}") from None
+    return _from_anywhere(config, run), open_job
+
+
+def _from_anywhere(config: Any, run: Path) -> Any:
+    """The settings with paths that were typed relative to where the run was begun, and are not there from here, as they are from there."""
+    try:
+        began = Path(read_json(run / "environment.json")["folder"])
+    except (UsageError, KeyError, TypeError):  # of an older version
+        return config
+    for name in path_settings(type(config)):
+        section, _, key = name.partition(".")
+        path = getattr(getattr(config, section), key)
+        if path is not None and not path.exists() and (began / path).exists():
+            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: began / path})})
+    return config
 
 
 def _task(run: Path) -> tuple[Any, Callable[..., Job]]:

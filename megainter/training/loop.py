@@ -231,7 +231,8 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
     model = starting_model(config, job, saved)
     trained = engine.build_engine(job.build_step(model), config.engine, config.optimizer, config.training, world, job.accumulation)
     start = _resume(trained, saved)
-    _describe(config, job, model, world, start, total_steps)
+    if start < total_steps:
+        _describe(config, job, model, world, start, total_steps)
     log.info("%s", describe(config.optimizer, zero_state.inner_optimizer(trained).param_groups))
     saver = stack.enter_context(Saver(trained, world))
     metrics = MetricsLog(config.output, start, _events_here(config)) if first else None

@@ -6,6 +6,7 @@
 
 import importlib.metadata
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def free_changes(old: dict[str, Any], new: dict[str, Any], kind: type = RunConfi
 
 
 def environment() -> dict[str, Any]:
-    """Versions, platform, command line and git commit, for whoever wants to repeat the run."""
+    """Versions, platform, command line, the folder it was typed in, and git commit, for whoever wants to repeat the run."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -119,6 +120,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
         "command": sys.argv,
+        "folder": os.getcwd(),
         "git_commit": commit_of(Path(__file__).parents[2]),
     }
 

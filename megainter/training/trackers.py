@@ -35,6 +35,13 @@ def open_tracker(name: Tracker, run: Path, known: str | None) -> Sink:
     return opened[name](run, known)
 
 
+def written_as_it_ran(run: Path) -> Path | None:
+    """The folder of TensorBoard's events where the run itself wrote them (its setting ``tensorboard``), and no tracker; else None."""
+    events, settings = run / "logs" / "tensorboard", _settings(run)
+    own = settings.get("tensorboard") is True and not (run / "logs" / "tracking" / "tensorboard" / "sent.json").exists()
+    return events if own and any(events.glob("events.*")) else None
+
+
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a record by ``kind/name``."""
     figures = {name: value for name, value in record.items() if name not in ("kind", "step", "time")}

@@ -20,8 +20,11 @@ def track(run: Path, /, *, to: Annotated[list[Tracker], Parameter(negative="")])
     """
     require_trackers(to)
     from megainter.training.following import follow
-    from megainter.training.trackers import require_records
+    from megainter.training.trackers import require_records, written_as_it_ran
 
     require_records(run)
     for name in to:
-        print(f"{run}: {follow(run, name, lambda: True):,} records sent to {name}", flush=True)
+        events = written_as_it_ran(run) if name == "tensorboard" else None
+        told = "events were written as it ran" if events else f"{follow(run, name, lambda: True):,} records sent to {name}"
+        look = f"; `tensorboard --logdir {run / 'logs' / 'tensorboard'}` shows them" if name == "tensorboard" else ""
+        print(f"{run}: {told}{look}", flush=True)

@@ -217,7 +217,7 @@ def record_item(number: int, value: dict[str, Any], fields: Fields, place: str =
         fields = named(tuple(value), fields)
     name = fields.captions or "caption"
     if name not in value:
-        raise ValueError(f"no field {name!r:.80}; there are {shown_names(value, quoted=True)}")
+        raise ValueError(f"no field {name!r:.80}; there are {shown_names(value, quoted=True)}: name yours with --captions")
     image_id = _optional(value, "image_id")
     pair_id = _optional(value, fields.pair_id or "pair_id")
     image, split = text(value, fields.image or "image"), split_name(_optional(value, fields.split or "split") or "")

@@ -19,6 +19,7 @@ from megainter.tracking import TRACKERS, require_trackers
 from megainter.training.following import Records
 from megainter.training.metrics import MetricsLog
 from megainter.training.tracked import tracked
+from megainter.verbs.track import track
 from tests.synthetic import environment, losses, settings, train, write_data
 
 STEPS = 5
@@ -215,7 +216,8 @@ def test_the_real_package_holds_each_figure_of_the_file_once(tracker: str, tmp_p
     def track() -> str:
         done = subprocess.run(command, cwd=tmp_path, env=offline(tmp_path), capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr
-        return next(line for line in done.stdout.splitlines() if line.startswith("run: "))
+        told = next(line for line in done.stdout.splitlines() if line.startswith("run: "))
+        return told.removesuffix("; `tensorboard --logdir run/logs/tensorboard` shows them")
 
     assert track() == f"run: {STEPS + 1} records sent to {tracker}"
     assert track() == f"run: 0 records sent to {tracker}"
@@ -230,3 +232,15 @@ def test_the_real_package_holds_each_figure_of_the_file_once(tracker: str, tmp_p
     assert [step for step, _ in found["train/loss"]] == list(range(1, STEPS + 4))
     assert [value for _, value in found["train/loss"]] == pytest.approx([10.0 / step for step in range(1, STEPS + 4)])
     assert found["validation/recall"] == [(STEPS, 0.25)]
+
+
+def test_events_that_the_run_wrote_itself_are_not_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    log = MetricsLog(run, 0, tensorboard=True)
+    log.write("train", STEPS + 1, {"loss": 1.0})
+    log.close()
+    before = {path: path.read_bytes() for path in (run / "logs" / "tensorboard").iterdir()}
+    track(run, to=["tensorboard"])
+    told = capsys.readouterr().out
+    assert told == f"{run}: events were written as it ran; `tensorboard --logdir {run}/logs/tensorboard` shows them\n"
+    assert {path: path.read_bytes() for path in (run / "logs" / "tensorboard").iterdir()} == before

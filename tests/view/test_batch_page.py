@@ -16,6 +16,7 @@ from megainter.data.stream.negatives import write_hard_negatives
 from megainter.data.tables.pairs import Pair, read_pairs, write_pairs
 from megainter.errors import UsageError
 from megainter.tasks.pretraining.sources import Sources, open_sources
+from megainter.training.run_folder import environment
 from megainter.training.world import alone
 from megainter.view.batch_page import masking_reasons, shown_step, write_batch_page
 from tests.synthetic import settings, write_data
@@ -145,6 +146,24 @@ def test_a_run_is_shown_by_its_own_settings_and_only_read(data: tuple[Path, Path
     assert page == write_batch_page(from_recipe, "t", config=config, run=None, step=2, count=5).read_text()
     assert len(Tags(page).of("article")) == 5
     assert "step 2 of seed 7" in page
+
+
+def test_a_run_is_shown_from_another_folder_than_it_was_begun_in(
+    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its paths are those that were typed there."""
+    began = data[0].parent
+    monkeypatch.chdir(began)
+    config = config_of((Path(data[0].name), Path(data[1].name)), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(as_dict(config) | {"digests": {}, "asked": {}, "detector": None}))
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(environment()))
+    there = write_batch_page(tmp_path / "there.html", "t", config=None, run=tmp_path / "run", step=2, count=5).read_text()
+    monkeypatch.chdir(tmp_path)
+    assert write_batch_page(tmp_path / "here.html", "t", config=None, run=tmp_path / "run", step=2, count=5).read_text() == there
+    (tmp_path / "run" / "environment.json").unlink()
+    with pytest.raises(UsageError, match="does not exist"):
+        write_batch_page(tmp_path / "here.html", "t", config=None, run=tmp_path / "run", step=2, count=5)
 
 
 def hostile_pairs(folder: Path) -> tuple[Path, Path, Path]:

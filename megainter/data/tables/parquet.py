@@ -79,7 +79,18 @@ def open_parquet(path: Path, made_by: str = "`megainter prepare` writes manifest
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path} {_damage(path, error)}; {made_by}") from None
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong with a file that does not open as Parquet: it begins and ends with the same four letters where it is whole."""
+    with open(path, "rb") as file:
+        begins = file.read(4) == b"PAR1"
+        file.seek(max(0, path.stat().st_size - 4))
+        ends = file.read() == b"PAR1"
+    if begins and not ends:
+        return "is cut off: it begins as a Parquet file and has no end; make it again"
+    return f"is damaged ({str(error).splitlines()[0]:.120})" if begins else "is not a Parquet file"
 
 
 def groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -184,7 +195,7 @@ def refuse_absent_split(path: Path, counts: Mapping[str, int], split: str | None
     if split is not None and not counts.get(split):
         has = ", ".join(f"{name or '(none)'} {count:,}" for name, count in sorted(counts.items()))
         given = "; `prepare --split train` gives captions without a split one" if "" in counts else ""
-        raise UsageError(f"{path} has no rows of split {split!r:.80}; it has {has}{given}")
+        raise UsageError(f"{path} has no rows of split {split!r:.80}; it has {has} (data.split and validation.split, or --split){given}")
 
 
 def numbered(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:

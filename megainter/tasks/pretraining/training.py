@@ -23,6 +23,7 @@ from megainter.tasks.retrieval.recall import HeldOut, open_held_out, recall_figu
 from megainter.training.collective import summed
 from megainter.training.job import Job, summarise
 from megainter.training.loop import counted, steps_of, train
+from megainter.training.run_folder import recorded
 from megainter.training.world import World
 
 _OF_THE_RUN = (
@@ -46,7 +47,7 @@ def open_job(config: RunConfig, world: World) -> Job:
     weights = ObjectiveWeights(training.msm_weight, training.mrm_weight, training.itm_weight, training.itc_weight)
     captions = f"{sources.samples:,} captions, {len(sources.store):,} images with regions, vocabulary of {sources.vocabulary.size}"
     held_out, validates = _held_out(config, sources), sources.validation is not None
-    lacking = () if validates else (f"no captions of split {config.validation.split!r}: no validation",)
+    lacking = _on_what_is_validated(config) if validates else (f"no captions of split {config.validation.split!r}: no validation",)
     job = Job(
         objectives=weights.objectives,
         weights=weights.values,
@@ -63,7 +64,7 @@ def open_job(config: RunConfig, world: World) -> Job:
         lowercase=config.data.lowercase,
         digests=sources.digests,
         detector=architecture.detector,
-        started=(captions, *lacking, *_too_few_steps(config, sources.samples)),
+        started=(captions, *lacking, *(_too_few_steps(config, sources.samples) if recorded(config.output) is None else ())),
         workers=config.data.workers,
         gradient_checkpointing=config.model.gradient_checkpointing,
         validate=(lambda trained, world: _validate(config, sources, held_out, job, trained, world)) if validates else None,
@@ -72,6 +73,14 @@ def open_job(config: RunConfig, world: World) -> Job:
         prepare_step=_contrasting(config, sources, world) if training.itc_weight > 0 else None,
     )
     return job
+
+
+def _on_what_is_validated(config: RunConfig) -> tuple[str, ...]:
+    """A line where validation measures what is trained on."""
+    data, validation = config.data, config.validation
+    if validation.pairs not in (None, data.pairs) or validation.split != data.split:
+        return ()
+    return (f"warning: validation is on the captions that are trained on, split {data.split!r}: its figures say nothing of others",)
 
 
 def _too_few_steps(config: RunConfig, samples: int) -> Iterator[str]:

@@ -21,12 +21,14 @@ from megainter.tasks.scoring.processes import score_chunks
 from megainter.training.loop import log
 from megainter.weights import Located
 
+FEWEST_CAPTIONS = 50  # of fewer, chance decides: three that are told apart in any case gave the first stage a weight of 61
+
 
 def learn_both(model: Path, config: RetrievalConfig) -> None:
     """Write ``both_stages.json`` into the model's folder, by the gallery that the run was validated on, in this process.
 
     Nothing is written where there is none, where the model has no first stage, neither vectors of its own nor ``data.prefilter_model``,
-    and where that finds nothing right.
+    where that finds nothing right, and where there are fewer than ``FEWEST_CAPTIONS``.
     """
     data, validation = config.data, config.validation
     pairs, store = validation.pairs or data.pairs, validation.store or data.store
@@ -47,6 +49,10 @@ def learn_both(model: Path, config: RetrievalConfig) -> None:
     # Candidates and their log-odds, as an evaluation has them.
     inputs = open_inputs(Located(model, str(model)), asked)
     stage, chosen = choose_candidates_of(inputs, asked)
+    captions = len(inputs.gallery.rows)
+    if captions < FEWEST_CAPTIONS:
+        log.warning("%d validation captions are too few to learn how much each stage counts by: both count alike", captions)
+        return
     job = CandidatesToScore(inputs.job, chosen.keys)
     devices = choose_devices("auto", inputs.precision, 1 if torch.cuda.is_available() else None, len(chosen.keys), len(job))
     scores = np.empty(len(chosen.keys), np.float32)
@@ -65,7 +71,7 @@ def learn_both(model: Path, config: RetrievalConfig) -> None:
         pairs_digest=inputs.gallery.pairs.digest,
         split=validation.split,
         images=images,
-        captions=len(inputs.gallery.rows),
+        captions=captions,
         candidates=data.candidates,
     )
     write_json(model / FILE, asdict(facts))

@@ -14,7 +14,7 @@ from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import UsageError
 from megainter.files import require_own_files
 from megainter.model.configuration import InterBertConfig
-from megainter.model.detector import require_detector
+from megainter.model.detector import require_detector, require_width
 from megainter.model.folder import read_vocabulary
 from megainter.precision import AskedPrecision, Precision, automatic
 from megainter.weights import Located, locate
@@ -36,10 +36,7 @@ def scored_model(model: Path) -> Located:
 def check_store(folder: Path, config: InterBertConfig, store: FeatureStore, other_detector: bool) -> None:
     """``UsageError`` where the store's regions are not what the model in ``folder`` was trained on: their width, or unless
     ``other_detector`` whose they are."""
-    if config.region_feature_size != store.schema.feature_size:
-        raise UsageError(
-            f"{folder} takes {config.region_feature_size}-d region features, and {store.path} has {store.schema.feature_size}-d ones"
-        )
+    require_width(config.region_feature_size, folder, store)
     if unknown := require_detector(config, folder, store, "--other-detector", other_detector):
         print(unknown, flush=True)
 

@@ -47,6 +47,33 @@ def test_classes_are_not_assumed_where_regions_are_described_by_features(capsys:
     assert "classes of regions" not in capsys.readouterr().out
 
 
+def test_what_is_asked_for_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings that a plan would choose itself bind it where they are typed; a recipe's own do not."""
+    report = tmp_path / "plan.json"
+    for words, settings in (
+        (["--engine.zero_stage", "2"], "--engine.zero_stage 2 --training.micro_tokens 16384"),
+        (["--training.micro_batch", "16", "--engine.offload_optimizer", "true"],
+         "--engine.zero_stage 1 --training.micro_batch 16 --engine.offload_optimizer true"),
+        (["--model.gradient_checkpointing", "true", "--engine.zero_stage", "3"],
+         "--engine.zero_stage 3 --training.micro_tokens 16384 --model.gradient_checkpointing true"),
+    ):  # fmt: skip
+        plan(*words, report=report)
+        assert json.loads(report.read_text())["settings"] == settings
+        stages = {line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(r" +[0-3] +(yes|no)", line)}
+        assert len(stages) == (1 if "--engine.zero_stage" in words else 3)
+    with pytest.raises(UsageError, match="micro_batch 7 does not divide the 64 samples that each of 8 devices has of a step: give 4 or 8"):
+        plan("--training.micro_batch", "7")
+    with pytest.raises(UsageError, match=r"no layout has --engine\.zero_stage 0"):
+        plan("--engine.zero_stage", "0", gpu="v100")  # fp16
+
+
+def test_devices_of_a_node_are_said_and_a_family_is_told_its_members(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(per_node=3)
+    assert "3 devices a node (--per-node), 2 in the last; 25 GB/s between nodes (--network)" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"did you mean a100-40g or a100-80g\?"):
+        plan(gpu="a100")
+
+
 CARDS = [("t4", "fp16", 1), ("l4", "bf16", 0), ("rtx3090", "bf16", 0), ("RTX 4090", "bf16", 0), ("rtx-5090", "bf16", 0)]
 
 
@@ -64,7 +91,7 @@ def test_cards_of_desks_and_clouds_are_known(name: str, precision: str, stage: i
 
 @pytest.mark.parametrize("gpus", [3, 7, 12, 100])
 def test_devices_that_do_not_divide_the_batch_are_told_what_does(gpus: int) -> None:
-    fixed = ("--training.micro_batch", "8")
+    fixed = ("--training.micro_batch", "1")
     with pytest.raises(UsageError, match=f"global_batch 512 is not a multiple of {gpus} devices") as error:
         plan(*fixed, gpus=gpus)
     batches, counts = re.findall(r"--training.global_batch ([\d or]+), or plan for --gpus ([\d or]+)$", str(error.value))[0]

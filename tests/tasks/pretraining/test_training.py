@@ -16,7 +16,7 @@ from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining, InterBertForRetrieval
 from megainter.tasks.pretraining.sources import check_store
 from megainter.tasks.pretraining.starting import with_start
-from megainter.tasks.pretraining.training import _too_few_steps, starting_model
+from megainter.tasks.pretraining.training import _on_what_is_validated, _too_few_steps, starting_model
 from megainter.tasks.starting import open_start
 from tests.synthetic import TINY, settings, train, write_data
 from tests.tasks.retrieval.test_evaluation import write_model
@@ -148,6 +148,13 @@ def test_fine_tuning_leaves_the_vectors_behind(tmp_path: Path) -> None:
     opened = open_start(StartConfig(start_from=folder), tmp_path / "run", None, None, None)
     model = opened.build(InterBertForRetrieval, None)
     assert (model.itc_head, model.config.itc_size) == (None, 0)
+
+
+def test_validation_on_what_is_trained_on_is_told() -> None:
+    both = run(None, data__split="val")
+    assert "split 'val': its figures say nothing of others" in " ".join(_on_what_is_validated(both))
+    assert _on_what_is_validated(run(None)) == ()
+    assert _on_what_is_validated(run(None, data__split="val", validation__pairs="others.parquet")) == ()
 
 
 def test_epochs_that_are_hardly_any_steps_are_told_and_steps_that_were_asked_for_are_not(start: Path) -> None:

@@ -13,14 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megainter.config.reading import load_config
+from megainter.config.reading import load_config, read_settings
 from megainter.data.feature_store import FeatureStore
 from megainter.errors import UsageError
 from megainter.model.folder import read_config, read_vocabulary
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval import evaluation
+from megainter.tasks.retrieval.learning import learn_both
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.recall import HeldOut, open_held_out, recall_figures
+from megainter.tasks.retrieval.settings import RetrievalConfig
+from megainter.training.loop import log
 from megainter.training.metrics import read_metrics
 from megainter.training.world import World
 from tests.synthetic import NO_DROPOUT, settings, train, write_data
@@ -137,8 +140,8 @@ def test_pretraining_measures_recall_and_keeps_the_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fine_tuning_measures_both_stages_and_learns_their_weight(tmp_path: Path) -> None:
-    pairs, store = write_data(tmp_path, images=56)
+def test_fine_tuning_measures_both_stages_and_learns_their_weight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pairs, store = write_data(tmp_path, images=108)
     done = train(settings(pairs, store, tmp_path / "run", **CONTRAST))
     assert done.returncode == 0, done.stderr
     command = [sys.executable, "-m", "megainter", "convert", "zero", tmp_path / "run", tmp_path / "model"]
@@ -152,7 +155,7 @@ def test_fine_tuning_measures_both_stages_and_learns_their_weight(tmp_path: Path
     assert state["validation"][name] == max(record[name] for record in records)
 
     learned = json.loads((tmp_path / "tuned" / "model" / "both_stages.json").read_text())
-    assert (learned["images"], learned["captions"], learned["split"]) == (14, 28, "val")
+    assert (learned["images"], learned["captions"], learned["split"]) == (27, 54, "val")
     assert "both_stages.json" in json.loads((tmp_path / "tuned" / "model" / "checksums.json").read_text())
     options = {"split": "val", "prefilter": 10, "processes": 1}
     report = evaluation.evaluate(
@@ -160,6 +163,13 @@ def test_fine_tuning_measures_both_stages_and_learns_their_weight(tmp_path: Path
     )
     assert report.both_stages is not None
     assert (report.both_stages.weight, report.both_stages.temperature) == (learned["weight"], learned["temperature"])
+
+    (tmp_path / "tuned" / "model" / "both_stages.json").unlink()
+    few = arguments((tmp_path / "model", pairs, store), tmp_path / "tuned", **changes | {"validation__images": 5})
+    with caplog.at_level("WARNING", log.name):
+        learn_both(tmp_path / "tuned" / "model", read_settings(RetrievalConfig, None, [*map(str, few)]))
+    assert "10 validation captions are too few to learn how much each stage counts by" in caplog.text
+    assert not (tmp_path / "tuned" / "model" / "both_stages.json").exists()
 
 
 def test_what_recall_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import NumericsError, UsageError
 from megainter.files import apply_umask, aside, read_json, sha256_of, write_json
 from megainter.kinds import instead
+from megainter.model.detector import require_width
 from megainter.progress import Progress
 from megainter.tasks.retrieval.gallery import Tokens
 
@@ -155,9 +156,7 @@ def load_prefilter(folder: Path, vocabulary: Vocabulary, store: FeatureStore, ot
         raise UsageError(f"{folder / SETTINGS}: {'.'.join(map(str, first['loc']))}: {first['msg']}; train the prefilter again") from None
     if settings.vocabulary_digest != vocabulary.digest:
         raise UsageError(f"{folder} was trained with another vocabulary than the model's; train it with --model of the same vocabulary")
-    if settings.feature_size != store.schema.feature_size:
-        sizes = f"{settings.feature_size}-d region features, and {store.path} has {store.schema.feature_size}-d ones"
-        raise UsageError(f"{folder} takes {sizes}")
+    require_width(settings.feature_size, folder, store)
     if settings.detector not in (None, store.schema.described_by) and not other_detector:
         theirs = f"{settings.detector!r:.120}, and {store.path} has those of {store.schema.described_by!r:.120}"
         raise UsageError(f"{folder} was trained on regions of {theirs}: train it on this store, or give --other-detector")
