@@ -11,7 +11,7 @@ from cyclopts import App, Argument, CoercionError, CycloptsError, MissingArgumen
 
 from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError, one_line
 from megainter.files import FULL, is_full
-from megainter.process import adopt_rank, end_with_launcher, record_exit
+from megainter.process import adopt_rank, end_with_launcher, interrupt_on_sigterm, launched, record_exit
 from megainter.verbs.convert import convert_app
 from megainter.verbs.demo import demo
 from megainter.verbs.detector import detector_app
@@ -86,6 +86,8 @@ def install_completion(*, shell: Literal["bash", "zsh", "fish", "powershell"] | 
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Run one verb; a user's mistake ends in one line and its exit code, without a traceback."""
+    if not launched():  # a rank that is ended since another failed has nothing to say of its own
+        interrupt_on_sigterm()
     adopt_rank()
     end_with_launcher()
     try:

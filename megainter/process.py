@@ -102,6 +102,20 @@ class StopRequest:
         self.count, self.number = self.count + 1, number
 
 
+def interrupt_on_sigterm() -> None:
+    """From here on SIGTERM is to this process, and not to its children, what Ctrl-C is, until something that saves takes it over."""
+    own = os.getpid()
+
+    def interrupt(number: int, frame: object) -> None:
+        if os.getpid() == own:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+
+
 def raise_on_signals(message: str) -> None:
     """From here on the first SIGTERM or SIGINT raises ``StoppedEarly`` where this process is; the next ones do what they did before."""
 

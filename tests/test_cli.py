@@ -232,3 +232,17 @@ def test_a_shell_completes_verbs_and_options_once_that_is_installed(tmp_path: Pa
     assert offered("megainter", "pre") == {"prepare", "pretrain", "preflight"}
     assert {"--images", "--output"} <= offered("megainter", "extract", "--")
     assert {"retrieval", "vcr"} <= offered("megainter", "evaluate", "")
+
+
+def test_sigterm_in_the_first_seconds_is_one_line(tmp_path: Path) -> None:
+    """Amid imports, before anything that saves has taken the signal over: as Ctrl-C."""
+    pairs, store = write_data(tmp_path, images=12)
+    command = [sys.executable, "-X", "importtime", "-m", "megainter", "pretrain", *settings(pairs, store, tmp_path / "run")]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while not (line := process.stderr.readline()).rpartition("|")[2].strip().startswith("torch"):  # its first modules have come
+            assert line
+        process.terminate()
+        rest = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.returncode == 75, rest
+    assert rest == ["megainter: interrupted; the same command goes on where it stopped\n"]
