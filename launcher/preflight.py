@@ -23,6 +23,7 @@ from launcher.planning.shape import Shape, largest_load, shape_of
 from megainter.config.settings import RunConfig
 from megainter.errors import MegainterError
 from megainter.precision import Precision, Units, automatic_in_training, cpu_units
+from megainter.progress import shown_time
 
 HOSTS, VERSIONS, ENGINE = "hosts", "versions", "settings and DeepSpeed configuration"  # names of checks that others need
 PROBE = "megainter.preflight_probe"
@@ -128,7 +129,7 @@ def _checks(facts: Facts, reachable: tuple[Host, ...], dry_run_step: bool) -> It
 
     # What the probe says: of nobody nothing is known.
     answered = () if facts.answers else (HOSTS, VERSIONS)
-    yield done.after(answered, ENGINE, lambda: engine_check(facts.part("engine")))
+    yield done.after(answered, ENGINE, lambda: engine_check(facts.part("engine"), facts.config.training.micro_tokens))
     yield done.after(answered, "devices", lambda: devices_check(facts))
     yield done.after(answered, "data", lambda: data_check({name: answer.get("data", {}) for name, answer in facts.answers.items()}))
     yield done.after((*answered, "data"), "vocabulary", lambda: vocabulary_check(facts.part("vocabulary")))
@@ -172,15 +173,13 @@ class _Done:
         return blocked(name) if blocked else self(make())
 
 
-def engine_check(answer: dict[str, Any]) -> Check:
+def engine_check(answer: dict[str, Any], micro_tokens: int | None = None) -> Check:
     """Settings and the DeepSpeed JSON agree, and DeepSpeed knows every key."""
     if "error" in answer:
         return Check(ENGINE, False, answer["error"], "mend the setting it names", answer["code"])
-    found = (
-        f"ZeRO stage {answer['zero_optimization']['stage']}, {answer['train_batch_size']} = {answer['train_micro_batch_size_per_gpu']} x "
-        f"{answer['gradient_accumulation_steps']} x ranks"
-    )
-    return Check(ENGINE, True, found)
+    batch, micro, times = (answer[name] for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
+    portion = f"{batch} = {micro} x {times} x ranks" if micro_tokens is None else f"micro-batches of at most {micro_tokens:,} tokens"
+    return Check(ENGINE, True, f"ZeRO stage {answer['zero_optimization']['stage']}, {portion}")
 
 
 def hosts_check(hosts: tuple[Host, ...], reachable: tuple[Host, ...]) -> Check:
@@ -320,6 +319,7 @@ def collective_check(facts: Facts) -> Check:
         )
     found = json.loads(answer.read_text())
     told = f"{found['ranks']} ranks over {found['backend']}, {found['gigabytes_per_second']:.2f} GB/s"
+    told = f"1 rank, over {found['backend']}" if found["ranks"] == 1 else told
     return Check("all-reduce", found["right"], told if found["right"] else f"{told}, but a WRONG sum", remedy, 1)
 
 
@@ -341,7 +341,7 @@ def step_checks(facts: Facts) -> Iterator[Check]:
     yield Check("three steps", True, f"loss {records[0]['loss']:.3f}, {seconds:.2f} s a step, checkpoint written")
     samples = facts.part("data").get("captions", 0)
     epoch = samples / facts.config.training.global_batch * seconds
-    yield Check("time", True, f"{epoch / 3600:.2f} h an epoch of {samples:,} captions at this pace")
+    yield Check("time", True, f"{shown_time(epoch)} an epoch of {samples:,} captions at this pace")
 
 
 def _run(job: Job, log: Path, seconds: float) -> int:

@@ -138,7 +138,7 @@ def commit_of(checkout: Path) -> str | None:
 
 @contextmanager
 def removed_where_nothing_began(folder: Path) -> Iterator[None]:
-    """Take away the empty log, and the folder if nothing else is in it, where a start ends with an error of the user's."""
+    """Take away the log, and the folder if nothing else is in it, where a start ends with an error of the user's before anything began."""
     try:
         yield
     except UsageError:
@@ -149,15 +149,16 @@ def removed_where_nothing_began(folder: Path) -> Iterator[None]:
 
 
 def _remove_empty(folder: Path) -> None:
-    written = folder / "logs" / "train.log"
-    if not written.is_file() or written.stat().st_size:
+    """Of a folder with settings something began; without them there are a log of this start, a lock, and perhaps no captions read."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if not files <= {".lock", "logs/train.log"}:
         return
-    written.unlink()
-    if {path.name for path in folder.iterdir()} == {".lock", "logs"}:
-        (folder / ".lock").unlink()
-    with suppress(OSError):  # not empty: then there is more than this start
-        written.parent.rmdir()
-        folder.rmdir()
+    for name in files:
+        (folder / name).unlink()
+    with suppress(OSError):
+        for below in (folder / "logs", folder / "cache", folder):
+            if below.is_dir():
+                below.rmdir()
 
 
 def start_log(folder: Path | None) -> None:
