@@ -7,17 +7,20 @@ from typing import Any
 from megainter.errors import UsageError
 
 
-def init(recipe: str, /) -> None:
+def init(recipe: str | None = None, /) -> None:
     """Print a recipe that comes along, every setting explained, to be kept and changed: megainter init small > my.toml.
 
     Parameters
     ----------
     recipe
-        Name of a recipe of `pretrain` or `finetune`; their help lists them.
+        Name of a recipe of `pretrain` or `finetune`; without one they are listed.
     """
     from megainter.config.reading import find_recipe, shipped_recipes
     from megainter.config.starter import commented_recipe
 
+    if recipe is None:
+        named = "; ".join(f"{kind.verb}: {', '.join(shipped_recipes(kind.verb))}" for kind in _kinds())
+        raise UsageError(f"name a recipe, as in `megainter init small > my.toml`: {named}")
     recipes = {name: kind for kind in _kinds() for name in shipped_recipes(kind.verb)}
     if recipe in recipes:
         print(commented_recipe(find_recipe(Path(recipe)), recipes[recipe]), end="")

@@ -12,7 +12,9 @@ from megainter.config.help import meaning_of
 from megainter.config.reading import find_recipe, read_settings, shipped_recipes
 from megainter.config.settings import RunConfig
 from megainter.config.starter import OFTEN_CHANGED, commented_recipe
+from megainter.errors import UsageError
 from megainter.verbs.finetune import TASKS, kind_of
+from megainter.verbs.init import init
 from tests.synthetic import environment
 
 RECIPES = [(name, kind) for kind in (RunConfig, *map(kind_of, TASKS)) for name in shipped_recipes(kind.verb)]
@@ -64,3 +66,8 @@ def test_the_verb_prints_it_and_names_the_nearest_recipe() -> None:
     assert init("retrieval").stdout == commented_recipe(find_recipe(Path("retrieval")), kind_of("retrieval"))
     mistyped = init("smal")
     assert (mistyped.returncode, mistyped.stderr) == (2, "megainter: there is no recipe 'smal'; did you mean small?\n")
+
+
+def test_without_a_name_the_recipes_are_listed() -> None:
+    with pytest.raises(UsageError, match=r"pretrain: .*small.*; finetune retrieval: .*retrieval-small"):
+        init()
