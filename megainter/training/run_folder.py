@@ -149,16 +149,16 @@ def removed_where_nothing_began(folder: Path) -> Iterator[None]:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Of a folder with settings something began; without them there are a log of this start, a lock, and perhaps no captions read."""
+    """Of a folder with settings something began; without them there are a log of this start, a lock, and what is not ours."""
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if not files <= {".lock", "logs/train.log"}:
+    if "config.json" in files:
         return
-    for name in files:
+    ours = {".lock", "logs/train.log"}
+    for name in (ours if files <= ours else ours - {".lock"}) & files:
         (folder / name).unlink()
-    with suppress(OSError):
-        for below in (folder / "logs", folder / "cache", folder):
-            if below.is_dir():
-                below.rmdir()
+    for below in (folder / "logs", folder / "cache", folder):
+        with suppress(OSError):  # not empty, or not there
+            below.rmdir()
 
 
 def start_log(folder: Path | None) -> None:

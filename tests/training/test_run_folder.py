@@ -59,7 +59,8 @@ def test_the_folder_of_a_fine_tuning_run_is_told_as_such(tmp_path: Path) -> None
 def start_with_a_mistake(folder: Path) -> None:
     with removed_where_nothing_began(folder):
         (folder / "logs").mkdir(parents=True)
-        (folder / "logs" / "train.log").touch()
+        (folder / "logs" / "train.log").write_text("precision bf16\n")
+        (folder / "cache").mkdir(exist_ok=True)
         raise UsageError("a typing error")
 
 
