@@ -128,9 +128,9 @@ def path_settings(kind: type) -> set[str]:
 
 
 def find_recipe(path: Path) -> Path:
-    """The TOML file: ``path`` itself, or the recipe of that name that comes with megainter (``shipped_recipes``)."""
+    """The TOML file: ``path`` itself where it is a file, or the recipe of that name that comes along (``shipped_recipes``)."""
     shipped = Path(__file__).parents[1] / "recipes" / f"{path}.toml"
-    return shipped if path.name == str(path) and not path.exists() and shipped.is_file() else path
+    return shipped if path.name == str(path) and not path.is_file() and shipped.is_file() else path
 
 
 def shipped_recipes(verb: str = "pretrain") -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from megainter.config.help import describe_settings
 from megainter.config.portions import accumulation_steps
-from megainter.config.reading import load_config, read_settings, verb_of
+from megainter.config.reading import find_recipe, load_config, read_settings, verb_of
 from megainter.config.settings import ModelSettings, RunConfig, as_dict
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
@@ -178,3 +178,12 @@ def test_model_settings_have_the_names_and_defaults_of_the_configuration() -> No
         if field.name not in (*THE_RUNS, *THE_DATAS):
             assert getattr(official, field.name) == field.default, field.name
     assert official.itc_size == 0, "without training.itc_weight there are no vectors, whatever their width would be"
+
+
+def test_a_folder_of_a_recipes_name_hides_it_not_and_a_file_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`megainter demo --output demo` makes such a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert find_recipe(Path("demo")).name == "demo.toml"
+    (tmp_path / "base").write_text("")
+    assert find_recipe(Path("base")) == Path("base")
