@@ -20,6 +20,7 @@ from megainter.tasks.pretraining.sampling import Sampler, Samples
 from megainter.tasks.pretraining.sources import open_sources
 from megainter.tasks.pretraining.starting import with_start
 from megainter.tasks.replaying import settings_of
+from megainter.training.loop import steps_of
 from megainter.training.replay import without_output
 from megainter.training.world import alone
 from megainter.view.pages import plain, write_template
@@ -46,6 +47,8 @@ def write_batch_page(
         config = _settings(config, run, Path(folder))
         sources = open_sources(config, world.rank, world.size)
         values = shown_step(sources.training, sources.vocabulary, config, step, images, count)
+        if step > (last := steps_of(config, sources.samples)):
+            values["facts"] += f"; the run's last step is {last:,}"
         write_template(output, "batch.html", {"title": plain(title)} | values)
     return output
 

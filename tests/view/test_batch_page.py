@@ -146,6 +146,9 @@ def test_a_run_is_shown_by_its_own_settings_and_only_read(data: tuple[Path, Path
     assert page == write_batch_page(from_recipe, "t", config=config, run=None, step=2, count=5).read_text()
     assert len(Tags(page).of("article")) == 5
     assert "step 2 of seed 7" in page
+    assert "the run's last step is" not in page
+    later = write_batch_page(tmp_path / "later.html", "t", config=None, run=run, step=config.training.steps + 1, count=5).read_text()
+    assert f"the run&#39;s last step is {config.training.steps}" in later
 
 
 def test_a_run_is_shown_from_another_folder_than_it_was_begun_in(
