@@ -28,7 +28,7 @@ from megainter.training.ema import decay_at
 from megainter.training.guard import StepGuard, Verdict, poisoned, said, told
 from megainter.training.heartbeat import Heartbeat
 from megainter.training.job import Job, RunSettings, summarise
-from megainter.training.metrics import MetricsLog, Throughput, memory_held, peak_flops
+from megainter.training.metrics import MetricsLog, Throughput, memory_held, peak_flops, shown_figures
 from megainter.training.optimizer import describe, learning_rate
 from megainter.training.passed_over import pass_over, read_passed_over
 from megainter.training.precision import with_precision
@@ -507,8 +507,7 @@ def _validate(run: Run, finished: int) -> dict[str, float]:
     run.trained.train()
     if run.metrics is not None:
         run.metrics.write("validation", finished, values)
-    parts = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
-    log.info("validation at step %d%s: %s", finished, " (averaged weights)" if averaged else "", parts)
+    log.info("validation at step %d%s: %s", finished, " (averaged weights)" if averaged else "", shown_figures(values))
     return values
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,22 @@ class Throughput:
         if peak is not None:
             rates["model_flop_utilisation"] = self.flops / seconds / (peak * world_size)
         return rates
+
+
+def shown_figures(values: Mapping[str, float]) -> str:
+    """Figures of a validation on one line, recalls at several ranks together.
+
+    >>> shown_figures({"msm_loss": 4.97, "text_to_image_r_at_1": 0.1, "text_to_image_r_at_5": 0.355, "itm_accuracy": 0.8})
+    'msm loss 4.970, text to image R@1/5 0.100/0.355, itm accuracy 0.800'
+    """
+    parts: dict[str, list[tuple[str, float]]] = {}
+    for name, value in values.items():
+        of, found, rank = name.rpartition("_r_at_")
+        parts.setdefault(of if found else name, []).append((rank if found else "", value))
+    return ", ".join(f"{name.replace('_', ' ')} {_together(figures)}" for name, figures in parts.items())
+
+
+def _together(figures: list[tuple[str, float]]) -> str:
+    values = "/".join(f"{value:.3f}" for _, value in figures)
+    ranks = "/".join(rank for rank, _ in figures)
+    return f"R@{ranks} {values}" if ranks else values
