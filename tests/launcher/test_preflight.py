@@ -79,7 +79,7 @@ def test_what_is_missing_is_crossed_and_decides_the_exit_code(tmp_path: Path) ->
     assert "\u2717 settings and DeepSpeed configuration" in done.stderr
     assert "did you mean 'gradient_clipping'" in done.stderr or "gradient_cliping" in done.stderr
     assert "\u2717 data: " in done.stderr
-    assert "\u2713 all-reduce: 1 ranks" in done.stderr
+    assert "\u2713 all-reduce: 1 rank, over gloo" in done.stderr
     told = json.loads(done.stdout)
     assert not told["passed"]
     marks = {check["name"]: "-" if check["skipped"] else "\u2713" if check["passed"] else "\u2717" for check in told["checks"]}
