@@ -260,7 +260,7 @@ def test_a_prefilter_that_does_not_fit_is_refused(data: tuple[Path, Path, Path],
         weights.write_bytes(weights.read_bytes()[:-100])
     else:
         (folder / "prefilter.json").write_text(json.dumps(settings | {fault: changed[fault]}))
-    texts = {"vocabulary_digest": "another vocabulary", "feature_size": "takes features of 99 numbers a region", "no file": "is no prefilter"}
+    texts = {"vocabulary_digest": "another vocabulary", "feature_size": "takes features of 99 numbers", "no file": "is no prefilter"}
     text = texts.get(fault, "train the prefilter again")
     with pytest.raises(UsageError, match=text) as caught:
         evaluate(*data, output=tmp_path / "out.json", split=None, prefilter=KEEP, prefilter_model=folder)
