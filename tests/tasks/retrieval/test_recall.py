@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megainter.config.reading import load_config, read_settings
 from megainter.data.feature_store import FeatureStore
 from megainter.errors import UsageError
+from megainter.files import renew_checksums
 from megainter.model.folder import read_config, read_vocabulary
 from megainter.model.interbert import InterBertForRetrieval
 from megainter.tasks.retrieval import evaluation
@@ -165,6 +166,7 @@ def test_fine_tuning_measures_both_stages_and_learns_their_weight(tmp_path: Path
     assert (report.both_stages.weight, report.both_stages.temperature) == (learned["weight"], learned["temperature"])
 
     (tmp_path / "tuned" / "model" / "both_stages.json").unlink()
+    renew_checksums(tmp_path / "tuned" / "model")
     few = arguments((tmp_path / "model", pairs, store), tmp_path / "tuned", **changes | {"validation__images": 5})
     with caplog.at_level("WARNING", log.name):
         learn_both(tmp_path / "tuned" / "model", read_settings(RetrievalConfig, None, [*map(str, few)]))
