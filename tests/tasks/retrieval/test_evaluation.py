@@ -313,7 +313,7 @@ def test_a_folder_that_cannot_score_is_refused(data: tuple[Path, Path, Path], tm
         config |= {"model_type": "bert"} if fault == "other model" else {"region_feature_size": 99}
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UsageError, match={"bare encoder": "itm_head", "no casing": "do_lower_case", "other model": "'bert'"}.get(fault, "99-d")
+        UsageError, match={"bare encoder": "itm_head", "no casing": "do_lower_case", "other model": "'bert'"}.get(fault, "features of 99")
     ):
         evaluate(folder, *data[1:], output=tmp_path / "out.json", split=None)
 
