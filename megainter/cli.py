@@ -86,9 +86,9 @@ def install_completion(*, shell: Literal["bash", "zsh", "fish", "powershell"] | 
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Run one verb; a user's mistake ends in one line and its exit code, without a traceback."""
+    adopt_rank()
     if not launched():  # a rank that is ended since another failed has nothing to say of its own
         interrupt_on_sigterm()
-    adopt_rank()
     end_with_launcher()
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")

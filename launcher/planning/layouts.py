@@ -155,11 +155,8 @@ def recommended(options: list[Choice]) -> Choice:
     if not fitting:
         least = min(options, key=lambda choice: choice.memory.device)
         tokens = least.micro_tokens
-        portion, remedy = (
-            (f"micro-batch {least.micro_batch}", "")
-            if tokens is None
-            else (f"{tokens:,} tokens a micro-batch", "lower training.micro_tokens, ")
-        )
+        portion = f"micro-batch {least.micro_batch}" if tokens is None else f"{tokens:,} tokens a micro-batch"
+        remedy = "" if tokens is None else "lower training.micro_tokens, "
         raise UsageError(
             f"nothing fits: even stage {least.layout.stage} with {portion} needs {least.memory.device / 2**30:.1f} GiB a device; "
             f"{remedy}use more devices, or devices with more memory"

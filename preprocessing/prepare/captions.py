@@ -153,7 +153,7 @@ def _pairs(
             report.drop(OTHER_SPLIT, f"{item.where}: {item.split}", len(item.captions))
         elif (path := find(item.paths)) is None:
             reason, words = find.missing(item.paths)
-            report.drop(reason, f"{item.where}: {words}{_exchanged(item, find)}", len(item.captions))
+            report.drop(reason, f"{item.where}: {words}{_exchanged(item, find) if not report.kept else ''}", len(item.captions))
         else:
             try:
                 image_id = rename(item.image_id or os.path.splitext(path)[0])

@@ -84,10 +84,13 @@ def open_parquet(path: Path, made_by: str = "`megainter prepare` writes manifest
 
 def _damage(path: Path, error: Exception) -> str:
     """What is wrong with a file that does not open as Parquet: it begins and ends with the same four letters where it is whole."""
-    with open(path, "rb") as file:
-        begins = file.read(4) == b"PAR1"
-        file.seek(max(0, path.stat().st_size - 4))
-        ends = file.read() == b"PAR1"
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(4) == b"PAR1"
+            file.seek(max(0, path.stat().st_size - 4))
+            ends = file.read() == b"PAR1"
+    except OSError as unreadable:
+        return f"cannot be read ({unreadable.strerror})"
     if begins and not ends:
         return "is cut off: it begins as a Parquet file and has no end; make it again"
     return f"is damaged ({str(error).splitlines()[0]:.120})" if begins else "is not a Parquet file"

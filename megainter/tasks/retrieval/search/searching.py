@@ -68,11 +68,13 @@ class Searcher:
         self.index, self.options = index, options
         facts = index.facts
         self.device = torch_device(options.device)
-        self.model_folder = locate(_model_of(index, options), option="--model").path
+        model = options.model or _still_there(index, facts.model, "model", "--model")
+        self.model_folder = locate(model, option="--model").path
         self.config: InterBertConfig = read_config(self.model_folder)
         self.vocabulary: Vocabulary = read_vocabulary(self.model_folder, self.config)
-        self.store = FeatureStore(options.store or Path(facts.store))
-        prefilter = options.prefilter_model or (self.model_folder if facts.prefilter == facts.model else Path(facts.prefilter))
+        self.store = FeatureStore(options.store or _still_there(index, facts.store, "store", "--store"))
+        own = self.model_folder if facts.prefilter == facts.model else None
+        prefilter = options.prefilter_model or own or _still_there(index, facts.prefilter, "first stage", "--prefilter-model")
         self.stage: FirstStage = open_first_stage(prefilter, self.vocabulary, self.store, self.device, other_detector=True)  # as indexed
         self._require_the_same()
         self.both: Sum = sum_of(self.model_folder, self.stage.digest)[0]
@@ -228,12 +230,11 @@ class Searcher:
                 raise UsageError(f"{another}; run `megainter index` again, to a new folder")
 
 
-def _model_of(index: Index, options: SearchOptions) -> Path | str:
-    """The model that is asked for, else the index's; ``UsageError`` that names the option where that one was moved."""
-    noted = index.facts.model
-    if options.model is None and not noted.startswith(HUB) and not Path(noted).exists():
-        raise UsageError(f"{noted}, the model that {index.path} was made with, is not there any more; say with --model where it is")
-    return options.model or noted
+def _still_there(index: Index, noted: str, what: str, option: str) -> Path:
+    """A path or name that the index notes; ``UsageError`` that names the option where what was there was moved."""
+    if not noted.startswith(HUB) and not Path(noted).exists():
+        raise UsageError(f"{noted}, the {what} that {index.path} was made with, is not there any more; say with {option} where it is")
+    return Path(noted)
 
 
 def take_threads(options: SearchOptions) -> None:

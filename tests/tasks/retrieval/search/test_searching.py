@@ -130,11 +130,13 @@ def test_of_an_images_captions_the_nearest_to_the_query_stands_first(searcher: S
             assert nearness == sorted(nearness, reverse=True)
 
 
-def test_a_model_that_was_moved_is_asked_for_by_its_option(gallery: Gallery, index: Index, tmp_path: Path) -> None:
-    moved = replace(index, facts=replace(index.facts, model=str(tmp_path / "gone")))
-    with pytest.raises(UsageError, match=r"gone, the model that .* was made with, is not there any more; say with --model where it is"):
+@pytest.mark.parametrize("what", ["model", "prefilter_model", "store"])
+def test_what_was_moved_is_asked_for_by_its_option(what: str, gallery: Gallery, index: Index, tmp_path: Path) -> None:
+    fact, option = what.removesuffix("_model"), f"--{what.replace('_', '-')}"
+    moved = replace(index, facts=replace(index.facts, **{fact: str(tmp_path / "gone")}))
+    with pytest.raises(UsageError, match=rf"gone, the .* that .* was made with, is not there any more; say with {option} where it is"):
         Searcher(moved, SearchOptions(**EXACT))
-    assert Searcher(moved, SearchOptions(**EXACT, model=gallery.model, prefilter_model=gallery.prefilter)).model_folder == gallery.model
+    Searcher(moved, SearchOptions(**EXACT, **{what: getattr(gallery, fact)}))
 
 
 def test_chinese_and_english_find_the_same_images(searcher: Searcher, index: Index) -> None:
