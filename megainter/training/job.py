@@ -123,3 +123,12 @@ def summarise(job: Job, tallies: Tensor, counts: Tensor) -> dict[str, float]:
         if weight > 0:
             values[f"{name}_loss"], values[f"{name}_accuracy"] = loss, accuracy
     return values
+
+
+def trained_on_what_is_validated(config: Any) -> str | None:
+    """What is said where validation measures the very examples that are trained on; None where it does not. ``config`` of any task."""
+    data, validation = config.data, config.validation
+    table = next(name for name in ("pairs", "questions", "examples") if hasattr(data, name))
+    if getattr(validation, table) not in (None, getattr(data, table)) or validation.split != data.split:
+        return None
+    return f"validation is on what is trained on, split {data.split!r}: its figures say nothing of others"

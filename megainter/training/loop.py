@@ -27,7 +27,7 @@ from megainter.training.collective import on_first_rank, summed
 from megainter.training.ema import decay_at
 from megainter.training.guard import StepGuard, Verdict, poisoned, said, told
 from megainter.training.heartbeat import Heartbeat
-from megainter.training.job import Job, RunSettings, summarise
+from megainter.training.job import Job, RunSettings, summarise, trained_on_what_is_validated
 from megainter.training.metrics import MetricsLog, Throughput, memory_held, peak_flops, shown_figures
 from megainter.training.optimizer import describe, learning_rate
 from megainter.training.passed_over import pass_over, read_passed_over
@@ -589,6 +589,8 @@ def _describe(config: RunSettings, job: Job, model: PreTrainedModel, world: Worl
         log.info("gradients are summed over processes in %s", config.engine.communication)
     for line in job.started:
         log.info("%s", line)
+    if job.validate is not None and (warning := trained_on_what_is_validated(config)):
+        log.warning("%s", warning)
     log.info("steps %d to %d of %d samples%s", start, total, config.training.global_batch, _portion_told(config, job, world))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
     for choice in kernels.choices(world.device, dtype, model.config.attention_probs_dropout_prob):

@@ -47,7 +47,7 @@ def open_job(config: RunConfig, world: World) -> Job:
     weights = ObjectiveWeights(training.msm_weight, training.mrm_weight, training.itm_weight, training.itc_weight)
     captions = f"{sources.samples:,} captions, {len(sources.store):,} images with regions, vocabulary of {sources.vocabulary.size}"
     held_out, validates = _held_out(config, sources), sources.validation is not None
-    lacking = _on_what_is_validated(config) if validates else (f"no captions of split {config.validation.split!r}: no validation",)
+    lacking = () if validates else (f"no captions of split {config.validation.split!r}: no validation",)
     job = Job(
         objectives=weights.objectives,
         weights=weights.values,
@@ -73,14 +73,6 @@ def open_job(config: RunConfig, world: World) -> Job:
         prepare_step=_contrasting(config, sources, world) if training.itc_weight > 0 else None,
     )
     return job
-
-
-def _on_what_is_validated(config: RunConfig) -> tuple[str, ...]:
-    """A line where validation measures what is trained on."""
-    data, validation = config.data, config.validation
-    if validation.pairs not in (None, data.pairs) or validation.split != data.split:
-        return ()
-    return (f"warning: validation is on the captions that are trained on, split {data.split!r}: its figures say nothing of others",)
 
 
 def _too_few_steps(config: RunConfig, samples: int) -> Iterator[str]:

@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from megainter.config.reading import load_config
+from megainter.config.reading import load_config, read_settings
 from megainter.config.settings import RunConfig, StartConfig
 from megainter.data.feature_store import FeatureStore
 from megainter.errors import UsageError
 from megainter.model.configuration import InterBertConfig
 from megainter.model.interbert import InterBertForPreTraining, InterBertForRetrieval
+from megainter.tasks.classification.settings import ClassificationConfig
 from megainter.tasks.pretraining.sources import check_store
 from megainter.tasks.pretraining.starting import with_start
-from megainter.tasks.pretraining.training import _on_what_is_validated, _too_few_steps, starting_model
+from megainter.tasks.pretraining.training import _too_few_steps, starting_model
+from megainter.tasks.retrieval.settings import RetrievalConfig
 from megainter.tasks.starting import open_start
+from megainter.tasks.vcr.settings import VcrConfig
+from megainter.training.job import trained_on_what_is_validated
 from tests.synthetic import TINY, settings, train, write_data
 from tests.tasks.retrieval.test_evaluation import write_model
 
@@ -150,11 +154,17 @@ def test_fine_tuning_leaves_the_vectors_behind(tmp_path: Path) -> None:
     assert (model.itc_head, model.config.itc_size) == (None, 0)
 
 
-def test_validation_on_what_is_trained_on_is_told() -> None:
-    both = run(None, data__split="val")
-    assert "split 'val': its figures say nothing of others" in " ".join(_on_what_is_validated(both))
-    assert _on_what_is_validated(run(None)) == ()
-    assert _on_what_is_validated(run(None, data__split="val", validation__pairs="others.parquet")) == ()
+def test_validation_on_what_is_trained_on_is_told_in_every_task() -> None:
+    told = "validation is on what is trained on, split 'val': its figures say nothing of others"
+    assert trained_on_what_is_validated(run(None, data__split="val")) == told
+    assert trained_on_what_is_validated(run(None)) is None
+    assert trained_on_what_is_validated(run(None, data__split="val", validation__pairs="others.parquet")) is None
+    for kind, table in ((RetrievalConfig, "pairs"), (VcrConfig, "questions"), (ClassificationConfig, "examples")):
+        length = ["--training.steps", "5", "--training.global_batch", "64"]
+        given = ["--model.start_from", "m", f"--data.{table}", "t", "--output", "o", *length]
+        given += [] if kind is ClassificationConfig else ["--data.store", "s"]
+        assert trained_on_what_is_validated(read_settings(kind, None, given)) is None
+        assert trained_on_what_is_validated(read_settings(kind, None, [*given, "--data.split", "val"])) == told
 
 
 def test_epochs_that_are_hardly_any_steps_are_told_and_steps_that_were_asked_for_are_not(start: Path) -> None:
