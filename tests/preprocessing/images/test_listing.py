@@ -85,7 +85,7 @@ def test_a_table_of_paths(tmp_path: Path, content: str, items: list[tuple[str, s
         (b"image,image_id\na.jpg,1\nc.jpg,2\nb.jpg,1\n", r"line 4: image id '1' has two files, 'a.jpg' \(line 2\) and 'b.jpg'"),
         (b'image\n"a.jpg\n', "cannot be read"),
         (b"image\na\xe9.jpg\n", "is not UTF-8"),
-        (b"PAR1 but not really", "not a Parquet file"),
+        (b"PAR1 but not really", "is cut off: it begins as a Parquet file"),
     ],
 )
 def test_a_table_that_cannot_be_right_is_refused_by_line(tmp_path: Path, content: bytes, message: str) -> None:
