@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ class PreflightFailedError(MegainterError):
 class Facts:
     """What the checks work on: the run, its ranks, and what the probe said on each host ("" is this machine) that gave an answer.
 
-    ``replies`` are those of all hosts that were asked, errors among them.
+    ``replies`` are those of all hosts that were asked, errors among them; ``local`` is what the probe said on this machine where no
+    host gave an answer.
     """
 
     config: RunConfig
@@ -70,6 +71,7 @@ class Facts:
     job: Job
     folder: Path
     replies: dict[str, dict[str, Any]]
+    local: dict[str, Any] = field(default_factory=dict)
 
     @property
     def answers(self) -> dict[str, dict[str, Any]]:
@@ -78,31 +80,44 @@ class Facts:
 
     @property
     def here(self) -> dict[str, Any]:
-        """The first host's answer."""
-        return next(iter(self.answers.values()), {})
+        """The first host's answer; this machine's where no host gave one."""
+        return next(iter(self.answers.values()), self.local)
 
     def part(self, name: str) -> dict[str, Any]:
-        """One part of the first host's answer; ``{"error": ...}`` where there is none."""
+        """One part of that answer; ``{"error": ...}`` where there is none."""
         return self.here.get(name, {"error": "the probe gave no answer", "code": 1})
 
 
 def preflight(config: RunConfig, settings: LaunchSettings, dry_run_step: bool = True) -> list[Check]:
     """Run all checks, printing each as it is done."""
     hosts = hosts_of(settings)
-    folder = (settings.output / "preflight").resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    job = job_of(settings, hosts, folder)
-    reachable = answering(hosts)
-    facts = Facts(config=config, settings=settings, hosts=hosts, job=job, folder=folder, replies=_ask_all(reachable, settings, job))
     done = []
-    try:
+    with _place_of_its_own(settings.output) as folder:
+        job = job_of(settings, hosts, folder)
+        reachable = answering(hosts)
+        facts = Facts(config=config, settings=settings, hosts=hosts, job=job, folder=folder, replies=_ask_all(reachable, settings, job))
+        if not facts.answers:
+            facts = replace(facts, local=_ask_here(settings, job))
         for number, check in enumerate(_checks(facts, reachable, dry_run_step), start=1):
             _print(number, check)
             done.append(check)
+    return done
+
+
+@contextlib.contextmanager
+def _place_of_its_own(output: Path) -> Iterator[Path]:
+    """An empty folder in the run's, gone afterwards with all folders that were made for it."""
+    folder = (output / "preflight").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    made = [parent for parent in folder.parents if not parent.exists()]
+    folder.mkdir(parents=True)
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return done
+        with contextlib.suppress(OSError):  # something else stands there by now
+            for parent in made:
+                parent.rmdir()
 
 
 def require_passed(checks: list[Check]) -> None:
@@ -127,12 +142,13 @@ def _checks(facts: Facts, reachable: tuple[Host, ...], dry_run_step: bool) -> It
     replied = () if facts.replies else (HOSTS,)  # where some answered, these are looked at
     yield done.after(replied, VERSIONS, lambda: versions_check({name: reply.get("versions", {}) for name, reply in facts.replies.items()}))
 
-    # What the probe says: of nobody nothing is known.
+    # What the probe says: of hosts' devices nothing is known where none answered; settings and data are then looked at here.
     answered = () if facts.answers else (HOSTS, VERSIONS)
-    yield done.after(answered, ENGINE, lambda: engine_check(facts.part("engine"), facts.config.training.micro_tokens))
+    data = {name: answer.get("data", {}) for name, answer in (facts.answers or {"": facts.local}).items()}
+    yield done(_where_looked(facts, engine_check(facts.part("engine"), facts.config.training.micro_tokens)))
     yield done.after(answered, "devices", lambda: devices_check(facts))
-    yield done.after(answered, "data", lambda: data_check({name: answer.get("data", {}) for name, answer in facts.answers.items()}))
-    yield done.after((*answered, "data"), "vocabulary", lambda: vocabulary_check(facts.part("vocabulary")))
+    yield done(_if_here(facts, data_check(data)))
+    yield done.after(("data",), "vocabulary", lambda: _if_here(facts, vocabulary_check(facts.part("vocabulary"))))
     shape = _shape(facts)
     yield done.after((*answered, "devices"), "memory", lambda: memory_check(facts, shape))
     yield from disk_checks(facts.folder, (facts.config.checkpoint.keep + 1) * checkpoint_bytes(shape))
@@ -147,6 +163,18 @@ def _checks(facts: Facts, reachable: tuple[Host, ...], dry_run_step: bool) -> It
         yield blocked("three steps")
     else:
         yield from step_checks(facts)
+
+
+def _where_looked(facts: Facts, check: Check) -> Check:
+    """``check``, which tells where it looked if no host answered."""
+    return check if facts.answers else replace(check, found=f"{check.found} (looked at on this machine, as no host answered)")
+
+
+def _if_here(facts: Facts, check: Check) -> Check:
+    """``check`` of what hosts alone may have: where none answered and this machine lacks it, nothing is known."""
+    if facts.answers or check.passed:
+        return _where_looked(facts, check)
+    return Check(check.name, True, f"skipped, as no host answered and this machine cannot tell: {check.found}", skipped=True)
 
 
 class _Done:
@@ -369,11 +397,10 @@ def _last_line(log: Path) -> str:
 
 def _ask_all(hosts: tuple[Host, ...], settings: LaunchSettings, job: Job) -> dict[str, dict[str, Any]]:
     """The probe's answers by host name, asked at the same time; "" is this machine, asked where there is no hostfile."""
-    words = [sys.executable, "-m", PROBE, "host", *settings.arguments]
-    ranks = {"MEGAINTER_PREFLIGHT_RANKS": str(job.world_size)}
+    words = _probe(settings)
     if not hosts:
-        return {} if job.hosts else {"": _answer(words, dict(os.environ) | ranks)}
-    environment = [f"{name}={value}" for name, value in {**job.environment, **ranks}.items() if not name.startswith("MEGAINTER_PULSE")]
+        return {} if job.hosts else {"": _ask_here(settings, job)}
+    environment = [f"{name}={value}" for name, value in {**job.environment, **_ranks(job)}.items() if not name.startswith("MEGAINTER_PULSE")]
     inner = f"cd {shlex.quote(os.getcwd())} && {shlex.join(['env', *environment, *words])}"
 
     def ask(host: Host) -> dict[str, Any]:
@@ -381,6 +408,20 @@ def _ask_all(hosts: tuple[Host, ...], settings: LaunchSettings, job: Job) -> dic
 
     with ThreadPoolExecutor(max_workers=min(len(hosts), 64)) as pool:
         return dict(zip((host.name for host in hosts), pool.map(ask, hosts), strict=True))
+
+
+def _ask_here(settings: LaunchSettings, job: Job) -> dict[str, Any]:
+    """The probe's answer on this machine."""
+    return _answer(_probe(settings), dict(os.environ) | _ranks(job))
+
+
+def _probe(settings: LaunchSettings) -> list[str]:
+    return [sys.executable, "-m", PROBE, "host", *settings.arguments]
+
+
+def _ranks(job: Job) -> dict[str, str]:
+    """The world size, told to the probe by its environment."""
+    return {"MEGAINTER_PREFLIGHT_RANKS": str(job.world_size)}
 
 
 def _answer(words: list[str], environment: dict[str, str], seconds: float = 300) -> dict[str, Any]:

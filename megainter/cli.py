@@ -9,7 +9,7 @@ from typing import Literal
 
 from cyclopts import App, Argument, CoercionError, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
-from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UsageError, one_line
+from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UnknownSettingError, UsageError, one_line
 from megainter.files import FULL, is_full
 from megainter.process import adopt_rank, end_with_launcher, interrupt_on_sigterm, launched, record_exit
 from megainter.verbs.convert import convert_app
@@ -95,6 +95,8 @@ def main(tokens: Sequence[str] | None = None) -> None:
         record_exit(0)
     except CycloptsError as error:
         _end(_mistake(error, sys.argv[1:] if tokens is None else tokens), UsageError.exit_code)
+    except UnknownSettingError as error:
+        _end(f"{error}{_near_option(error.typed, sys.argv[1:] if tokens is None else tokens)}", error.exit_code, told=True)
     except MegainterError as error:
         _end(str(error), error.exit_code, told=isinstance(error, UsageError))
     except KeyboardInterrupt:
@@ -131,6 +133,24 @@ def _near_command(words: str, tokens: Sequence[str]) -> str:
     parts = [name for name in _verb(words) if not name.startswith("-")]
     near = difflib.get_close_matches(after[0], parts, n=1) if after else []
     return f'Did you mean "{words} {near[0]}"?' if near else ""
+
+
+def _near_option(typed: str | None, tokens: Sequence[str]) -> str:
+    """The end of a message about a setting that there is not: the option that may be meant, and the page that has all settings."""
+    words = [*app.parse_commands(tokens)[0]]
+    if words == ["launch"] and "--" in tokens:
+        words = [*app.parse_commands([*tokens][[*tokens].index("--") + 1 :])[0]]
+    verb = " ".join(words)
+    near = _nearest(typed, verb)
+    if near is None and words[:1] in (["pretrain"], ["finetune"]) and (placed := _nearest(typed, "launch")):
+        near = f"megainter launch {placed}"
+    return (f"; did you mean {near}?" if near else "") + f" (see megainter {verb} --help)"
+
+
+def _nearest(typed: str | None, verb: str) -> str | None:
+    """The verb's own option of nearly the name of a setting that was typed."""
+    own = [name for argument in _verb(verb).assemble_argument_collection() for name in argument.names if name.startswith("--")]
+    return next(iter(difflib.get_close_matches(f"--{(typed or '').replace('_', '-')}", own, n=1)), None)
 
 
 def _verb(words: str) -> App:

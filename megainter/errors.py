@@ -27,6 +27,14 @@ class UsageError(MegainterError):
     exit_code = 2
 
 
+class UnknownSettingError(UsageError):
+    """A setting that there is not, nor one of nearly its name; ``typed`` is its name where it stands on the command line."""
+
+    def __init__(self, text: str, typed: str | None) -> None:
+        super().__init__(text)
+        self.typed = typed
+
+
 class TooManyBadInputsError(MegainterError):
     """More inputs were unreadable than the limit allows."""
 

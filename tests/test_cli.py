@@ -56,6 +56,25 @@ def test_a_word_that_is_wrong_is_told_with_the_nearest_right_one(words: str, tol
     assert "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("plan --config small --gpus 8 --gpu h100 --gpus-per-node 8", "gpus_per_node; did you mean --per-node? (see megainter plan --help)"),
+        ("plan --config small --gpus 8 --gpu h100 --foo.bar 8", "unknown setting foo.bar (see megainter plan --help)"),
+        ("preflight --config small --proceses 3", "proceses; did you mean --processes? (see megainter preflight --help)"),
+        ("pretrain --config small --processes 2", "did you mean megainter launch --processes? (see megainter pretrain --help)"),
+        ("launch -- pretrain --config small --zzz 2", "unknown setting zzz (see megainter pretrain --help)"),
+        ("pretrain --config small --lr 1", "unknown setting lr; did you mean optimizer.learning_rate?\n"),
+        ("pretrain --config small --training.batch_size 1", "did you mean training.global_batch?\n"),
+        ("pretrain --config small --data.micro-batch 1", "unknown setting data.micro_batch; did you mean training.micro_batch?\n"),
+    ],
+)
+def test_an_unknown_setting_is_told_what_may_be_meant_and_nothing_far(words: str, told: str) -> None:
+    done = run(*words.split(), "--data.pairs", "p", "--data.store", "s")
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
 def test_the_word_pretrain_may_stand_before_its_settings() -> None:
     assert settings_of_pretrain(["pretrain", "--config", "base"], "plan") == ["--config", "base"]
     assert settings_of_pretrain(["--config", "base"], "plan") == ["--config", "base"]

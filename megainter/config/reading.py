@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megainter.config.portions import multiples_around
 from megainter.config.settings import ModelSettings, OptimizerConfig, RunConfig
-from megainter.errors import UsageError
+from megainter.errors import UnknownSettingError, UsageError
 
 Config = TypeVar("Config")
 
@@ -38,6 +38,12 @@ TELLTALES = {
     "finetune classification": {"data.examples"},
 }
 RENAMED = {"data.max_missing": "data.max_bad"}  # settings that had another name
+# What other programs call a setting, by its last part.
+ELSEWHERE = {
+    "lr": "optimizer.learning_rate", "batch_size": "training.global_batch", "max_steps": "training.steps", "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs", "num_workers": "data.workers", "output_dir": "output", "fp16": "engine.precision",
+    "bf16": "engine.precision",
+}  # fmt: skip
 _COMPAT_OF_A_START = ("decay_groups", "start_rate")
 
 
@@ -58,7 +64,7 @@ def read_settings(kind: type[Config], path: Path | None, overrides: Sequence[str
         config = TypeAdapter(kind).validate_python(stated.settings)
     except ValidationError as error:
         _refuse_another_verbs(stated.path, kind)
-        raise UsageError(_explain(error, stated.path, kind, list(stated.typed))) from None
+        raise _explained(error, stated.path, kind, list(stated.typed)) from None
     _check_shared(config)
     return config
 
@@ -248,7 +254,7 @@ def _known_keys(kind: type) -> list[str]:
     return keys
 
 
-def _explain(error: ValidationError, path: Path | None, kind: type, typed: list[str]) -> str:
+def _explained(error: ValidationError, path: Path | None, kind: type, typed: list[str]) -> UsageError:
     """One line on the first mistake: what, in the recipe or (``typed``) on the command line, and what to do."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     first = sorted(error.errors(), key=lambda found: found["type"] not in unknown)[0]  # a misspelt key explains a missing one
@@ -256,12 +262,23 @@ def _explain(error: ValidationError, path: Path | None, kind: type, typed: list[
     key = next((given for given in typed if given == key or given.startswith(f"{key}.")), key)  # a whole section may be unknown
     where = "" if path is None or key in typed else f" in {path}"
     if first["type"] in unknown:
-        known = [*_known_keys(kind), *(["config"] if key in typed else [])]
-        near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        return f"unknown setting {key}{where}" + (f"; did you mean {near[0]}?" if near else "")
+        near = _near_key(key, [*_known_keys(kind), *(["config"] if key in typed else [])])
+        if near is None:
+            return UnknownSettingError(f"unknown setting {key}{where}", key if key in typed else None)
+        return UsageError(f"unknown setting {key}{where}; did you mean {near}?")
     if first["type"] in ("missing", "missing_argument"):
-        return f"setting {key} is missing{where}; give it {'there or ' if path is not None else ''}as --{key} VALUE"
-    return f"setting {'--' if key in typed else ''}{key}{where}: {first['msg']} (given: {first['input']!r})"
+        return UsageError(f"setting {key} is missing{where}; give it {'there or ' if path is not None else ''}as --{key} VALUE")
+    return UsageError(f"setting {'--' if key in typed else ''}{key}{where}: {first['msg']} (given: {first['input']!r})")
+
+
+def _near_key(key: str, known: list[str]) -> str | None:
+    """The setting that ``key`` may stand for: under its earlier name, another program's, in another section, or misspelt."""
+    last = key.rpartition(".")[2]
+    if (named := RENAMED.get(key) or ELSEWHERE.get(last)) in known:
+        return named
+    elsewhere = [each for each in known if each.rpartition(".")[2] == last]
+    near = elsewhere if len(elsewhere) == 1 else difflib.get_close_matches(key, known, n=1)
+    return next(iter(near), None)
 
 
 def _check_shared(config: Any) -> None:
