@@ -18,8 +18,9 @@ from megainter.tasks.retrieval.search.photo import PhotoReader
 from megainter.tasks.scoring.models import check_store, scored_model
 from megainter.view.belief import Belief, Guess, HiddenRegion, HiddenToken, believe, open_model
 from megainter.view.pages import plain, write_template
-from megainter.view.pictures import RegionBox, region_boxes, smallest_last, thumbnail
+from megainter.view.pictures import RegionBox, badge_places, region_boxes, smallest_last, thumbnail
 
+TOLD = 3  # regions whose share stands beside them
 PHOTO = 720  # pixels of the photo's longer side
 MEAN = "mean"  # of all heads
 BACKGROUND = "__background__"  # class 0 of every store
@@ -70,6 +71,7 @@ def shown_belief(belief: Belief, record: RegionRecord, names: tuple[str, ...], p
         "picture": thumbnail(photo, PHOTO),
         "matching": belief.matching,
         "boxes": smallest_last(boxes),
+        "badges": badge_places(boxes, record.width / record.height),
         "regions": belief.regions,
         "words": [plain(token) for token in belief.tokens],
         "layers": [name for name, _ in layers_of(belief)],
@@ -96,7 +98,8 @@ def most_heads(belief: Belief) -> int:
 
 def attention_style(belief: Belief) -> str:
     """The rules by which the page lights up: variables --a0, --a1 and so on, of regions and then words, in thousandths of the attention
-    of what is pointed at; --r and --w are the largest of regions and of words. Made of numbers alone."""
+    of what is pointed at; --r and --w are the largest of regions and of words, and --k3 is 1 where region 3 is among those whose share is
+    written. Made of numbers alone."""
     rules = [rule for layer, (name, shares) in enumerate(layers_of(belief)) for rule in _layer_rules(belief, layer, name, shares)]
     return "\n".join(rules)
 
@@ -128,7 +131,15 @@ def _variables(values: list[int], first: int, regions: int, over: list[int] | No
     under = over or [0] * len(values)
     shown = [f"--a{first + place}:{value}" for place, (value, other) in enumerate(zip(values, under, strict=True)) if value or other]
     largest = [f"--r:{max([1, *values[:regions]])}", f"--w:{max([1, *values[regions:]])}"]
-    return ";".join([*largest, *shown, ""])
+    told, before = _told(values[:regions]), _told(under[:regions]) if over else set()
+    written = [f"--k{first + place}:{int(place in told)}" for place in sorted(told ^ before)]
+    return ";".join([*largest, *shown, *written, ""])
+
+
+def _told(shares: list[int]) -> set[int]:
+    """The places of the regions that most is looked at, without the whole photo's, which stands first and beside the photo."""
+    order = sorted(range(1, len(shares)), key=lambda place: -shares[place])
+    return {place for place in order[:TOLD] if shares[place]}
 
 
 def _shown_token(belief: Belief, hidden: HiddenToken) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from preprocessing.images.decode import formats
 
 COLOURS = ("#c2334d", "#23804a", "#2f5fd0", "#b8560f", "#8a35b5", "#0d7f86", "#8a5a1c", "#a3206f", "#5f6f12", "#39449c")
 QUALITY = 85  # of JPEGs
+BADGE = 4.6  # percent of an image's width that a region's number takes, on a page of usual width
+OUTLINE = 9  # places for it along each side of a box
 SURE = 0.5  # probability from which a region's class is written beside it
 
 
@@ -105,3 +108,33 @@ def region_boxes(record: RegionRecord, names: tuple[str, ...]) -> list[RegionBox
 def smallest_last(boxes: list[RegionBox]) -> list[RegionBox]:
     """The order to draw boxes in that are to be pointed at: none lies wholly under a larger one."""
     return sorted(boxes, key=lambda box: -box.width * box.height)
+
+
+def badge_places(boxes: list[RegionBox], aspect: float) -> dict[int, tuple[float, float]]:
+    """Where each region's number stands on an image of this width by height: row to left and top in percent, on the box's outline, where
+    no other number stands if there is such a place. Small boxes choose first, having fewest places."""
+    width, height = BADGE, BADGE * 0.7 * aspect
+    taken: list[tuple[float, float]] = []
+    places = {}
+    for box in reversed(smallest_last(boxes)):
+        outline = list(_outline(box, width, height))
+        crowds = [sum(_overlap(place, other, width, height) for other in taken) for place in outline]
+        places[box.row] = outline[int(np.argmin(crowds))]
+        taken.append(places[box.row])
+    return {row: (round(left, 2), round(top, 2)) for row, (left, top) in places.items()}
+
+
+def _outline(box: RegionBox, width: float, height: float) -> Iterator[tuple[float, float]]:
+    """Corners of badges of this size that stand inside on the box's outline, the upper left one first."""
+    lefts = np.linspace(box.left, max(box.left + box.width - width, box.left), OUTLINE)
+    tops = np.linspace(box.top, max(box.top + box.height - height, box.top), OUTLINE)
+    edges = [*((left, tops[0]) for left in lefts), *((lefts[0], top) for top in tops)]
+    edges += [*((lefts[-1], top) for top in tops), *((left, tops[-1]) for left in lefts)]
+    for left, top in edges:
+        yield float(min(max(left, 0.0), 100 - width)), float(min(max(top, 0.0), 100 - height))
+
+
+def _overlap(one: tuple[float, float], other: tuple[float, float], width: float, height: float) -> float:
+    """Area that two badges of this size share, as a share of one."""
+    across, down = width - abs(one[0] - other[0]), height - abs(one[1] - other[1])
+    return max(across, 0.0) * max(down, 0.0) / (width * height)

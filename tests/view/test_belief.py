@@ -1,6 +1,7 @@
 """What a model believes: the page's numbers are the model's own, found again by hand, and other people's texts are inert on it."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from megainter.data.text.vocabulary import load_vocabulary
 from megainter.errors import UsageError
 from megainter.view.belief import Belief, believe, hidden_with, words_of
 from megainter.view.belief_page import attention_style, write_belief_page
+from megainter.view.pictures import badge_places, region_boxes
 from tests.model.test_attentions import run_alone
 from tests.model.tiny import tiny_config, tiny_model
 from tests.view.test_view import HOSTILE, Tags
@@ -96,6 +98,10 @@ def test_the_attention_of_the_page_is_what_loops_find(belief: Belief, record: Re
         shown = [values.get(f"a{first + place}", 0) for place in range(len(row))]
         np.testing.assert_allclose(shown, 1000 * row.numpy(), atol=0.501)
         assert values["r"] == max([1, *shown[: max(r - first, 0)]])
+        told = {place for place in range(r) if values.get(f"k{place}")}
+        least = min((values.get(f"a{place}", 0) for place in told), default=0)
+        assert len(told) == (0 if first else min(3, r - 1)) and 0 not in told
+        assert all(values.get(f"a{place}", 0) <= least for place in range(1, r) if not first and place not in told)
         seen.add((layer, head, query))
     assert len(seen) == 2 * 5 * (t + r) + 1 * 5 * t + 2 * 4 * r
 
@@ -140,6 +146,23 @@ def test_guesses_are_those_of_forward(belief: Belief, record: RegionRecord, proc
     assert [guess.probability for guess in hidden_region.guesses] == pytest.approx(probabilities.values.tolist(), rel=1e-4)
     assert [guess.name for guess in hidden_region.guesses] == [NAMES[i] for i in probabilities.indices]
     assert hidden_region.detected[0].name == NAMES[int(record.class_probs[0].argmax())]
+
+
+def test_numbers_stand_apart_on_their_boxes() -> None:
+    """As many as there are places for: 36 boxes of which many share a corner; a number alone stands in its box's upper left one."""
+    rng = np.random.default_rng(0)
+    corner = np.repeat(rng.uniform(0, 60, (9, 2)), 4, axis=0)
+    boxes = np.concatenate([corner, corner + rng.uniform(15, 40, (36, 2))], axis=1).astype(np.float32)
+    record = RegionRecord(boxes, np.zeros((36, 1), np.float16), rng.dirichlet(np.ones(3), 36).astype(np.float32), 100, 100)
+    drawn = region_boxes(record, ("__background__", "a", "b"))
+    places = badge_places(drawn, 1.0)
+    assert sorted(places) == list(range(36))
+    for box in drawn:
+        left, top = places[box.row]
+        assert box.left - 0.01 <= left <= box.left + box.width and box.top - 0.01 <= top <= box.top + box.height
+    apart = [abs(a[0] - b[0]) > 4.58 or abs(a[1] - b[1]) > 3.2 for a, b in itertools.combinations(places.values(), 2)]
+    assert all(apart)
+    assert badge_places(drawn[:1], 1.0) == {drawn[0].row: (drawn[0].left, drawn[0].top)}
 
 
 def test_regions_beyond_what_the_model_takes_are_neither_hidden_nor_drawn(belief: Belief, record: RegionRecord) -> None:
