@@ -105,8 +105,10 @@ def write_card(folder: Path, title: str, config: Any, parameters: int, dtype: st
     whole = kept | {name: text for name, text in made.items() if text is not None}
     order = [*(name for name in made if name in whole), *(name for name in whole if name not in made)]
     body = _opening(title, opening, card.earlier.name if card.earlier is not None else None)
+    heading = body.partition("\n")[0]
+    name = heading.removeprefix("# ").strip() if heading.startswith("# ") else title
     text = "\n".join([body.rstrip() + "\n", *(f"## {name}\n\n{whole[name].strip()}\n" for name in order)])
-    write_atomically(folder / README, f"---\n{_front_matter(metadata, title, config, card, reports)}\n---\n\n{text}")
+    write_atomically(folder / README, f"---\n{_front_matter(metadata, name, config, card, reports)}\n---\n\n{text}")
 
 
 def _front_matter(metadata: dict[str, Any], title: str, config: Any, card: Card, reports: Sequence[Mapping[str, Any]]) -> str:

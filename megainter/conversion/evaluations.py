@@ -26,23 +26,31 @@ def read_evaluations(paths: Sequence[Path], folder: Path, earlier: Path | None, 
 
     own = model_digest(folder)
     before = model_digest(earlier) if earlier is not None else own
-    reports = []
+    reports: list[dict[str, Any]] = []
+    seen: dict[str, Path] = {}
     for path in paths:
         report = read_json(path)
         if not isinstance(report, dict) or not isinstance(report.get("model_digest"), str) or _kind(report) is None:
             raise UsageError(f"{path} is no report of `megainter evaluate` that has figures")
         if report["model_digest"] not in (own, before):
             raise UsageError(f"{path} was measured with other weights ({report['model']!s:.120}); evaluate these, or leave it out")
+        if (same := seen.setdefault(_identity(report), path)) is not path:
+            raise UsageError(f"{same} and {path} report the same evaluation, {_kind_of(report).setting(report)}; give one of them")
         reports.append(report | {"of_the_source": changed})
     return reports
+
+
+def _identity(report: Report) -> str:
+    """What was measured and how; no two reports of a card are of the same."""
+    kind = _kind_of(report)
+    return repr((kind.task(report), kind.dataset(report), kind.setting(report), report.get("split"), [report.get(part) for part in kind.counts]))
 
 
 def results(report: Report) -> list[Any]:
     """A report's figures for the Hub's model-index; recalls and accuracies of VCR in percent."""
     from huggingface_hub import EvalResult
 
-    kind = _kind(report)
-    assert kind is not None
+    kind = _kind_of(report)
     name, (task, task_name) = kind.dataset(report), kind.task(report)
     counts = {part: report[part] for part in kind.counts if report.get(part) is not None}
     return [
@@ -51,6 +59,7 @@ def results(report: Report) -> list[Any]:
             task_name=task_name,
             dataset_type=re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "data",
             dataset_name=one_line(name),
+            dataset_config=kind.setting(report),
             dataset_split=report.get("split"),
             dataset_args=counts,
             metric_type=metric,
@@ -90,6 +99,10 @@ class _Kind(ABC):
     def task(self, report: Report) -> tuple[str, str]:
         """The task as the Hub knows it, and in words."""
 
+    def setting(self, report: Report) -> str:
+        """How it was measured; reports of one data set are told apart by it."""
+        return str(report.get("precision"))
+
     @abstractmethod
     def metrics(self, report: Report) -> Iterable[tuple[str, str, float]]:
         """Metric, its name, its value."""
@@ -113,14 +126,16 @@ class _Retrieval(_Kind):
     def task(self, report: Report) -> tuple[str, str]:
         return "image-text-retrieval", "Image-text retrieval"
 
+    def setting(self, report: Report) -> str:
+        return ", ".join([super().setting(report), *_candidates(report)])
+
     def metrics(self, report: Report) -> Iterable[tuple[str, str, float]]:
         for key, way in _BOTH.items():
             for value, recall in _RECALLS.items():
                 yield "recall", f"{way} {recall}", round(100 * report[key][value], 2)
 
     def rows(self, report: Report) -> Iterable[tuple[Any, ...]]:
-        first = report.get("prefilter")
-        candidates = f", {first['candidates']} candidates of a first stage" if isinstance(first, dict) and "candidates" in first else ""
+        candidates = "".join(f", {words}" for words in _candidates(report))
         gallery = f"{_where(self, report)}: {report.get('images')} images{_how(report, candidates)}"
         for key, way in _BOTH.items():
             figures = [f"{report[key][name]:.1%}" for name in _RECALLS]
@@ -183,6 +198,19 @@ _KINDS: tuple[_Kind, ...] = (_Retrieval(), _Vcr(), _Classification())
 
 def _kind(report: Report) -> _Kind | None:
     return next((kind for kind in _KINDS if kind.fits(report)), None)
+
+
+def _kind_of(report: Report) -> _Kind:
+    """The kind of a report that is known to be one."""
+    kind = _kind(report)
+    assert kind is not None
+    return kind
+
+
+def _candidates(report: Report) -> list[str]:
+    """How many candidates of a first stage were ranked, in words; none where all pairs were."""
+    first = report.get("prefilter")
+    return [f"{first['candidates']} candidates of a first stage"] if isinstance(first, dict) and "candidates" in first else []
 
 
 def _where(kind: _Kind, report: Report) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from megainter.errors import UsageError
 from megainter.training.metrics import read_metrics
@@ -102,7 +103,8 @@ def line(axes: Axes, records: list[dict[str, Any]], key: str, name: str, colour:
     """Draw a figure of training over steps, and where there are many points a running mean over a faint line."""
     steps, values = column(records, key)
     if len(steps) < SMOOTHED_POINTS:
-        axes.plot(steps, values, color=colour, linestyle=style, label=name)
+        alone = "o" if len(steps) == 1 else ""  # which has no line
+        axes.plot(steps, values, color=colour, linestyle=style, label=name, marker=alone, markersize=4.5)
         return
     width = len(steps) // 20
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
@@ -125,6 +127,7 @@ def dress(axes: Axes, title: str, bottom: float | None, top: float | None) -> No
     """Title, grid and legend, readable on light and on dark; the ends of the axis, None: by what is drawn."""
     axes.set_title(title, color=INK, fontsize=11)
     axes.set_xlabel("step", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(bottom, top)
     axes.tick_params(colors=INK)
     axes.set_facecolor("none")

@@ -68,3 +68,12 @@ def test_without_validation_training_is_shown() -> None:
     figure = figure_of(bare, [])
     assert drawn(figure, 0) == {"loss": [2.0, 1.0]}
     assert len(figure.axes) == 1  # no empty chart
+
+
+def test_one_record_is_seen_and_steps_are_whole_numbers() -> None:
+    training, _ = run_of(["matching"], {})
+    figure = figure_of(training[4:5], [])
+    (losses, *_) = figure.axes
+    assert [line.get_marker() for line in losses.get_lines() if line.get_label() == "matching"] == ["o"]
+    figure.draw_without_rendering()
+    assert all(float(tick).is_integer() for tick in losses.get_xticks())
