@@ -5,9 +5,10 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from cyclopts import App, Argument, CoercionError, CycloptsError, MissingArgumentError, UnusedCliTokensError
+from cyclopts.help import DefaultFormatter
 
 from megainter.errors import STOPPED_EARLY, MegainterError, NoSpaceError, UnknownSettingError, UsageError, one_line
 from megainter.files import FULL, is_full
@@ -37,11 +38,32 @@ CANNOT_WRITE = (
     *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY,
 )  # fmt: skip
 
+class Flowing(DefaultFormatter):
+    """Help whose lines break where the terminal's do: without the breaks that docstrings have within a paragraph."""
+
+    def __call__(self, console: Any, options: Any, panel: Any) -> None:
+        for entry in panel.entries:
+            _flow(entry.description)
+        super().__call__(console, options, panel)
+
+    def render_description(self, console: Any, options: Any, description: Any) -> None:
+        _flow(description)
+        super().render_description(console, options, description)
+
+
+def _flow(text: Any) -> None:
+    """Join a paragraph's lines, in place; what is no plain text stays."""
+    written = getattr(text, "primary_renderable", None)
+    if getattr(written, "plain", None):
+        written.plain = "\n\n".join(" ".join(part.split("\n")) for part in written.plain.split("\n\n"))
+
+
 app = App(
     name="megainter",
     help="Pretrain InterBERT, a vision-and-language BERT, on your own images and captions.",
     help_epilogue="Exit codes: 0 done, 2 usage, 3 bad input, 4 damage, 5 disk full, 6 in use, 7 diverged, 8 hung, 9 faulty, 75 stopped.",
     help_format="plaintext",
+    help_formatter=Flowing(),
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
