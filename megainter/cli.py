@@ -3,7 +3,9 @@
 import difflib
 import errno
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ from megainter.verbs.serve import serve
 from megainter.verbs.track import track
 from megainter.verbs.view import view_app
 
+FIRST_SPEAKS = 10  # seconds in which the first rank's end takes the others with it
 # What the user can mend: a full or read-only disk, a path of the wrong kind or without permission.
 CANNOT_WRITE = (
     *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY,
@@ -55,7 +58,7 @@ def _flow(text: Any) -> None:
     """Join a paragraph's lines, in place; what is no plain text stays."""
     written = getattr(text, "primary_renderable", None)
     if getattr(written, "plain", None):
-        written.plain = "\n\n".join(" ".join(part.split("\n")) for part in written.plain.split("\n\n"))
+        written.plain = "\n\n".join(" ".join(part.split()) for part in written.plain.split("\n\n"))
 
 
 app = App(
@@ -192,11 +195,18 @@ def _missing(first: Argument, words: str, given: set[str]) -> list[str]:
 
 
 def _end(text: str, code: int, told: bool = True) -> None:
-    """Print one line (from the first rank where all say the same) and leave at once, without waiting for other ranks."""
+    """Print one line and leave at once, without waiting for other ranks.
+
+    Where all ranks say the same (``told``), the first one says it: the others wait until they are ended since it left, and only one that
+    is not speaks for itself.
+    """
     record_exit(code)
     rank = int(os.environ.get("RANK", "0"))
     text = one_line(text)
-    if text and not (told and rank > 0):
+    if text and told and rank > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(FIRST_SPEAKS)
+    if text:
         print(f"megainter: {text}" if rank == 0 else f"megainter: rank {rank}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cyclopts import CycloptsError
 
-from megainter.cli import _mistake, app
+from megainter.cli import FIRST_SPEAKS, _mistake, app
 from megainter.errors import UsageError
 from megainter.verbs.pretrain import settings_of_pretrain
 from tests.places import ROOT
@@ -40,8 +40,8 @@ def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess
         ("launch -- pretrain --confg base", "unknown setting confg; did you mean config?"),
         ("preflight -- pretrian --config base", "preflight takes the settings of pretrain, and 'pretrian' is none; did you mean pretrain?"),
         ("plan --config base --gpus 8 --gpu h100 -- pretrian", "'pretrian' is none; did you mean pretrain? It may be left out (see"),
-        ("prepare negativs pairs.parquet --output n.parquet", 'Did you mean "prepare negatives"? (see megainter prepare --help)'),
-        ("prepare jsnl a.jsonl --output p.parquet", 'Did you mean "jsonl"? (see megainter prepare --help)'),
+        ("prepare negativs pairs.parquet --output n.parquet", 'Unknown command "negativs". Did you mean "negatives"?'),
+        ("prepare jsnl a.jsonl --output p.parquet", 'Did you mean "jsonl"?'),
         ("extract --images x --output y", "extract needs --weights (see megainter extract --help)"),
         ("extract --images x --output y --weights", "--weights needs a value (see megainter extract --help)"),
         ("detector check --weights photos", "detector check needs --image (see megainter detector check --help)"),
@@ -196,6 +196,16 @@ def test_a_mistake_is_told_once_by_many_ranks(tmp_path: Path) -> None:
     done = train(settings(tmp_path / "no.parquet", store, tmp_path / "run"), processes=2)
     assert done.returncode != 0
     assert done.stderr.count("no.parquet") == 1, done.stderr
+
+
+def test_a_mistake_of_one_rank_alone_is_told_by_it(tmp_path: Path) -> None:
+    """Data may be missing on one host; and a rank that is quicker than the first leaves it the time to speak."""
+    command = [sys.executable, "-m", "megainter", "evaluate", "retrieval", str(tmp_path), "--pairs", "p", "--store", "s", "--output", "o"]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment() | {"RANK": "1"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("megainter: rank 1: "), done.stderr
+    assert time.perf_counter() - start > FIRST_SPEAKS
 
 
 def test_two_runs_in_one_folder_at_once(tmp_path: Path) -> None:

@@ -1,103 +1,161 @@
 """`megainter prepare`: captions, boxes, questions and labelled examples as the tables that training reads, and hard negatives."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
+
+from preprocessing.prepare.options import USUAL_COLUMNS, ColumnOptions, PairsOptions
+
+if TYPE_CHECKING:
+    from preprocessing.prepare.captions import Kind
+
+CAPTIONS = Group("Captions, to a pairs manifest", sort_key=0)
+OTHERS = Group("Other tables", sort_key=1)
 
 prepare_app = App(
     name="prepare",
-    help="Turn captions, boxes, labelled texts or VCR into tables (Parquet), and pairs of captions and images into hard negatives.",
+    help="Turn captions, boxes, labelled texts or VCR into tables (Parquet), and pairs of captions and images into hard negatives. "
+    "`megainter prepare FORMAT --help` has the options of one.",
 )
 
 
-@prepare_app.default
-def prepare(
-    source: Literal["coco", "flickr30k", "conceptual-captions", "sbu", "visual-genome", "jsonl", "csv", "parquet"],
-    src: Path,
-    /,
-    *,
-    output: Path,
-    images: Path | None = None,
-    split: str | None = None,
-    captions: Annotated[str | None, Parameter(name=["--captions", "--caption-field"])] = None,
-    image_field: str | None = None,
-    split_field: str | None = None,
-    id_field: str | None = None,
-    image_names: str | None = None,
-    ids: str | None = None,
-    store: Path | None = None,
-    val_share: float = 0.0,
-    test_share: float = 0.0,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    encoding: str | None = None,
-    similar_names: bool = False,
-    replace: bool = False,
-) -> None:
-    """Turn captions into a pairs manifest (Parquet).
+Table = Annotated[PairsOptions, Parameter(name="*")]
+Columns = Annotated[ColumnOptions, Parameter(name="*")]
+CaptionColumn = Annotated[
+    str | None, Parameter(help='Column that holds the captions in what img2dataset wrote, where it is not "caption".')
+]
+ImageNames = Annotated[
+    str | None,
+    Parameter(
+        help='How the images of a list of addresses were named, such as "{crc32}.jpg", "{row:09d}.jpg" (rows from 0), "{line}.jpg" (from 1), '
+        '"{name}" (the last part of the address), "{stem}.png", "{md5}.jpg", or for img2dataset "{shard}/{key}.jpg". Several, apart by '
+        "commas, are tried in turn."
+    ),
+]
+Encoding = Annotated[
+    str | None, Parameter(help="Encoding of a file that is not UTF-8, such as cp1252 (Excel in the West), gb18030 or utf-16.")
+]
+
+
+@prepare_app.command(group=CAPTIONS)
+def jsonl(src: Path, /, *, table: Table, columns: Columns = USUAL_COLUMNS, encoding: Encoding = None) -> None:
+    """JSON Lines, a line for each image: {"image": "beach.jpg", "captions": ["Two dogs.", "Dogs run."]}.
 
     Parameters
     ----------
-    source
-        Format of the captions.
     src
-        The caption file; for sbu also the folder of its two text files; for conceptual-captions, sbu and parquet also the file or folder of
-        tables that img2dataset wrote.
-    output
-        Parquet file to write; what was dropped and why goes to OUTPUT.report.json.
-    images
-        Folder of the images; captions whose image is missing there are dropped and counted. Images that stand in a Parquet file themselves
-        are written there.
-    split
-        Keep captions of this split, and give it to those whose source names none.
-    captions
-        Field or column that holds the captions (jsonl, csv, parquet), where it is not "captions", "caption", "text" or "title".
-    image_field
-        Field or column that holds the image's path (jsonl, csv, parquet), where it is not "image", "file", "file_name", "filename" or
-        "filepath".
-    split_field
-        Field or column that holds the split (jsonl, csv, parquet), where it is not "split".
-    id_field
-        Field or column that holds the pair's id (jsonl, csv, parquet), where it is not "pair_id".
-    image_names
-        How the images of a list of addresses were named, such as "{crc32}.jpg", "{row:09d}.jpg" (rows from 0), "{line}.jpg" (from 1),
-        "{name}" (the last part of the address), "{stem}.png", "{md5}.jpg", or for img2dataset "{shard}/{key}.jpg". Several, apart by
-        commas, are tried in turn.
-    ids
-        How an image's id is made of the usual one (its path without suffix): parts {id}, {stem} (its last part), {folder} and {number} (of
-        COCO_val2014_000000391895: 391895), as in "{number}".
-    store
-        Feature store whose ids the images are to have; forms of a name that it may use are tried: without folder, without suffix, COCO's
-        number.
-    val_share
-        Share of the images for validation, drawn by a hash of the image's id, where the source names no splits; the rest is for training.
-    test_share
-        Share of the images that becomes the split test, drawn as --val-share is.
-    seed
-        Random seed of the draw by --val-share and --test-share.
-    max_bad
-        Share of unusable captions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0.
-    encoding
-        Encoding of a text file (jsonl, csv) that is not UTF-8, such as cp1252 (Excel in the West), gb18030 or utf-16.
-    similar_names
-        Take the one image whose name differs from the path in upper and lower case, backslashes or Unicode form alone.
-    replace
-        Put the new table in the place of another that is at --output. Without it a table that differs stays, and exit code 2 says so.
+        The file.
     """
-    from preprocessing.prepare.captions import prepare as prepare_captions
+    _captions("jsonl", src, table, columns, encoding=encoding)
+
+
+@prepare_app.command(group=CAPTIONS)
+def csv(src: Path, /, *, table: Table, columns: Columns = USUAL_COLUMNS, encoding: Encoding = None) -> None:
+    """A table as CSV or TSV, as spreadsheets save it, with a column of file names and one of captions.
+
+    Parameters
+    ----------
+    src
+        The file.
+    """
+    _captions("csv", src, table, columns, encoding=encoding)
+
+
+@prepare_app.command(group=CAPTIONS)
+def parquet(src: Path, /, *, table: Table, columns: Columns = USUAL_COLUMNS, image_names: ImageNames = None) -> None:
+    """Parquet tables with a column of captions, and one of file names or of images themselves; also those that img2dataset wrote.
+
+    Parameters
+    ----------
+    src
+        The file, or a folder of files.
+    """
+    _captions("parquet", src, table, columns, image_names=image_names)
+
+
+@prepare_app.command(group=CAPTIONS)
+def coco(src: Path, /, *, table: Table) -> None:
+    """COCO's captions_*.json, or dataset_coco.json of the Karpathy split.
+
+    Parameters
+    ----------
+    src
+        The file.
+    """
+    _captions("coco", src, table)
+
+
+@prepare_app.command(group=CAPTIONS)
+def flickr30k(src: Path, /, *, table: Table) -> None:
+    """Flickr30k's results_20130124.token, dataset_flickr30k.json, or the *.jsonline of InterBERT's released code.
+
+    Parameters
+    ----------
+    src
+        The file.
+    """
+    _captions("flickr30k", src, table)
+
+
+@prepare_app.command(group=CAPTIONS)
+def conceptual_captions(src: Path, /, *, table: Table, image_names: ImageNames = None, captions: CaptionColumn = None) -> None:
+    """Conceptual Captions' lists of captions and addresses, or what img2dataset made of them.
+
+    Parameters
+    ----------
+    src
+        The list (.tsv), or the file or folder of tables that img2dataset wrote.
+    """
+    _captions("conceptual-captions", src, table, ColumnOptions(captions=captions), image_names=image_names)
+
+
+@prepare_app.command(group=CAPTIONS)
+def sbu(src: Path, /, *, table: Table, image_names: ImageNames = None, captions: CaptionColumn = None) -> None:
+    """SBU's captions and addresses, or what img2dataset made of them.
+
+    Parameters
+    ----------
+    src
+        The JSON document, the folder of SBU's two text files, or the file or folder of tables that img2dataset wrote.
+    """
+    _captions("sbu", src, table, ColumnOptions(captions=captions), image_names=image_names)
+
+
+@prepare_app.command(group=CAPTIONS)
+def visual_genome(src: Path, /, *, table: Table) -> None:
+    """Visual Genome's region_descriptions.json, of any release.
+
+    Parameters
+    ----------
+    src
+        The file.
+    """
+    _captions("visual-genome", src, table)
+
+
+def _captions(
+    source: "Kind",
+    src: Path,
+    table: PairsOptions,
+    columns: ColumnOptions = USUAL_COLUMNS,
+    *,
+    image_names: str | None = None,
+    encoding: str | None = None,
+) -> None:
+    from preprocessing.prepare.captions import prepare
     from preprocessing.prepare.reading import Fields
     from preprocessing.prepare.splits import Shares
 
-    fields = Fields(captions, image_field, split_field, id_field, image_names)
-    shares = Shares(val_share, test_share, seed) if val_share or test_share else None
-    prepare_captions(
-        source, src, output, images=images, split=split, shares=shares, fields=fields, ids=ids, store=store, max_bad=max_bad,
-        encoding=encoding, similar_names=similar_names, replace_table=replace,
+    fields = Fields(columns.captions, columns.image_field, columns.split_field, columns.id_field, image_names)
+    shares = Shares(table.val_share, table.test_share, table.seed) if table.val_share or table.test_share else None
+    prepare(
+        source, src, table.output, images=table.images, split=table.split, shares=shares, fields=fields, ids=table.ids, store=table.store,
+        max_bad=table.max_bad, encoding=encoding, similar_names=table.similar_names, replace_table=table.replace,
     )  # fmt: skip
 
 
-@prepare_app.command
+@prepare_app.command(group=OTHERS)
 def boxes(
     src: Path,
     /,
@@ -156,7 +214,7 @@ def boxes(
     )  # fmt: skip
 
 
-@prepare_app.command
+@prepare_app.command(group=OTHERS)
 def vcr(
     src: Path,
     /,
@@ -197,7 +255,7 @@ def vcr(
     prepare_vcr(src, output, images=images, boxes=boxes, split=split, store=store, max_bad=max_bad, replace_tables=replace)
 
 
-@prepare_app.command
+@prepare_app.command(group=OTHERS)
 def examples(
     source: Literal["cola", "sst-2", "mrpc", "qqp", "sts-b", "mnli", "qnli", "rte", "wnli", "tsv", "vqa", "nlvr2", "snli-ve"],
     /,
@@ -290,7 +348,7 @@ def examples(
     )  # fmt: skip
 
 
-@prepare_app.command
+@prepare_app.command(group=OTHERS)
 def negatives(
     pairs: Path,
     /,
