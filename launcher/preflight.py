@@ -400,7 +400,8 @@ def _ask_all(hosts: tuple[Host, ...], settings: LaunchSettings, job: Job) -> dic
     words = _probe(settings)
     if not hosts:
         return {} if job.hosts else {"": _ask_here(settings, job)}
-    environment = [f"{name}={value}" for name, value in {**job.environment, **_ranks(job)}.items() if not name.startswith("MEGAINTER_PULSE")]
+    told = {**job.environment, **_ranks(job)}
+    environment = [f"{name}={value}" for name, value in told.items() if not name.startswith("MEGAINTER_PULSE")]
     inner = f"cd {shlex.quote(os.getcwd())} && {shlex.join(['env', *environment, *words])}"
 
     def ask(host: Host) -> dict[str, Any]:

@@ -41,6 +41,7 @@ CANNOT_WRITE = (
     *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY,
 )  # fmt: skip
 
+
 class Flowing(DefaultFormatter):
     """Help whose lines break where the terminal's do: without the breaks that docstrings have within a paragraph."""
 
@@ -56,7 +57,7 @@ class Flowing(DefaultFormatter):
 
 def _flow(text: Any) -> None:
     """Join a paragraph's lines, in place; what is no plain text stays."""
-    written = getattr(text, "primary_renderable", None)
+    written: Any = getattr(text, "primary_renderable", None)
     if getattr(written, "plain", None):
         written.plain = "\n\n".join(" ".join(part.split()) for part in written.plain.split("\n\n"))
 

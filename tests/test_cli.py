@@ -59,7 +59,7 @@ def test_a_word_that_is_wrong_is_told_with_the_nearest_right_one(words: str, tol
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("plan --config small --gpus 8 --gpu h100 --gpus-per-node 8", "gpus_per_node; did you mean --per-node? (see megainter plan --help)"),
+        ("plan --config small --gpus 8 --gpu h100 --gpus-per-node 8", "did you mean --per-node? (see megainter plan --help)"),
         ("plan --config small --gpus 8 --gpu h100 --foo.bar 8", "unknown setting foo.bar (see megainter plan --help)"),
         ("preflight --config small --proceses 3", "proceses; did you mean --processes? (see megainter preflight --help)"),
         ("pretrain --config small --processes 2", "did you mean megainter launch --processes? (see megainter pretrain --help)"),

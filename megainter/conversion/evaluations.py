@@ -43,7 +43,8 @@ def read_evaluations(paths: Sequence[Path], folder: Path, earlier: Path | None, 
 def _identity(report: Report) -> str:
     """What was measured and how; no two reports of a card are of the same."""
     kind = _kind_of(report)
-    return repr((kind.task(report), kind.dataset(report), kind.setting(report), report.get("split"), [report.get(part) for part in kind.counts]))
+    counts = [report.get(part) for part in kind.counts]
+    return repr((kind.task(report), kind.dataset(report), kind.setting(report), report.get("split"), counts))
 
 
 def results(report: Report) -> list[Any]:

@@ -28,8 +28,9 @@ CaptionColumn = Annotated[
 ImageNames = Annotated[
     str | None,
     Parameter(
-        help='How the images of a list of addresses were named, such as "{crc32}.jpg", "{row:09d}.jpg" (rows from 0), "{line}.jpg" (from 1), '
-        '"{name}" (the last part of the address), "{stem}.png", "{md5}.jpg", or for img2dataset "{shard}/{key}.jpg". Several, apart by '
+        help='How the images of a list of addresses were named, such as "{crc32}.jpg", "{row:09d}.jpg" (rows from 0), '
+        '"{line}.jpg" (from 1), "{name}" (the last part of the address), "{stem}.png", "{md5}.jpg", or for img2dataset '
+        '"{shard}/{key}.jpg". Several, apart by '
         "commas, are tried in turn."
     ),
 ]

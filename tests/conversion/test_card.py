@@ -127,7 +127,8 @@ def test_evaluations_become_the_index_of_the_hub(model: Path, tmp_path: Path) ->
     index = card.data.to_dict()["model-index"]
     assert [entry["name"] for entry in index] == ["out"]
     assert index[0]["results"][0]["dataset"] == {
-        "name": "Flickr 8k", "type": "flickr-8k", "config": "fp32", "split": "test", "args": {"images": 5, "captions": 10, "pairs_digest": "c" * 64},
+        "name": "Flickr 8k", "type": "flickr-8k", "config": "fp32", "split": "test",
+        "args": {"images": 5, "captions": 10, "pairs_digest": "c" * 64},
     }  # fmt: skip
     assert "| Flickr 8k, test: 5 images (fp32) | image to text | 30.0% | 50.0% | 81.2% | 4 | 10.00% |" in card.text
 
@@ -141,7 +142,7 @@ def test_two_evaluations_on_one_data_set_are_told_apart_and_the_same_twice_is_re
     results = card_in(tmp_path / "out").data.to_dict()["model-index"][0]["results"]
     assert [each["dataset"]["config"] for each in results] == ["fp32", "fp32, 20 candidates of a first stage"]
     assert [len(each["metrics"]) for each in results] == [6, 6]
-    with pytest.raises(UsageError, match="all.json and .*again.json report the same evaluation, fp32; give one of them"):
+    with pytest.raises(UsageError, match=r"all\.json and .*again\.json report the same evaluation, fp32; give one of them"):
         convert_hugging_face(model, tmp_path / "other", card=Card(CardOptions(evaluation=(paths[0], paths[2]))))
 
 

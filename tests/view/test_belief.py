@@ -100,7 +100,8 @@ def test_the_attention_of_the_page_is_what_loops_find(belief: Belief, record: Re
         assert values["r"] == max([1, *shown[: max(r - first, 0)]])
         told = {place for place in range(r) if values.get(f"k{place}")}
         least = min((values.get(f"a{place}", 0) for place in told), default=0)
-        assert len(told) == (0 if first else min(3, r - 1)) and 0 not in told
+        assert len(told) == (0 if first else min(3, r - 1))
+        assert 0 not in told
         assert all(values.get(f"a{place}", 0) <= least for place in range(1, r) if not first and place not in told)
         seen.add((layer, head, query))
     assert len(seen) == 2 * 5 * (t + r) + 1 * 5 * t + 2 * 4 * r
@@ -159,7 +160,8 @@ def test_numbers_stand_apart_on_their_boxes() -> None:
     assert sorted(places) == list(range(36))
     for box in drawn:
         left, top = places[box.row]
-        assert box.left - 0.01 <= left <= box.left + box.width and box.top - 0.01 <= top <= box.top + box.height
+        assert box.left - 0.01 <= left <= box.left + box.width
+        assert box.top - 0.01 <= top <= box.top + box.height
     apart = [abs(a[0] - b[0]) > 4.58 or abs(a[1] - b[1]) > 3.2 for a, b in itertools.combinations(places.values(), 2)]
     assert all(apart)
     assert badge_places(drawn[:1], 1.0) == {drawn[0].row: (drawn[0].left, drawn[0].top)}

@@ -64,6 +64,13 @@ class Vocabulary:
         tokenizer = self._with_specials_kept if keep_specials else self.tokenizer
         return [np.array(ids[:max_tokens], dtype=np.int32) for ids in encode_texts(tokenizer, captions)]
 
+    def spelled_out(self, text: str) -> list[str]:
+        """The words of a text that fall into pieces of one or two letters, as words do that the vocabulary was not made of."""
+        normal = self.tokenizer.normalizer.normalize_str(text)
+        words = dict.fromkeys(word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normal))
+        pieces = dict(zip(words, encode_texts(self.tokenizer, list(words)), strict=True))
+        return [word for word, ids in pieces.items() if len(word) >= 4 and len(ids) * 2 > len(word) and self.facts.unk_id not in ids]
+
     @cached_property
     def _with_specials_kept(self) -> Tokenizer:
         kept = Tokenizer.from_str(self.tokenizer.to_str())

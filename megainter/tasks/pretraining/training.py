@@ -47,6 +47,7 @@ def open_job(config: RunConfig, world: World) -> Job:
     weights = ObjectiveWeights(training.msm_weight, training.mrm_weight, training.itm_weight, training.itc_weight)
     captions = f"{sources.samples:,} captions, {len(sources.store):,} images with regions, vocabulary of {sources.vocabulary.size}"
     held_out, validates = _held_out(config, sources), sources.validation is not None
+    recalled = () if held_out is None else (held_out.told(config.validation.split),)
     lacking = () if validates else (f"no captions of split {config.validation.split!r}: no validation",)
     job = Job(
         objectives=weights.objectives,
@@ -64,7 +65,7 @@ def open_job(config: RunConfig, world: World) -> Job:
         lowercase=config.data.lowercase,
         digests=sources.digests,
         detector=architecture.detector,
-        started=(captions, *lacking, *(_too_few_steps(config, sources.samples) if recorded(config.output) is None else ())),
+        started=(captions, *lacking, *recalled, *(_too_few_steps(config, sources.samples) if recorded(config.output) is None else ())),
         workers=config.data.workers,
         gradient_checkpointing=config.model.gradient_checkpointing,
         validate=(lambda trained, world: _validate(config, sources, held_out, job, trained, world)) if validates else None,

@@ -29,6 +29,7 @@ from megainter.training.collective import summed
 from megainter.training.world import World
 
 PAIRS_AT_ONCE = 256
+FEW_IMAGES = 50  # of a gallery: one image more or less that is found is 2 % and more
 ALONE_AT_ONCE = 128  # captions or images of a forward
 
 
@@ -40,6 +41,12 @@ class HeldOut:
     tokens: Tokens
     store: FeatureStore
     max_regions: int
+
+    def told(self, split: str) -> str:
+        """What recall is measured on, for the log, and whether that is too little to say much."""
+        captions, images = len(self.gallery.rows), len(self.gallery.image_ids)
+        few = f"; so few say little: by chance R@1 is {1 / images:.3f}" if images < FEW_IMAGES else ""
+        return f"validation: {captions:,} captions against {images:,} images of split {split!r}{few}"
 
 
 def open_held_out(

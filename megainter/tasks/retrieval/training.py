@@ -195,5 +195,4 @@ def _held_out(config: RetrievalConfig, start: Start, store: FeatureStore) -> Hel
 def _told_of(held_out: HeldOut | None, config: RetrievalConfig) -> str:
     if held_out is None:
         return f"no captions of split {config.validation.split!r}: no validation, the last checkpoint is the result"
-    captions, images = f"{len(held_out.gallery.rows):,}", f"{len(held_out.gallery.image_ids):,}"
-    return f"validation: {captions} captions against {images} images of split {config.validation.split!r}"
+    return held_out.told(config.validation.split)

@@ -88,6 +88,13 @@ def test_a_caption_cannot_spell_a_special_token(vocab: Path) -> None:
     assert not set(ids.tolist()) & {0, 2, 3, 4}
 
 
+def test_words_that_are_read_letter_by_letter(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, "cat", "z", "wal", *(f"##{c}" for c in "ebraustn"), "##ru"]) + "\n")
+    vocabulary = load_vocabulary(tmp_path / "vocab.txt")
+    assert vocabulary.spelled_out("Cats, zebra walrus cat Zebra \u732b z") == ["zebra"]  # wal ##ru ##s; what is unknown is not read at all
+    assert vocabulary.spelled_out("") == []
+
+
 def test_bad_vocabularies(tmp_path: Path, vocab: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         load_vocabulary(tmp_path / "none.txt")

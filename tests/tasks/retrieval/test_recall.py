@@ -1,5 +1,6 @@
 """Recall while a model is trained: against scores one by one, over ranks and stages, and against `megainter evaluate retrieval`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def engine_of(model: InterBertForRetrieval) -> Any:
 def held_out(data: Data, images: int = 100) -> HeldOut:
     vocabulary = read_vocabulary(data[0], read_config(data[0]))
     return open_held_out(data[1], FeatureStore(data[2]), "val", images, 2, vocabulary, 20, 5, 0.0)
+
+
+def test_a_gallery_too_small_to_say_much_says_so(data: Data) -> None:
+    told = held_out(data).told("val")
+    images = len(held_out(data).gallery.image_ids)
+    assert told.endswith(f"images of split 'val'; so few say little: by chance R@1 is {1 / images:.3f}")
+    many = dataclasses.replace(held_out(data).gallery, image_ids=[str(number) for number in range(50)])
+    assert dataclasses.replace(held_out(data), gallery=many).told("val").endswith("against 50 images of split 'val'")
 
 
 def recalls(ranks: list[int]) -> list[float]:

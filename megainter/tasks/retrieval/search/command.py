@@ -55,8 +55,11 @@ def _text_answer(searcher: Searcher, query: str, top: int) -> dict[str, Any]:
 
 def notes_on(searcher: Searcher, query: str) -> list[str]:
     """What is to be said of a query beside what it found."""
-    unknown = searcher.unknown(query)
-    return [] if unknown == "none" else [UNKNOWN[unknown]]
+    unknown, spelled = searcher.unknown(query), searcher.vocabulary.spelled_out(query)
+    notes = [] if unknown == "none" else [UNKNOWN[unknown]]
+    if spelled:
+        notes.append(f"the model reads {', '.join(spelled)} letter by letter: its vocabulary was made without such words")
+    return notes
 
 
 def photo_answer(searcher: Searcher, photo: Path, name: str, top: int, order: Order | None = None) -> tuple[dict[str, Any], RegionRecord]:

@@ -24,7 +24,7 @@ from megainter.tasks.retrieval import evaluation
 from megainter.tasks.retrieval.both import FILE, Learned
 from megainter.tasks.retrieval.options import RetrievalEvaluation
 from megainter.tasks.retrieval.search.answers import captions_answer, images_answer, shortened, shown_width, similar_items, table
-from megainter.tasks.retrieval.search.command import run_search
+from megainter.tasks.retrieval.search.command import notes_on, run_search
 from megainter.tasks.retrieval.search.index import Index
 from megainter.tasks.retrieval.search.options import SearchOptions
 from megainter.tasks.retrieval.search.photo import PhotoReader, detector_weights
@@ -192,6 +192,7 @@ def test_words_that_the_model_does_not_know_are_told(searcher: Searcher) -> None
     assert searcher.unknown("ሰላም ዓለም") == "all"
     assert searcher.unknown("red ሰላም") == "some"
     assert searcher.unknown("red") == "none"
+    assert notes_on(searcher, "red") == []
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
