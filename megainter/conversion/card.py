@@ -78,6 +78,14 @@ class Card:
     trained: TrainedBy | None = None
 
 
+@dataclass(frozen=True)
+class Use:
+    """How a folder is used, as its card says it, and the library that reads it, by its name on the Hub."""
+
+    text: str
+    library: str = "transformers"
+
+
 NO_CARD = Card()  # nothing is said: the card tells of the model alone
 
 
@@ -86,17 +94,20 @@ def command_of(words: Sequence[str]) -> str:
     return shlex.join(["megainter", *words[1:]])
 
 
-def write_card(folder: Path, title: str, config: Any, parameters: int, dtype: str, card: Card) -> None:
+def write_card(folder: Path, title: str, config: Any, parameters: int, dtype: str, card: Card, use: Use | None = None) -> None:
     """Write README.md into a folder that has its weights already: front matter as the Hub reads it, and what is known in words.
+
+    ``use``: where it is not that of a folder for transformers.
 
     Of the earlier folder's card the front matter goes on (without figures of evaluation, which are those of its weights), and so do
     sections that are not made here. ``UsageError`` for an evaluation of another model, or a file that is none.
     """
+    use = use or Use(_use(config))
     reports = read_evaluations(card.options.evaluation, folder, card.earlier, card.changed)
     metadata, opening, sections = _earlier(card.earlier)
     made = {
         "Model": _model(config, parameters, dtype),
-        "Use": _use(config),
+        "Use": use.text,
         "Training": _training(card.trained) if card.trained else None,
         "Evaluation": section(reports) if reports else None,
         "How it was made": _how(card),
@@ -108,10 +119,10 @@ def write_card(folder: Path, title: str, config: Any, parameters: int, dtype: st
     heading = body.partition("\n")[0]
     name = heading.removeprefix("# ").strip() if heading.startswith("# ") else title
     text = "\n".join([body.rstrip() + "\n", *(f"## {name}\n\n{whole[name].strip()}\n" for name in order)])
-    write_atomically(folder / README, f"---\n{_front_matter(metadata, name, config, card, reports)}\n---\n\n{text}")
+    write_atomically(folder / README, f"---\n{_front_matter(metadata, name, config, card, reports, use.library)}\n---\n\n{text}")
 
 
-def _front_matter(metadata: dict[str, Any], title: str, config: Any, card: Card, reports: Sequence[Mapping[str, Any]]) -> str:
+def _front_matter(metadata: dict[str, Any], title: str, config: Any, card: Card, reports: Sequence[Mapping[str, Any]], library: str) -> str:
     from huggingface_hub import ModelCardData
 
     options = card.options
@@ -121,7 +132,7 @@ def _front_matter(metadata: dict[str, Any], title: str, config: Any, card: Card,
         "datasets": list(options.dataset) or None,
         "language": list(options.language) or None,
         "base_model": options.base_model or _base_model(card),
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": metadata.get("pipeline_tag") or _PIPELINES.get(architecture),
         "tags": list(dict.fromkeys([*_listed(metadata.get("tags")), "interbert"])),
     }

@@ -8,13 +8,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from megainter.conversion.card import NO_CARD, Card, Use, write_card
 from megainter.conversion.folder import new_folder, source_of
 from megainter.conversion.vocabulary import find_vocabulary, write_vocabulary
 from megainter.errors import DamagedError, UsageError
@@ -93,9 +94,10 @@ class Exported:
     differences: dict[str, float] | None
 
 
-def convert_onnx(source: Path, destination: Path, *, verify: bool = False) -> Exported:
-    """Write the folder ``destination``: ``pair_scorer.onnx``, with vectors ``text_encoder.onnx`` and ``image_encoder.onnx``, config.json
-    and the vocabulary. fp32. ``verify`` runs each in onnxruntime beside the model, on a ragged batch.
+def convert_onnx(source: Path, destination: Path, *, verify: bool = False, card: Card = NO_CARD) -> Exported:
+    """Write the folder ``destination``: ``pair_scorer.onnx``, with vectors ``text_encoder.onnx`` and ``image_encoder.onnx``, config.json,
+    the vocabulary, and a card that goes on with the source's. fp32. ``verify`` runs each in onnxruntime beside the model, on a ragged
+    batch.
 
     Raises ``UsageError`` where packages are missing or the model has no matching head, ``DamagedError`` where an outcome differs.
     """
@@ -111,6 +113,9 @@ def convert_onnx(source: Path, destination: Path, *, verify: bool = False) -> Ex
         differences = {name: _compared(part, config, partial / f"{name}.onnx") for name, part in parts.items()} if verify else None
         _write_beside(partial, found.path, config)
         found.record(partial)
+        told = replace(card, earlier=found.path, name=found.name if found.digests else None)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        write_card(partial, destination.name, config, parameters, "fp32", told, Use(_use(parts), "onnx"))
     for name in parts:
         compared = f", within {differences[name]:.1e} of the model" if differences is not None else ""
         print(f"{destination / name}.onnx: inputs {', '.join(PARTS[name].names)}; output {PARTS[name].output}{compared}")
@@ -199,6 +204,27 @@ def _compared(part: Any, config: InterBertConfig, path: Path) -> float:
     if not worst <= TOLERANCE:
         raise DamagedError(f"{path.name} differs from the model by {worst:.1e}: nothing was written; please report it")
     return worst
+
+
+def _use(parts: dict[str, PairScorer | TextEncoder | ImageEncoder]) -> str:
+    """The files, and how the scorer of pairs is called."""
+    rows = [(f"`{name}.onnx`", ", ".join(part.names), part.output) for name, part in parts.items()]
+    lines = [
+        *("| file | takes | gives |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)),
+        "",
+        "Batch, text length and number of regions are free; masks say what is padding.",
+        "",
+        "```python",
+        "import onnxruntime",
+        "from megainter import InterBertProcessor",
+        "",
+        "processor = InterBertProcessor.from_pretrained(folder)",
+        'session = onnxruntime.InferenceSession(f"{folder}/pair_scorer.onnx")',
+        "inputs = processor(text=texts, region_features=features, boxes=boxes, image_sizes=sizes)  # of each pair; boxes in pixels, xyxy",
+        "(log_odds,) = session.run(None, {each.name: inputs[each.name].numpy() for each in session.get_inputs()})",
+        "```",
+    ]
+    return "\n".join(lines)
 
 
 def _write_beside(folder: Path, source: Path, config: InterBertConfig) -> None:

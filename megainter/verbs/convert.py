@@ -350,7 +350,7 @@ def convert_onnx(src: Path, dst: Path, /, *, verify: bool = False, json: bool = 
     from megainter.conversion.onnx import convert_onnx as convert
 
     with lines_aside(json):
-        made = convert(src, dst, verify=verify)
+        made = convert(src, dst, verify=verify, card=Card(command=command_of(sys.argv)))
     if json:
         print_object({"source": src, "destination": dst, "files": made.files, "differences": made.differences})
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
-from megainter import InterBertForMultipleChoice, InterBertForRetrieval
+from megainter import InterBertForMultipleChoice, InterBertForRetrieval, InterBertProcessor
 from megainter.conversion import onnx as conversion
 from megainter.conversion.onnx import convert_onnx
 from megainter.errors import DamagedError, UsageError
@@ -75,6 +76,33 @@ def test_scores_and_vectors_are_the_models_over_ragged_batches(changes: dict[str
         for name, (packed, wanted) in right.items():
             found = outcome(tmp_path / "onnx" / f"{name}.onnx", padded(packed, extra=seed, fill=7.0))
             np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=0, atol=1e-4, err_msg=f"{name} {text} {regions}")
+
+
+@exported
+@pytest.mark.slow
+def test_the_card_goes_on_with_the_models_and_its_code_runs(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", itc_size=5)
+    (model / "README.md").write_text("---\nlicense: cc-by-4.0\nlibrary_name: transformers\n---\n\n# Ours\n\n## Limits\n\nMany.\n")
+    convert_onnx(model, tmp_path / "onnx")
+    card = ModelCard.load(tmp_path / "onnx" / "README.md")
+    assert (card.data.license, card.data.library_name) == ("cc-by-4.0", "onnx")
+    assert "## Limits\n\nMany." in card.text
+    assert "| `text_encoder.onnx` | input_ids, attention_mask, token_type_ids | vectors |" in card.text
+
+    rng = np.random.default_rng(0)
+    boxes = [np.array([[0, 0, 5, 5], [2, 2, 9, 8]], np.float32), np.array([[1, 0, 9, 9]], np.float32)]
+    given: dict[str, Any] = {
+        "folder": tmp_path / "onnx", "texts": ["w1 w2", "w7"], "sizes": [(10, 10), (10, 10)], "boxes": boxes,
+        "features": [rng.standard_normal((len(some), 10)).astype(np.float32) for some in boxes],
+    }  # fmt: skip
+    exec(card.text.split("```python\n")[1].split("```")[0], given)
+    whole = InterBertForRetrieval.from_pretrained(model).eval()
+    inputs = InterBertProcessor.from_pretrained(model)(
+        text=given["texts"], region_features=given["features"], boxes=boxes, image_sizes=given["sizes"]
+    )
+    with torch.no_grad():
+        logits = whole(**inputs).logits
+    np.testing.assert_allclose(given["log_odds"], (logits[:, 0] - logits[:, 1]).numpy(), rtol=0, atol=1e-4)
 
 
 @exported
