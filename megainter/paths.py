@@ -36,3 +36,14 @@ def near_paths(path: Path) -> list[str]:
         others = [each.name for each in path.parent.iterdir() if each.name != path.name]
         return [str(path.parent / name) for name in difflib.get_close_matches(path.name, others, n=1, cutoff=0.75)]
     return []
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """Each path's last part, with as many before it as tell all apart."""
+    parts = [path.resolve().parts for path in paths]
+    longest = max(len(part) for part in parts)
+    for length in range(1, longest + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(path) for path in paths]

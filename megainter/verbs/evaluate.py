@@ -12,7 +12,7 @@ from megainter.tasks.vcr.options import VcrEvaluation
 from megainter.verbs.as_json import lines_aside, print_object
 from megainter.weights import check_name
 
-evaluate_app = App(name="evaluate", help="Measure a model on a task.")
+evaluate_app = App(name="evaluate", help="Measure a model on a task, and compare what was measured.")
 
 
 def require_inputs(model: Path, *paths: tuple[str, Path | None]) -> None:
@@ -82,3 +82,27 @@ def evaluate_classification(
         report = evaluate(model, options)
     if json:
         print_object(report)
+
+
+@evaluate_app.command(name="compare")
+def compare_evaluations(*reports: Path, json: bool = False) -> None:
+    """Reports of one task side by side: every figure, and of two whether their queries tell the models apart.
+
+    megainter evaluate compare before.json after.json
+
+    Parameters
+    ----------
+    reports
+        JSON files that `megainter evaluate` wrote.
+    json
+        Print one JSON object for scripts.
+    """
+    for report in reports:
+        require_there(report, "REPORTS")
+    from megainter.tasks.comparing import compare, told
+
+    compared = compare([*reports])
+    if json:
+        print_object(compared)
+    else:
+        print(told(compared))

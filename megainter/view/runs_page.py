@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from megainter.errors import UsageError
 from megainter.files import read_json, require_file_place
 from megainter.kinds import instead
+from megainter.paths import short_names
 from megainter.training.metrics import read_records
 from megainter.view.curves import COLOURS, KNOWN, column, dress, line
 from megainter.view.pages import plain, write_template
@@ -86,17 +87,6 @@ def _flat(value: dict[str, Any], before: str) -> list[tuple[str, str]]:
     for name, item in value.items():
         found += _flat(item, f"{before}{name}.") if isinstance(item, dict) else [(f"{before}{name}", str(item))]
     return found
-
-
-def short_names(runs: list[Path]) -> list[str]:
-    """Each folder's name, with as many folders before it as tell all apart."""
-    parts = [run.resolve().parts for run in runs]
-    longest = max(len(part) for part in parts)
-    for length in range(1, longest + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(set(parts)):
-            return names
-    return [str(run) for run in runs]
 
 
 def differences(runs: list[RunRecords]) -> list[tuple[str, list[str]]]:

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from megainter.errors import UsageError
+from megainter.paths import short_names
 from megainter.training.metrics import MetricsLog, read_records
-from megainter.view.runs_page import charts_of, differences, read_run, short_names, write_runs_page
+from megainter.view.runs_page import charts_of, differences, read_run, write_runs_page
 from tests.view.test_view import HOSTILE, Tags
 
 GIB = 2**30
