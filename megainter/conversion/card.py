@@ -201,7 +201,9 @@ def _model(config: Any, parameters: int, dtype: str) -> str:
 
 
 def _whose(config: Any) -> str:
-    return f", from the detector `{plain(config.detector)}`." if config.detector else "."
+    if not config.detector:
+        return "."
+    return f", from the detector {f'`{plain(config.detector_name)}` ' if config.detector_name else ''}(`{plain(config.detector)}`)."
 
 
 def _use(config: Any) -> str:

@@ -39,7 +39,8 @@ class InterBertConfig(PretrainedConfig):
     ``max_regions`` (without the global region) and ``max_text_tokens`` ([CLS] and [SEP] included) say what inputs the weights were
     trained on, where that is known; the model itself takes any number. ``tie_objects``: a text token that names an object of the image
     (``text_regions`` of the inputs) gets the embedding of the object's region added; without it ``text_regions`` changes nothing.
-    ``detector`` and ``region_classes``: whose regions the weights were trained on, and the names of that detector's classes, where known.
+    ``detector``, ``detector_name`` and ``region_classes``: whose regions the weights were trained on, the name of its weights where they
+    came by one, and the names of its classes, where known.
     ``itc_size``: width of the vectors that a text alone and an image alone become, for image-text contrast; 0: the model has no such head.
     ``itc_pooling``: what they are made of, the pooled first row ("first") or the mean of all rows ("mean").
     ``itc_regions``: "states": regions pass the layers to become a vector; "mean_feature": an image's mean region feature becomes one by a
@@ -89,6 +90,7 @@ class InterBertConfig(PretrainedConfig):
         region_mean: list[float] | None = None,
         region_deviation: list[float] | None = None,
         detector: str | None = None,
+        detector_name: str | None = None,
         region_classes: list[str] | None = None,
         pad_token_id: int = 0,
         tie_word_embeddings: bool = True,
@@ -126,6 +128,7 @@ class InterBertConfig(PretrainedConfig):
         self.region_mean = region_mean
         self.region_deviation = region_deviation
         self.detector = detector
+        self.detector_name = detector_name
         self.region_classes = region_classes
         _check(self)
         if pad_token_id is not None:
@@ -169,8 +172,9 @@ def _check(config: InterBertConfig) -> None:
     for name in NEARNESS:
         if getattr(config, name) and not config.itc_size:
             raise UsageError(f"{name} compares the vectors of image-text contrast; give itc_size above 0, or leave it out")
-    if not isinstance(config.detector, str | None):
-        raise UsageError(f"detector is {config.detector!r:.80}; give a feature store's, or null")
+    for name in ("detector", "detector_name"):
+        if not isinstance(getattr(config, name), str | None):
+            raise UsageError(f"{name} is {getattr(config, name)!r:.80}; give a feature store's, or null")
     if config.region_classes is not None and not all(isinstance(name, str) for name in list(config.region_classes)):
         raise UsageError(f"region_classes is {config.region_classes!r:.80}; give a list of names, or null")
     for name in DROPOUTS:

@@ -10,9 +10,14 @@ from megainter.model.configuration import InterBertConfig
 from megainter.weights import origin_name
 
 
-def keep_detector(config: InterBertConfig, schema: StoreSchema) -> None:
-    """Write into a model's configuration whose regions it is trained on."""
-    config.detector, config.region_classes = schema.described_by, list(schema.class_names)
+def keep_detector(config: InterBertConfig, schema: StoreSchema, name: str | None) -> None:
+    """Write into a model's configuration whose regions it is trained on; ``name``: of the detector's weights, where they have one."""
+    config.detector, config.detector_name, config.region_classes = schema.described_by, name, list(schema.class_names)
+
+
+def detector_in_words(fingerprint: str, name: str | None) -> str:
+    """A detector by the name of its weights, where they came by one, and its fingerprint."""
+    return f"{f'{name}, ' if name is not None else ''}{fingerprint!r:.120}"
 
 
 def require_detector(config: InterBertConfig, model: object, store: FeatureStore, option: str, other: bool) -> str:
@@ -24,8 +29,9 @@ def require_detector(config: InterBertConfig, model: object, store: FeatureStore
         return ""
     if config.detector is None:
         return f"{model} names no detector that its regions were found by: whether {store.path} has the same one's is not checked"
+    theirs = detector_in_words(config.detector, config.detector_name)
     if store.schema.described_by != config.detector:
-        raise UsageError(f"{model} was trained on regions of {config.detector!r:.120}, and {_of(store)}: {_remedy(option)}")
+        raise UsageError(f"{model} was trained on regions of {theirs}, and {_of(store)}: {_remedy(option)}")
     if config.region_classes is not None and list(store.schema.class_names) != config.region_classes:
         raise UsageError(f"{model} was trained on regions of other classes than {store.path} has, by one detector: {_remedy(option)}")
     return ""
@@ -44,8 +50,7 @@ def _of(store: FeatureStore) -> str:
 
 def _detector(store: FeatureStore) -> str:
     """The store's detector, by the name of its weights too where they came by one."""
-    name = origin_name(store.path)
-    return f"{f'{name}, ' if name is not None else ''}{store.schema.described_by!r:.120}"
+    return detector_in_words(store.schema.described_by, origin_name(store.path))
 
 
 def require_same_detector(store: FeatureStore, other: FeatureStore, option: str) -> None:
@@ -55,7 +60,7 @@ def require_same_detector(store: FeatureStore, other: FeatureStore, option: str)
         sizes = f"{one.feature_size}-d features, {option} {other.path} {two.feature_size}-d ones"
         raise UsageError(f"{store.path} has {sizes}; extract both with one detector")
     if two.described_by != one.described_by:
-        both = f"{one.described_by!r:.120} and {two.described_by!r:.120}"
+        both = f"{_detector(store)} and {_detector(other)}"
         raise UsageError(f"{store.path} and {option} {other.path} are of different detectors, {both}; extract both with one")
 
 

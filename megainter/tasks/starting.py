@@ -27,7 +27,7 @@ from megainter.training import checkpoint
 from megainter.training.job import Job
 from megainter.training.loop import BEST, log, train
 from megainter.training.world import World
-from megainter.weights import Located, locate
+from megainter.weights import Located, locate, origin_name
 
 MODEL = "model"  # the Hugging Face folder in the run folder
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -131,7 +131,7 @@ def _take_regions_of(store: FeatureStore, config: InterBertConfig, folder: Path,
         raise UsageError(f"model.start_from {folder} takes {config.region_feature_size}-d region features, the store has {size}-d ones")
     if unknown := require_detector(config, f"model.start_from {folder}", store, "--data.other_detector true", other_detector):
         log.info("%s", unknown)
-    keep_detector(config, store.schema)
+    keep_detector(config, store.schema, origin_name(store.path))
 
 
 def record_start(found: Located, output: Path) -> None:

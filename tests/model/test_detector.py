@@ -30,7 +30,7 @@ def store_of(path: Path, schema: StoreSchema) -> FeatureStore:
 
 def test_another_detectors_store_is_refused_unless_the_user_says_so(tmp_path: Path) -> None:
     config = tiny_config()
-    keep_detector(config, SCHEMA)
+    keep_detector(config, SCHEMA, "photos")
     described = {"feature_network": "net", "feature_network_sha256": "ab", "feature_side": 8}
     others = {
         "detector": replace(SCHEMA, detector="two"),
@@ -39,7 +39,7 @@ def test_another_detectors_store_is_refused_unless_the_user_says_so(tmp_path: Pa
     }
     for name, schema in others.items():
         store = store_of(tmp_path / name, schema)
-        with pytest.raises(UsageError, match=r"m was trained on regions of .*--other-detector"):
+        with pytest.raises(UsageError, match=r"m was trained on regions of photos, 'one', and .*--other-detector"):
             require_detector(config, "m", store, "--other-detector", other=False)
         assert require_detector(config, "m", store, "--other-detector", other=True) == ""
     same = store_of(tmp_path / "same", replace(SCHEMA, settings={"min_boxes": 3}))
@@ -51,15 +51,16 @@ def test_another_detectors_store_is_refused_unless_the_user_says_so(tmp_path: Pa
 
 def test_the_detector_goes_with_the_weights(tmp_path: Path) -> None:
     config = tiny_config()
-    keep_detector(config, SCHEMA)
+    keep_detector(config, SCHEMA, "photos")
     InterBertForPreTraining(config).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     convert_hugging_face(tmp_path / "model", tmp_path / "half", dtype="bf16", cased=False)
     found = InterBertConfig.from_pretrained(tmp_path / "half")
-    assert (found.detector, found.region_classes) == ("one", list(CLASSES))
+    assert (found.detector, found.detector_name, found.region_classes) == ("one", "photos", list(CLASSES))
+    assert "from the detector `photos` (`one`)" in (tmp_path / "half" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("wrong", [{"detector": 3}, {"region_classes": [1]}])
+@pytest.mark.parametrize("wrong", [{"detector": 3}, {"detector_name": 3}, {"region_classes": [1]}])
 def test_nonsense_is_refused(wrong: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         InterBertConfig(**wrong)

@@ -15,7 +15,7 @@ import pytest
 from megainter.config.reading import read_settings
 from megainter.config.settings import RunConfig
 from megainter.errors import UsageError
-from megainter.tracking import TRACKERS, require_trackers
+from megainter.tracking import TRACKERS, require_trackers, trackers_named
 from megainter.training.following import Records
 from megainter.training.metrics import MetricsLog
 from megainter.training.tracked import tracked
@@ -244,3 +244,9 @@ def test_events_that_the_run_wrote_itself_are_not_written_again(tmp_path: Path, 
     told = capsys.readouterr().out
     assert told == f"{run}: events were written as it ran; `tensorboard --logdir {run}/logs/tensorboard` shows them\n"
     assert {path: path.read_bytes() for path in (run / "logs" / "tensorboard").iterdir()} == before
+
+
+def test_trackers_are_named_apart_by_commas() -> None:
+    assert trackers_named("wandb, mlflow,wandb") == ["wandb", "mlflow"]
+    with pytest.raises(UsageError, match="--to 'wandbb' is no tracker; choose tensorboard, wandb, trackio, mlflow"):
+        trackers_named("wandbb")

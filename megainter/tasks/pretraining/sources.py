@@ -27,6 +27,7 @@ from megainter.tasks.pretraining.batches import PretrainStream
 from megainter.tasks.pretraining.sampling import Sampler, StreamSettings
 from megainter.tasks.pretraining.scaling import keep_scaling
 from megainter.training.collective import first_said, on_first_rank
+from megainter.weights import origin_name
 
 BLOCK = 4096  # samples, some hundred megabytes of records
 log = logging.getLogger("megainter")
@@ -284,5 +285,5 @@ def model_configuration(config: RunConfig, vocabulary_size: int, store: FeatureS
     )
     if model.standardize_regions:
         keep_scaling(found, store, config.data.max_regions, model.start_from)
-    keep_detector(found, store.schema)
+    keep_detector(found, store.schema, origin_name(store.path))
     return found

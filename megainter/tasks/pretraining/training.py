@@ -28,7 +28,7 @@ from megainter.training.world import World
 
 _OF_THE_RUN = (
     "max_regions", "max_text_tokens", "itc_size", "itc_pooling", "itc_regions", "itm_similarity", "itm_vectors", "region_mean",
-    "region_deviation", "detector", "region_classes",
+    "region_deviation", "detector", "detector_name", "region_classes",
 )  # fmt: skip
 FEW_STEPS, ENOUGH_FOR_FEW = 100, 150  # below how many a run is warned about, and how many it is told to take: minutes for some dozen photos
 

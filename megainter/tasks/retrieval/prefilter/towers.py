@@ -31,9 +31,10 @@ from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import NumericsError, UsageError
 from megainter.files import apply_umask, aside, read_json, sha256_of, write_json
 from megainter.kinds import instead
-from megainter.model.detector import require_width
+from megainter.model.detector import detector_in_words, require_width
 from megainter.progress import Progress
 from megainter.tasks.retrieval.gallery import Tokens
+from megainter.weights import origin_name
 
 SETTINGS, WEIGHTS = "prefilter.json", "prefilter.safetensors"
 AT_ONCE = 1024  # captions or images per forward
@@ -158,7 +159,8 @@ def load_prefilter(folder: Path, vocabulary: Vocabulary, store: FeatureStore, ot
         raise UsageError(f"{folder} was trained with another vocabulary than the model's; train it with --model of the same vocabulary")
     require_width(settings.feature_size, folder, store)
     if settings.detector not in (None, store.schema.described_by) and not other_detector:
-        theirs = f"{settings.detector!r:.120}, and {store.path} has those of {store.schema.described_by!r:.120}"
+        own = detector_in_words(store.schema.described_by, origin_name(store.path))
+        theirs = f"{detector_in_words(settings.detector, None)}, and {store.path} has those of {own}"
         raise UsageError(f"{folder} was trained on regions of {theirs}: train it on this store, or give --other-detector")
     encoder = DualEncoder(settings)
     try:
