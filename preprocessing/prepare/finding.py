@@ -5,6 +5,7 @@ import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
+from megainter.data.tables.parquet import check_relative
 from megainter.errors import UsageError
 from megainter.files import inside
 from preprocessing.prepare.report import MISNAMED, MISSING_IMAGE
@@ -33,6 +34,8 @@ class Finder:
         path = paths[0]
         if found := self._similar(path):
             return MISNAMED, f"{path!r:.80} is {found!r:.80} there ({_difference(path, found)}); --similar-names takes such files"
+        if self.folder is not None and (self.folder / path).is_file() and not check_relative(path):
+            return MISSING_IMAGE, f"{path!r:.80} is a link to a file outside --images: give the folder it leads to, or copy the files"
         folder, _, tail = path.replace("\\", "/").partition("/")
         if tail and self.folder is not None and _is_file(self.folder, tail):
             return MISSING_IMAGE, f"{path!r:.80}, but {tail!r:.80} is there: give --images the folder that {folder!r:.80} is in"

@@ -202,6 +202,15 @@ def test_two_files_of_nearly_one_name_are_never_guessed_between_and_links_out_ne
     assert report.dropped == {"image file missing": 2}
 
 
+def test_links_out_of_the_folder_are_told_as_such(tmp_path: Path) -> None:
+    images = folder_of(tmp_path / "photos", "a.jpg")
+    folder_of(tmp_path, "far.jpg")
+    os.symlink(tmp_path / "far.jpg", images / "b.jpg")
+    (tmp_path / "x.csv").write_text("image,caption\nb.jpg,y\n")
+    with pytest.raises(TooManyBadInputsError, match=r"'b\.jpg' is a link to a file outside --images: give the folder it leads to"):
+        prepare("csv", tmp_path / "x.csv", tmp_path / "p.parquet", images=images, max_bad=0)
+
+
 def test_exchanged_columns_are_told(tmp_path: Path) -> None:
     images = folder_of(tmp_path / "photos", "a.jpg")
     (tmp_path / "x.csv").write_text("photo,says\na.jpg,a dog\na.jpg,a cat\n")
