@@ -38,7 +38,7 @@ def with_start(config: RunConfig) -> RunConfig:
     if config.model.standardize_regions and not start.standardize_regions and start.detector is not None:
         raise UsageError(
             f"model.standardize_regions is true, and model.start_from {found.name} was trained on features of {start.detector:.80} as they "
-            "are: leave it out"
+            "are: give --model.standardize_regions false"
         )
 
     if config.data.max_text_tokens > start.max_position_embeddings:
