@@ -46,6 +46,8 @@ def finish(plan: Plan, source: object, output: Output, compare: Callable[[Path],
     """
     print_table(plan)
     require_complete(plan, source, output.allow_partial)
+    if plan.missing:
+        print(f"note: the {len(plan.missing)} missing tensors begin anew, drawn by the seed: train them before use")
     with new_folder(output.destination) as partial:
         tensors = tensors_of(plan, output.seed)
         write_folder(partial, plan.config, tensors, output)

@@ -1,6 +1,7 @@
 """From one folder of ours to another: another dtype, another vocabulary, heads of downstream models."""
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from megainter.conversion.card import NO_CARD, Card
 from megainter.conversion.folder import DTYPES, Output, finish, refuse_existing, source_of
 from megainter.conversion.foreign_files import LazyTensor
-from megainter.conversion.mapping import HEADS, Origin, Plan, make_plan, untied_decoder
+from megainter.conversion.mapping import HEADS, Origin, Plan, expected_shapes, make_plan, untied_decoder
 from megainter.conversion.ours import TIED, WORD, open_ours
 from megainter.conversion.vocabulary import VocabularyFiles, find_vocabulary
 from megainter.errors import UsageError
@@ -22,6 +23,7 @@ MODELS = {
     "choice": ("InterBertForMultipleChoice", "choice_head"),
     "classification": ("InterBertForSequenceClassification", "classifier"),
 }
+PRETRAINING = "InterBertForPreTraining"
 NUM_LABELS = 2  # of a new classification head, where nothing else is asked for
 BIAS = "msm_head.decoder.bias"
 
@@ -64,7 +66,7 @@ def convert_hugging_face(
         config.vocab_size = len(rows)
         tensors |= {name: resized(name, tensors[name], rows, config, seed) for name in (WORD, BIAS) if name in tensors}
     present = [name for name in HEADS if f"{name}.weight" in tensors]
-    architecture, wanted = MODELS[head] if head is not None else ((config.architectures or ["InterBertForPreTraining"])[0], "")
+    architecture, wanted = MODELS[head] if head is not None else ((config.architectures or [PRETRAINING])[0], "")
     if wanted == "classifier" and wanted not in present:
         config.num_labels = num_labels or NUM_LABELS
     elif num_labels is not None and num_labels != config.num_labels:
@@ -74,7 +76,10 @@ def convert_hugging_face(
     notes = [*assumed, *notes, *untied]
     heads = [name for name in HEADS if name in present or name == wanted]
     changed = rows is not None or any(tensor.dtype != DTYPES[dtype] for tensor in tensors.values())
-    plan = make_plan(config, found, names, heads=heads, fresh=rf"{wanted}\." if wanted else r"(?!)", left_over=TIED, notes=notes)
+    whole = _whole_model(config, found)
+    plan = make_plan(
+        config, found, names, heads=heads, fresh=rf"{wanted}\." if wanted else r"(?!)", left_over=TIED, notes=notes, architecture=whole
+    )
     finish(
         plan,
         source,
@@ -91,6 +96,13 @@ def convert_hugging_face(
         ),
     )
     return plan
+
+
+def _whole_model(config: InterBertConfig, found: Mapping[str, Origin]) -> str:
+    """The model whose tensors the source is to have: pretraining's, or its own where it has these alone, as fine-tuning leaves them."""
+    own = (config.architectures or [PRETRAINING])[0]
+    has = {name: expected_shapes(config, architecture=name).keys() <= found.keys() for name in {PRETRAINING, own}}
+    return own if has[own] and not has[PRETRAINING] else PRETRAINING
 
 
 def _vocabulary_rows(

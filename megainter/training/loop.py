@@ -224,10 +224,11 @@ def _open(stack: ExitStack, config: RunSettings, open_job: Callable[[World], Job
     engine.check_settings(config.engine, config.optimizer, config.training, world)
     job = open_job(world)
     ds_config = engine.deepspeed_config(config.engine, config.optimizer, config.training, world.size, job.accumulation)
-    on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests), asked, job.detector))
     total_steps = steps_of(config, job.samples)
-
     saved = on_first_rank(lambda: _newest(config.output))
+    finished = saved is not None and saved.step >= total_steps
+    on_first_rank(lambda: open_run_folder(config, ds_config, dict(job.digests), asked, job.detector, finished))
+
     model = starting_model(config, job, saved)
     trained = engine.build_engine(job.build_step(model), config.engine, config.optimizer, config.training, world, job.accumulation)
     start = _resume(trained, saved)

@@ -41,12 +41,17 @@ PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "
 
 
 def open_run_folder(
-    config: RunSettings, ds_config: dict[str, Any], digests: dict[str, str], asked: Mapping[str, str], detector: str | None = None
+    config: RunSettings,
+    ds_config: dict[str, Any],
+    digests: dict[str, str],
+    asked: Mapping[str, str],
+    detector: str | None = None,
+    finished: bool = False,
 ) -> None:
     """Create or continue the folder (rank 0) and record settings and versions; ``UsageError`` where it holds a run of other settings.
 
     ``asked``: settings as they were given, by ``section.key``, where ``config`` has what they came to; ``detector``: whose
-    regions are read.
+    regions are read; ``finished``: nothing is left to do, so that the folder stays as the run left it.
     """
     folder = config.output
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -60,6 +65,8 @@ def open_run_folder(
             raise UsageError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); use them, or start in another output folder"
             )
+        if finished:
+            return
         for line in free_changes(before, settings, type(config)):
             log.info("going on with %s", line)
     write_json(folder / "config.json", settings)

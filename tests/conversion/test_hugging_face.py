@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from megainter.conversion.folder import write_tensors
 from megainter.conversion.foreign_files import LazyTensor
 from megainter.conversion.hugging_face import convert_hugging_face
 from megainter.errors import DamagedError, UsageError
-from tests.model.tiny import packed_batch, padded, tiny_model
+from tests.model.tiny import packed_batch, padded, tiny_config, tiny_model
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(45))]
 EMBEDDINGS, BIAS = "interbert.text_embeddings.word.weight", "msm_head.decoder.bias"
@@ -108,6 +109,30 @@ def test_retrieval_takes_the_matching_head(folder: Path, tmp_path: Path) -> None
     batch = padded(packed_batch())
     logits = InterBertForRetrieval.from_pretrained(tmp_path / "hf").eval()(**batch).logits
     torch.testing.assert_close(logits, tiny_model()(**batch).itm_logits)
+
+
+@pytest.mark.parametrize("kind", [InterBertForRetrieval, InterBertForMultipleChoice, InterBertForSequenceClassification])
+def test_a_folder_as_fine_tuning_leaves_it_converts_whole(kind: Any, tmp_path: Path) -> None:
+    """Without the heads of pretraining: nothing is missing, and nothing is made up."""
+    torch.manual_seed(0)
+    tuned = kind(tiny_config())
+    tuned.config.architectures = [kind.__name__]
+    tuned.save_pretrained(tmp_path / "tuned")
+    plan = convert_hugging_face(tmp_path / "tuned", tmp_path / "hf", cased=False)
+    assert (plan.missing, plan.fresh, plan.unknown) == ((), (), ())
+    assert tensors(tmp_path / "hf").keys() == tensors(tmp_path / "tuned").keys()
+    again = kind.from_pretrained(tmp_path / "hf")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), tuned.parameters(), strict=True))
+    if kind is InterBertForRetrieval:
+        made = convert_hugging_face(tmp_path / "tuned", tmp_path / "labelled", head="classification", num_labels=3, cased=False)
+        assert set(made.fresh) == {"classifier.weight", "classifier.bias"}
+
+
+def test_what_is_drawn_for_missing_tensors_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {name: tensor for name, tensor in tiny_model().state_dict().items() if not name.startswith("itm_head")}
+    tiny_model().save_pretrained(tmp_path / "model", state_dict=state)
+    convert_hugging_face(tmp_path / "model", tmp_path / "hf", allow_partial=True, cased=False)
+    assert "note: the 2 missing tensors begin anew, drawn by the seed" in capsys.readouterr().out
 
 
 def test_another_models_folder_is_refused(folder: Path, tmp_path: Path) -> None:

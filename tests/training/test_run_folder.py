@@ -56,6 +56,19 @@ def test_the_folder_of_a_fine_tuning_run_is_told_as_such(tmp_path: Path) -> None
         open_run_folder(config, {}, {}, {})
 
 
+def test_a_finished_run_started_again_keeps_its_records(tmp_path: Path) -> None:
+    config = load_config(Path("base"), [*GIVEN, "--output", str(tmp_path)])
+    open_run_folder(config, {"a": 1}, {}, {})
+    (tmp_path / "checkpoints" / "step_0000001").mkdir(parents=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
+    shorter = load_config(Path("base"), [*GIVEN, "--output", str(tmp_path), "--training.steps", "1", "--optimizer.learning_rate", "0.5"])
+    open_run_folder(shorter, {"a": 2}, {}, {}, finished=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json")} == before
+    another = load_config(Path("base"), [*GIVEN, "--output", str(tmp_path), "--training.seed", "99"])
+    with pytest.raises(UsageError, match=r"training\.seed"):
+        open_run_folder(another, {}, {}, {}, finished=True)
+
+
 def start_with_a_mistake(folder: Path) -> None:
     with removed_where_nothing_began(folder):
         (folder / "logs").mkdir(parents=True)
