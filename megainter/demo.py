@@ -31,7 +31,8 @@ def stages_of(output: Path) -> list[Stage]:
     extract = ["--images", images, "--output", store, "--weights", weights, *boxes]
     pretrain = ["--config", "demo", "--output", run, "--data.pairs", pairs, "--data.store", store]
     gallery = ["--split", "test", "--images", GALLERY, "--captions-per-image", 1]
-    evaluate = ["retrieval", model, "--pairs", pairs, "--store", store, *gallery, "--prefilter", CANDIDATES, "--output", scores]
+    report = ["--output", scores, "--replace"]
+    evaluate = ["retrieval", model, "--pairs", pairs, "--store", store, *gallery, "--prefilter", CANDIDATES, *report]
     view = ["--images", images, "--pairs", pairs, "--store", store, "--run", run, "--retrieval", scores, "--title", "megainter demo"]
     return [
         Stage("scenes", "compose scenes from OpenMoji glyphs, with captions", lambda: _compose(output)),

@@ -16,6 +16,7 @@ from megainter.errors import DamagedError, MegainterError, NoSpaceError, UsageEr
 
 CHECKSUMS = "checksums.json"  # of a model's folder
 README = "README.md"
+OUR_PAGE = b'<meta name="generator" content="megainter">'  # near the head of every page that is written
 _NOT_READ = (".md", ".py")  # in a model's folder
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "no space left in the quota", errno.EFBIG: "a file may not be as large here"}
 # The same in the words of libraries whose errors have no number: safetensors, and numpy where less was written than asked.
@@ -146,6 +147,16 @@ def require_file_place(path: Path, option: str) -> None:
         raise UsageError(f"{option} {path} is a folder; give the name of a file in it")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{option} {path} cannot be written: its folder is not writable")
+
+
+def require_page_place(path: Path, option: str) -> None:
+    """``require_file_place``, and ``UsageError`` where a file is there that is no page of ours: it stays."""
+    require_file_place(path, option)
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        if OUR_PAGE not in file.read(4096):
+            raise UsageError(f"{option} {path} is there and is no page of megainter; give another name, or remove it")
 
 
 def checksum_of(value: Any) -> str:

@@ -25,10 +25,11 @@ def read_report(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """A Parquet file beside a report with one row for each query: what it is called, the column of its name and that of its outcome, and
-    the value that a right one has there."""
+    """A Parquet file beside a report with one row for each query: its digest, what the queries are called, the column of their name and
+    that of their outcome, and the value that a right one has there."""
 
     file: str
+    sha256: str | None
     words: str
     name: str
     outcome: str
@@ -53,6 +54,10 @@ class ReportKind(ABC):
     @abstractmethod
     def task(self, report: Report) -> tuple[str, str]:
         """The task as the Hub knows it, and in words."""
+
+    def sizes(self, report: Report) -> list[int]:
+        """How many queries the figures are shares of, in percent; none where they are something else."""
+        return [report[name] for name in self.counts if isinstance(report.get(name), int)]
 
     def setting(self, report: Report) -> str:
         """How it was measured; reports of one data set are told apart by it."""
@@ -103,7 +108,7 @@ class _Retrieval(ReportKind):
 
     def table_of_outcomes(self, report: Report) -> Outcomes | None:
         top = report.get("top")
-        return Outcomes(top, "text to image R@1", "pair_id", "rank", 1) if isinstance(top, str) else None
+        return Outcomes(top, report.get("top_sha256"), "text to image R@1", "pair_id", "rank", 1) if isinstance(top, str) else None
 
 
 class _Vcr(ReportKind):
@@ -135,6 +140,9 @@ class _Classification(ReportKind):
     command, counts = "classification", ("count", "examples_digest")
     head = ("examples", "figure", "value")
 
+    def sizes(self, report: Report) -> list[int]:
+        return []
+
     def fits(self, report: Report) -> bool:
         figures = report.get("figures")
         named = isinstance(report.get("examples"), str) and isinstance(report.get("task"), str)
@@ -158,7 +166,9 @@ class _Classification(ReportKind):
 
     def table_of_outcomes(self, report: Report) -> Outcomes | None:
         table = report.get("predictions")
-        return Outcomes(table, "right predictions", "example_id", "right", 1) if isinstance(table, str) else None
+        if not isinstance(table, str):
+            return None
+        return Outcomes(table, report.get("predictions_sha256"), "right predictions", "example_id", "right", 1)
 
 
 KINDS: tuple[ReportKind, ...] = (_Retrieval(), _Vcr(), _Classification())

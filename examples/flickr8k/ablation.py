@@ -161,7 +161,7 @@ def _stages_of(name: str, variant: Variant, seed: int, processes: int, budget: t
 def _evaluation(name: str, model: Path, processes: int, work: Path, report: Path) -> Stage:
     gallery = ["--pairs", work / "val.parquet", "--store", work / "grid.store", "--split", "val", "--images", GALLERY]
     gallery += ["--captions-per-image", CAPTIONS]
-    return verb(name, "its recall", "evaluate", "retrieval", model, *gallery, "--processes", processes, "--output", report)
+    return verb(name, "its recall", "evaluate", "retrieval", model, *gallery, "--processes", processes, "--output", report, "--replace")
 
 
 def _recalls(name: str, output: Path) -> dict[str, dict[str, list[float]]]:

@@ -145,7 +145,7 @@ def _training(chinese: bool, processes: int, steps: tuple[int | None, int | None
 def _evaluation(model: str, gallery: str, store: Path, processes: int, work: Path) -> Stage:
     return verb(f"evaluate-{model}-{gallery}", f"the {MODELS[model]} model among the photos of {gallery}", "evaluate", "retrieval",
                 work / FOLDERS[model], "--pairs", work / f"{gallery}.parquet", "--store", store, "--split", gallery,
-                "--prefilter", CANDIDATES, "--processes", processes, "--output", work / f"{model}-{gallery}.json")  # fmt: skip
+                "--prefilter", CANDIDATES, "--processes", processes, "--output", work / f"{model}-{gallery}.json", "--replace")  # fmt: skip
 
 
 def _write_table(work: Path, galleries: list[str]) -> None:

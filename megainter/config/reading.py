@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,18 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise UsageError(f"recipe {path} is a folder; give the TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path} is not valid TOML: {error}") from None
+        raise UsageError(f"recipe {path} is not valid TOML: {error}{_line_of(path, error)}") from None
+
+
+def _line_of(path: Path, error: ValueError) -> str:
+    """The line of a recipe that an error of TOML's grammar names, with the usual cause: text without quotation marks."""
+    named = re.search(r"at line (\d+)", str(error))
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if named is None or not 0 < int(named[1]) <= len(lines):
+        return ""
+    line = lines[int(named[1]) - 1].strip()
+    bare = re.fullmatch(r"([\w.-]+)\s*=\s*([A-Za-z_][\w./-]*)", line)
+    return f'; did you mean {bare[1]} = "{bare[2]}"?' if bare else f": {line:.80}"
 
 
 def _pairs(tokens: Sequence[str]) -> list[tuple[str, str]]:
@@ -273,7 +285,9 @@ def _explained(error: ValidationError, path: Path | None, kind: type, typed: lis
 
 def _near_key(key: str, known: list[str]) -> str | None:
     """The setting that ``key`` may stand for: under its earlier name, another program's, in another section, or misspelt."""
-    last = key.rpartition(".")[2]
+    last, sections = key.rpartition(".")[2], sorted({each.partition(".")[0] for each in known if "." in each})
+    if "." not in key and (section := difflib.get_close_matches(key, sections, n=1, cutoff=0.75)):
+        return f"the section {section[0]}"
     if (named := RENAMED.get(key) or ELSEWHERE.get(last)) in known:
         return named
     elsewhere = [each for each in known if each.rpartition(".")[2] == last]
@@ -285,9 +299,11 @@ def _check_shared(config: Any) -> None:
     """Contradictions in the sections that every run has."""
     training, engine = config.training, config.engine
     if (training.steps is None) == (training.epochs is None):
-        raise UsageError("give exactly one of training.steps and training.epochs")
+        given = "both are there: leave one out" if training.steps is not None else "neither is there"
+        raise UsageError(f"give exactly one of training.steps and training.epochs; {given}")
     if training.micro_tokens is None and training.micro_batch > training.global_batch:
-        raise UsageError(f"training.micro_batch {training.micro_batch} exceeds training.global_batch {training.global_batch}")
+        small, large = training.global_batch, training.micro_batch
+        raise UsageError(f"training.micro_batch {large} exceeds training.global_batch {small}: give --training.micro_batch {small} or less")
     if engine.precision == "fp16" and engine.zero_stage == 0:
         raise UsageError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0")
     if config.checkpoint.keep_every % config.checkpoint.every_steps:

@@ -1,5 +1,6 @@
 """The model card (README.md) of a folder: what is known of the model, for people and for the Hub. What is not known is left out."""
 
+import difflib
 import json
 import re
 import shlex
@@ -25,6 +26,19 @@ _PIPELINES = {
 _SCORING = ("InterBertForPreTraining", "InterBertForRetrieval")  # have the head that scores pairs
 _SETTINGS = {"training": ("steps", "epochs", "global_batch", "seed"), "optimizer": ("name", "learning_rate"), "engine": ("precision",)}
 _CURVES = re.compile(r"(\w+_)?loss|(\w+_)?accuracy|(\w+_)?r_at_\d+")
+# Names that the Hub knows (huggingface.co/docs/hub/repositories-licenses); any other one is "other" there.
+LICENSES = frozenset([
+    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
+    "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "c-uda",
+    "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
+    "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0",
+    "cc-by-nc-sa-4.0", "cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0",
+    "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "isc",
+    "h-research", "intel-research", "lppl-1.3c", "ms-pl", "apple-ascl", "apple-amlr", "mpl-2.0", "odc-by", "odbl", "openmdw-1.0",
+    "openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr", "deepfloyd-if-license",
+    "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "unknown",
+    "other",
+])  # fmt: skip
 _PACKAGES = ("megainter", "torch", "deepspeed")
 
 
@@ -44,8 +58,10 @@ class CardOptions:
     """Report of `megainter evaluate` on these weights, whose figures the card then has; may be given several times."""
 
     def __post_init__(self) -> None:
-        if self.license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.license):
-            raise UsageError(f"--license {self.license!r:.80}: give its name on the Hub, such as apache-2.0 or cc-by-nc-4.0, or other")
+        if self.license is not None and self.license not in LICENSES:
+            near = difflib.get_close_matches(self.license.lower(), LICENSES, n=1)
+            hint = f"did you mean {near[0]}?" if near else "give its name on the Hub, such as apache-2.0 or cc-by-nc-4.0, or other"
+            raise UsageError(f"--license {self.license!r:.80}: {hint}")
         for language in self.language:
             if not re.fullmatch(r"[a-z]{2,3}|multilingual", language):
                 raise UsageError(f"--language {language!r:.80}: give two or three letters, such as en or zh, or multilingual")
@@ -212,11 +228,16 @@ def _use(config: Any) -> str:
     other = next((auto for auto, name in AUTO_CLASSES.items() if name == architecture and architecture not in _SCORING), None)
     auto = other or "AutoModelForNextSentencePrediction"
     call = [
-        "inputs = processor(text=texts, region_features=features, boxes=boxes, image_sizes=sizes)  # of each pair; boxes in pixels, xyxy",
+        "",
+        "# One entry for each pair: a text, and what a detector found in its image (here nothing).",
+        'texts, sizes = ["two dogs on a beach"], [(640, 480)]  # width and height in pixels',
+        "boxes = [torch.tensor([[0.0, 0.0, 640.0, 480.0]])]  # a row for each region: x1, y1, x2, y2 in pixels",
+        f"features = [torch.zeros(1, {config.region_feature_size})]",
+        "inputs = processor(text=texts, region_features=features, boxes=boxes, image_sizes=sizes)",
         "with torch.no_grad():",
         "    scores = model(**inputs).scores  # the probability that text and image match",
     ]
-    vectors = ["    texts = model.encode_texts(**processor(text=texts))  # vectors of length 1; encode_images has those of images"]
+    vectors = ["    vectors = model.encode_texts(**processor(text=texts))  # of length 1; encode_images has those of images"]
     lines = [
         "With transformers alone, by the code in this folder:",
         "",
@@ -224,6 +245,7 @@ def _use(config: Any) -> str:
         *([] if other else ["import torch"]),
         f"from transformers import {auto}, AutoProcessor",
         "",
+        'folder = "."  # this folder, or OWNER/NAME on the Hub',
         "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)",
         f"model = {auto}.from_pretrained(folder, trust_remote_code=True).eval()",
         *([] if other else call),

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from megainter.data.tables.parquet import open_parquet
 from megainter.errors import UsageError
+from megainter.files import sha256_of
 from megainter.paths import short_names
 from megainter.reports import Outcomes, ReportKind, kind_of, read_report
 
@@ -41,11 +42,16 @@ class Paired:
 
 @dataclass(frozen=True)
 class Compared:
-    """Reports by their paths, their figures, what they were measured on that is not the same, and the queries of two of them."""
+    """Reports by their paths, their figures, what they were measured on that is not the same, and the queries of two of them.
+
+    ``sizes``: how many queries the figures are shares of, each number once; ``same_weights``: all reports are of one model's.
+    """
 
     task: str
     reports: list[Path]
     figures: list[Figure]
+    sizes: list[int]
+    same_weights: bool
     unlike: list[str]
     paired: Paired | None
 
@@ -65,6 +71,8 @@ def compare(paths: list[Path]) -> Compared:
         task=kind.command,
         reports=paths,
         figures=_figures(kind, reports),
+        sizes=sorted({size for report in reports for size in kind.sizes(report)}),
+        same_weights=len({report["model_digest"] for report in reports}) == 1,
         unlike=unlike,
         paired=_paired(kind, paths, reports) if len(paths) == 2 and not unlike else None,
     )
@@ -82,7 +90,7 @@ def _figures(kind: ReportKind, reports: list[dict[str, Any]]) -> list[Figure]:
 
 def _unlike(kind: ReportKind, reports: list[dict[str, Any]]) -> list[str]:
     """What the reports were measured on and how, where that is not the same in all."""
-    told = []
+    told: list[str] = []
     for name in (*kind.counts, *OF_THE_DATA):
         values = [report.get(name) for report in reports]
         if any(value != values[0] for value in values):
@@ -96,7 +104,7 @@ def _paired(kind: ReportKind, paths: list[Path], reports: list[dict[str, Any]]) 
     found = []
     for path, report in zip(paths, reports, strict=True):
         outcomes = kind.table_of_outcomes(report)
-        if outcomes is None or Path(outcomes.file).name != outcomes.file or not (path.parent / outcomes.file).is_file():
+        if outcomes is None or not _is_its_own(path.parent / outcomes.file, outcomes):
             return None
         found.append((outcomes.words, _right(path.parent / outcomes.file, outcomes)))
     (words, first), (_, second) = found
@@ -104,6 +112,11 @@ def _paired(kind: ReportKind, paths: list[Path], reports: list[dict[str, Any]]) 
         return None
     sums = np.bincount([2 * first[name] + second[name] for name in first], minlength=4).tolist()
     return Paired(words, sums[3], sums[2], sums[1], sums[0], mcnemar(sums[2], sums[1]))
+
+
+def _is_its_own(path: Path, outcomes: Outcomes) -> bool:
+    """Whether the table beside a report is there, and still the one that was written with it."""
+    return path.name == outcomes.file and path.is_file() and (outcomes.sha256 is None or sha256_of(path) == outcomes.sha256)
 
 
 def _right(path: Path, outcomes: Outcomes) -> dict[str, bool]:
@@ -135,7 +148,8 @@ def told(compared: Compared) -> str:
     rows = [[each.name, *map(_shown, each.values), _signed(each.difference)] for each in compared.figures]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in [head, *rows]]
-    lines += [f"not measured alike: {each}" for each in compared.unlike]
+    lines += [f"in percent; one of {size:,} is {100 / size:.2g}" for size in compared.sizes] if compared.sizes else []
+    lines += ["all are of the same weights"] * compared.same_weights + [f"not measured alike: {each}" for each in compared.unlike]
     if (paired := compared.paired) is not None:
         queries = paired.both + paired.first_alone + paired.second_alone + paired.neither
         alone = f"{paired.first_alone:,} with {names[0]} alone, {paired.second_alone:,} with {names[1]} alone"

@@ -58,9 +58,12 @@ def test_shipped_recipes_are_valid_and_say_what_they_are(recipe: Path) -> None:
         (["--trainning.steps", "5"], ["trainning.steps", "did you mean training.steps"]),
         (["--optimizer.learning_rate", "fast"], ["optimizer.learning_rate", "'fast'"]),
         (["--engine.zero_stage", "4"], ["engine.zero_stage", "3"]),
-        (["--training.epochs", "2"], ["exactly one of training.steps and training.epochs"]),
+        (["--training.epochs", "2"], ["exactly one of training.steps and training.epochs; both are there: leave one out"]),
         (["--checkpoint.keep_every", "1500"], ["keep_every 1500 is not a multiple of checkpoint.every_steps 1000"]),
-        (["--training.micro_batch", "1024"], ["micro_batch 1024 exceeds training.global_batch 512"]),
+        (
+            ["--training.micro_batch", "1024"],
+            ["micro_batch 1024 exceeds training.global_batch 512: give --training.micro_batch 512 or less"],
+        ),
         (
             ["--model.hidden_size", "100"],
             ["100 is not divisible by model.num_attention_heads 12: give --model.num_attention_heads 10, or --model.hidden_size 96 or 120"],
@@ -110,6 +113,18 @@ def test_a_recipe_of_another_verb_is_told_with_the_right_command(recipe: Path, t
 def test_a_setting_under_its_earlier_name_is_told_the_new_one() -> None:
     with pytest.raises(UsageError, match=r"unknown setting data\.max_missing; did you mean data\.max_bad\?"):
         load_config(None, [*GOOD, "--data.max_missing", "0.1"])
+
+
+def test_what_is_wrong_in_a_recipe_is_named_by_its_line_and_section(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    for content, told in (
+        ("[data]\nmasking = bert\n", r"line 2, column \d+\); did you mean masking = \"bert\"\?"),
+        ("[data]\nsplit 3\n", r"line 2, column \d+\): split 3"),
+        ("[modell]\nx = 1\n", r"unknown setting modell in .*; did you mean the section model\?"),
+    ):
+        recipe.write_text(content)
+        with pytest.raises(UsageError, match=told):
+            load_config(recipe, GOOD)
 
 
 def test_a_mistake_is_where_it_was_made(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The model card of a converted folder: valid for the Hub, true to what is known, and silent where nothing is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from megainter.errors import UsageError
 from megainter.model.folder import model_digest, read_config
 from tests.conversion.test_zero import write_checkpoint
 from tests.model.tiny import tiny_config, tiny_model
+from tests.synthetic import environment
 
 RECORDS = [
     {"kind": "train", "step": 5, "loss": 9.5, "msm_loss": 7.25, "itm_accuracy": 0.5, "samples_per_second": 70.0, "time": 1.0},
@@ -113,6 +116,15 @@ def test_how_a_model_is_used_depends_on_its_head(model: Path, tmp_path: Path) ->
     assert "encode_texts" in card_in(tmp_path / "out").text
     convert_hugging_face(tmp_path / "out", tmp_path / "later", head="choice")
     assert card_in(tmp_path / "later").data.pipeline_tag == "visual-question-answering"
+
+
+def test_the_code_of_a_card_runs_as_it_stands(model: Path, tmp_path: Path) -> None:
+    (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(45))]) + "\n")
+    convert_hugging_face(model, tmp_path / "out", head="retrieval", cased=False)
+    code = card_in(tmp_path / "out").text.split("```python\n")[1].split("```")[0] + "print(tuple(scores.shape), tuple(vectors.shape))"
+    places = environment() | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True, check=False, env=places)
+    assert done.stdout.strip() == "(1,) (1, 5)", done.stderr
 
 
 def test_evaluations_become_the_index_of_the_hub(model: Path, tmp_path: Path) -> None:
@@ -238,10 +250,11 @@ def test_hostile_names_stay_text(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"license": "Apache 2.0"}, {"language": ("english",)}, {"dataset": ("a/b/c",)}, {"base_model": "http://x"}]
+    "wrong",
+    [{"license": "Apache 2.0"}, {"license": "apache"}, {"language": ("english",)}, {"dataset": ("a/b/c",)}, {"base_model": "http://x"}],
 )
 def test_what_the_hub_would_not_take_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="give"):
+    with pytest.raises(UsageError, match=r"give|did you mean apache-2\.0\?"):
         CardOptions(**wrong)
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megainter.errors import UsageError
+from megainter.files import sha256_of
 from megainter.tasks.comparing import compare, mcnemar, told
 from tests.test_cli import run
 
@@ -76,6 +77,18 @@ def test_what_was_not_measured_alike_is_told_and_not_paired(tmp_path: Path) -> N
     assert found.paired is None
     outside = write_report(tmp_path / "outside.json", [1, 2], top="../one.top.parquet")
     assert compare([one, outside]).paired is None
+
+
+def test_a_table_that_was_written_anew_is_not_counted_and_one_model_is_told(tmp_path: Path) -> None:
+    one, other = write_report(tmp_path / "one.json", [1, 2]), write_report(tmp_path / "other.json", [1, 1])
+    digest = sha256_of(tmp_path / "one.top.parquet")
+    one.write_text(json.dumps(json.loads(one.read_text()) | {"top_sha256": digest}))
+    assert compare([one, other]).paired is not None
+    write_report(tmp_path / "new.json", [2, 2]).with_suffix(".top.parquet").rename(tmp_path / "one.top.parquet")
+    found = compare([one, other])
+    assert found.paired is None
+    assert "all are of the same weights" in told(found)
+    assert "in percent; one of 2 is 50" in told(found)
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from megainter.data.integers import Int64s
 from megainter.data.tables.labelled import Examples, read_examples
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import NumericsError, UsageError
-from megainter.files import require_file_place, write_json
+from megainter.files import require_file_place, sha256_of, write_json
 from megainter.model.configuration import InterBertConfig
 from megainter.model.folder import model_digest, read_config, read_vocabulary
 from megainter.model.interbert import InterBertForSequenceClassification
@@ -27,7 +27,16 @@ from megainter.tasks.classification.options import ClassificationEvaluation
 from megainter.tasks.classification.report import ClassificationReport, named_predictions, summary, write_predictions
 from megainter.tasks.classification.submission import submission_ids, write_submission
 from megainter.tasks.scoring.file import open_score_file
-from megainter.tasks.scoring.models import DTYPES, USUAL_LENGTH, check_store, choose_devices, choose_precision, load_model, scored_model
+from megainter.tasks.scoring.models import (
+    DTYPES,
+    USUAL_LENGTH,
+    check_store,
+    choose_devices,
+    choose_precision,
+    keep_reports,
+    load_model,
+    scored_model,
+)
 from megainter.tasks.scoring.running import run
 from megainter.weights import Located
 
@@ -49,6 +58,7 @@ def evaluate(model: Path, options: ClassificationEvaluation) -> ClassificationRe
     predictions = options.output.with_name(f"{options.output.stem}.predictions.parquet")
     _check(options, predictions)
     located = scored_model(model)
+    keep_reports(options.output, located.path, options.replace)
     model = located.path
     encoded, examples, ids, facts = _open_inputs(located, options)
 
@@ -75,6 +85,7 @@ def evaluate(model: Path, options: ClassificationEvaluation) -> ClassificationRe
             processes=len(devices),
             seconds=seconds,
             predictions=predictions.name,
+            predictions_sha256=sha256_of(predictions),
             submission=str(options.submission) if options.submission is not None else None,
         )
         write_json(options.output, asdict(report))

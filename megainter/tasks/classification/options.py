@@ -36,3 +36,5 @@ class ClassificationEvaluation:
     """Torch device; "auto" takes CUDA where there is one."""
     submission: Path | None = None
     """Also write the file that the task's benchmark takes: vqa (JSON), nlvr2 (CSV), GLUE (TSV)."""
+    replace: bool = False
+    """Write over what is at --output, whatever that is. Without it a report on other weights stays, and exit code 2 says so."""

@@ -40,6 +40,7 @@ class ClassificationReport:
     processes: int
     seconds: float
     predictions: str
+    predictions_sha256: str
     submission: str | None
 
 

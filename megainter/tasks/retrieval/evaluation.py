@@ -19,7 +19,7 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.devices import torch_device
 from megainter.errors import NumericsError, UsageError
-from megainter.files import require_file_place, write_json
+from megainter.files import require_file_place, sha256_of, write_json
 from megainter.model.folder import model_digest, read_config
 from megainter.precision import Precision
 from megainter.tasks.retrieval.both import sum_of
@@ -39,7 +39,7 @@ from megainter.tasks.retrieval.ranking import (
 )
 from megainter.tasks.retrieval.report import BothStages, FirstStage, RetrievalReport, summary, write_pair_scores, write_scores, write_top
 from megainter.tasks.scoring.file import open_score_file
-from megainter.tasks.scoring.models import USUAL_LENGTH, check_model, choose_devices, choose_precision, scored_model
+from megainter.tasks.scoring.models import USUAL_LENGTH, check_model, choose_devices, choose_precision, keep_reports, scored_model
 from megainter.tasks.scoring.running import run
 from megainter.weights import Located
 
@@ -70,6 +70,7 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
     top = options.output.with_name(f"{options.output.stem}.top.parquet")
     _check(options, top)
     found = scored_model(model)
+    keep_reports(options.output, found.path, options.replace)
     inputs = open_inputs(found, options)
     choose_devices(options.device, inputs.precision, options.processes, 1, 1)  # refuses before long work
 
@@ -98,6 +99,7 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
             seconds=seconds,
             pairs_per_second=pace,
             top=top.name,
+            top_sha256=sha256_of(top),
             scores=str(options.scores) if options.scores is not None else None,
             prefilter=stage,
             both_stages=None if stage is None or chosen is None else _both_stages(file.scores[:, 0], inputs, chosen, stage),

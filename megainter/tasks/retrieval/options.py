@@ -46,3 +46,5 @@ class RetrievalEvaluation:
     """Share of the split's images that may lack regions; one may in any case, unless this is 0. Not checked where --images is given."""
     folds: int | None = None
     """Also give the mean recalls of so many equal parts of the gallery: 5 for COCO's "1K" figures beside its "5K" ones."""
+    replace: bool = False
+    """Write over what is at --output, whatever that is. Without it a report on other weights stays, and exit code 2 says so."""

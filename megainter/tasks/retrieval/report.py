@@ -83,6 +83,7 @@ class RetrievalReport:
     seconds: float
     pairs_per_second: float
     top: str
+    top_sha256: str
     scores: str | None
     prefilter: FirstStage | None
     both_stages: BothStages | None

@@ -11,12 +11,13 @@ from transformers.utils import logging as transformers_logging
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.devices import devices_named, torch_device, units_of
-from megainter.errors import UsageError
+from megainter.errors import DamagedError, UsageError
 from megainter.files import require_own_files
 from megainter.model.configuration import InterBertConfig
 from megainter.model.detector import require_detector, require_width
-from megainter.model.folder import read_vocabulary
+from megainter.model.folder import model_digest, read_vocabulary
 from megainter.precision import AskedPrecision, Precision, automatic
+from megainter.reports import read_report
 from megainter.weights import Located, locate
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -31,6 +32,19 @@ def scored_model(model: Path) -> Located:
     if found.told:
         print(found.told, flush=True)
     return found
+
+
+def keep_reports(output: Path, model: Path, replace: bool) -> None:
+    """``UsageError`` where ``output`` has the report of another model than the one in the folder ``model``, or is something else, unless
+    it is to be replaced: a report of the same weights is written anew."""
+    if replace or not output.exists():
+        return
+    try:
+        report = read_report(output)
+    except (UsageError, DamagedError):
+        raise UsageError(f"--output {output} is there and is no report of `megainter evaluate`; give another name, or --replace") from None
+    if report["model_digest"] != model_digest(model):
+        raise UsageError(f"--output {output} has the report of another model, {report['model']!s:.120}; give another name, or --replace")
 
 
 def check_store(folder: Path, config: InterBertConfig, store: FeatureStore, other_detector: bool) -> None:

@@ -17,7 +17,7 @@ from megainter.errors import NumericsError, UsageError
 from megainter.files import require_file_place, write_json
 from megainter.model.folder import model_digest, read_config
 from megainter.tasks.scoring.file import open_score_file
-from megainter.tasks.scoring.models import check_model, choose_devices, choose_precision, scored_model
+from megainter.tasks.scoring.models import check_model, choose_devices, choose_precision, keep_reports, scored_model
 from megainter.tasks.scoring.running import run
 from megainter.tasks.vcr.batches import ChoiceSource, ChoiceToMake, all_items, right_choices
 from megainter.tasks.vcr.inputs import MODES, Stores, WordPieces, open_questions, open_stores, read_facts
@@ -45,6 +45,7 @@ def evaluate(model: Path, options: VcrEvaluation) -> VcrReport:
     probabilities = options.output.with_name(f"{options.output.stem}.probabilities.parquet")
     _check(options, probabilities)
     found = scored_model(model)
+    keep_reports(options.output, found.path, options.replace)
     model = found.path
     examples, facts = _open_inputs(found, options)
     asked = examples.questions

@@ -37,3 +37,5 @@ class VcrEvaluation:
     """Torch device; "auto" takes CUDA where there is one."""
     submission: Path | None = None
     """Also write the CSV that VCR's leaderboard takes."""
+    replace: bool = False
+    """Write over what is at --output, whatever that is. Without it a report on other weights stays, and exit code 2 says so."""

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from megainter.errors import UsageError
-from megainter.files import require_file_place
+from megainter.files import require_file_place, require_page_place
 from megainter.kinds import instead
-from megainter.paths import not_a_file, require_there
+from megainter.paths import did_you_mean, not_a_file, require_there
 from megainter.tasks.retrieval.search.options import IndexOptions, SearchOptions
 from megainter.weights import check_name
 
@@ -48,7 +48,7 @@ def check_search(index: Path, queries: tuple[str, ...], options: SearchOptions, 
         raise UsageError(f"--image {not_a_file(image)}")
     check_options(options)
     if page is not None:
-        require_file_place(page, "--page")
+        require_page_place(page, "--page")
 
 
 def is_unicode(text: str) -> bool:
@@ -62,6 +62,9 @@ def is_unicode(text: str) -> bool:
 
 def require_index(path: Path) -> None:
     """``UsageError`` where there is no index."""
+    if not path.exists():
+        order = '; the index stands first, as in `megainter search INDEX "two dogs"`' if " " in path.name else ""
+        raise UsageError(f"index {path} does not exist{did_you_mean(path) or order}")
     if not (path / DESCRIPTION).is_file():
         raise UsageError(f"{path} is no index (it has no {DESCRIPTION}); `megainter index` writes one{instead(path)}")
 

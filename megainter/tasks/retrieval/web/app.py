@@ -76,6 +76,7 @@ class Service:
         })  # fmt: skip
 
     async def search(self, request: Request) -> Response:
+        _require_known(request, "q", "top", "order")
         query = _query(request.query_params.get("q", ""))
         top, order = _number(request, "top", TOP, MAX_TOP), self._order(request)
         found: Found = await self.batcher.ask(Search(query, top, order))
@@ -84,6 +85,7 @@ class Service:
     async def photo(self, request: Request) -> Response:
         if not self.photos:
             raise HTTPException(503, self.photos_note)
+        _require_known(request, "top", "order")
         top, order = _number(request, "top", TOP, MAX_TOP), self._order(request)
         body = await _body(request, MAX_PHOTO_BYTES)
         return JSONResponse(await self.batcher.ask(Call(lambda: self._photo(body, top, order))))
@@ -105,6 +107,7 @@ class Service:
         return JSONResponse(facts | {"width": record.width, "height": record.height, "boxes": self._boxes(record)})
 
     async def similar(self, request: Request) -> Response:
+        _require_known(request, "top")
         row, top = self._row(request), _number(request, "top", TOP, MAX_TOP)
         found: Found = await self.batcher.ask(Call(lambda: self.searcher.similar_to_row(row, top)))
         spent = {"nearest": round(found.nearest_ms, 3)}
@@ -119,6 +122,7 @@ class Service:
         return JSONResponse({"pairs": scored})
 
     async def picture(self, request: Request) -> Response:
+        _require_known(request, "size")
         row, size = self._row(request), request.query_params.get("size", "small")
         if size not in SIZES:
             raise HTTPException(400, f"size is one of {', '.join(SIZES)}")
@@ -196,6 +200,12 @@ def _asset(path: Path) -> Callable[[Request], Awaitable[Response]]:
         return FileResponse(path, media_type=TYPES[path.suffix], headers={"cache-control": "no-cache"})
 
     return asset
+
+
+def _require_known(request: Request, *names: str) -> None:
+    """Answer 400 where the address has a parameter that is none of ``names``."""
+    if unknown := [name for name in request.query_params if name not in names]:
+        raise HTTPException(400, f"{plain(unknown[0])[:40]!r} is no parameter here; known are {', '.join(names)}")
 
 
 def _query(text: str) -> str:

@@ -23,7 +23,7 @@ from megainter.model.folder import read_config, read_vocabulary
 from megainter.tasks.retrieval.gallery import read_gallery, tokenize
 from megainter.tasks.retrieval.prefilter.towers import caption_vectors, image_vectors, load_prefilter
 from megainter.tasks.retrieval.search import building
-from megainter.tasks.retrieval.search.checks import check_index
+from megainter.tasks.retrieval.search.checks import check_index, require_index
 from megainter.tasks.retrieval.search.index import KEY, open_index
 from megainter.tasks.retrieval.search.options import IndexOptions, SearchOptions
 from megainter.tasks.retrieval.search.searching import Searcher
@@ -180,6 +180,11 @@ def test_a_model_by_its_name_is_indexed_and_found_again_by_it(gallery: Gallery, 
 def test_what_is_no_whole_index_is_refused(gallery: Gallery, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no index"):
         open_index(tmp_path)
+    (tmp_path / "photos.index").mkdir()
+    with pytest.raises(UsageError, match=r"photo\.index does not exist; did you mean .*photos\.index\?"):
+        require_index(tmp_path / "photo.index")
+    with pytest.raises(UsageError, match="index two dogs does not exist; the index stands first"):
+        require_index(Path("two dogs"))
     index = gallery.index(tmp_path / "index")
     facts = open_arrays(index.path, KEY).facts
     note_facts(index.path, {"model": 3})

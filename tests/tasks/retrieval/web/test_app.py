@@ -175,6 +175,8 @@ def refusals(client: Client) -> dict[str, tuple[Answer, int]]:
         "a large number": (client.get("/api/search?q=a&top=101"), 400),
         "an odd digit": (client.get("/api/search?q=a&top=%C2%B2"), 400),
         "another order": (client.get("/api/search?q=a&order=best"), 400),
+        "an unknown parameter": (client.get("/api/search?q=a&topp=3"), 400),
+        "an unknown parameter of a picture": (client.get("/images/0?sise=small"), 400),
         "an image beyond": (client.get(f"/images/{PHOTOS}"), 404),
         "an image far beyond": (client.get(f"/api/images/{'9' * 40}"), 404),
         "a negative row": (client.get("/images/-1"), 404),
