@@ -7,10 +7,10 @@ from pathlib import Path
 from megainter.errors import UsageError
 
 
-def require_there(path: Path | None, option: str) -> None:
-    """``UsageError`` where ``path`` is given and nothing is there, with the nearest name."""
+def require_there(path: Path | None, option: str, made_by: str = "") -> None:
+    """``UsageError`` where ``path`` is given and nothing is there, with the nearest name, or with what makes such a file."""
     if path is not None and not path.exists():
-        raise UsageError(f"{option} {path} does not exist{did_you_mean(path)}")
+        raise UsageError(f"{option} {path} does not exist{did_you_mean(path) or (f'; {made_by}' if made_by else '')}")
 
 
 def require_file(path: Path) -> None:

@@ -75,6 +75,14 @@ def test_an_unknown_setting_is_told_what_may_be_meant_and_nothing_far(words: str
     assert told in done.stderr
 
 
+def test_a_file_that_is_not_there_is_told_with_what_makes_it(tmp_path: Path) -> None:
+    done = run("pretrain", "--config", "small", "--data.pairs", tmp_path / "p.parquet", "--data.store", tmp_path / "s.store")
+    assert_one_line(done, 2, "p.parquet does not exist; `megainter prepare` makes one")
+    (tmp_path / "pp.parquet").touch()
+    done = run("pretrain", "--config", "small", "--data.pairs", tmp_path / "p.parquet", "--data.store", tmp_path / "s.store")
+    assert_one_line(done, 2, "pp.parquet?")
+
+
 def test_the_word_pretrain_may_stand_before_its_settings() -> None:
     assert settings_of_pretrain(["pretrain", "--config", "base"], "plan") == ["--config", "base"]
     assert settings_of_pretrain(["--config", "base"], "plan") == ["--config", "base"]

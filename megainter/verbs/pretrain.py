@@ -15,6 +15,12 @@ from megainter.weights import check_name
 PRINT_CONFIG = "--print-config"  # a flag among settings, which all take a value
 PRINTING = f"{PRINT_CONFIG} prints what recipe and command line come to, each value with its origin, and trains nothing."
 
+MADE_BY = {  # what writes the file of a setting, by its key
+    "pairs": "`megainter prepare` makes one", "store": "`megainter extract` makes one",
+    "hard_negatives": "`megainter prepare negatives` makes one", "questions": "`megainter prepare vcr` makes one",
+    "examples": "`megainter prepare examples` makes one",
+}  # fmt: skip
+
 
 def pretrain(*settings: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
     """Pretrain on captions and a feature store: --config RECIPE.toml [--section.key value ...].
@@ -56,7 +62,7 @@ def require_paths(config: Any) -> None:
         if key == "start_from" and path is not None:
             check_name(path, option=name)
         else:
-            require_there(path, name)
+            require_there(path, name, MADE_BY.get(key, ""))
 
 
 def take_flag(flag: str, tokens: Sequence[str]) -> tuple[bool, list[str]]:
