@@ -14,7 +14,7 @@ from megainter.data.integers import Int64s
 from megainter.data.stream.masking import MaskingRecipe, overlaps
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.errors import UsageError
-from megainter.files import require_file_place
+from megainter.files import require_page_place
 from megainter.tasks.pretraining.batches import PretrainBatch, PretrainStream
 from megainter.tasks.pretraining.sampling import Sampler, Samples
 from megainter.tasks.pretraining.sources import open_sources
@@ -23,10 +23,11 @@ from megainter.tasks.replaying import settings_of
 from megainter.training.loop import steps_of
 from megainter.training.replay import without_output
 from megainter.training.world import alone
-from megainter.view.pages import plain, write_template
-from megainter.view.pictures import RegionBox, image_files, region_boxes, smallest_last, thumbnail
+from megainter.view.pages import counted, plain, write_template
+from megainter.view.pictures import RegionBox, badge_places, image_files, region_boxes, smallest_last, thumbnail
 
 PHOTO = 420  # pixels of a photo's longer side
+BADGE = 8.0  # percent of a photo's width that a region's number takes, photos being small here
 MASK, OTHER, SAME = "mask", "other", "same"  # what stands in the place of a masked token
 SOURCES = {"own": "its own caption", "any": "a caption of another image", "hard": "a hard caption: one that reads alike", "step": ""}
 SOURCES["step"] = "another caption of this step, which the model chooses while it trains"
@@ -40,7 +41,7 @@ def write_batch_page(
     Its first ``count`` samples are shown, with their photos where the folder ``images`` is given. The run folder is only read.
     ``UsageError`` for a run of another task, and as opening its data raises.
     """
-    require_file_place(output, "--output")
+    require_page_place(output, "--output")
     if step < 1 or count < 1:
         raise UsageError(f"--step is {step} and --count {count}; give at least 1")
     with tempfile.TemporaryDirectory() as folder, alone() as world:
@@ -76,19 +77,29 @@ def shown_step(
     whole = stream.batch(draws, np.arange(len(draws), dtype=np.int64)) if len(places) < len(draws) else batch
     training = config.training
     losses = (
-        ("masked segments", "tokens", training.msm_weight), ("masked regions", "regions", training.mrm_weight),
-        ("matching", "pairs", training.itm_weight), ("contrast", "pairs", training.itc_weight),
+        ("masked segments", "token", training.msm_weight), ("masked regions", "region", training.mrm_weight),
+        ("matching", "pair", training.itm_weight), ("contrast", "pair", training.itc_weight),
     )  # fmt: skip
     epochs = sorted({int(epoch) for epoch in draws.epochs})
+    some = f"the first {len(places):,} shown" if len(places) < len(draws) else "all shown"
     return {
-        "facts": f"step {step:,} of seed {config.training.seed}, epoch {' and '.join(map(str, epochs))}: {len(draws):,} samples, "
-        f"the first {len(places):,} shown",
+        "facts": f"step {step:,} of seed {config.training.seed}, epoch{'s' * (len(epochs) > 1)} {' and '.join(map(str, epochs))}: "
+        f"{counted(len(draws), 'sample')}, {some}",
         "recipe": config.data.masking,
         "counts": [(name, count, what, weight) for (name, what, weight), count in zip(losses, whole.counts(), strict=False)],
-        "mismatched": int((draws.itm_labels == 1).sum()),
-        "hard": int(sampler.drawn_hard(draws).sum()),
+        "mismatches": mismatches(int((draws.itm_labels == 1).sum()), int(sampler.drawn_hard(draws).sum())),
         "samples": _samples(sampler, samples, batch, vocabulary, _photos(config, sampler, samples, images)),
     }
+
+
+def mismatches(count: int, hard: int) -> str:
+    """How many samples of a step show a caption of another image, and how many of these captions are hard ones, in a sentence."""
+    if count == 0:
+        return "No sample shows a caption that is not its own."
+    if count == 1:
+        return f"1 sample shows a caption that is not its own, {'' if hard else 'not '}a hard one."
+    told = {0: "none of these is a hard one", 1: "1 of these is a hard one"}.get(hard, f"{hard:,} of these are hard ones")
+    return f"{count:,} samples show a caption that is not their own; {told}."
 
 
 def _photos(config: RunConfig, sampler: Sampler, samples: Samples, images: Path | None) -> list[str | None]:
@@ -117,13 +128,15 @@ def _samples(
         record = sampler.store[pairs.image_id(sample.row)]
         labels = dict(zip(sample.msm_positions.tolist(), sample.msm_labels.tolist(), strict=True))
         reasons = masking_reasons(sample.boxes, sample.masked, anchors[i], sampler.recipe)
+        boxes = _boxes(record, names, reasons, sample.masked, sample.zeroed)
+        numbered = [box["place"] for box in boxes if box["kind"]]
         shown = {
             "id": plain(pairs.image_id(sample.row)), "epoch": sample.epoch, "n": sample.n, "picture": photos[i],
             "ratio": f"{sample.width} / {sample.height}", "matched": sample.itm_label == 0, "source": source, "told": SOURCES[source],
             "own": plain(pairs.caption(sample.row)), "of": plain(pairs.image_id(sample.caption_row)),
             "tokens": [_token(place, token, labels, spoken[i], entries, vocabulary) for place, token in enumerate(sample.ids.tolist())],
             "spoken": len(spoken[i]), "scored": len(scored[i]), "masked": int(sample.masked.sum()),
-            "boxes": _boxes(record, names, reasons, sample.masked, sample.zeroed),
+            "boxes": boxes, "badges": badge_places(numbered, sample.width / sample.height, BADGE),
         }  # fmt: skip
         found.append(shown)
     return found

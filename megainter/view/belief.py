@@ -38,10 +38,11 @@ class Guess:
 
 @dataclass(frozen=True)
 class HiddenToken:
-    """A token that was hidden: its place in the caption's tokens, what stood there (None where the caption itself had [MASK]) with its
-    probability and its rank from 1, and the likeliest entries."""
+    """A token that was hidden: its place in the caption's tokens, the number of the word that was hidden as a whole, what stood there
+    (None where the caption itself had [MASK]) with its probability and its rank from 1, and the likeliest entries."""
 
     position: int
+    word: int
     truth: Guess | None
     rank: int | None
     guesses: list[Guess]
@@ -61,7 +62,8 @@ class HiddenRegion:
 
 @dataclass(frozen=True)
 class Belief:
-    """``tokens`` T pieces, ``regions`` R; ``matching``: the probability that both belong together, None where the model has no head for it.
+    """``tokens`` T pieces, as of ``tokens_of``; ``regions`` R; ``matching``: the probability that both belong together, None where the
+    model has no head for it.
 
     ``interaction`` float32 [h, N, N] of each layer, R regions before the T tokens, ``text`` [h, T, T], ``region`` [h', R, R]: what is asked
     looks along the last axis, whose shares sum to 1.
@@ -110,10 +112,9 @@ def believe(
     batch = {name: tensor.to(model.device) for name, tensor in processor([caption], [record]).items()}
     whole: InterBertForPreTrainingOutput = model(**batch, output_attentions=True)
     ids = batch["input_ids"][0].cpu().numpy()
-    entries = _entries(processor.vocabulary)
     assert whole.itm_logits is not None
     return Belief(
-        tokens=[entries[i] for i in ids.tolist()],
+        tokens=tokens_of(caption, ids, processor.vocabulary),
         regions=batch["region_features"].shape[1],
         matching=float(whole.itm_logits[0].float().softmax(-1)[MATCHED]) if "matching" in heads else None,
         hidden_tokens=list(_hidden_tokens(model, batch, ids, processor.vocabulary)) if "words" in heads else [],
@@ -130,6 +131,23 @@ def _entries(vocabulary: Vocabulary) -> dict[int, str]:
 
 def _first_of_each(layers: tuple[Tensor, ...] | None) -> list[NDArray[np.float32]]:
     return [layer[0].cpu().numpy() for layer in layers or ()]
+
+
+def tokens_of(caption: str, ids: Int64s, vocabulary: Vocabulary) -> list[str]:
+    """The entry of each of ``ids`` [T], which ``caption`` became between [CLS] and [SEP]; an unknown one as "[UNK] for" its letters.
+
+    Where the caption spells a special token its letters are not to be had, and "[UNK]" stands alone.
+    """
+    entries, unknown = _entries(vocabulary), vocabulary.facts.unk_id
+    found = vocabulary.tokenizer.encode(caption, add_special_tokens=False)
+    inside = ids[1:-1].tolist()
+    tokens = [entries[token] for token in ids.tolist()]
+    if found.ids[: len(inside)] != inside:
+        return tokens
+    for place in np.flatnonzero(ids == unknown).tolist():
+        first, end = found.offsets[place - 1]
+        tokens[place] += f" for {caption[first:end]}"
+    return tokens
 
 
 def words_of(ids: Int64s, vocabulary: Vocabulary) -> list[list[int]]:
@@ -166,17 +184,17 @@ def _hidden_tokens(model: InterBertForPreTraining, batch: dict[str, Tensor], ids
         logits = model(**masked).text_logits
         for row, positions in enumerate(part):
             for position in positions:
-                yield _guessed(position, int(ids[position]), logits[row, position], names, mask)
+                yield _guessed(position, start + row, int(ids[position]), logits[row, position], names, mask)
 
 
-def _guessed(position: int, token: int, logits_V: Tensor, names: dict[int, str], mask: int) -> HiddenToken:
+def _guessed(position: int, word: int, token: int, logits_V: Tensor, names: dict[int, str], mask: int) -> HiddenToken:
     shares = logits_V.float().softmax(-1)
     best = shares.topk(min(GUESSES, len(shares)))
     guesses = [Guess(names.get(i, f"#{i}"), share) for share, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
     if token == mask:
-        return HiddenToken(position, None, None, guesses)
+        return HiddenToken(position, word, None, None, guesses)
     rank = 1 + int((shares > shares[token]).sum())
-    return HiddenToken(position, Guess(names[token], float(shares[token])), rank, guesses)
+    return HiddenToken(position, word, Guess(names[token], float(shares[token])), rank, guesses)
 
 
 def _hidden_regions(

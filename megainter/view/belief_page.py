@@ -1,6 +1,7 @@
 """The page of what a model believes of a photo and a caption: static, the attention of all layers and heads in its style sheet."""
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import RegionRecord
 from megainter.devices import torch_device
 from megainter.errors import UsageError
-from megainter.files import require_file_place
+from megainter.files import require_page_place
 from megainter.model.folder import read_config
 from megainter.model.processor import InterBertProcessor
 from megainter.tasks.retrieval.search.photo import PhotoReader
@@ -44,7 +45,7 @@ def write_belief_page(
     Regions are those that ``store`` has under ``image_id``; without one its detector finds them in the photo. ``UsageError`` for files
     that are missing or do not fit each other.
     """
-    require_file_place(output, "--output")
+    require_page_place(output, "--output")
     folder = scored_model(model).path
     config = read_config(folder)
     with FeatureStore(store) as features:
@@ -79,7 +80,8 @@ def shown_belief(belief: Belief, record: RegionRecord, names: tuple[str, ...], p
         "attention": attention_style(belief),
         "words_right": _first(belief.hidden_tokens),
         "regions_right": _agreeing(belief.hidden_regions),
-        "hidden_words": [_shown_token(belief, token) for token in belief.hidden_tokens],
+        "pieces": len(belief.hidden_tokens),
+        "hidden_words": shown_words(belief),
         "hidden_regions": [_shown_region(region, {box.row: box for box in boxes}) for region in belief.hidden_regions],
         "lights": "\n".join(_lights(region) for region in belief.hidden_regions),
     }
@@ -140,6 +142,18 @@ def _told(shares: list[int]) -> set[int]:
     """The places of the regions that most is looked at, without the whole photo's, which stands first and beside the photo."""
     order = sorted(range(1, len(shares)), key=lambda place: -shares[place])
     return {place for place in order[:TOLD] if shares[place]}
+
+
+def shown_words(belief: Belief) -> list[dict[str, Any]]:
+    """A row for each word that was hidden, with what stood and was guessed in the place of each of its pieces; one for each [MASK]."""
+    rows = [list(tokens) for _, tokens in groupby(belief.hidden_tokens, key=lambda token: token.word if token.truth else -token.position)]
+    return [{"word": _joined(belief, row), "pieces": [_shown_token(belief, token) for token in row]} for row in rows]
+
+
+def _joined(belief: Belief, word: list[HiddenToken]) -> str:
+    """The pieces of a word as one, of those after the first without the "##" that marks them."""
+    first, *rest = (belief.tokens[token.position] for token in word)
+    return plain(first + "".join(piece.removeprefix("##") for piece in rest))
 
 
 def _shown_token(belief: Belief, hidden: HiddenToken) -> dict[str, Any]:

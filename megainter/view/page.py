@@ -8,9 +8,9 @@ import numpy as np
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.tables.pairs import Pairs, read_pairs
 from megainter.errors import UsageError
-from megainter.files import inside, require_file_place
+from megainter.files import inside, require_page_place
 from megainter.view.curves import draw_curves
-from megainter.view.pages import plain, write_template
+from megainter.view.pages import counted, plain, write_template
 from megainter.view.pictures import SURE, region_boxes, spread, thumbnail
 from megainter.view.retrieved import SHOWN, read_report, recalls, retrieved
 from megainter.weights import origin_name
@@ -39,13 +39,13 @@ def write_page(
     """
     if count < 1:
         raise UsageError(f"--count is {count}; give at least 1")
-    require_file_place(output, "--output")
+    require_page_place(output, "--output")
     report = read_report(retrieval) if retrieval is not None else None
     manifest = read_pairs(pairs, report["split"] if report is not None else None)
     with FeatureStore(store) as features:
         values: dict[str, Any] = {
             "title": plain(title),
-            "facts": f"{len(features):,} images with regions, by {plain(detector_of(features))}",
+            "facts": f"{counted(len(features), 'image')} with regions, by {plain(detector_of(features))}",
             "curves": draw_curves(metrics) if metrics is not None else None,
             "retrieval": recalls(report) if report is not None else None,
             "retrieved": retrieved(retrieval, report, manifest, images, count) if report is not None and retrieval is not None else None,
@@ -63,7 +63,7 @@ def detector_of(store: FeatureStore) -> str:
     if name is not None:
         return f"the detector {name}"
     classes = ", ".join(schema.class_names[1:4]) + ", ..." * (schema.num_classes > 4)
-    return f"a detector of {schema.num_classes - 1:,} classes ({classes}), {schema.detector}"
+    return f"a detector of {schema.num_classes - 1:,} class{'es' * (schema.num_classes != 2)} ({classes}), {schema.detector}"
 
 
 def _images(manifest: Pairs, store: FeatureStore, folder: Path, count: int) -> list[dict[str, Any]]:

@@ -14,7 +14,13 @@ STYLE = Path(__file__).with_name("style.css")  # of all pages
 def write_template(output: Path, name: str, values: dict[str, Any]) -> None:
     """Render a page of this folder, whatever is in ``values`` escaped, and write it."""
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    pages.filters["counted"] = counted
     write_atomically(output, pages.get_template(name).render(values))
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things in words, ``what`` being one of them: "1 region", "2,000 regions"."""
+    return f"{number:,} {what}" + "s" * (number != 1)
 
 
 def plain(text: str) -> str:

@@ -110,28 +110,35 @@ def smallest_last(boxes: list[RegionBox]) -> list[RegionBox]:
     return sorted(boxes, key=lambda box: -box.width * box.height)
 
 
-def badge_places(boxes: list[RegionBox], aspect: float) -> dict[int, tuple[float, float]]:
-    """Where each region's number stands on an image of this width by height: row to left and top in percent, on the box's outline, where
-    no other number stands if there is such a place. Small boxes choose first, having fewest places."""
-    width, height = BADGE, BADGE * 0.7 * aspect
+def badge_places(boxes: list[RegionBox], aspect: float, badge: float = BADGE) -> dict[int, tuple[float, float]]:
+    """Where each region's number stands on an image of this width by height: row to left and top in percent, inside on the box's outline,
+    or else just outside, where no other number stands if there is such a place. Small boxes choose first, having fewest places.
+    ``badge``: percent of the image's width that a number takes."""
+    width, height = badge, badge * 0.7 * aspect
     taken: list[tuple[float, float]] = []
     places = {}
     for box in reversed(smallest_last(boxes)):
-        outline = list(_outline(box, width, height))
+        outline = list(_places(box, width, height))
         crowds = [sum(_overlap(place, other, width, height) for other in taken) for place in outline]
         places[box.row] = outline[int(np.argmin(crowds))]
         taken.append(places[box.row])
     return {row: (round(left, 2), round(top, 2)) for row, (left, top) in places.items()}
 
 
-def _outline(box: RegionBox, width: float, height: float) -> Iterator[tuple[float, float]]:
-    """Corners of badges of this size that stand inside on the box's outline, the upper left one first."""
-    lefts = np.linspace(box.left, max(box.left + box.width - width, box.left), OUTLINE)
-    tops = np.linspace(box.top, max(box.top + box.height - height, box.top), OUTLINE)
-    edges = [*((left, tops[0]) for left in lefts), *((lefts[0], top) for top in tops)]
-    edges += [*((lefts[-1], top) for top in tops), *((left, tops[-1]) for left in lefts)]
-    for left, top in edges:
+def _places(box: RegionBox, width: float, height: float) -> Iterator[tuple[float, float]]:
+    """Corners of badges of this size on an image: those inside on the box's outline, the upper left one first, then those outside."""
+    right, bottom = box.left + box.width, box.top + box.height
+    within = (box.left, max(right - width, box.left), box.top, max(bottom - height, box.top))
+    around = (box.left - width, right, box.top - height, bottom)
+    for left, top in (*_frame(*within), *_frame(*around)):
         yield float(min(max(left, 0.0), 100 - width)), float(min(max(top, 0.0), 100 - height))
+
+
+def _frame(left: float, right: float, top: float, bottom: float) -> list[tuple[float, float]]:
+    """Points along four sides, from the upper left one on."""
+    across, down = np.linspace(left, right, OUTLINE), np.linspace(top, bottom, OUTLINE)
+    sides = [*((x, top) for x in across), *((left, y) for y in down), *((right, y) for y in down), *((x, bottom) for x in across)]
+    return [(float(x), float(y)) for x, y in sides]
 
 
 def _overlap(one: tuple[float, float], other: tuple[float, float], width: float, height: float) -> float:

@@ -14,7 +14,7 @@ from megainter.data.tables.pairs import Pairs
 from megainter.errors import UsageError
 from megainter.files import inside, read_json
 from megainter.tasks.retrieval.ranking import rank_scores
-from megainter.view.pages import plain
+from megainter.view.pages import counted, plain
 from megainter.view.pictures import image_files, spread, thumbnail
 
 SHOWN = 5  # retrieved images of a caption, and captions of an image
@@ -48,7 +48,7 @@ def recalls(report: dict[str, Any]) -> dict[str, Any]:
     if first:
         pairs = f"{first['pairs']:,} of {report['captions'] * report['images']:,} pairs"
         scored = f"the {first['candidates']} nearest by vectors of each scored by the matching head ({pairs})"
-    note = f"{report['captions']:,} captions against {report['images']:,} images ({split}), {scored}."
+    note = f"{counted(report['captions'], 'caption')} against {counted(report['images'], 'image')} ({split}), {scored}."
     return {"rows": rows, "note": note}
 
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.feature_store.record import RegionRecord
 from megainter.errors import UsageError
-from megainter.files import inside, require_file_place
+from megainter.files import inside, require_page_place
 from megainter.view.page import detector_of
-from megainter.view.pages import plain, write_template
+from megainter.view.pages import counted, plain, write_template
 from megainter.view.pictures import RegionBox, image_files, region_boxes, smallest_last, spread, thumbnail
 from preprocessing.images.listing import list_images
 
@@ -41,7 +41,7 @@ def write_store_page(
     Pictures are those of the folder ``images``, by the paths of the manifest ``pairs``, else by ids as ``extract`` gives them; an image
     without a file has an empty frame. ``UsageError`` for a path that does not fit.
     """
-    require_file_place(output, "--output")
+    require_page_place(output, "--output")
     if count < 1:
         raise UsageError(f"--count is {count}; give at least 1")
     with FeatureStore(store) as features:
@@ -52,7 +52,7 @@ def write_store_page(
         regions = features.regions_at(features.find(ids))
         values = {
             "title": plain(title),
-            "facts": f"{len(features):,} images with regions, by {plain(detector_of(features))}; {len(ids):,} shown",
+            "facts": f"{counted(len(features), 'image')} with regions, by {plain(detector_of(features))}; {len(ids):,} shown",
             "images": shown,
             "classes": classes_of(shown),
             "levels": LEVELS,

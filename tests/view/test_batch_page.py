@@ -18,7 +18,7 @@ from megainter.errors import UsageError
 from megainter.tasks.pretraining.sources import Sources, open_sources
 from megainter.training.run_folder import environment
 from megainter.training.world import alone
-from megainter.view.batch_page import masking_reasons, shown_step, write_batch_page
+from megainter.view.batch_page import BADGE, masking_reasons, mismatches, shown_step, write_batch_page
 from tests.synthetic import settings, write_data
 from tests.view.test_view import HOSTILE, Tags
 
@@ -125,14 +125,30 @@ def test_a_hard_caption_is_called_one(data: tuple[Path, Path], tmp_path: Path, s
         sources = open_sources(config, 0, 1)
         shown = shown_step(sources.training, sources.vocabulary, config, 1, None, 100)
     mismatched = [sample for sample in shown["samples"] if not sample["matched"]]
-    assert len(mismatched) == shown["mismatched"] > 0
+    assert mismatched
     hard = [sample for sample in mismatched if sample["source"] == "hard"]
-    assert shown["hard"] == len(hard)
+    assert shown["mismatches"] == mismatches(len(mismatched), len(hard))
     if share == 0:
         assert hard == []
     else:  # all but those whose hard caption reads like their own
         assert len(hard) >= len(mismatched) - 2
         assert {sample["of"] for sample in hard} <= {"image-000", "image-001"}
+
+
+def test_mismatches_are_told_in_whole_sentences() -> None:
+    assert mismatches(0, 0) == "No sample shows a caption that is not its own."
+    assert mismatches(1, 1) == "1 sample shows a caption that is not its own, a hard one."
+    assert mismatches(1, 0) == "1 sample shows a caption that is not its own, not a hard one."
+    assert mismatches(15, 0) == "15 samples show a caption that is not their own; none of these is a hard one."
+    assert mismatches(15, 2) == "15 samples show a caption that is not their own; 2 of these are hard ones."
+
+
+def test_numbers_of_masked_regions_stand_within_the_photo(opened: tuple[Sources, RunConfig]) -> None:
+    sources, config = opened
+    shown = shown_step(sources.training, sources.vocabulary, config, STEP, None, 100)
+    for sample in shown["samples"]:
+        assert set(sample["badges"]) == {box["place"].row for box in sample["boxes"] if box["kind"]}
+        assert all(0 <= left <= 100 - BADGE and 0 <= top < 100 for left, top in sample["badges"].values())
 
 
 def test_a_run_is_shown_by_its_own_settings_and_only_read(data: tuple[Path, Path], tmp_path: Path) -> None:
@@ -146,6 +162,9 @@ def test_a_run_is_shown_by_its_own_settings_and_only_read(data: tuple[Path, Path
     assert page == write_batch_page(from_recipe, "t", config=config, run=None, step=2, count=5).read_text()
     assert len(Tags(page).of("article")) == 5
     assert "step 2 of seed 7" in page
+    assert 'Masks: "' in page
+    assert "(data.masking)" in page
+    assert not re.findall(r"\b1 (?:tokens|regions|pairs|samples|masked regions)\b", re.sub("<[^>]+>", "", page))
     assert "the run's last step is" not in page
     later = write_batch_page(tmp_path / "later.html", "t", config=None, run=run, step=config.training.steps + 1, count=5).read_text()
     assert f"the run&#39;s last step is {config.training.steps}" in later

@@ -16,8 +16,8 @@ from megainter.data.feature_store.record import RegionRecord, StoreSchema
 from megainter.data.feature_store.writer import FeatureStoreWriter, seal_store
 from megainter.data.text.vocabulary import load_vocabulary
 from megainter.errors import UsageError
-from megainter.view.belief import Belief, believe, hidden_with, words_of
-from megainter.view.belief_page import attention_style, write_belief_page
+from megainter.view.belief import Belief, believe, hidden_with, tokens_of, words_of
+from megainter.view.belief_page import attention_style, shown_words, write_belief_page
 from megainter.view.pictures import badge_places, region_boxes
 from tests.model.test_attentions import run_alone
 from tests.model.tiny import tiny_config, tiny_model
@@ -167,6 +167,20 @@ def test_numbers_stand_apart_on_their_boxes() -> None:
     assert badge_places(drawn[:1], 1.0) == {drawn[0].row: (drawn[0].left, drawn[0].top)}
 
 
+def test_numbers_of_small_boxes_stand_beside_them() -> None:
+    """Four boxes in one place, smaller than their numbers: one inside, the others around it; in a corner none beyond the image."""
+    middle, corner = (_places_of_four(start) for start in (45.0, 97.0))
+    assert all(abs(a[0] - b[0]) >= 7.99 or abs(a[1] - b[1]) >= 5.59 for a, b in itertools.combinations(middle, 2))
+    assert all(0 <= left <= 92 and 0 <= top <= 94.4 for left, top in middle + corner)
+
+
+def _places_of_four(start: float) -> list[tuple[float, float]]:
+    """Where numbers 8 wide and 5.6 high stand of four boxes of side 3 that begin at (``start``, ``start``) of an image of side 100."""
+    boxes = np.repeat(np.array([[start, start, start + 3, start + 3]], np.float32), 4, axis=0)
+    record = RegionRecord(boxes, np.zeros((4, 1), np.float16), np.full((4, 3), 1 / 3, np.float32), 100, 100)
+    return list(badge_places(region_boxes(record, ("__background__", "a", "b")), 1.0, 8.0).values())
+
+
 def test_regions_beyond_what_the_model_takes_are_neither_hidden_nor_drawn(belief: Belief, record: RegionRecord) -> None:
     assert [hidden.row for hidden in belief.hidden_regions] == [0, 1, 2, 3]
     assert hidden_with(record, 4).shape == (4, 4)
@@ -178,6 +192,22 @@ def test_a_caption_with_a_gap_is_asked_for_the_gap_alone(record: RegionRecord, p
     assert [(hidden.position, hidden.truth, hidden.rank) for hidden in found.hidden_tokens] == [(2, None, None), (5, None, None)]
     ids = np.array([2, 6, 7, 8, 8, 9, 3])
     assert words_of(ids, processor.vocabulary) == [[1], [2, 3, 4], [5]]
+
+
+def test_pieces_of_a_word_share_a_row_and_gaps_do_not(belief: Belief, record: RegionRecord, processor: InterBertProcessor) -> None:
+    rows = [(row["word"], [piece["word"] for piece in row["pieces"]]) for row in shown_words(belief)]
+    assert rows == [("red", ["red"]), ("cats", ["cat", "##s"]), ("and", ["and"]), ("a", ["a"]), ("dog", ["dog"])]
+    gaps = shown_words(believe(tiny_model(), processor, record, "a [MASK] [MASK]", NAMES))
+    assert [row["word"] for row in gaps] == ["[MASK]", "[MASK]"]
+
+
+def test_an_unknown_word_is_shown_with_its_letters(processor: InterBertProcessor) -> None:
+    vocabulary = processor.vocabulary
+    for caption, told in (("A Zebra and 狗", ["a", "[UNK] for Zebra", "and", "[UNK] for 狗"]), ("zebra [MASK]", ["[UNK]", "[MASK]"])):
+        ids = processor([caption])["input_ids"][0].numpy()
+        assert tokens_of(caption, ids, vocabulary) == ["[CLS]", *told, "[SEP]"]
+    cut = np.array([2, 5, 1, 3])
+    assert tokens_of("a zebra and a dog", cut, vocabulary) == ["[CLS]", "a", "[UNK] for zebra", "[SEP]"]
 
 
 def test_a_model_that_predicts_features_is_judged_by_their_direction(record: RegionRecord, processor: InterBertProcessor) -> None:

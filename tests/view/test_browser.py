@@ -80,6 +80,26 @@ def test_pages_fit_and_follow_the_scheme(open_page: Any, pages: dict[str, Path],
     assert page.evaluate(pictures) == 0 or page.evaluate("document.querySelector('[loading=lazy]') !== null")
 
 
+@pytest.mark.parametrize("kind", ["runs", "page"])
+def test_tables_and_charts_are_whole_on_a_phone(open_page: Any, pages: dict[str, Path], kind: str) -> None:
+    """Nothing of a table lies beyond its box, every value has its name beside it, and charts are as wide as the screen."""
+    page = open_page(pages[kind], "phone")
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].every(one => one.scrollWidth <= one.clientWidth)")
+    named = "[...document.querySelectorAll('.stack td:not(:first-child)')].map(one => getComputedStyle(one, '::before').content)"
+    names = page.evaluate(named)
+    assert names
+    assert not {"none", "normal", '""'} & set(names)
+    assert min(page.evaluate("[...document.querySelectorAll('.charts img')].map(one => one.clientWidth)")) > 300
+
+
+def test_the_key_to_the_runs_stays_in_sight_beside_their_curves(open_page: Any, pages: dict[str, Path]) -> None:
+    for size in SIZES:
+        page = open_page(pages["runs"], size)
+        page.evaluate("[...document.querySelectorAll('.charts figure')].at(-1).scrollIntoView()")
+        assert page.evaluate("document.querySelector('.keys').getBoundingClientRect().top") == 0
+
+
 def heat(page: Any, place: int) -> int:
     """How much a word or a region is lit up, in thousandths."""
     return int(page.evaluate(f"getComputedStyle(document.querySelector('#q{place}')).getPropertyValue('--s').trim()") or 0)

@@ -15,7 +15,8 @@ from PIL import Image
 from megainter.errors import UsageError
 from megainter.paths import short_names
 from megainter.training.metrics import MetricsLog, read_records
-from megainter.view.runs_page import charts_of, differences, read_run, write_runs_page
+from megainter.view.curves import COLOURS
+from megainter.view.runs_page import FEW, charts_of, differences, only_some, read_run, write_runs_page
 from tests.view.test_view import HOSTILE, Tags
 
 GIB = 2**30
@@ -60,7 +61,7 @@ def test_every_run_is_drawn_over_the_others(runs: list[Path]) -> None:
         assert (steps, [9.0 * factor] * 10) in lines(charts["samples per second"], run.colour)
         assert (steps, steps) in lines(charts["memory of the first rank, GiB"], run.colour)
         assert ([5.0], [1.5]) in lines(charts["seconds that training stood still for a save"], run.colour)
-        recall = lines(charts["text to image: R@1 full, R@5 dashed, R@10 dotted"], run.colour)
+        recall = lines(charts["text to image: R@1 dots, R@5 squares, R@10 diamonds"], run.colour)
         assert recall[-2:] == [([5.0, 10.0], [0.1, 0.1]), ([5.0, 10.0], [0.4, 0.4])]
     assert {"loss of masked segments", "accuracy of masked segments", "share of time waiting for data", "learning rate"} <= set(charts)
 
@@ -84,6 +85,53 @@ def test_names_and_settings_tell_runs_apart(runs: list[Path]) -> None:
     assert short_names(runs[:1]) == ["run"]
     read = [read_run(run, place) for place, run in enumerate(runs)]
     assert differences(read) == [("optimizer.learning_rate", ["0.001", "0.002"])]
+    assert only_some(read) == []
+
+
+def test_settings_that_only_some_runs_have_stand_apart_and_after_the_curves(runs: list[Path]) -> None:
+    (runs[1] / "config.json").write_text(json.dumps({"optimizer": {"learning_rate": 0.002, "name": "a"}, "listwise": {"negatives": 3}}))
+    read = [read_run(run, place) for place, run in enumerate(runs)]
+    assert differences(read) == [("optimizer.learning_rate", ["0.001", "0.002"])]
+    assert only_some(read) == [("listwise.negatives", ["", "3"])]
+    page = write_runs_page(runs[0] / "page.html", "t", runs).read_text()
+    places = [page.index(words) for words in ("<figure", "What they differ in (1)", "What only some of them have (1)")]
+    assert places == sorted(places)
+    assert page.rindex("<figure") < places[1]
+    assert ["open" in details for details in Tags(page).of("details")] == [True, False]
+
+
+def test_a_long_list_of_settings_is_folded(runs: list[Path]) -> None:
+    for run, value in zip(runs, (1, 2), strict=True):
+        (run / "config.json").write_text(json.dumps({"data": {f"setting_{number}": value for number in range(FEW + 1)}}))
+    page = write_runs_page(runs[0] / "page.html", "t", runs).read_text()
+    assert ["open" in details for details in Tags(page).of("details")] == [False]
+
+
+def test_recalls_of_one_validation_are_told_apart_by_markers(runs: list[Path]) -> None:
+    figure = dict(charts_of([read_run(runs[0], 0)])["Validation"])["text to image: R@1 dots, R@5 squares, R@10 diamonds"]
+    assert [line.get_marker() for line in figure.axes[0].get_lines()][-3:] == ["o", "s", "D"]
+
+
+def test_matching_is_one_chart_of_pretraining_and_fine_tuning(tmp_path: Path) -> None:
+    for name, objective in (("pretrained", "itm"), ("tuned", "matching")):
+        (tmp_path / name).mkdir()
+        record = {"kind": "train", "step": 1, "loss": 3.0, f"{objective}_loss": 0.7, f"{objective}_accuracy": 0.5}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    read = [read_run(tmp_path / name, place) for place, name in enumerate(("pretrained", "tuned"))]
+    charts = charts_of(read)
+    assert [title for title, _ in charts["Losses"]] == ["loss", "loss of matching"]
+    assert [title for title, _ in charts["Accuracy"]] == ["accuracy of matching"]
+    for run in read:
+        assert ([1.0], [0.7]) in lines(dict(charts["Losses"])["loss of matching"], run.colour)
+
+
+def test_colour_and_dashes_of_every_run_stand_beside_its_name(tmp_path: Path) -> None:
+    many = [write_run(tmp_path / f"run-{number}", 1.0) for number in range(len(COLOURS) + 1)]
+    page = write_runs_page(tmp_path / "page.html", "t", many).read_text()
+    strip = page.partition('<p class="keys">')[2].partition("</p>")[0]
+    assert [strip.index(run.name) for run in many] == sorted(strip.index(run.name) for run in many)
+    looks = [(line["stroke"], line["stroke-dasharray"]) for line in Tags(strip).of("line")]
+    assert len(set(looks)) == len(many)
 
 
 def test_the_page_is_whole_and_inert(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from megainter.errors import UsageError
 from megainter.tasks.retrieval.report import write_scores
 from megainter.view.curves import draw_curves
 from megainter.view.page import write_page
-from megainter.view.pages import plain
+from megainter.view.pages import counted, plain
 from megainter.view.pictures import region_boxes, spread, thumbnail
 from megainter.view.retrieved import recalls
 from megainter.weights import locate
@@ -131,7 +131,8 @@ def test_everything_is_inside_and_decodes(run: dict[str, Path], tmp_path: Path) 
     sources = [image["src"] or "" for image in Tags(page).of("img")]
     late = 3  # captions 5, 6 and 7 have their own image at ranks 6 to 8
     hardest = IMAGES - 1  # all but the one that was found first
-    assert len(sources) == IMAGES + 1 + IMAGES * 5 + late + hardest * 5 + late
+    charts = 2
+    assert len(sources) == IMAGES + charts + IMAGES * 5 + late + hardest * 5 + late
     for source in sources:
         kind, _, content = source.partition(";base64,")
         image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
@@ -152,7 +153,7 @@ def test_own_images_are_marked_once_per_caption(run: dict[str, Path], tmp_path: 
     assert "id0" in re.findall(r'alt="([^"]*)"', hardest)[:1]  # what was put first for caption 7
     assert "own image at rank 8" in page
     assert "88.1%" in page  # log-odds of 2
-    assert "matching 75.0%" in page
+    assert "last validation: accuracy of masked segments 50.0%, accuracy of matching 75.0%" in page
 
 
 def test_images_whose_captions_rank_worst_are_shown_where_all_scores_are_beside_the_report(run: dict[str, Path], tmp_path: Path) -> None:
@@ -253,6 +254,10 @@ def test_a_folder_is_no_place_for_the_page(run: dict[str, Path], tmp_path: Path)
         write_page(run["images"], "t", **run)
 
 
+def test_one_thing_is_singular() -> None:
+    assert [counted(number, "region") for number in (0, 1, 2, 3000)] == ["0 regions", "1 region", "2 regions", "3,000 regions"]
+
+
 def test_plain_keeps_every_script_and_drops_what_is_invisible() -> None:
     assert plain("两只狗 über \u202eabc\u200b\x07\n") == "两只狗 über abc"
 
@@ -276,14 +281,16 @@ def test_thumbnails_have_nothing_of_the_file_but_its_pixels(tmp_path: Path) -> N
     assert Image.open(io.BytesIO(content)).size == (20, 15)
 
 
-def test_recalls_of_validations_have_axes_and_a_note_of_their_own(run: dict[str, Path]) -> None:
+def test_recalls_of_validations_have_a_chart_and_a_note_of_their_own(run: dict[str, Path]) -> None:
     plain = draw_curves(run["metrics"])
     with open(run["metrics"], "a", encoding="utf-8") as file:
         for step, recall in ((30, 0.25), (59, 0.5)):
             found = {"text_to_image_r_at_1": recall, "vectors_text_to_image_r_at_1": recall / 2, "vectors_image_to_text_r_at_1": 0.1}
             file.write(json.dumps({"kind": "validation", "step": step, "msm_accuracy": 0.5, **found}) + "\n")
     found = draw_curves(run["metrics"])
-    sizes = [Image.open(io.BytesIO(base64.b64decode(one["picture"].partition(",")[2]))).width for one in (plain, found)]
-    assert sizes[1] > 1.4 * sizes[0]
+    assert [chart["name"] for chart in found["charts"]] == [
+        *(chart["name"] for chart in plain["charts"]),
+        "recall on the validation gallery",
+    ]
     assert "text to image R@1 50.0%, vectors text to image R@1 25.0%" in found["note"]
     assert "R@1" not in plain["note"]
