@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megainter.errors import UsageError
+from megainter.paths import did_you_mean
 
 # No leading dash: ssh would take such a "host" for an option and run what it says.
 HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
@@ -40,7 +41,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
             _refuse_foreign(path, os.fstat(file.fileno()))
             content = file.read(LARGEST + 1)
     except OSError as error:
-        raise UsageError(f"hostfile {path} cannot be read: {error.strerror}") from None
+        raise UsageError(f"hostfile {path} cannot be read: {error.strerror}{did_you_mean(path)}") from None
     except ValueError:
         raise UsageError(f"hostfile {str(path)!r} is not a file name") from None
     if len(content) > LARGEST:

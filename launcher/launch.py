@@ -25,6 +25,7 @@ from launcher.command import (
 )
 from launcher.hostfile import HOST, Host, format_hostfile, read_hostfile, select
 from launcher.options import NO_RESTARTS, THIS_MACHINE, Placement, Supervision
+from launcher.reach import advice, silent, told
 from launcher.supervise import SIGNALS, adopt_orphans, control_variables, run_attempt, supervise
 from megainter.config.portions import check_portions
 from megainter.config.settings import TrainingConfig
@@ -234,42 +235,30 @@ def _wait_for(settings: LaunchSettings, hosts: tuple[Host, ...], requests: StopR
     least = settings.supervision.min_nodes or len(hosts)
     deadline = time.monotonic() + WAIT_FOR_HOSTS
     while True:
-        alive = answering(hosts) if settings.request is None else hosts_of(settings)
+        alive, missing = _answers(settings, hosts)
         if len(alive) >= least or requests.count:
             return alive
-        missing = ", ".join(host.name for host in hosts if host not in alive)
         if time.monotonic() > deadline:
-            raise UsageError(f"{missing} did not answer for {WAIT_FOR_HOSTS / 60:.0f} minutes, and --min-nodes is {least}")
-        print(f"launch: waiting for {missing}", flush=True)
+            raise UsageError(f"{told(missing)} did not answer for {WAIT_FOR_HOSTS / 60:.0f} minutes, and --min-nodes is {least}")
+        print(f"launch: waiting for {told(missing)}", flush=True)
         time.sleep(10)
+
+
+def _answers(settings: LaunchSettings, hosts: tuple[Host, ...]) -> tuple[tuple[Host, ...], dict[str, str]]:
+    """The hosts that answer over ssh, in Slurm those that it calls usable now; and what is said of the others, by their names."""
+    if settings.request is None:
+        missing = silent(hosts)
+        return tuple(host for host in hosts if host.name not in missing), missing
+    usable = hosts_of(settings)
+    names = {host.name for host in usable}
+    return usable, {host.name: "Slurm calls it down" for host in hosts if host.name not in names}
 
 
 def _require_answers(hosts: tuple[Host, ...], least: int) -> None:
     """``UsageError`` naming the hosts that ssh does not reach where fewer than ``least`` answer, instead of the engine's traceback."""
-    alive = answering(hosts)
-    missing = [host.name for host in hosts if host not in alive]
-    if len(alive) < least:
-        raise UsageError(
-            f"{', '.join(missing)}: no answer over ssh without a password; see that `ssh {missing[0]} true` works, or --exclude it"
-        )
-
-
-def answering(hosts: tuple[Host, ...], seconds: int = 10) -> tuple[Host, ...]:
-    """The hosts on which ssh runs a command without asking for anything."""
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={seconds}", "-o", "StrictHostKeyChecking=yes"]
-    quiet = subprocess.DEVNULL
-    probes = [
-        subprocess.Popen(["ssh", *options, "--", host.name, "true"], stdin=quiet, stdout=quiet, stderr=quiet)
-        for host in hosts
-    ]  # fmt: skip
-    deadline = time.monotonic() + 2 * seconds
-    for probe in probes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            probe.wait(timeout=max(deadline - time.monotonic(), 0.1))
-        if probe.returncode is None:
-            probe.kill()
-            probe.wait()
-    return tuple(host for host, probe in zip(hosts, probes, strict=True) if probe.returncode == 0)
+    missing = silent(hosts)
+    if len(hosts) - len(missing) < least:
+        raise UsageError(f"no answer over ssh from {told(missing)}: {advice(missing)}, or --exclude {'@'.join(missing)}")
 
 
 def _submit(settings: LaunchSettings, request: slurm.SlurmRequest, own_words: tuple[str, ...], folder: Path, dry_run: bool) -> None:
@@ -282,8 +271,13 @@ def _submit(settings: LaunchSettings, request: slurm.SlurmRequest, own_words: tu
         print(text)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "job.sbatch", text)
-    print(f"launch: submitted as job {slurm.submit(folder / 'job.sbatch')}; its log: {folder}/slurm-JOB.log")
+    path = folder / "job.sbatch"
+    write_atomically(path, text)
+    try:
+        number = slurm.submit(path)
+    except UsageError as error:
+        raise UsageError(f"{error}; nothing was submitted: the batch file is {path}, and --dry-run prints it alone") from None
+    print(f"launch: submitted as job {number}; its log: {folder}/slurm-JOB.log")
 
 
 def _without_dry_run(own_words: tuple[str, ...]) -> tuple[str, ...]:

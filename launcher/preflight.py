@@ -17,9 +17,10 @@ from typing import Any
 
 from launcher.command import Job, build
 from launcher.hostfile import Host
-from launcher.launch import LaunchSettings, answering, engine_environment, hosts_of, job_of, write_attempt
+from launcher.launch import LaunchSettings, engine_environment, hosts_of, job_of, write_attempt
 from launcher.planning.device_memory import Layout, checkpoint_bytes, memory
 from launcher.planning.shape import Shape, largest_load, shape_of
+from launcher.reach import advice, silent, told
 from megainter.config.settings import RunConfig
 from megainter.errors import MegainterError
 from megainter.precision import Precision, Units, automatic_in_training, cpu_units
@@ -35,9 +36,10 @@ WRITTEN = 64 * 2**20  # bytes, to time the disk
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the list: what was looked at, what was found, and for a failure what to do and the exit code it ends with.
+    """One line of the list: what was looked at, what was found, and for a failure the exit code it ends with, and what to do.
 
-    ``skipped``: nothing was looked at, as something failed that it needs; that decides the exit code, and not this.
+    ``remedy`` is empty where ``found`` says that already. ``skipped``: nothing was looked at, as something failed that it needs; that
+    decides the exit code, and not this.
     """
 
     name: str
@@ -94,11 +96,12 @@ def preflight(config: RunConfig, settings: LaunchSettings, dry_run_step: bool = 
     done = []
     with _place_of_its_own(settings.output) as folder:
         job = job_of(settings, hosts, folder)
-        reachable = answering(hosts)
+        missing = silent(hosts)
+        reachable = tuple(host for host in hosts if host.name not in missing)
         facts = Facts(config=config, settings=settings, hosts=hosts, job=job, folder=folder, replies=_ask_all(reachable, settings, job))
         if not facts.answers:
             facts = replace(facts, local=_ask_here(settings, job))
-        for number, check in enumerate(_checks(facts, reachable, dry_run_step), start=1):
+        for number, check in enumerate(_checks(facts, missing, dry_run_step), start=1):
             _print(number, check)
             done.append(check)
     return done
@@ -134,11 +137,11 @@ def _print(number: int, check: Check) -> None:
         print(f"     -> {check.remedy}", flush=True)
 
 
-def _checks(facts: Facts, reachable: tuple[Host, ...], dry_run_step: bool) -> Iterator[Check]:
-    """The whole list; what needs something that failed is skipped."""
+def _checks(facts: Facts, missing: dict[str, str], dry_run_step: bool) -> Iterator[Check]:
+    """The whole list; what needs something that failed is skipped. ``missing``: ssh's words on the hosts that did not answer."""
     done = _Done()
     if facts.hosts:
-        yield done(hosts_check(facts.hosts, reachable))
+        yield done(hosts_check(facts.hosts, missing))
     replied = () if facts.replies else (HOSTS,)  # where some answered, these are looked at
     yield done.after(replied, VERSIONS, lambda: versions_check({name: reply.get("versions", {}) for name, reply in facts.replies.items()}))
 
@@ -204,17 +207,16 @@ class _Done:
 def engine_check(answer: dict[str, Any], micro_tokens: int | None = None) -> Check:
     """Settings and the DeepSpeed JSON agree, and DeepSpeed knows every key."""
     if "error" in answer:
-        return Check(ENGINE, False, answer["error"], "mend the setting it names", answer["code"])
+        return Check(ENGINE, False, answer["error"], code=answer["code"])
     batch, micro, times = (answer[name] for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
     portion = f"{batch} = {micro} x {times} x ranks" if micro_tokens is None else f"micro-batches of at most {micro_tokens:,} tokens"
     return Check(ENGINE, True, f"ZeRO stage {answer['zero_optimization']['stage']}, {portion}")
 
 
-def hosts_check(hosts: tuple[Host, ...], reachable: tuple[Host, ...]) -> Check:
-    """Every host runs a command over ssh without a question."""
-    missing = [host.name for host in hosts if host not in reachable]
-    found = f"{len(reachable)} of {len(hosts)} answer" + (f"; not {', '.join(missing)}" if missing else "")
-    return Check(HOSTS, not missing, found, "set up keys without a passphrase: ssh-copy-id HOST; and accept each host's key once")
+def hosts_check(hosts: tuple[Host, ...], missing: dict[str, str]) -> Check:
+    """Every host runs a command over ssh without a question; ``missing``: ssh's words by the names of those that did not."""
+    found = f"{len(hosts) - len(missing)} of {len(hosts)} answer" + (f"; not {told(missing)}" if missing else "")
+    return Check(HOSTS, not missing, found, advice(missing))
 
 
 def versions_check(versions: dict[str, dict[str, str]]) -> Check:
@@ -253,10 +255,10 @@ def data_check(answers: dict[str, dict[str, Any]]) -> Check:
     name = "data"
     for host, answer in answers.items():
         if "store" not in answer:
-            where = f" on {host}" if host else ""
-            return Check(
-                name, False, f"{answer.get('error', 'no answer')}{where}", "mount the data there under the same path", answer.get("code", 2)
-            )
+            words, code = answer.get("error", "no answer"), answer.get("code", 2)
+            if not host:  # on this machine the words say all
+                return Check(name, False, words, code=code)
+            return Check(name, False, f"{words} on {host}", "mount the data there under the same path", code)
     if not answers:
         return Check(name, False, "no host answered")
     digests = {(answer["pairs"], answer["store"]) for answer in answers.values()}
@@ -362,7 +364,7 @@ def step_checks(facts: Facts) -> Iterator[Check]:
     job = replace(facts.job, arguments=(*facts.settings.arguments, *words), port=facts.job.port + 2)
     ended = _run(job, facts.folder / "steps.log", seconds=1800)
     if ended:
-        yield Check("three steps", False, _last_line(facts.folder / "steps.log"), "mend what the line says", 1)
+        yield Check("three steps", False, _last_line(facts.folder / "steps.log"), code=1)
         return
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = min(record["step_seconds"] for record in records if record["kind"] == "train")

@@ -24,12 +24,18 @@ def shown_time(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
+SOON = 1.0  # seconds, before which a rate says nothing
+
+
 class Progress:
-    """Counts finished units of ``total`` and shows rate and ETA: a tqdm bar on a terminal, else a line every ``interval`` seconds."""
+    """Counts finished units of ``total`` and shows rate and ETA: a tqdm bar on a terminal, else a line every ``interval`` seconds.
+
+    No pace is told in the first second; units that ``failed`` are counted as done, and not for the rate.
+    """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, interval: float = 10.0, enabled: bool = True) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.started_at, self.done = done, done
+        self.started_at, self.done, self.failed = done, done, 0
         self.interval, self.enabled = interval, enabled
         self.start = self.last_line = time.monotonic()
         terminal = enabled and sys.stderr.isatty()
@@ -46,25 +52,31 @@ class Progress:
             self.last_line = time.monotonic()
             print(self._line(note), flush=True)
 
+    def fail(self, count: int) -> None:
+        """``count`` of the units that are told as finished gave nothing."""
+        self.failed += count
+
     def began(self, seconds: float) -> None:
         """The work began ``seconds`` ago, and what was before (the start of processes) does not count for the rate."""
         self.start = time.monotonic() - seconds
 
     @property
     def rate(self) -> float:
-        """Units per second since the start (work found done at the start is not counted)."""
-        return (self.done - self.started_at) / max(time.monotonic() - self.start, 1e-9)
+        """Units per second that gave something, since the start (work found done then is not counted); 0 in the first second."""
+        seconds = time.monotonic() - self.start
+        return (self.done - self.started_at - self.failed) / seconds if seconds >= SOON else 0.0
 
     def _line(self, note: str) -> str:
-        remaining = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
-        eta = f"{remaining / 60:.1f} min left" if remaining < float("inf") else "time left unknown"
-        return f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {self._pace()}, {eta}" + (f", {note}" if note else "")
+        parts = [f"{self.label}: {self.done:,}/{self.total:,} {self.unit}"]
+        if self.rate > 0:
+            parts += [self._pace(), f"{(self.total - self.done) / self.rate / 60:.1f} min left"]
+        return ", ".join([*parts, note] if note else parts)
 
     def _pace(self) -> str:
         """Units per second; of slow ones the seconds that each takes."""
         if self.rate >= 1000:
             return f"{self.rate:,.0f}/s"
-        return f"{self.rate:.1f}/s" if self.rate >= 1 or self.rate <= 0 else f"{shown_seconds(1 / self.rate)} each"
+        return f"{self.rate:.1f}/s" if self.rate >= 1 else f"{shown_seconds(1 / self.rate)} each"
 
     def __enter__(self) -> Self:
         return self
@@ -74,4 +86,6 @@ class Progress:
             self.bar.close()
         elif self.enabled and kind is None:
             seconds = time.monotonic() - self.start
-            print(f"{self.label}: {self.done:,}/{self.total:,} {self.unit} in {seconds:.0f} s, {self._pace()}", flush=True)
+            took = "less than a second" if seconds < SOON else f"{seconds:.0f} s"
+            pace = f", {self._pace()}" if self.rate > 0 else ""
+            print(f"{self.label}: {self.done:,}/{self.total:,} {self.unit} in {took}{pace}", flush=True)

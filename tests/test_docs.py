@@ -241,7 +241,7 @@ def parse_with(runner: App, words: list[str]) -> None:
 def unknown(words: list[str]) -> list[str]:
     """What of a verb's words does not exist: the verb itself, or options of it. Values are not looked at."""
     group, rest = app, list(words)
-    while rest and re.fullmatch(r"[a-z-]+", rest[0]) and rest[0] in [name for name in group if not name.startswith("-")]:
+    while rest and re.fullmatch(r"[a-z0-9-]+", rest[0]) and rest[0] in [name for name in group if not name.startswith("-")]:
         group = group[rest.pop(0)]
     if group is app and rest and not rest[0].startswith("-"):
         return [f"no verb {rest[0]}"]

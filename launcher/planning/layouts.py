@@ -197,6 +197,7 @@ def summary(config: RunConfig, choice: Choice, corpus: Corpus, reliability: Reli
         "samples_per_second": training.global_batch / seconds,
         "tokens_per_second": training.global_batch * (corpus.text + corpus.regions) / seconds,
         "steps": steps,
+        "epochs": steps * training.global_batch / corpus.pairs,
         "checkpoint_bytes": checkpoint_bytes(shape, choice.layout.averaged),
         "checkpoint_stall_seconds": reliability.stall,
         "checkpoint_write_seconds": reliability.write,

@@ -24,7 +24,7 @@ def tell(options: PlanSettings, overrides: Sequence[str]) -> dict[str, Any]:
     ``layouts`` has every layout, bytes and seconds; the rest is of the recommended one.
     """
     run = load_config(options.config, overrides)
-    cluster = Cluster(device(options.gpu), options.per_node, options.network * 1e9, efficiency=options.efficiency)
+    cluster = _cluster(options)
     regions = options.regions if options.regions is not None else run.data.max_regions + 1
     corpus = Corpus(options.pairs, options.text_tokens, regions)
     layouts, shape = choices(run, options.gpus, cluster, corpus, read_stated(options.config, overrides).typed), shape_of(run)
@@ -37,19 +37,16 @@ def tell(options: PlanSettings, overrides: Sequence[str]) -> dict[str, Any]:
     figures = summary(run, best, corpus, reliability)
     what = f"{parameters(shape):,} parameters, {options.gpus} x {options.gpu}"
     print(f"{options.config}: {what} ({cluster.device.memory:g} GiB; {cluster.device.source})\n")
-    _print_recommended(figures, best, cluster, options)
-    assumptions = assumed(run, shape, corpus, options)
+    _print_recommended(figures, best, cluster, options, run.training.global_batch)
+    _print_unfilled(best, run.training.global_batch / options.gpus, corpus)
+    assumptions = assumed(run, shape, corpus, options, offload=any(each.layout.offload for each in layouts))
     print(f"\nassumed: {'; '.join(assumptions)}")
     print(f"step times and memory: {cluster.device.standing}; precision {layouts[0].layout.precision}")
 
     # Every layout, and what the best one means.
-    print("\nGiB of one device, by part, and milliseconds of a step of", run.training.global_batch, "samples:\n")
+    print("\nGiB of one device, by part, and milliseconds of a step of", run.training.global_batch, "samples; micro: samples at a time:\n")
     _print_table(layouts)
     _print_summary(figures, options)
-    tokens = run.training.global_batch / options.gpus * (corpus.text + corpus.regions)
-    if best.micro_tokens is not None and tokens < 0.8 * best.micro_tokens:
-        filled = f"training.micro_tokens {best.micro_tokens:,} is filled by a larger training.global_batch"
-        print(f"a device has {tokens:,.0f} tokens of a step: {filled}")
 
     # Files.
     if options.ds_config is not None:
@@ -62,8 +59,22 @@ def tell(options: PlanSettings, overrides: Sequence[str]) -> dict[str, Any]:
     return figures | {"goodput_curve": rows, "assumed": assumptions, "layouts": [asdict(layout) for layout in layouts]}
 
 
-def assumed(run: RunConfig, shape: Shape, corpus: Corpus, options: PlanSettings) -> list[str]:
-    """What the plan rests on beside the recipe, each with what changes it: sizes that a run takes from its data, and the corpus."""
+def _cluster(options: PlanSettings) -> Cluster:
+    return Cluster(
+        device(options.gpu),
+        options.per_node,
+        network=options.network * 1e9,
+        host_link=options.host_link * 1e9,
+        host_memory=options.host_memory * 1e9,
+        efficiency=options.efficiency,
+    )
+
+
+def assumed(run: RunConfig, shape: Shape, corpus: Corpus, options: PlanSettings, offload: bool) -> list[str]:
+    """What the plan rests on beside the recipe, each with what changes it: sizes that a run takes from its data, the corpus, the cluster.
+
+    ``offload``: some layouts update on the host.
+    """
     sizes = [
         ("a vocabulary of", shape.vocab_size, "entries", "model.vocab_size", run.model.vocab_size),
         ("features of", shape.region_feature_size, "numbers a region", "model.region_feature_size", run.model.region_feature_size),
@@ -79,6 +90,11 @@ def assumed(run: RunConfig, shape: Shape, corpus: Corpus, options: PlanSettings)
         rest = options.gpus % options.per_node
         told.append(f"{options.per_node} devices a node (--per-node){f', {rest} in the last' if rest else ''}")
         told.append(f"{options.network:g} GB/s between nodes (--network)")
+    if offload:
+        told.append(
+            f"an offloaded update moves {options.host_memory:g} GB/s of host memory for each device (--host-memory) and "
+            f"{options.host_link:g} GB/s to it (--host-link)"
+        )
     return told
 
 
@@ -94,7 +110,7 @@ def _print_table(options: list[Choice]) -> None:
         print(" ".join(f"{word:>9}" for word in words))
 
 
-def _print_recommended(figures: dict[str, Any], best: Choice, cluster: Cluster, options: PlanSettings) -> None:
+def _print_recommended(figures: dict[str, Any], best: Choice, cluster: Cluster, options: PlanSettings, batch: int) -> None:
     print(f"recommended: {figures['settings']}")
     print(
         f"  {1000 * figures['step_seconds']:,.1f} ms a step, {figures['samples_per_second']:,.0f} samples/s, "
@@ -102,7 +118,21 @@ def _print_recommended(figures: dict[str, Any], best: Choice, cluster: Cluster, 
         f"{best.memory.device / GIB:.1f} of {cluster.device.memory:g} GiB of each"
     )
     length = shown_time(86400 * figures["days"])
-    print(f"  {figures['steps']:,} steps in {length} at {figures['goodput']:.2%} useful time (failures and checkpoints; no stragglers)")
+    passes = round(figures["epochs"], 2)
+    epochs = f"{passes:,g} epoch{'s' * (passes != 1)} of {options.pairs:,} pairs, {batch:,} pairs a step"
+    useful = f"{figures['goodput']:.2%} useful time (failures and checkpoints; no stragglers)"
+    print(f"  {figures['steps']:,} steps ({epochs}) in {length} at {useful}")
+
+
+def _print_unfilled(best: Choice, samples: float, corpus: Corpus) -> None:
+    """Say where the ``samples`` that a device has of a step are far from the tokens that a micro-batch may hold."""
+    tokens = samples * (corpus.text + corpus.regions)
+    if best.micro_tokens is None or tokens >= 0.8 * best.micro_tokens:
+        return
+    print(
+        f"  micro_tokens {best.micro_tokens:,} is the most that a micro-batch may hold; a device has {samples:,.0f} samples of a step, "
+        f"about {tokens:,.0f} tokens: a larger training.global_batch would fill it"
+    )
 
 
 def _print_summary(figures: dict[str, Any], options: PlanSettings) -> None:

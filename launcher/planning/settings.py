@@ -1,9 +1,32 @@
 """What `megainter plan` is asked; light, since the command line reads it for its help."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from megainter.errors import UsageError
+
+# Commas stand between thousands alone: 1,5M is fifteen to some and one and a half to others.
+COUNT = re.compile(r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:\.[0-9]+)?)(e[0-9]{1,2})?([kMG]?)", re.IGNORECASE)
+TIMES = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+
+
+def count(text: str) -> int:
+    """A whole number as it is typed: 5000000, 5,000,000, 5M, 2.5M, 500k or 5e6; ``ValueError`` for anything else."""
+    found = COUNT.fullmatch(text.replace("_", ""))
+    number = float(found[1].replace(",", "") + (found[2] or "")) * TIMES[found[3].lower()] if found else 0.5
+    if not number.is_integer():
+        raise ValueError(f"{text!a:.80} is no whole number; give one such as 5000000, 5M, 500k or 5e6")
+    return int(number)
+
+
+def _counted(kind: Any, tokens: Sequence[Any]) -> int:
+    """``count`` as the command line asks for it."""
+    return count(tokens[0].value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +34,7 @@ class PlanSettings:
     """What `megainter plan` is asked: a recipe, a cluster, and what is assumed of the corpus and of failures."""
 
     config: Path
-    """Recipe: a TOML file, or base, large, xl, 10b."""
+    """Recipe of pretrain: a TOML file, or one that comes along, such as base, large, xl, 10b (`megainter pretrain --help` has all)."""
     gpus: int
     """Number of devices."""
     gpu: str
@@ -21,10 +44,14 @@ class PlanSettings:
     """Devices of a node."""
     network: float = 25.0
     """GB/s between nodes, one way, for each device."""
+    host_link: float = 25.0
+    """GB/s between a device and its host, one way: what an offloaded update sends."""
+    host_memory: float = 50.0
+    """GB/s that the host's memory moves for each device's process: what an offloaded update reads and writes."""
     efficiency: float | None = None
     """Share of the peak that matrix products reach; by default it follows from the tokens of a micro-batch and the model's width."""
-    pairs: int = 4_000_000
-    """Captions of one epoch."""
+    pairs: Annotated[int, Parameter(converter=_counted)] = 4_000_000
+    """Pairs of one epoch, a caption each: 5000000, 5M or 5e6."""
     text_tokens: float = 16.0
     """Mean length of a caption in tokens."""
     regions: float | None = None
@@ -48,7 +75,7 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         """Raise ``UsageError`` for a number that cannot be, and for a file whose folder does not exist."""
-        for name in ("gpus", "per_node", "network", "pairs", "disk", "copy", "mtbf_hours"):
+        for name in ("gpus", "per_node", "network", "host_link", "host_memory", "pairs", "disk", "copy", "mtbf_hours"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a number above 0")
         if self.efficiency is not None and not 0 < self.efficiency <= 1:

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.planning.device_memory import Layout, flops_per_step
 from launcher.planning.shape import Load, Shape, parameters, tensors
 from megainter.errors import UsageError
+from megainter.paths import require_file
 from megainter.precision import PREFERRED, Units
 
 # Shares of the peak that products reach, and the host's time, where nobody has measured them: chosen so that whole steps of 768 and 1,024
@@ -67,7 +68,8 @@ class Cluster:
     device: Device
     per_node: int = 8
     network: float = 25e9  # a 200 Gbit/s port for each device
-    host_link: float = 25e9  # PCIe 4 x16 in practice
+    host_link: float = 25e9  # bytes/s one way between a device and its host: PCIe 4 x16 in practice
+    host_memory: float = 50e9  # bytes/s that a server's memory moves for one process
     efficiency: float | None = None  # of peak FLOP/s in matrix products; None: by their size
     traffic_efficiency: float = 0.7  # of memory bandwidth in everything else
     overlap: float = 0.7  # of the backward pass hides communication
@@ -96,13 +98,15 @@ class StepTime:
 def device(name: str) -> Device:
     """A device of the table by name, or of the user's own TOML file with one table of the same form."""
     path = Path(name)
-    of_a_file = path.suffix == ".toml" and path.is_file()
+    of_a_file = path.suffix == ".toml"
+    if of_a_file:
+        require_file(path)
     text = (path if of_a_file else resources.files("launcher.planning") / "gpus.toml").read_text()
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{name} is not valid TOML: {error}") from None
-    chosen = next(iter(table)) if path.suffix == ".toml" and len(table) == 1 else _spelt(name, table)
+    chosen = next(iter(table)) if of_a_file and len(table) == 1 else _spelt(name, table)
     if not table:
         raise UsageError(f"{name} is empty; it needs one table like those of launcher/planning/gpus.toml")
     if chosen not in table:
@@ -162,7 +166,8 @@ def step_time(shape: Shape, load: Load, layout: Layout, cluster: Cluster) -> Ste
     elementwise = layout.accumulation * traffic(shape, load, layout) / (cluster.device.hbm * cluster.traffic_efficiency)
     hidden = cluster.overlap * (matmul + elementwise) * 2 / 3
     update = update_time(shape, layout, cluster)
-    idle = max(0.0, launches(shape, layout) * cluster.device.launch - (matmul + elementwise + update))
+    busy = matmul + elementwise + (0.0 if layout.offload else update)  # a host that updates launches nothing meanwhile
+    idle = max(0.0, launches(shape, layout) * cluster.device.launch - busy)
     return StepTime(
         matmul=matmul,
         elementwise=elementwise,
@@ -185,7 +190,7 @@ def update_time(shape: Shape, layout: Layout, cluster: Cluster) -> float:
     """AdamW on the rank's share: 28 bytes read and written a number; with offload over the host link, gradients out and weights in."""
     share = parameters(shape) / (layout.ranks if layout.stage else 1)
     if layout.offload:
-        return share * (4 + 2) / cluster.host_link + share * 28 / 50e9  # a server's memory moves about 50 GB/s for one process
+        return share * (4 + 2) / cluster.host_link + share * 28 / cluster.host_memory
     return share * 28 / (cluster.device.hbm * cluster.traffic_efficiency)
 
 

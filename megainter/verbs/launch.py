@@ -35,7 +35,7 @@ def launch(
     slurm
         Write and submit a batch job; inside a job, run it there.
     dry_run
-        Print what would run, and run nothing.
+        Print what would run, with --slurm the batch file, and run nothing: --dry-run > job.sbatch.
     """
     from launcher.command import check_arguments
     from launcher.launch import LaunchSettings
@@ -47,6 +47,7 @@ def launch(
     supervision.check()
     check_arguments([*command, *map(str, (placement.hostfile, placement.include, placement.exclude))], remote=False)
     config = _configuration(command)
+    _check_paths(config, here=placement.hostfile is None and not slurm)
     request = batch.request(placement.processes, supervision.min_nodes) if slurm else None
     if batch.given and not slurm:
         raise UsageError(f"{batch.given[0]} is for Slurm; give --slurm too, or a --hostfile with the hosts")
@@ -74,6 +75,18 @@ def _configuration(command: Sequence[str]) -> "RunConfig | FinetuneConfig":
         case ["finetune", *words]:
             return configuration(words)
     raise UsageError(_not_launched([*command]))
+
+
+def _check_paths(config: "RunConfig | FinetuneConfig", here: bool) -> None:
+    """``UsageError`` where a path of the settings is not there and the job runs ``here`` alone; else a warning, as hosts may have it."""
+    from megainter.verbs.pretrain import require_paths
+
+    try:
+        require_paths(config)
+    except UsageError as error:
+        if here:
+            raise
+        print(f"warning: not on this machine: {error}; the hosts need it under this path", file=sys.stderr, flush=True)
 
 
 def _not_launched(command: list[str]) -> str:

@@ -153,6 +153,7 @@ def _captions(
     prepare(
         source, src, table.output, images=table.images, split=table.split, shares=shares, fields=fields, ids=table.ids, store=table.store,
         max_bad=table.max_bad, encoding=encoding, similar_names=table.similar_names, replace_table=table.replace,
+        only_stored=table.only_stored,
     )  # fmt: skip
 
 

@@ -48,7 +48,8 @@ class Expectation:
         self.told = True
         each = seconds / images
         whole = shown_time(each * self.images / len(self.workers))
-        print(f"extract: the first took {shown_seconds(each)} each; {self.images:,} by {self.crew} take about {whole}", flush=True)
+        first = f"first {images:,} took {shown_seconds(each)} each" if images > 1 else f"first image took {shown_seconds(each)}"
+        print(f"extract: the {first}; {self.images:,} by {self.crew} take about {whole}", flush=True)
 
     @property
     def crew(self) -> str:
@@ -115,6 +116,7 @@ def receive(worker: Worker, failures: list[Failure], progress: Progress, expecta
             if not expectation.told:
                 progress.began(seconds)
             expectation.tell(count - len(failed), seconds)
+            progress.fail(len(failed))
             progress.update(count, f"{len(failures)} failed" if failures else "")
             return count
         case ("closed",) | ("alive",):

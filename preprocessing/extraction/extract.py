@@ -308,10 +308,18 @@ def _list_failures(output: Path, failures: list[Failure]) -> None:
     write_failures(output / "failed.tsv", ("image_id", "path", "reason"), rows)
 
 
+def _why(failures: Sequence[Failure]) -> str:
+    """The reason that most failures have, or the first one where each has its own; "" without any."""
+    if not failures:
+        return ""
+    [(reason, times)] = Counter(failure.reason for failure in failures).most_common(1)
+    word = "" if len(failures) == 1 else "most often: " if times > 1 else "first: "
+    return f" ({word}{reason:.200})"
+
+
 def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failure], max_bad: float, changed: bool) -> Extraction:
     """Seal, unless too many failed."""
-    most = Counter(failure.reason for failure in failures).most_common(1)
-    why = f" (most often: {most[0][0]:.200})" if most else ""
+    why = _why(failures)
     listed = f"{len(failures):,} of {total:,} images failed{why}, listed in {output / 'failed.tsv'}"
     if len(failures) > tolerated(max_bad, total):
         remedy = "install that" if "pip install" in why else "repair them"
@@ -320,11 +328,13 @@ def _finish(output: Path, schema: StoreSchema, total: int, failures: list[Failur
         )
     if failures:
         print(listed, flush=True)
-    if changed or not is_sealed(output):
+    before = is_sealed(output) and not changed
+    if not before:
         seal_store(output)
     with FeatureStore(output) as store:
         if alike := hardly_varied(store):
             print(f"warning: {alike}", file=sys.stderr, flush=True)
-        state = "sealed" if changed else "complete before"
-        print(f"{output}: regions of {len(store):,} images, {state}, digest {store.digest[:16]}", flush=True)
+        state = "complete before" if before else "sealed"
+        others = f" ({len(failures):,} failed and stand in failed.tsv)" if failures else ""
+        print(f"{output}: regions of {len(store):,} images{others}, {state}, digest {store.digest[:16]}", flush=True)
         return Extraction(len(store), len(failures), store.digest)

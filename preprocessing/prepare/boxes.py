@@ -103,11 +103,12 @@ def prepare_boxes(
         raise UsageError("COCO's JSON is always UTF-8; --encoding is for --format jsonl")
     reading: Reading[Labelled] = _coco(src) if source == "coco" else read_lines(src, _line, encoding, asks_encoding=True)
     rename = renamer(ids) if ids is not None else str
-    report, items = Report(place=reading.place), shown(reading, "boxes")
+    report, items = Report(place=reading.place), shown(reading, src)
     cut = list[str]()
     rows = _rows(src, items, report, find, splitting, cut, rename)
-    write_boxes(output, checked(rows, report, src, output, max_bad, "boxes"), replace_table)
+    write_boxes(output, checked(rows, report, src, output, max_bad, "boxes", images), replace_table)
     notes = [f"note: {len(cut):,} boxes were cut at the image's edge, first of image {cut[0]}"] if cut else []
+    find.enter(report)
     publish(report, src, output, "boxes", *notes, *find.notes(), *splitting.notes(report))
     return report
 

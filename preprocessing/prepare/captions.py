@@ -23,7 +23,7 @@ from preprocessing.prepare.caption_sources import addresses, annotations, tables
 from preprocessing.prepare.finding import Finder
 from preprocessing.prepare.kinds import CAPTIONS, refuse_another_kind
 from preprocessing.prepare.reading import Fields, Item, Items, Reading, Unusable, refuse_fields, shown
-from preprocessing.prepare.report import BLANK, MALFORMED, OTHER_SPLIT, Report, checked, publish, refuse_overwriting
+from preprocessing.prepare.report import BLANK, MALFORMED, NOT_STORED, OTHER_SPLIT, Report, checked, publish, refuse_overwriting
 from preprocessing.prepare.splits import Shares, Splitting
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -52,6 +52,7 @@ def prepare(
     max_bad: float = 0.01,
     encoding: str | None = None,
     similar_names: bool = False,
+    only_stored: bool = False,
     replace_table: bool = True,
 ) -> Report:
     """Write the manifest ``output`` from the captions ``src``, print a report and write it to ``output``.report.json.
@@ -59,8 +60,9 @@ def prepare(
     ``images``: drop captions whose image is not in that folder; images that stand in the table are written there. ``split``: keep only
     captions of that split; those that name none are given it. ``shares``: for captions without splits. ``fields``: names that the source
     uses instead of the usual ones. ``ids``: how an image's id is made of the usual one (``image_ids.renamer``). ``store``: give images the
-    ids that this feature store has them under, whatever form of their name that is. ``encoding`` of a jsonl or csv that is not UTF-8.
-    ``similar_names``: as ``finding.Finder``. Without ``replace_table`` another table that is at ``output`` stays.
+    ids that this feature store has them under, whatever form of their name that is; ``only_stored``: drop captions of other images.
+    ``encoding`` of a jsonl or csv that is not UTF-8. ``similar_names``: as ``finding.Finder``. Without ``replace_table`` another table
+    that is at ``output`` stays.
 
     Raises ``UsageError`` (missing file, another format, pair ids that come twice, nothing kept, an ``output`` that is the source or
     something else than a manifest) and ``TooManyBadInputsError`` where more than ``max_bad`` of the captions, and more than one line, are
@@ -68,27 +70,51 @@ def prepare(
     """
     splitting = Splitting(split, shares)
     refuse_overwriting(output, src, *(src.glob("*.parquet") if src.is_dir() else ()))
+    if only_stored and store is None:
+        raise UsageError("--only-stored leaves out what is not in a feature store; give it as --store")
     reading = _open(source, src, fields or Fields(), images, encoding)
     find = Finder(images, similar_names)
     report, lines = Report(place=reading.place), array("Q")
-    items = shown(reading, "captions")
-    pairs = checked(_pairs(items, report, lines, find, splitting, renamer(ids) if ids else str), report, src, output, max_bad, "captions")
-    notes = list[str]()
+    items = shown(reading, src)
+    found = _pairs(items, report, lines, find, splitting, renamer(ids) if ids else str)
+    pairs, notes = checked(found, report, src, output, max_bad, "captions", images), list[str]()
+    if store is not None:
+        pairs = iter(_matched([*pairs], store, notes, only_stored, report, lines))
     try:
-        write_pairs(output, pairs if store is None else _matched(list(pairs), store, notes), replace_table)
+        write_pairs(output, pairs, replace_table)
     except DuplicatePairError as error:
         first, second = (f"{reading.place} {lines[row]}" for row in (error.first, error.second))
         raise UsageError(_twice(src, error.pair_id, first, second)) from None
+    find.enter(report)
     report.images = pc.count_distinct(pq.read_table(output, columns=["image_id"]).column("image_id")).as_py()
     publish(report, src, output, "captions", *reading.notes(), *notes, *find.notes(), *splitting.notes(report))
     return report
 
 
-def _matched(pairs: list[Pair], store: Path, notes: list[str]) -> Iterator[Pair]:
-    """The pairs under the ids of the store's images; ``notes`` takes what was found."""
+def _matched(
+    pairs: list[Pair], store: Path, notes: list[str], only_stored: bool, report: Report, lines: "array[int]"
+) -> list[Pair]:  # fmt: skip
+    """The pairs under the ids of the store's images, with ``only_stored`` no others; ``notes`` takes what was found."""
     names, told = names_in_store(dict.fromkeys(pair.image_id for pair in pairs), store)
+    absent = sum(pair.image_id not in names for pair in pairs)
+    if absent and not only_stored:
+        told += f"; {absent:,} captions of the others stay: --only-stored drops them, pretrain takes up to --data.max_bad of such images"
     notes.append(told)
-    yield from (replace(pair, image_id=names.get(pair.image_id, pair.image_id)) for pair in pairs)
+    taken = _stored(pairs, names, report, lines) if only_stored else pairs
+    return [replace(pair, image_id=names.get(pair.image_id, pair.image_id)) for pair in taken]
+
+
+def _stored(pairs: list[Pair], names: Mapping[str, str], report: Report, lines: "array[int]") -> list[Pair]:
+    """The pairs of images in ``names``; the others are counted in ``report`` as dropped, and their ``lines`` taken out."""
+    kept, places = list[Pair](), array("Q")
+    for pair, line in zip(pairs, lines, strict=True):
+        if pair.image_id in names:
+            kept.append(pair)
+            places.append(line)
+        else:
+            report.drop_kept(pair.split, NOT_STORED, f"{line}: {pair.image_id!r:.80}")
+    lines[:] = places
+    return kept
 
 
 def names_in_store(image_ids: Iterable[str], store: Path) -> tuple[dict[str, str], str]:

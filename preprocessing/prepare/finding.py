@@ -8,7 +8,8 @@ from pathlib import Path
 from megainter.data.tables.parquet import check_relative
 from megainter.errors import UsageError
 from megainter.files import inside
-from preprocessing.prepare.report import MISNAMED, MISSING_IMAGE
+from megainter.paths import did_you_mean
+from preprocessing.prepare.report import EXAMPLES_KEPT, MISNAMED, MISSING_IMAGE, RENAMED, Report
 
 
 class Finder:
@@ -19,9 +20,10 @@ class Finder:
 
     def __init__(self, folder: Path | None, similar: bool = False) -> None:
         if folder is not None and not folder.is_dir():
-            raise UsageError(f"images folder {folder} does not exist or is not a folder")
+            raise UsageError(f"images folder {folder} does not exist or is not a folder{did_you_mean(folder)}")
         self.folder, self.similar = folder, similar
         self.backslashes: list[str] = []  # paths with some that were taken as they are, the first of them
+        self.renamed: dict[str, str] = {}  # files by the paths that were taken for them, of another name
         self._known: dict[str, str | None] | None = None
         self._found = lru_cache(maxsize=65536)(self._look)  # captions of one image stand near each other
 
@@ -41,8 +43,17 @@ class Finder:
             return MISSING_IMAGE, f"{path!r:.80}, but {tail!r:.80} is there: give --images the folder that {folder!r:.80} is in"
         return MISSING_IMAGE, f"{path!r:.80}"
 
+    def enter(self, report: Report) -> None:
+        """Count in ``report`` what was taken by a similar name, with the first examples."""
+        report.renamed = len(self.renamed)
+        if self.renamed:
+            report.examples[RENAMED] = [f"{path!r:.80} as {found!r:.80}" for path, found in [*self.renamed.items()][:EXAMPLES_KEPT]]
+
     def notes(self) -> list[str]:
-        """What the user should know of paths that nothing was compared with."""
+        """What the user should know of paths that were taken for other names, or that nothing was compared with."""
+        if self.renamed:
+            path, found = next(iter(self.renamed.items()))
+            return [f"note: {len(self.renamed):,} files {RENAMED} (--similar-names), first {path!r:.80} as {found!r:.80}"]
         if not self.backslashes:
             return []
         first = f"{self.backslashes[0]!r:.80}"
@@ -52,16 +63,20 @@ class Finder:
         if self.folder is None:
             return os.path.normpath(self._taken(paths[0]))
         found = next((os.path.normpath(path) for path in paths if _is_file(self.folder, path)), None)
-        if found is None and self.similar:
-            found = next((name for path in paths if (name := self._similar(path)) is not None), None)
-        return found
+        if found is not None or not self.similar:
+            return found
+        for path in paths:
+            if (name := self._similar(path)) is not None:
+                self.renamed[path] = name
+                return name
+        return None
 
     def _taken(self, path: str) -> str:
         """A path in no folder."""
         if "\\" not in path:
             return path
         if self.similar:
-            return path.replace("\\", "/")
+            return self.renamed.setdefault(path, path.replace("\\", "/"))
         self.backslashes = self.backslashes or [path]
         return path
 

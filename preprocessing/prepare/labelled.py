@@ -146,7 +146,7 @@ def _kept(
     """Examples that can be used, with their splits; what is wrong with the others goes to ``report``."""
     for src, reading in readings:
         where = f" of {src.name}" if len(readings) > 1 else ""
-        for item in shown(reading, "examples"):
+        for item in shown(reading, src):
             if isinstance(item, Unusable):
                 report.drop(NO_LABEL if item.reason == NO_LABEL else item.kind, f"{item.where}{where}: {item.reason}", item.count)
                 continue

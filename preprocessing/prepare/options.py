@@ -31,6 +31,8 @@ class PairsOptions:
     store: Path | None = None
     """Feature store whose ids the images are to have; forms of a name that it may use are tried: without folder, without suffix, COCO's
     number."""
+    only_stored: bool = False
+    """Leave out captions whose image is not in --store. Without it they stay, and pretraining takes up to --data.max_bad of such images."""
     max_bad: float = 0.01
     """Share of unusable captions above which the command ends with exit code 3; one line may be bad in any case, unless this is 0."""
     similar_names: bool = False

@@ -14,7 +14,7 @@ from megainter.data.tables.parquet import SPLITS, check_relative
 from megainter.data.tables.questions import CHOICES, Question, Tokens, check_question, write_questions
 from megainter.errors import UsageError
 from megainter.files import inside, read_json
-from megainter.paths import require_file
+from megainter.paths import did_you_mean, require_file
 from megainter.progress import Progress
 from preprocessing.prepare.captions import names_in_store
 from preprocessing.prepare.reading import Unusable, json_object, read_lines, shown, text, texts
@@ -48,12 +48,12 @@ def prepare_vcr(
     if boxes is not None and images is None:
         raise UsageError("boxes are read from the metadata in the images folder; give --images")
     if images is not None and not images.is_dir():
-        raise UsageError(f"images folder {images} does not exist or is not a folder")
+        raise UsageError(f"images folder {images} does not exist or is not a folder{did_you_mean(images)}")
     if boxes is not None and boxes.resolve() == output.resolve():
         raise UsageError(f"--output and --boxes are both {output}; questions and boxes are two files")
     refuse_overwriting(output, src)
     report, sources = Report(), dict[str, tuple[str, str]]()
-    questions = checked(_questions(src, split, images, report, sources), report, src, output, max_bad, "questions")
+    questions = checked(_questions(src, split, images, report, sources), report, src, output, max_bad, "questions", images)
     names, notes = dict[str, str](), list[str]()
     if store is not None:
         questions = iter([*questions])  # to the last one, so that all images are known
@@ -76,7 +76,7 @@ def _split_of(src: Path) -> str:
 
 def _questions(src: Path, split: str, images: Path | None, report: Report, sources: dict[str, tuple[str, str]]) -> Iterator[Question]:
     """Questions that can be used; ``sources`` takes image id -> (image, metadata)."""
-    for item in shown(read_lines(src, lambda number, line: (number, _question(json_object(line), split))), "questions"):
+    for item in shown(read_lines(src, lambda number, line: (number, _question(json_object(line), split))), src):
         if isinstance(item, Unusable):
             report.drop(MALFORMED, f"{item.where}: {item.reason}")
             continue

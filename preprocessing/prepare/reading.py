@@ -86,9 +86,9 @@ class Reading(Generic[Entry]):
     notes: Callable[[], list[str]] = list  # what the user should know when all items have been read
 
 
-def shown(reading: Reading[Entry], label: str) -> Iterator[Entry | Unusable]:
-    """The items of a source, with progress."""
-    with Progress(label, reading.total, reading.unit) as progress:
+def shown(reading: Reading[Entry], src: Path) -> Iterator[Entry | Unusable]:
+    """The items of the source ``src``, with progress."""
+    with Progress(f"reading {src.name or src}", reading.total, reading.unit) as progress:
         for count, item in enumerate(reading.items, 1):
             if count % AT_ONCE == 0:
                 progress.update((reading.position() if reading.position else count) - progress.done)

@@ -11,6 +11,7 @@ from megainter.files import write_json
 MALFORMED, MISSING_IMAGE, MISSING_METADATA = "malformed", "image file missing", "metadata file missing"
 BLANK, OTHER_SPLIT = "blank caption", "another split"
 MISNAMED = "image file named a little otherwise"
+RENAMED, NOT_STORED = "taken by a similar name", "image not in the store"  # asked for by --similar-names and by --only-stored
 # Faults of the data; what is left out for another reason was asked for, or is usual.
 BAD = (MALFORMED, MISSING_IMAGE, MISNAMED, MISSING_METADATA)
 EXAMPLES_KEPT, EXAMPLE_LENGTH = 20, 300  # per reason; in characters, whatever a file holds
@@ -21,7 +22,8 @@ Row = TypeVar("Row")
 class Report:
     """What became of a caption file. ``dropped`` and ``examples`` are by reason; the others count captions, ``images`` images.
 
-    An example begins with a number, which counts what ``place`` says: lines, rows or entries.
+    ``renamed`` counts paths that were taken for a file of nearly that name. An example of what is dropped begins with a number, which
+    counts what ``place`` says: lines, rows or entries.
     """
 
     kept: int = 0
@@ -30,6 +32,7 @@ class Report:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     place: str = "line"
+    renamed: int = 0
 
     def keep(self, split: str, count: int = 1) -> None:
         """Count what is kept."""
@@ -46,6 +49,14 @@ class Report:
                 if len(example) <= EXAMPLE_LENGTH
                 else f"{example[:EXAMPLE_LENGTH]} and {len(example) - EXAMPLE_LENGTH:,} more characters"
             )
+
+    def drop_kept(self, split: str, reason: str, example: str) -> None:
+        """Count as left out what was counted as kept."""
+        self.kept -= 1
+        self.splits[split] -= 1
+        if not self.splits[split]:
+            del self.splits[split]
+        self.drop(reason, example)
 
     def bad(self) -> int:
         """How much was left out for a fault of the data."""
@@ -68,8 +79,12 @@ class Report:
         return [kept, *(f"dropped {n:,}: {name}, first {self.place} {self.examples[name][0]}" for name, n in sorted(self.dropped.items()))]
 
 
-def checked(rows: Iterator[Row], report: Report, src: Path, output: Path, max_bad: float, what: str) -> Iterator[Row]:
+def checked(
+    rows: Iterator[Row], report: Report, src: Path, output: Path, max_bad: float, what: str, images: Path | None = None
+) -> Iterator[Row]:  # fmt: skip
     """Passes rows on; at the end, with the counts known and nothing published, refuses what may not become a table.
+
+    ``images``: the folder in which images were looked for.
 
     Raises ``UsageError`` where nothing was kept and ``TooManyBadInputsError`` where ``report`` is too bad; then nothing is written.
     """
@@ -77,13 +92,24 @@ def checked(rows: Iterator[Row], report: Report, src: Path, output: Path, max_ba
     too_bad = report.too_bad(max_bad)
     if report.kept and not too_bad:
         return
-    why = "; ".join(report.lines(what)[1:]) or "it holds none"
+    why = ("; ".join(report.lines(what)[1:]) or "it holds none") + _looked_in(images, report)
     if not too_bad:
         raise UsageError(f"{src}: no {what} are left: {why}")
     others = f"; --max-bad 1 keeps the others, and {report_path(output).name} then has more examples" if report.kept else ""
     raise TooManyBadInputsError(
         f"{src}: {report.bad():,} of {report.total():,} {what} cannot be used, more than --max-bad {max_bad:g}: {why}{others}"
     )
+
+
+def _looked_in(folder: Path | None, report: Report) -> str:
+    """Where images that are missing were looked for, and whether that folder may be another than the one that is meant."""
+    missing = [reason for reason in (MISSING_IMAGE, MISSING_METADATA, MISNAMED) if reason in report.dropped]
+    if folder is None or not missing:
+        return ""
+    some = report.kept or {MISNAMED, MISSING_METADATA, BLANK} & report.dropped.keys()
+    if some or "--images" in report.examples[MISSING_IMAGE][0]:  # which says what helps
+        return f"; looked for in {folder}"
+    return f"; nothing of this table is in {folder}: is --images right?"
 
 
 def publish(report: Report, src: Path, output: Path, what: str, *notes: str) -> None:

@@ -40,6 +40,8 @@ def test_plans_are_made(words: list[str], tmp_path: Path) -> None:
 def test_launches_can_be_printed(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a slots=8\nb slots=8\nc slots=8\nd slots=8\n")
     (tmp_path / "hosts").chmod(0o600)
+    for name in ("pairs.parquet", "regions.store", "MODEL"):
+        (tmp_path / name).touch()
     run_folder = tmp_path / "run"
     words = [word.replace("/shared/run", str(run_folder)) for word in words]
     done = run([words[0], "--dry-run", *words[1:]], tmp_path)

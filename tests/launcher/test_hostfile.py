@@ -25,6 +25,12 @@ def test_deepspeed_reads_what_is_written(tmp_path: Path) -> None:
     assert dict(fetch_hostfile(str(path))) == {"node-a": 4, "node_b.example.org": 2}
 
 
+def test_a_hostfile_that_is_not_there_is_told_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "hosts").touch()
+    with pytest.raises(UsageError, match=r"cannot be read: No such file or directory; did you mean .*/hosts\?$"):
+        read_hostfile(tmp_path / "host")
+
+
 @pytest.mark.parametrize(
     ("include", "exclude"),
     [("", ""), ("node-a", ""), ("node-a@node_b.example.org:1", ""), ("node-a:0,2", ""), ("", "node-a"), ("", "node-a:1,3")],

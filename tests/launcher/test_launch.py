@@ -59,14 +59,15 @@ def test_a_rank_killed_is_restarted_and_sigterm_saves(data: tuple[Path, Path], t
 
 
 def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
-    arguments = settings(tmp_path / "no.parquet", tmp_path / "no.store", tmp_path / "run")
+    """Pairs of no split: files that are there, as those that are not keep a job of this machine from starting."""
+    arguments = settings(*write_data(tmp_path), tmp_path / "run", data__split="nothing")
     job = start_launch(["--processes", "1", "--restarts", "5"], arguments, tmp_path / "log")
     assert job.wait(300) == 2
     assert (tmp_path / "run" / "launch" / "attempts.jsonl").read_text().count("\n") == 1
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    arguments = settings(tmp_path / "p", tmp_path / "s", tmp_path / "run")
+    arguments = settings(*write_data(tmp_path), tmp_path / "run")
     job = start_launch(["--processes", "3"], arguments, tmp_path / "log")
     assert job.wait(60) == 2
     assert "not a multiple" in (tmp_path / "log").read_text()
@@ -75,8 +76,9 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(tmp_path
 
 def test_hosts_that_do_not_answer_are_named_unless_fewer_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = Host("a", (0,)), Host("b", (0,)), Host("c", (0,))
-    monkeypatch.setattr(launching, "answering", lambda asked: asked[1:2])
-    with pytest.raises(UsageError, match=r"^a, c: no answer over ssh .* `ssh a true`"):
+    refused = "ssh: connect to host {} port 22: Connection refused"
+    monkeypatch.setattr(launching, "silent", lambda asked: {host.name: refused.format(host.name) for host in asked if host.name != "b"})
+    with pytest.raises(UsageError, match=r"^no answer over ssh from a \(ssh: .* refused\), c \(.*\): start sshd on a, .* --exclude a@c$"):
         launching._require_answers(hosts, 2)
     launching._require_answers(hosts, 1)
     launching._require_answers((), 0)
@@ -109,13 +111,36 @@ def test_mpirun_alone_trains(data: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_fine_tuning_is_printed_with_its_own_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ["--data.pairs", "p", "--data.store", "s"]
-    arguments = ["--config", "retrieval", "--model.start_from", "m", *data, "--output", str(tmp_path / "r")]
+    for name in "psm":
+        (tmp_path / name).touch()
+    data = ["--data.pairs", str(tmp_path / "p"), "--data.store", str(tmp_path / "s")]
+    arguments = ["--config", "retrieval", "--model.start_from", str(tmp_path / "m"), *data, "--output", str(tmp_path / "r")]
     launch("finetune", "retrieval", *arguments, **asked(processes=4, engine="torchrun", dry_run=True))
     printed = capsys.readouterr().out
     assert f"--module megainter.finetune retrieval {' '.join(arguments)}\n" in printed
     assert "4 processes: this machine x 4" in printed
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("away", ["hostfile", "slurm", ""])
+def test_what_is_not_on_this_machine_is_told_before_anything_runs(
+    away: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts may have what is missing here; a job of this machine alone cannot do without it."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    (tmp_path / "hosts").chmod(0o600)
+    (tmp_path / "pairs.parquet").touch()
+    arguments = settings(tmp_path / "nope.parquet", tmp_path / "pairs.parquet", tmp_path / "run")
+    told = f"data.pairs {tmp_path}/nope.parquet does not exist"
+    words = {"hostfile": asked(hostfile=tmp_path / "hosts", dry_run=True), "slurm": asked(slurm=True, processes=1, dry_run=True)}
+    if away:
+        launch("pretrain", *arguments, **words[away])
+        assert capsys.readouterr().err == f"warning: not on this machine: {told}; the hosts need it under this path\n"
+        return
+    with pytest.raises(UsageError, match=f"^{told}$"):
+        launch("pretrain", *arguments, **asked(processes=1, dry_run=True))
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -13,7 +13,18 @@ import pytest
 from launcher.command import Job
 from launcher.hostfile import Host
 from launcher.launch import LaunchSettings
-from launcher.preflight import Check, Facts, _checks, data_check, disk_checks, engine_check, hosts_check, versions_check, vocabulary_check
+from launcher.preflight import (
+    Check,
+    Facts,
+    _checks,
+    _print,
+    data_check,
+    disk_checks,
+    engine_check,
+    hosts_check,
+    versions_check,
+    vocabulary_check,
+)
 from megainter.config.reading import load_config
 from tests.synthetic import environment, settings, write_data
 
@@ -46,9 +57,11 @@ def test_a_vocabulary_of_another_language_fails(changed: int, unknown: float, pa
 
 def test_a_silent_host_is_named() -> None:
     hosts = (Host("a", (0,)), Host("b", (0,)))
-    check = hosts_check(hosts, hosts[:1])
+    check = hosts_check(hosts, {"b": "ssh: connect to host b port 22: Connection refused"})
     assert not check.passed
-    assert "not b" in check.found
+    assert check.found == "1 of 2 answer; not b (ssh: connect to host b port 22: Connection refused)"
+    assert check.remedy == "start sshd on b, or give its port in ~/.ssh/config"
+    assert hosts_check(hosts, {}).passed
 
 
 def test_disk_space_counts_the_checkpoints(tmp_path: Path) -> None:
@@ -60,6 +73,16 @@ def test_disk_space_counts_the_checkpoints(tmp_path: Path) -> None:
 def test_an_engine_error_keeps_its_code() -> None:
     check = engine_check({"error": "unknown DeepSpeed setting", "code": 2})
     assert (check.passed, check.code, check.found) == (False, 2, "unknown DeepSpeed setting")
+
+
+def test_a_remedy_stands_only_where_it_adds_something(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a check found may say all; data that are missing on a host are to be brought there."""
+    gone = {"error": "data.store s does not exist; did you mean t?", "code": 2}
+    _print(1, engine_check({"error": "unknown DeepSpeed setting; did you mean x?", "code": 2}))
+    _print(2, data_check({"": gone}))
+    assert "->" not in capsys.readouterr().out
+    _print(3, data_check({"a": gone}))
+    assert "-> mount the data there" in capsys.readouterr().out
 
 
 def run(arguments: list[str], *options: str, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -90,8 +113,9 @@ def test_what_is_missing_is_crossed_and_decides_the_exit_code(tmp_path: Path) ->
 
 def silent_ssh(folder: Path) -> dict[str, str]:
     """An environment whose ssh reaches nobody."""
+    words = "ssh: Could not resolve hostname away: Name or service not known"
     (folder / "bin").mkdir()
-    (folder / "bin" / "ssh").write_text("#!/bin/sh\nexit 255\n")
+    (folder / "bin" / "ssh").write_text(f"#!/bin/sh\necho '{words}' >&2\nexit 255\n")
     (folder / "bin" / "ssh").chmod(0o755)
     return {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
@@ -103,7 +127,8 @@ def test_one_silent_host_is_one_cross_and_what_needs_it_is_skipped(tmp_path: Pat
     assert done.returncode == 2, done.stdout + done.stderr
     crossed = [line for line in done.stdout.splitlines() if "\u2717" in line]
     assert len(crossed) == 1, done.stdout
-    assert "\u2717 hosts: 0 of 1 answer; not away" in crossed[0]
+    assert crossed[0].endswith("\u2717 hosts: 0 of 1 answer; not away (ssh: Could not resolve hostname away: Name or service not known)")
+    assert "     -> correct the name in the hostfile" in done.stdout
     skipped = [line.split(": ")[0].split(" - ")[1] for line in done.stdout.splitlines() if line.endswith("skipped, as it needs hosts")]
     assert skipped == ["versions", "devices", "memory", "all-reduce", "three steps"]
     assert "\u2713 disk space" in done.stdout
@@ -164,8 +189,8 @@ def test_only_causes_are_crossed(
 ) -> None:
     monkeypatch.setattr("launcher.preflight.collective_check", lambda facts: Check("all-reduce", True, "met"))
     facts = facts_of(tmp_path, replies, *names)
-    reachable = tuple(host for host in facts.hosts if host.name in replies)
-    found = list(_checks(facts, reachable, dry_run_step=True))
+    missing = {host.name: "no route to host" for host in facts.hosts if host.name not in replies}
+    found = list(_checks(facts, missing, dry_run_step=True))
     assert [check.name for check in found if not check.passed] == crossed
     assert {check.name for check in found if check.skipped} == (
         {"vocabulary", "three steps"} if cause == "data" else {"all-reduce", "three steps"}

@@ -105,6 +105,16 @@ def test_what_is_printed_first_is_what_is_submitted(
     assert words == ["exec", sys.executable, "-m", "megainter", *options[:-1], "--", *command]
 
 
+def test_without_slurm_the_batch_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["megainter", "launch", "--slurm", "--processes", "8", "--", "pretrain"])
+    batch = tmp_path / "run" / "launch" / "job.sbatch"
+    with pytest.raises(UsageError, match=rf"^sbatch is not installed here; .* the batch file is {batch}, and --dry-run prints it alone$"):
+        launch("pretrain", "--config", "base", "--output", str(tmp_path / "run"), **asked(slurm=True, processes=8))
+    assert parse_sbatch(batch.read_text())["ntasks-per-node"] == "8"
+
+
 WRONG = [
     {"time": "soon"},
     {"time": "1:00\n"},

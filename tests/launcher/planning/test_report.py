@@ -8,7 +8,7 @@ import pytest
 
 from launcher.planning.layouts import Corpus, choices
 from launcher.planning.report import tell
-from launcher.planning.settings import PlanSettings
+from launcher.planning.settings import PlanSettings, count
 from launcher.planning.timing import Cluster, device
 from megainter.config.reading import load_config
 from megainter.errors import UsageError
@@ -74,6 +74,38 @@ def test_devices_of_a_node_are_said_and_a_family_is_told_its_members(capsys: pyt
         plan(gpu="a100")
 
 
+def test_steps_are_told_with_the_epochs_that_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(pairs=5_000_000)
+    assert "  146,484 steps (15 epochs of 5,000,000 pairs, 512 pairs a step) in " in capsys.readouterr().out
+    plan("--training.steps", "1000", pairs=512_000)
+    assert "  1,000 steps (1 epoch of 512,000 pairs, 512 pairs a step) in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "number"), [("5M", 5_000_000), ("2.5m", 2_500_000), ("500k", 500_000), ("5e6", 5_000_000), ("7", 7),
+                                              ("5,000,000", 5_000_000), ("5_000", 5_000)])  # fmt: skip
+def test_large_numbers_may_be_short(text: str, number: int) -> None:
+    assert count(text) == number
+
+
+@pytest.mark.parametrize("text", ["5X", "1,5M", "1.5", "", "-5", "M", "nan", "1e400", "5 M"])
+def test_other_numbers_are_told_the_form(text: str) -> None:
+    with pytest.raises(ValueError, match="give one such as 5000000, 5M, 500k or 5e6"):
+        count(text)
+
+
+def test_what_an_offloaded_update_rests_on_is_said_where_one_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(host_memory=80.0)
+    assert "moves 80 GB/s of host memory for each device (--host-memory) and 25 GB/s to it (--host-link)" in capsys.readouterr().out
+    plan("--engine.zero_stage", "0")
+    assert "--host-memory" not in capsys.readouterr().out
+
+
+def test_a_file_of_a_device_that_is_not_there_is_told_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").touch()
+    with pytest.raises(UsageError, match=r"mien\.toml does not exist or is not a file; did you mean .*mine\.toml\?"):
+        plan(gpu=str(tmp_path / "mien.toml"))
+
+
 CARDS = [("t4", "fp16", 1), ("l4", "bf16", 0), ("rtx3090", "bf16", 0), ("RTX 4090", "bf16", 0), ("rtx-5090", "bf16", 0)]
 
 
@@ -97,5 +129,5 @@ def test_devices_that_do_not_divide_the_batch_are_told_what_does(gpus: int) -> N
     batches, counts = re.findall(r"--training.global_batch ([\d or]+), or plan for --gpus ([\d or]+)$", str(error.value))[0]
     for batch in batches.split(" or "):
         plan(*fixed, "--training.global_batch", batch, gpus=gpus)
-    for count in counts.split(" or "):
-        plan(*fixed, gpus=int(count))
+    for fitting in counts.split(" or "):
+        plan(*fixed, gpus=int(fitting))

@@ -73,6 +73,19 @@ def test_a_small_micro_batch_waits_for_its_host() -> None:
     assert many.idle == 0
 
 
+def test_an_update_on_the_host_is_never_free() -> None:
+    """Where launches are what takes time too: a host that updates launches nothing. By hand, for each parameter of the rank's share."""
+    shape, cluster = shape_of(recipe("base")), Cluster(device("h100"))
+    for samples in (8, 1024):
+        load = load_of(recipe("base"), samples, 15, 29)
+        here, there = (step_time(shape, load, Layout(2, 8, offload=offload), cluster) for offload in (False, True))
+        assert there.optimizer == pytest.approx(parameters(shape) / 8 * (6 / 25e9 + 28 / 50e9))
+        assert there.total >= here.total + there.optimizer - here.optimizer
+        assert there.total > here.total
+        faster = dataclasses.replace(cluster, host_memory=100e9, host_link=50e9)
+        assert step_time(shape, load, Layout(2, 8, offload=True), faster).optimizer == pytest.approx(there.optimizer / 2)
+
+
 def written(folder: Path, truth: Device, sizes: tuple[int, ...], memory_factor: float = 1.0) -> Path:
     """A results.jsonl as benchmarks.gpu leaves it, of a device that is as ``truth`` says."""
     config = recipe("base")
@@ -160,7 +173,10 @@ def test_what_is_in_the_way_of_more_devices_is_said() -> None:
     settings = ["-m", "megainter", "plan", "--config", "base", "--gpu", "h100"]
     told = said([*settings, "--gpus", "8"])
     assert "much of a step waits for the host" in told
-    assert "a device has 3,392 tokens of a step: training.micro_tokens 16,384 is filled by a larger training.global_batch" in told
+    recommended, *_, unfilled = told.partition("\n\nassumed")[0].splitlines()[2:]
+    assert recommended.endswith("--training.micro_tokens 16384")
+    assert "micro_tokens 16,384 is the most" in unfilled
+    assert "a device has 64 samples of a step, about 3,392 tokens: a larger training.global_batch would fill it" in unfilled
     assert "engine.communication bf16" in said([*settings, "--gpus", "16", "--network", "1"])
 
 

@@ -38,6 +38,7 @@ from preprocessing.extraction.extract import (
     _images_per_pass,
     _source,
     _warn_of_glyphs,
+    _why,
     extract,
 )
 from preprocessing.extraction.worker import Failure, Task, decoded, extractor, store_batch
@@ -187,7 +188,7 @@ def test_a_heavy_detector_tells_its_pace_and_keeps_each_finished_image_whatever_
     assert process.returncode == 75, error
     assert time.monotonic() - asked < 10
     assert re.search(r"^extract: 40 of 40 images to do; loading the detector in 2 processes$", told, re.M)
-    assert re.search(r"^extract: the first took [\d.]+ m?s each; 40 by 2 processes take about \d+ (s|min)$", told, re.M)
+    assert re.search(r"^extract: the first (image|\d+) took [\d.]+ m?s( each)?; 40 by 2 processes take about \d+ (s|min)$", told, re.M)
     assert 1 <= len(stored_ids(tmp_path / "store")) < 40
     assert "stopped at" in error
 
@@ -256,7 +257,41 @@ def test_the_first_batch_says_how_long_all_take(capsys: pytest.CaptureFixture[st
     with Progress("extract", 60, "images", enabled=False) as progress:
         assert [receive(worker, failures, progress, expectation) for _ in range(3)] == [1, 2, 2]
     assert failures == [unreadable]
-    assert capsys.readouterr().out == "extract: the first took 13.0 s each; 60 by 2 processes take about 6 min\n"
+    assert capsys.readouterr().out == "extract: the first 2 took 13.0 s each; 60 by 2 processes take about 6 min\n"
+
+
+def test_one_image_is_told_in_the_singular(capsys: pytest.CaptureFixture[str]) -> None:
+    task = Task("a", "a.jpg", (64, 64))
+    worker = Worker("one", None, batches=[[task]])  # type: ignore[arg-type]
+    Expectation(15, [worker]).tell(1, 0.6)
+    assert capsys.readouterr().out == "extract: the first image took 0.60 s; 15 by 1 process take about 9 s\n"
+
+
+def test_failed_images_make_no_pace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor does what is over within a second: 4 of 10 that gave regions in 8 s are 2 s each."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Progress("extract", 20, "images") as progress:
+        now[0] = 30.0
+        progress.began(0.0001)
+        progress.fail(2)
+        progress.update(2, "2 failed")
+        now[0] = 38.0
+        progress.fail(4)
+        progress.update(8)
+        progress.last_line = 0.0
+        progress.update(0, "6 failed")
+        now[0] = 30.5
+    assert capsys.readouterr().out.splitlines() == [
+        "extract: 2/20 images, 2 failed",
+        "extract: 10/20 images, 2.0 s each, 0.3 min left, 6 failed",
+        "extract: 10/20 images in less than a second",
+    ]
+
+
+def test_reasons_that_come_once_are_not_called_frequent() -> None:
+    failed = [Failure(name, f"{name}.jpg", reason) for name, reason in zip("abc", ("empty", "cut off", "cut off"), strict=True)]
+    assert [_why(failed[:n]) for n in range(4)] == ["", " (empty)", " (first: empty)", " (most often: cut off)"]
 
 
 @pytest.mark.slow  # the start of one more run of two processes
@@ -571,7 +606,9 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     assert not (tmp_path / "store").exists()
 
 
-def test_one_bad_file_of_a_few_is_listed_and_no_reason_to_stop(folder: Path, tmp_path: Path) -> None:
+def test_one_bad_file_of_a_few_is_listed_and_no_reason_to_stop(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     write_images(tmp_path / "images", 5)
     (tmp_path / "images" / "0003.jpg").write_text("no image")
     done = extract(tmp_path / "images", tmp_path / "store", folder / "detector.safetensors", workers=1, min_boxes=3, max_boxes=9)
@@ -579,6 +616,15 @@ def test_one_bad_file_of_a_few_is_listed_and_no_reason_to_stop(folder: Path, tmp
     (tmp_path / "images" / "0004.jpg").write_text("no image either")
     with pytest.raises(TooManyBadInputsError, match=r"2 of 5 images failed \(most often: not JPEG, .*\), listed in .*--max-bad"):
         extract(tmp_path / "images", tmp_path / "other", folder / "detector.safetensors", workers=1, min_boxes=3, max_boxes=9)
+
+    # Taken up with a larger limit there is nothing to do but to seal it; what failed is told each time.
+    for state in ("sealed", "complete before"):
+        capsys.readouterr()
+        extract(
+            tmp_path / "images", tmp_path / "other", folder / "detector.safetensors",
+            workers=1, min_boxes=3, max_boxes=9, max_bad=0.5,
+        )  # fmt: skip
+        assert f"regions of 3 images (2 failed and stand in failed.tsv), {state}, digest" in capsys.readouterr().out
 
 
 def test_ids_by_a_pattern_are_those_of_the_same_records_also_after_a_stop(

@@ -114,7 +114,10 @@ def test_captions_of_coco_meet_public_features_by_their_number(tmp_path: Path, c
     report = prepare("coco", src, tmp_path / "p", store=tmp_path / "s")
     assert report.kept == 4
     assert ids(tmp_path / "p") == ["391895", "522418", "12", "val2014/COCO_val2014_000000000013"]
-    told = "3 of 4 images are in {} by their number; not 'val2014/COCO_val2014_000000000013' (the store has '12' and others)"
+    told = (
+        "3 of 4 images are in {} by their number; not 'val2014/COCO_val2014_000000000013' (the store has '12' and others); 1 captions of "
+        "the others stay: --only-stored drops them, "
+    )
     assert told.format(tmp_path / "s") in capsys.readouterr().out
     prepare("coco", src, tmp_path / "q", ids="{number}")
     assert ids(tmp_path / "q") == ["391895", "522418", "12", "13"]
@@ -122,6 +125,25 @@ def test_captions_of_coco_meet_public_features_by_their_number(tmp_path: Path, c
     prepare("coco", src, tmp_path / "r")
     with FeatureStore(tmp_path / "t") as store:
         assert sum(image_id in store for image_id in ids(tmp_path / "r")) == 3
+
+
+def test_only_what_a_store_has_is_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    """And a pair that comes twice behind what was dropped is still told by its own line."""
+    import_features(butd(tmp_path / "f.tsv", [make_image(n, str(n)) for n in (1, 2)]), tmp_path / "s")
+    lines = [{"image": f"{n}.jpg", "captions": ["x", "y"], "split": split} for n, split in ((3, "val"), (1, "train"), (2, "train"))]
+    src = tmp_path / "x.jsonl"
+    src.write_text("\n".join(map(json.dumps, lines)))
+    report = prepare("jsonl", src, tmp_path / "p", store=tmp_path / "s", only_stored=True)
+    assert ids(tmp_path / "p") == ["1", "1", "2", "2"]
+    assert (report.kept, report.images, report.splits) == (4, 2, {"train": 4})
+    assert (report.dropped, report.bad()) == ({"image not in the store": 2}, 0)
+    assert report.examples["image not in the store"] == ["1: '3'", "1: '3'"]
+
+    src.write_text("\n".join(map(json.dumps, [*lines, lines[1]])))
+    with pytest.raises(UsageError, match="comes in line 2 and again in line 4"):
+        prepare("jsonl", src, tmp_path / "q", store=tmp_path / "s", only_stored=True)
+    with pytest.raises(UsageError, match="give it as --store"):
+        prepare("jsonl", src, tmp_path / "q", only_stored=True)
 
 
 def test_a_store_of_other_images_is_refused_with_an_id_of_each_side(tmp_path: Path) -> None:

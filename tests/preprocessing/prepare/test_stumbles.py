@@ -192,6 +192,48 @@ def test_a_name_that_is_nearly_a_file_s_is_told_and_taken_on_request(tmp_path: P
     assert [image.image for image in read_boxes(tmp_path / "b.parquet")] == [there]
 
 
+@pytest.mark.parametrize("kind", ["captions", "boxes"])
+def test_files_taken_by_a_similar_name_are_counted_and_the_first_is_told(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Once for each path, however many captions it has, and not where the name is the file's."""
+    images = folder_of(tmp_path / "photos", "a.jpg", "b.jpg", "c.jpg")
+    box = {"width": 9, "height": 9, "boxes": [[1, 1, 5, 5]], "labels": ["dog"]}
+    lines = [{"image": name, "captions": ["x", "y"], **box} for name in ("A.jpg", "b.jpg", "C.JPG")]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    output = tmp_path / "p.parquet"
+    if kind == "captions":
+        report = prepare("jsonl", tmp_path / "x.jsonl", output, images=images, similar_names=True)
+    else:
+        report = prepare_boxes(tmp_path / "x.jsonl", output, source="jsonl", images=images, similar_names=True)
+    assert report.renamed == 2
+    assert "note: 2 files taken by a similar name (--similar-names), first 'A.jpg' as 'a.jpg'" in capsys.readouterr().out
+    written = json.loads((tmp_path / "p.parquet.report.json").read_text())
+    assert (written["renamed"], written["examples"]) == (2, {"taken by a similar name": ["'A.jpg' as 'a.jpg'", "'C.JPG' as 'c.jpg'"]})
+
+
+def test_the_folder_that_was_looked_in_is_named_and_doubted_where_nothing_of_the_table_is_there(tmp_path: Path) -> None:
+    images, others = folder_of(tmp_path / "photos", "a.jpg"), folder_of(tmp_path / "others", "z.jpg")
+    (tmp_path / "x.csv").write_text("image,caption\na.jpg,x\nb.jpg,y\nc.jpg,z\n")
+    with pytest.raises(TooManyBadInputsError, match=rf"first line 3: 'b\.jpg'; looked for in {images}; --max-bad 1"):
+        prepare("csv", tmp_path / "x.csv", tmp_path / "p.parquet", images=images)
+    with pytest.raises(TooManyBadInputsError, match=rf"'a\.jpg'; nothing of this table is in {others}: is --images right\?$"):
+        prepare("csv", tmp_path / "x.csv", tmp_path / "p.parquet", images=others)
+    box = {"image": "a.jpg", "width": 9, "height": 9, "boxes": [[1, 1, 5, 5]], "labels": ["dog"]}
+    (tmp_path / "b.jsonl").write_text(json.dumps(box))
+    with pytest.raises(TooManyBadInputsError, match=rf"nothing of this table is in {others}: is --images right\?$"):
+        prepare_boxes(tmp_path / "b.jsonl", tmp_path / "b.parquet", source="jsonl", images=others)
+    with pytest.raises(UsageError, match=r"photo does not exist or is not a folder; did you mean .*photos\?"):
+        prepare("csv", tmp_path / "x.csv", tmp_path / "p.parquet", images=tmp_path / "photo")
+
+
+def test_a_short_reading_is_told_by_its_file_and_without_a_pace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.csv").write_text(CSV)
+    prepare("csv", tmp_path / "x.csv", tmp_path / "p.parquet")
+    size = len(CSV)
+    assert capsys.readouterr().out.startswith(f"reading x.csv: {size}/{size} bytes in less than a second\n")
+
+
 def test_two_files_of_nearly_one_name_are_never_guessed_between_and_links_out_never_followed(tmp_path: Path) -> None:
     images = folder_of(tmp_path / "photos", "a.jpg", "A.jpg", "c.jpg")
     folder_of(tmp_path, "secret.jpg")
@@ -236,6 +278,7 @@ def test_backslashes_are_told_where_no_folder_is_given(tmp_path: Path, capsys: p
     assert "note: paths hold backslashes, first 'd\\\\a.jpg'; --similar-names makes slashes of them" in capsys.readouterr().out
     prepare("csv", tmp_path / "x.csv", tmp_path / "p.parquet", similar_names=True)
     assert captions_of(tmp_path / "p.parquet") == [("d/a.jpg", "x")]
+    assert "note: 1 files taken by a similar name (--similar-names), first 'd\\\\a.jpg' as 'd/a.jpg'" in capsys.readouterr().out
 
 
 # --- a table that is there already -------------------------------------------------------------------------------------------------
