@@ -65,7 +65,7 @@ To type sentences and see what is found (the page of the last command needs `pip
     source {Path(sys.prefix) / "bin" / "activate"}
     cd {output}
     megainter index model --store regions.store --pairs pairs.parquet --images images --output scenes.index
-    megainter search scenes.index "a big crown and two parrots"
+    megainter search scenes.index "two parrots and a tractor"
     megainter serve scenes.index
 
 With your own images it is the same road, from captions to that page: README.md, "Your own images".
