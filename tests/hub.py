@@ -91,7 +91,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
             if path == "api/repos/create":
                 return self._create(asked[0])
             if path == "api/validate-yaml":
-                unknown = [{"message": f"unknown license {word}"} for word in ("nosuch",) if f"license: {word}" in asked[0]["content"]]
+                unknown = [{"message": f"unknown license {word}"} for word in ("ncsa",) if f"license: {word}" in asked[0]["content"]]
                 return self._send(json.dumps({"errors": unknown, "warnings": []}).encode(), 400 if unknown else 200)
             repository = "/".join(path.removeprefix("api/models/").split("/")[:2]).removesuffix(".git")
             if "/preupload/" in path:

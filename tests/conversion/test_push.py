@@ -106,8 +106,8 @@ def test_what_the_hub_refuses_is_one_line_and_a_folder_stays(
 
 
 def test_what_the_hub_says_of_a_card_is_said(hub: Hub, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown license nosuch"):
-        convert_hf(model, tmp_path / "out", push=REPOSITORY, about=CardOptions(license="nosuch"))
+    with pytest.raises(UsageError, match="unknown license ncsa"):
+        convert_hf(model, tmp_path / "out", push=REPOSITORY, about=CardOptions(license="ncsa"))
 
 
 def test_a_hub_that_is_not_there_is_named(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_what_is_not_on_this_machine_is_told_before_anything_runs(
     (tmp_path / "hosts").chmod(0o600)
     (tmp_path / "pairs.parquet").touch()
     arguments = settings(tmp_path / "nope.parquet", tmp_path / "pairs.parquet", tmp_path / "run")
-    told = f"data.pairs {tmp_path}/nope.parquet does not exist"
+    told = f"data.pairs {tmp_path}/nope.parquet does not exist; `megainter prepare` makes one"
     words = {"hostfile": asked(hostfile=tmp_path / "hosts", dry_run=True), "slurm": asked(slurm=True, processes=1, dry_run=True)}
     if away:
         launch("pretrain", *arguments, **words[away])

@@ -12,12 +12,11 @@ from megainter.data.feature_store.reader import FeatureStore
 from megainter.data.text.vocabulary import Vocabulary
 from megainter.devices import devices_named, torch_device, units_of
 from megainter.errors import DamagedError, UsageError
-from megainter.files import require_own_files
+from megainter.files import read_json, require_own_files
 from megainter.model.configuration import InterBertConfig
 from megainter.model.detector import require_detector, require_width
 from megainter.model.folder import model_digest, read_vocabulary
 from megainter.precision import AskedPrecision, Precision, automatic
-from megainter.reports import read_report
 from megainter.weights import Located, locate
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -40,11 +39,15 @@ def keep_reports(output: Path, model: Path, replace: bool) -> None:
     if replace or not output.exists():
         return
     try:
-        report = read_report(output)
+        report = read_json(output)
     except (UsageError, DamagedError):
-        raise UsageError(f"--output {output} is there and is no report of `megainter evaluate`; give another name, or --replace") from None
+        report = None
+    if not isinstance(report, dict) or not isinstance(report.get("model_digest"), str):  # one of unlabelled examples has no figures
+        raise UsageError(f"--output {output} is there and is no report of `megainter evaluate`; give another name, or --replace")
     if report["model_digest"] != model_digest(model):
-        raise UsageError(f"--output {output} has the report of another model, {report['model']!s:.120}; give another name, or --replace")
+        raise UsageError(
+            f"--output {output} has the report of another model, {report.get('model')!s:.120}; give another name, or --replace"
+        )
 
 
 def check_store(folder: Path, config: InterBertConfig, store: FeatureStore, other_detector: bool) -> None:

@@ -73,7 +73,7 @@ def test_a_start_that_was_trained_on_features_as_they_are_is_refused(tmp_path: P
     words = [*settings(pairs, store, tmp_path / "run"), "--model.start_from", str(start), "--model.standardize_regions", "true"]
     sizes = [f"--model.{name}" for name in TINY]
     stated = [token for i, token in enumerate(words) if token not in sizes and (not i or words[i - 1] not in sizes)]
-    with pytest.raises(UsageError, match="trained on features of some-detector as they are: leave it out"):
+    with pytest.raises(UsageError, match=r"trained on features of some-detector as they are: give --model\.standardize_regions false"):
         with_start(load_config(None, stated))
 
 
