@@ -44,7 +44,8 @@ class Paired:
 class Compared:
     """Reports by their paths, their figures, what they were measured on that is not the same, and the queries of two of them.
 
-    ``sizes``: how many queries the figures are shares of, each number once; ``same_weights``: all reports are of one model's.
+    ``sizes``: how many queries the figures are shares of, each number once; ``same_weights``: all reports are of one model's;
+    ``settings``: how each was measured, where that differs; ``uncounted``: why queries that could be are not counted, "" where they are.
     """
 
     task: str
@@ -52,8 +53,10 @@ class Compared:
     figures: list[Figure]
     sizes: list[int]
     same_weights: bool
+    settings: list[str]
     unlike: list[str]
     paired: Paired | None
+    uncounted: str
 
 
 def compare(paths: list[Path]) -> Compared:
@@ -66,15 +69,19 @@ def compare(paths: list[Path]) -> Compared:
         if kind is not kinds[0]:
             raise UsageError(f"{paths[0]} is a report of {kinds[0].command} and {path} of {kind.command}; compare reports of one task")
     kind = kinds[0]
-    unlike = _unlike(kind, reports)
+    unlike, settings = _unlike(kind, reports), [kind.setting(report) for report in reports]
+    countable = len(paths) == 2 and not unlike and all(kind.table_of_outcomes(report) is not None for report in reports)
+    paired = _paired(kind, paths, reports) if countable else None
     return Compared(
         task=kind.command,
         reports=paths,
         figures=_figures(kind, reports),
         sizes=sorted({size for report in reports for size in kind.sizes(report)}),
         same_weights=len({report["model_digest"] for report in reports}) == 1,
+        settings=settings if len(set(settings)) > 1 else [],
         unlike=unlike,
-        paired=_paired(kind, paths, reports) if len(paths) == 2 and not unlike else None,
+        paired=paired,
+        uncounted="the tables beside the reports are not there, or were written anew" if countable and paired is None else "",
     )
 
 
@@ -149,7 +156,9 @@ def told(compared: Compared) -> str:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in [head, *rows]]
     lines += [f"in percent; one of {size:,} is {100 / size:.2g}" for size in compared.sizes] if compared.sizes else []
+    lines += [f"measured by: {'; '.join(compared.settings)}"] * bool(compared.settings)
     lines += ["all are of the same weights"] * compared.same_weights + [f"not measured alike: {each}" for each in compared.unlike]
+    lines += [f"queries are not counted one by one: {compared.uncounted}"] * bool(compared.uncounted)
     if (paired := compared.paired) is not None:
         queries = paired.both + paired.first_alone + paired.second_alone + paired.neither
         alone = f"{paired.first_alone:,} with {names[0]} alone, {paired.second_alone:,} with {names[1]} alone"

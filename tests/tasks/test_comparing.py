@@ -87,8 +87,18 @@ def test_a_table_that_was_written_anew_is_not_counted_and_one_model_is_told(tmp_
     write_report(tmp_path / "new.json", [2, 2]).with_suffix(".top.parquet").rename(tmp_path / "one.top.parquet")
     found = compare([one, other])
     assert found.paired is None
+    assert "queries are not counted one by one: the tables beside the reports are not there, or were written anew" in told(found)
     assert "all are of the same weights" in told(found)
     assert "in percent; one of 2 is 50" in told(found)
+
+
+def test_other_settings_are_told_and_counted_all_the_same(tmp_path: Path) -> None:
+    one, other = write_report(tmp_path / "one.json", [1, 2]), write_report(tmp_path / "other.json", [1, 1], precision="bf16")
+    found = compare([one, other])
+    assert found.settings == ["fp32", "bf16"]
+    assert found.paired is not None
+    assert "measured by: fp32; bf16" in told(found)
+    assert "not counted" not in told(found)
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:
