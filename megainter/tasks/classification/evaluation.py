@@ -58,7 +58,7 @@ def evaluate(model: Path, options: ClassificationEvaluation) -> ClassificationRe
     predictions = options.output.with_name(f"{options.output.stem}.predictions.parquet")
     _check(options, predictions)
     located = scored_model(model)
-    keep_reports(options.output, located.path, options.replace)
+    keep_reports(options.output, located.path, options.replace, options.submission)
     model = located.path
     encoded, examples, ids, facts = _open_inputs(located, options)
 

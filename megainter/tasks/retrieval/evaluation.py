@@ -70,7 +70,7 @@ def evaluate(model: Path, options: RetrievalEvaluation) -> RetrievalReport:
     top = options.output.with_name(f"{options.output.stem}.top.parquet")
     _check(options, top)
     found = scored_model(model)
-    keep_reports(options.output, found.path, options.replace)
+    keep_reports(options.output, found.path, options.replace, options.scores)
     inputs = open_inputs(found, options)
     choose_devices(options.device, inputs.precision, options.processes, 1, 1)  # refuses before long work
 

@@ -33,10 +33,14 @@ def scored_model(model: Path) -> Located:
     return found
 
 
-def keep_reports(output: Path, model: Path, replace: bool) -> None:
+def keep_reports(output: Path, model: Path, replace: bool, beside: Path | None = None) -> None:
     """``UsageError`` where ``output`` has the report of another model than the one in the folder ``model``, or is something else, unless
-    it is to be replaced: a report of the same weights is written anew."""
-    if replace or not output.exists():
+    it is to be replaced: a report of the same weights is written anew, and with it the file ``beside`` it. Without one that file stays."""
+    if replace:
+        return
+    if not output.exists():
+        if beside is not None and beside.exists():
+            raise UsageError(f"{beside} is there, and no report of it at --output {output}; give another name, or --replace")
         return
     try:
         report = read_json(output)

@@ -45,7 +45,7 @@ def evaluate(model: Path, options: VcrEvaluation) -> VcrReport:
     probabilities = options.output.with_name(f"{options.output.stem}.probabilities.parquet")
     _check(options, probabilities)
     found = scored_model(model)
-    keep_reports(options.output, found.path, options.replace)
+    keep_reports(options.output, found.path, options.replace, options.submission)
     model = found.path
     examples, facts = _open_inputs(found, options)
     asked = examples.questions
